@@ -1,0 +1,110 @@
+"""What happens between opening and closing a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from ghost_core.errors import CaptureError
+from ghost_core.factors import Record
+from ghost_core.gradients import PerSampleGradient
+from ghost_core.tracking import Site, Tracking
+
+
+@dataclass
+class Pass:
+    """One call of the root module: one batch of samples.
+
+    Attributes:
+        n: Number of samples in it.
+        start: Row of its first sample in the engine's batch.
+    """
+
+    n: int
+    start: int
+
+    @property
+    def rows(self) -> slice:
+        """Rows of its samples in the engine's batch."""
+        return slice(self.start, self.start + self.n)
+
+
+class Listener(Protocol):
+    """What a recorder needs from an engine."""
+
+    tracking: Tracking
+    verify: bool
+
+    def on_input(self, site: Site, record: Record) -> Record:
+        """Keep or compress a record in the forward pass."""
+        ...
+
+    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
+        """Use the gradients of one use; with `Freeze.CALL`, return the parameter's gradient."""
+        ...
+
+
+@dataclass
+class BatchCapture:
+    """What happens between opening and closing a batch.
+
+    Attributes:
+        n: Number of samples that the engines expect.
+        listeners: Engines that take part.
+        passes: Calls of the root module so far.
+        seen: Names of tracked modules that were called with gradients enabled.
+        unseen: Names of those called with gradients disabled.
+        arrived: Whether any gradient arrived.
+        closed: Whether it is over.
+    """
+
+    n: int
+    listeners: list[Listener]
+    passes: list[Pass] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    unseen: set[str] = field(default_factory=set)
+    arrived: bool = False
+    closed: bool = False
+
+    def next_start(self, n: int) -> int:
+        """Return the first row of a new pass.
+
+        Passes as long as the batch are uses of the same samples; shorter ones are micro-batches
+        that follow one another.
+        """
+        covered = sum(pass_.n for pass_ in self.passes)
+        if n == self.n:
+            if any(pass_.n != n for pass_ in self.passes):
+                raise CaptureError(f"a pass of {n} samples follows micro-batches of other sizes")
+            return 0
+        if n > self.n or covered + n > self.n:
+            raise CaptureError(
+                f"the model was called on {n} samples after {covered % max(self.n, 1)}, but the "
+                f"batch was opened for {self.n}: give engine.batch() one id per sample"
+            )
+        return covered
+
+    def check_complete(self) -> None:
+        """Raise if the passes do not make up the batch."""
+        if not self.passes:
+            raise CaptureError(
+                "the model was not called inside engine.batch(). If it is compiled, attach the "
+                "engine before torch.compile; if you call it through another object, give the "
+                "engine the module that is called."
+            )
+        covered = sum(pass_.n for pass_ in self.passes)
+        if covered % max(self.n, 1):
+            raise CaptureError(f"{covered} of {self.n} samples went through the model")
+        if missing := self.unseen - self.seen:
+            raise CaptureError(
+                f"{', '.join(sorted(missing))} ran only with gradients disabled, so their "
+                "gradients cannot be seen. With activation checkpointing, use "
+                "use_reentrant=False; under torch.no_grad(), exclude these modules."
+            )
+        if self.n and not self.arrived:
+            raise CaptureError(
+                "no gradient arrived: run backward() inside engine.batch(), on a loss that depends "
+                "on the selected parameters"
+            )

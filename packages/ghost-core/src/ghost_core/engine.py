@@ -1,0 +1,285 @@
+"""What all engines share: attachment, batches, results."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ghost_core.capture import Pass
+from ghost_core.errors import CaptureError
+from ghost_core.factors import Record
+from ghost_core.gradients import PerSampleGradient
+from ghost_core.recorder import Freeze, Recorder
+from ghost_core.registry import SamplerRegistry
+from ghost_core.tracking import Patterns, Site, Tracking, track
+
+ResultT = TypeVar("ResultT")
+
+SampleIds = Sequence[int] | Tensor | np.ndarray
+
+
+class Batch(Generic[ResultT]):
+    """A batch of samples on its way through an engine.
+
+    Attributes:
+        ids: The samples' ids, int64 `[N]`.
+        verified: Whether the split by sample was verified on this model.
+    """
+
+    def __init__(self, ids: Tensor, verified: bool) -> None:
+        self.ids = ids
+        self.verified = verified
+        self._result: ResultT | None = None
+
+    @property
+    def n(self) -> int:
+        """Number of samples N."""
+        return len(self.ids)
+
+    @property
+    def result(self) -> ResultT:
+        """What the engine made of the batch.
+
+        Raises:
+            CaptureError: If the batch is still open, or an exception ended it.
+        """
+        if self._result is None:
+            raise CaptureError(
+                "the batch has no result: it is still open, or an exception ended it"
+            )
+        return self._result
+
+    def finish(self, result: ResultT) -> None:
+        """Set the result."""
+        self._result = result
+
+
+class Engine(ABC, Generic[ResultT]):
+    """Consumes per-sample gradients while the user's own forward and backward passes run.
+
+    A subclass writes `on_gradient` and `on_end`. It is a context manager: entering puts hooks on
+    the model, leaving removes every trace. Inside, `batch` marks the forward and backward passes
+    to capture; whatever runs outside of a batch is left alone.
+
+    Args:
+        model: The module that the training loop calls.
+        layers: Globs over dotted names of modules or parameters: what to track.
+        exclude: Globs over dotted names: what to leave out of it.
+        verify: Whether to verify, on the first batch and whenever modules change between training
+            and evaluation mode, that gradients can be split by sample.
+        registry: Where samplers are found; by default those of all installed plugins.
+
+    Raises:
+        UnknownNameError: If a glob matches nothing.
+        UnsupportedLayerError: If a selected parameter belongs to a module without a sampler.
+        CaptureError: If no trainable parameter is selected or a module is compiled.
+    """
+
+    freeze: ClassVar[Freeze] = Freeze.NEVER
+    """What happens to weight gradients while the engine is attached by `with engine:`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Patterns = "*",
+        exclude: Patterns = (),
+        verify: bool = True,
+        registry: SamplerRegistry | None = None,
+    ) -> None:
+        if registry is None:
+            from ghost_core.plugins import installed  # plugins offer engines
+
+            registry = installed().samplers
+        self.model = model
+        self.verify = verify
+        self._selection = (registry, layers, exclude)
+        self.tracking: Tracking = track(model, *self._selection)
+        self._recorder: Recorder | None = None
+        self._batch: Batch[ResultT] | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The tracked parameters, in order of their names."""
+        return self.tracking.sites
+
+    # For users
+
+    def __enter__(self) -> Self:
+        self._attach(self.freeze)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._detach()
+
+    @contextmanager
+    def frozen(self) -> Iterator[Self]:
+        """Attach for a pass without training: parameters are frozen, no weight gradient is made.
+
+        Every per-sample gradient is as without it, for less time and memory.
+        """
+        self._attach(Freeze.PASS)
+        try:
+            yield self
+        finally:
+            self._detach()
+
+    @contextmanager
+    def batch(self, ids: SampleIds) -> Iterator[Batch[ResultT]]:
+        """Capture the forward and backward passes of one batch.
+
+        Several passes inside are either uses of the same N samples, which add up, or micro-batches
+        of fewer samples, which follow one another. Several backward passes add up.
+
+        Args:
+            ids: One integer per sample, `[N]`.
+
+        Yields:
+            The batch, whose result is there once it is closed.
+
+        Raises:
+            CaptureError: If the engine is not attached, the model ran on other samples, or no
+                gradient arrived.
+            WrongSplitError: If gradients cannot be split by sample.
+        """
+        if self._recorder is None:
+            raise CaptureError("attach the engine first: with engine: ...")
+        self._check_flags()
+        batch: Batch[ResultT] = Batch(as_ids(ids), self.verify)
+        self._batch = batch
+        try:
+            self.on_start(batch)
+            with self._recorder.capture(self, batch.n):
+                yield batch
+            batch.finish(self.on_end(batch))
+        finally:
+            self.on_close()
+
+    def collect(self) -> ResultT:
+        """Return the result of the last batch.
+
+        Raises:
+            CaptureError: If there is none.
+        """
+        if self._batch is None:
+            raise CaptureError("there was no batch yet: with engine.batch(ids): ...")
+        return self._batch.result
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the model alone inside, also where a batch is open."""
+        if self._recorder is None:
+            yield
+        else:
+            with self._recorder.paused():
+                yield
+
+    def coverage(self) -> str:
+        """Return a table of the tracked modules, their samplers and their parameters."""
+        rows = [("module", "class", "sampler", "parameters")]
+        for tracked in self.tracking.modules:
+            names = ", ".join(site.parameter for site in tracked.sites.values())
+            kinds = type(tracked.module).__name__, type(tracked.sampler).__name__
+            rows.append((tracked.name or "(root)", *kinds, names))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+        return "\n".join(lines)
+
+    # For subclasses
+
+    def on_start(self, batch: Batch[ResultT]) -> None:
+        """Prepare for a batch."""
+
+    def on_input(self, site: Site, record: Record) -> Record:
+        """Keep a record in the forward pass, or compress it if it is an `InputFactor`.
+
+        Args:
+            site: The parameter.
+            record: What its sampler keeps of the call.
+
+        Returns:
+            What is kept instead. By default the record itself.
+        """
+        return record
+
+    @abstractmethod
+    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
+        """Use the per-sample gradients of one use of a parameter, during the backward pass.
+
+        A parameter that is used several times arrives several times; its gradient is the sum.
+
+        Args:
+            pass_: The call of the model that it belongs to; `pass_.rows` are its rows in the batch.
+            site: The parameter.
+            gradient: The gradients of the pass's samples.
+
+        Returns:
+            None; with `Freeze.CALL`, the gradient that the parameter gets, of its shape.
+        """
+
+    @abstractmethod
+    def on_end(self, batch: Batch[ResultT]) -> ResultT:
+        """Return the result of a batch, after its last backward pass."""
+
+    def on_close(self) -> None:
+        """Release what was held for a batch, also after an exception."""
+
+    # Attachment
+
+    def _attach(self, freeze: Freeze) -> None:
+        recorder = Recorder.of(self.model)
+        if not recorder.attached and track(self.model, *self._selection) != self.tracking:
+            raise CaptureError(
+                "modules or parameters of the model changed since the engine was made: make a new "
+                "engine"
+            )
+        recorder.attach(self, freeze)
+        self._recorder = recorder
+
+    def _detach(self) -> None:
+        assert self._recorder is not None
+        recorder, self._recorder = self._recorder, None
+        recorder.detach(self)
+
+    def _check_flags(self) -> None:
+        """Refuse parameters frozen since: their contributions would not be the training's."""
+        if self.freeze is Freeze.PASS or self._recorder is None or self._recorder.freezes:
+            return
+        frozen = [
+            site.parameter
+            for site in self.sites
+            if not self.model.get_parameter(site.parameter).requires_grad
+        ]
+        if frozen:
+            raise CaptureError(
+                f"{', '.join(frozen)} no longer require gradients: make a new engine, which leaves "
+                "frozen parameters out"
+            )
+
+
+def as_ids(ids: SampleIds) -> Tensor:
+    """Return sample ids as int64 `[N]` on the CPU.
+
+    Raises:
+        CaptureError: If they are not one integer per sample.
+    """
+    try:
+        tensor = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CaptureError(f"ids must be one integer per sample: {error}") from error
+    if tensor.numel() == 0 and tensor.dim() == 1:
+        return tensor.to("cpu", torch.int64)
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise CaptureError(
+            f"ids must be one integer per sample, not {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+    return tensor.to("cpu", torch.int64, copy=True)

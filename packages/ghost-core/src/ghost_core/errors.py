@@ -1,0 +1,53 @@
+"""Every exception that ghost raises on purpose."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GhostError(Exception):
+    """Base class of all ghost errors."""
+
+
+class CaptureError(GhostError):
+    """An engine was used at the wrong time, or the model did not run as a capture needs it to."""
+
+
+class WrongSplitError(GhostError):
+    """The rows that reach a module cannot be told apart by sample."""
+
+
+class UnsupportedLayerError(GhostError):
+    """A selected parameter belongs to a module that no sampler handles."""
+
+
+class UnknownNameError(GhostError, ValueError):
+    """A name that does not exist: a layer, an option, a direction, a projection."""
+
+    def __init__(self, kind: str, name: str, choices: Iterable[str], hint: str = "") -> None:
+        listed = sorted(choices)
+        message = f"unknown {kind} {name!r}"
+        if close := difflib.get_close_matches(name, listed, n=1):
+            message += f"; did you mean {close[0]!r}?"
+        shown = ", ".join(listed[:40]) or "none"
+        more = f" and {len(listed) - 40} more" if len(listed) > 40 else ""
+        message += f" Available: {shown}{more}."
+        super().__init__(message + (f" {hint}" if hint else ""))
+
+
+class PluginError(GhostError):
+    """A plugin's contribution cannot be used."""
+
+
+class PluginConflictError(PluginError):
+    """Two plugins offer the same thing under the same name."""
+
+
+class MissingExtraError(GhostError, ImportError):
+    """An optional dependency is needed and not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs {package}, which is not installed: pip install '{extra}'"
+        )

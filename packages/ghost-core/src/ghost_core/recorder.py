@@ -1,0 +1,385 @@
+"""Records what tracked modules see, for one or several engines at once.
+
+One recorder serves a model, however many engines are attached to it. It owns the hooks on the
+model; everything else about a batch lives in `BatchCapture` and dies with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from functools import partial
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from ghost_core.arrival import Arrival, keep
+from ghost_core.capture import BatchCapture, Listener, Pass
+from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.numerics import full_precision
+from ghost_core.sampler import Call
+from ghost_core.tap import Tap
+from ghost_core.tracking import TrackedModule
+from ghost_core.verification import Verifier, wrong_rows
+
+
+class Freeze(Enum):
+    """What happens to the weight gradients of tracked modules while an engine is attached."""
+
+    NEVER = "never"
+    """Autograd makes them as always: training is bit-identical."""
+    CALL = "call"
+    """The engine makes them: parameters do not require grad during the module's call, and the
+    Tap returns their gradient, so that accumulation and tied weights keep working."""
+    PASS = "pass"
+    """Nobody makes them: all parameters are frozen while attached. For corpus passes."""
+
+
+class Recorder:
+    """Hooks on one model, shared by the engines attached to it. Get it from `Recorder.of`."""
+
+    _recorders: ClassVar[WeakKeyDictionary[nn.Module, Recorder]] = WeakKeyDictionary()
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._attached: dict[int, tuple[Listener, Freeze]] = {}
+        self._tracked: dict[str, TrackedModule] = {}
+        self._handles: list[RemovableHandle] = []
+        self._flags: dict[nn.Parameter, bool] = {}
+        self._withheld: dict[nn.Module, list[nn.Parameter]] = {}
+        self._seed = torch.zeros((), requires_grad=True)
+        self._verifier = Verifier(model, {}, self._seed)
+        self._batch: BatchCapture | None = None
+        self._pass: Pass | None = None
+        self._running: list[TrackedModule] = []
+        self._paused = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Recorder:
+        """Return the recorder of a model, a new one if no engine is attached."""
+        return cls._recorders.get(model) or cls(model)
+
+    @property
+    def attached(self) -> bool:
+        """Whether any engine is attached."""
+        return bool(self._attached)
+
+    @property
+    def freezes(self) -> bool:
+        """Whether all parameters are frozen while engines are attached."""
+        return bool(self._flags)
+
+    # Life cycle
+
+    def attach(self, listener: Listener, freeze: Freeze) -> None:
+        """Start to serve an engine.
+
+        Raises:
+            CaptureError: If it is attached already, a batch is open, or the engines that are
+                attached treat weight gradients in another way.
+        """
+        modes = [mode for _, mode in self._attached.values()]
+        if id(listener) in self._attached:
+            raise CaptureError("this engine is attached already")
+        if self._batch is not None:
+            raise CaptureError("cannot attach an engine while a batch is open")
+        if modes and (Freeze.PASS in modes) != (freeze is Freeze.PASS):
+            raise CaptureError(
+                "engines on one model must agree: use frozen() for all of them, or for none"
+            )
+        if freeze is Freeze.CALL and Freeze.CALL in modes:
+            raise CaptureError("only one engine can make the weight gradients of a model")
+        if not self._attached and freeze is Freeze.PASS:
+            self._flags = {p: p.requires_grad for p in self._model.parameters()}
+            for parameter in self._flags:
+                parameter.requires_grad_(False)
+        self._attached[id(listener)] = (listener, freeze)
+        Recorder._recorders[self._model] = self
+        self._install()
+
+    def detach(self, listener: Listener) -> None:
+        """Stop to serve an engine; after the last one the model is as it was found."""
+        del self._attached[id(listener)]
+        self._install()
+        if not self._attached:
+            Recorder._recorders.pop(self._model, None)
+            for parameter, flag in self._flags.items():
+                parameter.requires_grad_(flag)
+            self._flags.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the model alone for a while: for validation gradients and other graphs."""
+        before, self._paused = self._paused, True
+        flags = {p: p.requires_grad for p in self._flags}
+        try:
+            for parameter, flag in self._flags.items():
+                parameter.requires_grad_(flag)
+            yield
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+            self._paused = before
+
+    @contextmanager
+    def capture(self, listener: Listener, n: int) -> Iterator[BatchCapture]:
+        """Capture a batch of n samples for an engine.
+
+        Raises:
+            CaptureError: If the model ran on other samples, or not at all.
+        """
+        batch = self._open(listener, n)
+        try:
+            yield batch
+            batch.check_complete()
+        finally:
+            batch.listeners.remove(listener)
+            if not batch.listeners:
+                batch.closed = True
+                self._batch = None
+                self._abandon()
+
+    def _open(self, listener: Listener, n: int) -> BatchCapture:
+        if id(listener) not in self._attached:
+            raise CaptureError("attach the engine first: with engine: ...")
+        if self._batch is None:
+            self._batch = BatchCapture(n, [listener])
+            return self._batch
+        if any(other is listener for other in self._batch.listeners):
+            raise CaptureError("a batch is open already")
+        if self._batch.n != n:
+            raise CaptureError(f"another engine opened this batch for {self._batch.n} samples")
+        if self._batch.passes:
+            raise CaptureError("open the batches of all engines before the model is called")
+        self._batch.listeners.append(listener)
+        return self._batch
+
+    def _abandon(self) -> None:
+        """Forget a pass that an exception cut short."""
+        self._pass = None
+        self._running.clear()
+        self._verifier.stop()
+        for module in list(self._withheld):
+            self._restore(module)
+
+    # Hooks
+
+    def _install(self) -> None:
+        """Put hooks on the modules that the attached engines track, and on no others."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._tracked.clear()
+        for listener, _ in self._attached.values():
+            for tracked in listener.tracking.modules:
+                known = self._tracked.get(tracked.name)
+                sites = {**known.sites, **tracked.sites} if known else tracked.sites
+                self._tracked[tracked.name] = TrackedModule(
+                    tracked.name, tracked.module, tracked.sampler, sites
+                )
+        self._verifier = Verifier(self._model, self._tracked, self._seed)
+        if not self._attached:
+            return
+        add = self._handles.append
+        root = self._model
+        add(root.register_forward_pre_hook(_Hook(self._before_root), with_kwargs=True))
+        for tracked in self._tracked.values():
+            module = tracked.module
+            add(module.register_forward_pre_hook(_Hook(partial(self._before_call, tracked))))
+            # First among the module's hooks: a user's hook may change the output.
+            add(
+                module.register_forward_hook(
+                    _Hook(partial(self._after_call, tracked)),
+                    prepend=True,
+                    with_kwargs=True,
+                    always_call=True,
+                )
+            )
+        add(root.register_forward_hook(_Hook(self._after_root), always_call=True))
+
+    def _listens(self, module: nn.Module, expected: nn.Module) -> bool:
+        return module is expected and self._batch is not None and not self._paused
+
+    def _before_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._listens(module, self._model) or not torch.is_grad_enabled() or _in_backward():
+            return
+        batch = self._batch
+        assert batch is not None
+        if self._pass is not None:
+            raise CaptureError("the model called itself")
+        n = self._count(batch, args, kwargs)
+        self._pass = Pass(n, batch.next_start(n))
+        batch.passes.append(self._pass)
+        if self._verifying:
+            self._verifier.start(n, self._owned)
+
+    def _after_root(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._listens(module, self._model) or _in_backward() or self._pass is None:
+            return
+        pass_, self._pass = self._pass, None
+        self._running.clear()
+        usage = self._verifier.stop()
+        batch = self._batch
+        assert batch is not None
+        if output is None:  # the forward pass failed
+            batch.passes.remove(pass_)
+        elif self._verifying and pass_.n:
+            self._verifier.check(usage, output, pass_.n, batch.seen)
+
+    def _before_call(self, tracked: TrackedModule, module: nn.Module, args: Any) -> None:
+        if not self._listens(module, tracked.module):
+            return
+        self._running.append(tracked)
+        if self._makes_gradients and torch.is_grad_enabled():
+            own = [getattr(module, local) for local in tracked.sites]
+            self._withheld[module] = [parameter for parameter in own if parameter.requires_grad]
+            for parameter in own:
+                parameter.requires_grad_(False)
+
+    def _after_call(
+        self, tracked: TrackedModule, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        if not self._listens(module, tracked.module):
+            return None
+        if self._running:
+            self._running.pop()
+        self._restore(module)
+        batch = self._batch
+        assert batch is not None
+        if output is None:
+            return None
+        if not torch.is_grad_enabled():
+            if self._pass is not None:
+                batch.unseen.add(tracked.name)
+            return None
+        recomputing = _in_backward()
+        if self._pass is None and not recomputing:
+            raise CaptureError(
+                f"{tracked.name} was called outside a call of the model: call the module that the "
+                "engine was made for, or close the batch first"
+            )
+        leaves, structure = tree_flatten(output)
+        taken = [at for at, leaf in enumerate(leaves) if self._is_differentiable(leaf)]
+        if not taken:
+            batch.unseen.add(tracked.name)
+            return None
+        batch.seen.add(tracked.name)
+        outputs = tuple(leaves[at] for at in taken)
+        call = Call(tracked.name, module, args, kwargs, outputs, tracked.shapes)
+        for at, value in zip(taken, self._tap(batch, tracked, call), strict=True):
+            leaves[at] = value
+        return tree_unflatten(leaves, structure)
+
+    def _tap(self, batch: BatchCapture, tracked: TrackedModule, call: Call) -> tuple[Tensor, ...]:
+        """Record a call and put a Tap behind its outputs."""
+        n = self._pass.n if self._pass is not None else _common_size(batch.passes)
+        outputs = [_with_rows(output, n, tracked) for output in call.outputs]
+        with full_precision(outputs[0].device):
+            records = dict(tracked.sampler.record(call))
+            if outputs[0] is not call.outputs[0]:
+                records = {
+                    local: record.expand(len(outputs[0])) for local, record in records.items()
+                }
+            views, saved = keep(batch.listeners, tracked, records)
+        made = tuple(tracked.sites) if self._makes_gradients else ()
+        parameters = [getattr(tracked.module, local) for local in made]
+        # Inputs and outputs live as long as the graph needs them, not as long as the call.
+        call.module, call.args, call.kwargs, call.outputs = None, (), {}, ()
+        arrival = Arrival(self._verifier, batch, self._pass, tracked, call, views, made)
+        tapped: tuple[Tensor, ...] = Tap.apply(  # type: ignore[no-untyped-call]
+            arrival, self._seed, len(outputs), len(made), *outputs, *parameters, *saved
+        )
+        return tapped
+
+    # State
+
+    @property
+    def _verifying(self) -> bool:
+        return self._batch is not None and any(each.verify for each in self._batch.listeners)
+
+    @property
+    def _makes_gradients(self) -> bool:
+        return any(freeze is Freeze.CALL for _, freeze in self._attached.values())
+
+    def _owned(self) -> frozenset[str]:
+        if not self._running:
+            return frozenset()
+        return frozenset(site.parameter for site in self._running[-1].sites.values())
+
+    def _is_differentiable(self, leaf: object) -> bool:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return False
+        return leaf.requires_grad or bool(self._flags) or self._makes_gradients
+
+    def _count(self, batch: BatchCapture, args: Any, kwargs: Any) -> int:
+        """Return the number of samples that the model is called on."""
+        sizes = {
+            leaf.shape[0]
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor) and leaf.dim()
+        }
+        if batch.n in sizes or not sizes:
+            return batch.n
+        candidates = sizes - {1} or sizes
+        if len(candidates) > 1:
+            raise CaptureError(
+                f"cannot tell how many samples the model is called on: its inputs have "
+                f"{sorted(candidates)} rows, the batch was opened for {batch.n}"
+            )
+        return candidates.pop()
+
+    def _restore(self, module: nn.Module) -> None:
+        for parameter in self._withheld.pop(module, ()):
+            parameter.requires_grad_(True)
+
+
+class _Hook:
+    """A hook that stays behind when the model is copied or pickled."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return _ignore
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _get_ignore, ()
+
+
+def _ignore(*_: object) -> None:
+    """Stand in for a hook on a copy of the model."""
+
+
+def _get_ignore() -> Callable[..., None]:
+    return _ignore
+
+
+def _in_backward() -> bool:
+    """Tell whether autograd is running: then a forward pass is a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _common_size(passes: Sequence[Pass]) -> int | None:
+    sizes = {pass_.n for pass_ in passes}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _with_rows(output: Tensor, n: int | None, tracked: TrackedModule) -> Tensor:
+    """Return an output with one row per sample; one computed once for all samples is expanded."""
+    if not output.dim():
+        raise WrongSplitError(
+            f"{tracked.name} returned a scalar, which cannot be split by sample: exclude it"
+        )
+    if n is None or output.shape[0] == n:
+        return output
+    if output.shape[0] == 1:
+        return output.expand(n, *output.shape[1:])
+    raise wrong_rows(tracked, output.shape[0], n)

@@ -1,0 +1,85 @@
+"""Finds the sampler for a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from ghost_core.errors import PluginConflictError
+from ghost_core.sampler import GradientSampler
+
+
+class Claim(NamedTuple):
+    """A plugin's offer to handle a kind of module."""
+
+    module: str
+    """Dotted name of the module's class."""
+    sampler: type[GradientSampler]
+    plugin: str
+
+
+class SamplerRegistry:
+    """Maps modules to samplers by the class whose code they run.
+
+    Classes go by dotted name, so that offering a sampler for a library's layer does not import
+    the library.
+
+    Args:
+        claims: What the plugins offer.
+        note: A remark for errors, such as which plugins failed to load.
+
+    Raises:
+        PluginConflictError: If two plugins claim the same class.
+    """
+
+    def __init__(self, claims: Iterable[Claim], note: str = "") -> None:
+        self._claims: dict[str, Claim] = {}
+        self._samplers: dict[type[GradientSampler], GradientSampler] = {}
+        self._note = note
+        for claim in claims:
+            rival = self._claims.setdefault(claim.module, claim)
+            if rival.plugin != claim.plugin:
+                raise PluginConflictError(
+                    f"plugins {rival.plugin!r} and {claim.plugin!r} both handle {claim.module}; "
+                    "disable one by naming its distribution in GHOST_DISABLED_PLUGINS"
+                )
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """Every claim, in order of registration."""
+        return tuple(self._claims.values())
+
+    def find(self, module: nn.Module) -> GradientSampler | str:
+        """Return the sampler for a module, or the reason why there is none.
+
+        A subclass is handled by the sampler of the class whose methods it still runs. Being an
+        instance of a known class is not enough: a subclass may compute something else.
+        """
+        kind = type(module)
+        for base in kind.__mro__:
+            claim = self._claims.get(dotted_name(base))
+            if claim is None:
+                continue
+            changed = [
+                method
+                for method in ("__call__", *claim.sampler.methods)
+                if method in vars(module) or getattr(kind, method) is not getattr(base, method)
+            ]
+            if changed:
+                return f"{dotted_name(kind)} replaces {changed[0]} of {base.__name__}"
+            sampler = self._samplers.setdefault(claim.sampler, claim.sampler())
+            own = {name for name, _ in module.named_parameters(recurse=False)}
+            if surplus := own - set(sampler.parameters):
+                return (
+                    f"it owns {', '.join(sorted(surplus))}, which {base.__name__} does not "
+                    "(a parametrisation or weight norm?)"
+                )
+            return sampler.refuse(module) or sampler
+        return f"no sampler is registered for {dotted_name(kind)}{self._note}"
+
+
+def dotted_name(kind: type) -> str:
+    """Return a class's dotted name."""
+    return f"{kind.__module__}.{kind.__qualname__}"

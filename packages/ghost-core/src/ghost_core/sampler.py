@@ -1,0 +1,111 @@
+"""All that a layer needs to take part: a gradient sampler."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Size, Tensor, nn
+
+from ghost_core.errors import CaptureError
+from ghost_core.factors import Record
+from ghost_core.gradients import PerSampleGradient
+
+
+@dataclass
+class Call:
+    """One execution of one tracked module.
+
+    Attributes:
+        name: Dotted name of the module.
+        module: The module; None in the backward pass, when it may have changed.
+        args: Positional inputs, as the module's `forward` got them.
+        kwargs: Keyword inputs.
+        outputs: The output's tensors.
+        shapes: The parameters asked for, by local name. Frozen and unselected ones are absent.
+        static: Whatever else the sampler needs in the backward pass, set by `record`.
+    """
+
+    name: str
+    module: nn.Module | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+    shapes: dict[str, Size]
+    static: Any = None
+
+    def argument(self, position: int, name: str) -> Any:
+        """Return an input that may have come by position or by name."""
+        if position < len(self.args):
+            return self.args[position]
+        if name in self.kwargs:
+            return self.kwargs[name]
+        raise CaptureError(f"{self.name} was called without its argument {name!r}")
+
+
+class GradientSampler(ABC):
+    """Knows what the per-sample gradients of one kind of layer look like.
+
+    A sampler is stateless: one instance serves every layer of its kind. It never sees gradients
+    of the loss before `gradients` and never touches parameters' gradients.
+
+    Example: a linear layer in six lines.
+
+        class LinearSampler(GradientSampler):
+            parameters = ("weight", "bias")
+
+            def record(self, call):
+                return {"weight": Tokens(as_tokens(call.argument(0, "input")))}
+
+            def gradients(self, call, records, grads):
+                grad = as_tokens(grads[0])
+                gradients = {"weight": Outer(records["weight"], grad, call.shapes["weight"])}
+                ...
+    """
+
+    parameters: ClassVar[tuple[str, ...]]
+    """Local names of the parameters it handles. A module that owns any other is not its kind."""
+
+    methods: ClassVar[tuple[str, ...]] = ("forward",)
+    """Methods that make up the layer's call. A subclass that overrides one is another layer."""
+
+    def refuse(self, module: nn.Module) -> str | None:
+        """Say why a module of the right class cannot be handled, and what to do; None if it can."""
+        return None
+
+    @abstractmethod
+    def record(self, call: Call) -> Mapping[str, Record]:
+        """Keep what the backward pass needs, right after the module ran.
+
+        Args:
+            call: The call, with its inputs and outputs. Inputs are to be kept as the kernel saw
+                them: under autocast, in the dtype of the output.
+
+        Returns:
+            Records by parameter name, for parameters in `call.shapes` only. Those that need
+            nothing but the output gradient may be left out. An `InputFactor` can be compressed in
+            the forward pass; any other record is kept as it is.
+        """
+
+    @abstractmethod
+    def gradients(
+        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+    ) -> Mapping[str, PerSampleGradient]:
+        """Return the per-sample gradients.
+
+        Args:
+            call: The call, without module, inputs and outputs.
+            records: What `record` kept. A factor may come back compressed, as `Tokens`.
+            grads: Gradient of the loss for each output, of its shape and dtype; None for outputs
+                that the loss does not depend on, never for all of them.
+
+        Returns:
+            One entry for each parameter in `call.shapes`.
+        """
+
+
+def as_tokens(values: Tensor) -> Tensor:
+    """Fold all axes between samples and features into tokens: `[N, ..., d]` to `[N, T, 1, d]`."""
+    return values.reshape(values.shape[0], values.shape[1:-1].numel(), 1, values.shape[-1])

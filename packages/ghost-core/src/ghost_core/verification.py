@@ -1,0 +1,276 @@
+"""Proves on the user's own model that gradients can be split by sample, or says why not.
+
+That contributions sum to the batch gradient proves nothing: sequence-first layouts with as many
+positions as samples, sorted rows, BatchNorm and folded rows all pass that check with wrong splits.
+Two checks take its place:
+
+* `UsageMode` watches the forward pass for operations on tracked parameters outside their modules.
+* `Probe` sends NaN into the gradient of one sample's output and looks at which rows it reaches.
+  NaN survives multiplication by zero, so mixing behind a zero-initialised gate is found as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.tracking import TrackedModule
+
+
+class UsageMode(TorchDispatchMode):
+    """Reports operations on tracked parameters that run outside a module that owns them.
+
+    Args:
+        parameters: The tracked parameters by name.
+        owned: Returns the names that the innermost running tracked module owns.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], owned: Callable[[], frozenset[str]]
+    ) -> None:
+        super().__init__()
+        self._owned = owned
+        self._names = {
+            parameter.untyped_storage().data_ptr(): name
+            for name, parameter in parameters.items()
+            if parameter.numel()
+        }
+        self._casts: list[Tensor] = []  # kept, so that their addresses are not given away
+        self.outside: dict[str, str] = {}
+        """Operation by name of the parameter that it used outside."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and look at what it touched."""
+        result = func(*args, **(kwargs or {}))
+        if not torch.is_grad_enabled():
+            return result
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                name = self._names.get(value.untyped_storage().data_ptr())
+                if name is not None:
+                    self._touched(name, func, result)
+        return result
+
+    def _touched(self, name: str, func: Any, result: Any) -> None:
+        if name not in self._owned():
+            self.outside.setdefault(name, str(func))
+        if func is torch.ops.aten._to_copy.default:  # autocast uses a copy in place of the weight
+            self._names[result.untyped_storage().data_ptr()] = name
+            self._casts.append(result)
+
+    def check(self) -> None:
+        """Raise if a parameter was used outside its module.
+
+        Raises:
+            WrongSplitError: Naming parameters and operations.
+        """
+        if not self.outside:
+            return
+        uses = "\n".join(f"  {name}: {operation}" for name, operation in self.outside.items())
+        raise WrongSplitError(
+            "parameters are used outside the modules that own them, where their per-sample "
+            f"gradients cannot be seen:\n{uses}\n"
+            f"Leave them out with exclude={','.join(self.outside)!r}, or call the owning module "
+            "instead of using its parameter."
+        )
+
+
+@dataclass
+class Probe:
+    """One backward pass with NaN in one row.
+
+    Attributes:
+        row: The sample whose output gradient is NaN.
+        n: Number of samples.
+        reached: Rows that NaN or anything else reached, by module name.
+    """
+
+    row: int
+    n: int
+    reached: dict[str, list[int]] = field(default_factory=dict)
+
+    def see(self, name: str, grads: Sequence[Tensor | None]) -> None:
+        """Note which rows of a call's output gradients are not zero."""
+        for grad in grads:
+            if grad is not None:
+                hit = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
+                rows = hit.nonzero().flatten().tolist()
+                if rows and rows != [self.row]:
+                    self.reached[name] = rows
+
+
+class Verifier:
+    """Verifies a model's passes: the first, and those in a new mix of modes or with new modules.
+
+    Args:
+        model: The root module.
+        tracked: The tracked modules by name.
+        seed: A scalar that every Tap depends on.
+    """
+
+    def __init__(
+        self, model: nn.Module, tracked: Mapping[str, TrackedModule], seed: Tensor
+    ) -> None:
+        self._model = model
+        self._modules = list(model.modules())
+        self._tracked = tracked
+        self._seed = seed
+        self._verified: dict[tuple[object, ...], set[str]] = {}
+        self._usage: UsageMode | None = None
+        self.probe: Probe | None = None
+        """The probe that is running; gradients that arrive meanwhile are its alone."""
+
+    def start(self, n: int, owned: Callable[[], frozenset[str]]) -> None:
+        """Watch the forward pass of n samples, if passes like it are not verified yet."""
+        if self._signature(n) in self._verified:
+            return
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        names = {
+            site.parameter for tracked in self._tracked.values() for site in tracked.sites.values()
+        }
+        self._usage = UsageMode({name: parameters[name] for name in names}, owned)
+        self._usage.__enter__()
+
+    def stop(self) -> UsageMode | None:
+        """Stop to watch the forward pass and return what watched it."""
+        usage, self._usage = self._usage, None
+        if usage is not None:
+            usage.__exit__(None, None, None)
+        return usage
+
+    def check(self, usage: UsageMode | None, output: Any, n: int, called: set[str]) -> None:
+        """Check what was watched, and probe a pass that called modules not verified yet.
+
+        Raises:
+            WrongSplitError: If gradients cannot be split by sample.
+            CaptureError: If the graph cannot be probed.
+        """
+        if usage is not None:
+            usage.check()
+        verified = self._verified.get(self._signature(n), set())
+        if called <= verified:
+            return
+        for row in probe_rows(n):
+            self._run_probe(output, row, n)
+        self._verified[self._signature(n)] = verified | called
+
+    def _signature(self, n: int) -> tuple[object, ...]:
+        """Identify what a verification holds for: modes of all modules, one sample or more."""
+        return (n > 1, *(module.training for module in self._modules))
+
+    def _run_probe(self, output: Any, row: int, n: int) -> None:
+        outputs, gradients = probe_gradients(output, row, n)
+        if not outputs:
+            return
+        self.probe = probe = Probe(row, n)
+        try:
+            torch.autograd.grad(
+                outputs, [self._seed], gradients, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise CaptureError(
+                    "reentrant activation checkpointing hides calls from the graph: use "
+                    "torch.utils.checkpoint with use_reentrant=False"
+                ) from error
+            raise
+        finally:
+            self.probe = None
+        if probe.reached:
+            raise wrong_split(self._model, probe, self._tracked)
+
+
+def probe_rows(n: int) -> list[int]:
+    """Choose rows to probe: first, middle and last find mixing with any one of them."""
+    return sorted({0, n // 2, n - 1})
+
+
+def probe_gradients(outputs: Any, row: int, n: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs with one row per sample, and gradients with NaN in one row.
+
+    Raises:
+        WrongSplitError: If no output has one row per sample.
+    """
+    leaves = [
+        leaf
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
+    ]
+    rows = [leaf for leaf in leaves if leaf.dim() and leaf.shape[0] == n]
+    if leaves and not rows:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+        raise WrongSplitError(
+            f"the model's output does not tell {n} samples apart: no output of shape [{n}, ...] "
+            f"that requires a gradient, only {shapes}. Let the model return its outputs and "
+            "compute the loss outside of it, or pass verify=False, which every result records."
+        )
+    gradients = []
+    for leaf in rows:
+        gradient = torch.zeros_like(leaf)
+        gradient[row] = float("nan")
+        gradients.append(gradient)
+    return rows, gradients
+
+
+def wrong_split(
+    model: nn.Module, probe: Probe, tracked: Mapping[str, TrackedModule]
+) -> WrongSplitError:
+    """Explain what a probe found.
+
+    Args:
+        model: The root module.
+        probe: A probe that reached rows it should not have.
+        tracked: The tracked modules by name.
+    """
+    modules = "\n".join(
+        f"  {tracked[name].label}: rows {_listed(rows)}" for name, rows in probe.reached.items()
+    )
+    normalizing = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    ]
+    if normalizing:
+        reason = (
+            f"{normalizing[0]} normalises over the batch in training mode, so every sample's loss "
+            "depends on all others."
+        )
+        remedy = "Put BatchNorm layers into evaluation mode, or use GroupNorm."
+    elif all(probe.row not in rows for rows in probe.reached.values()):
+        reason = "their rows are in another order than the samples, as after sorting or routing."
+        remedy = "Keep samples in order, or leave these modules out with exclude=..."
+    else:
+        reason = (
+            "either their first axis is not the samples (a sequence-first layout with as many "
+            "positions as samples), or a later operation mixes samples."
+        )
+        remedy = "Put samples on the first axis, or leave these modules out with exclude=..."
+    return WrongSplitError(
+        f"gradients cannot be split by sample: changing the gradient of sample {probe.row}'s "
+        f"output alone changes other rows at\n{modules}\nReason: {reason}\nRemedy: {remedy}"
+    )
+
+
+def wrong_rows(tracked: TrackedModule, rows: int, n: int) -> WrongSplitError:
+    """Explain an output whose first axis does not have one entry per sample."""
+    folded = f", {rows} = {n} * {rows // n}: rows folded into the batch?" if rows % n == 0 else ""
+    return WrongSplitError(
+        f"gradients cannot be split by sample: {tracked.label} returned "
+        f"{rows} rows for {n} samples{folded}\n"
+        "Reason: the first axis of its output is not the samples.\n"
+        "Remedy: keep one row per sample, [N, ..., features], or leave the module out with "
+        "exclude=..."
+    )
+
+
+def _listed(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:6]))
+    return f"{shown}, ..." if len(rows) > 6 else shown
