@@ -151,7 +151,7 @@ class Engine(ABC, Generic[ResultT]):
         if self._recorder is None:
             raise CaptureError("attach the engine first: with engine: ...")
         self._check_flags()
-        batch: Batch[ResultT] = Batch(as_ids(ids), self.verify)
+        batch = self.new_batch(as_ids(ids))
         self._batch = batch
         try:
             self.on_start(batch)
@@ -195,6 +195,10 @@ class Engine(ABC, Generic[ResultT]):
         return "\n".join(lines)
 
     # For subclasses
+
+    def new_batch(self, ids: Tensor) -> Batch[ResultT]:
+        """Return the object that `batch` yields, for ids `[N]`."""
+        return Batch(ids, self.verify)
 
     def on_start(self, batch: Batch[ResultT]) -> None:
         """Prepare for a batch."""

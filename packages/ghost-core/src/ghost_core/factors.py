@@ -54,6 +54,9 @@ class InputFactor(Record, ABC):
     transposed: bool
     """Whether the parameter is laid out `[d, p]` instead of `[p, d]`."""
 
+    compressed: bool = False
+    """Whether the inputs are projected, so that d is k."""
+
     @property
     @abstractmethod
     def groups(self) -> int:
@@ -76,6 +79,11 @@ class InputFactor(Record, ABC):
         if self.groups == 1:
             return functional.linear(dense, weight[0])
         return torch.einsum("ntgd,gkd->ntgk", dense, weight)
+
+    def compress(self, projection: Tensor) -> Tokens:
+        """Project the inputs, `[k, d]`, to keep less until the backward pass."""
+        weight = projection.unsqueeze(0).expand(self.groups, -1, -1)
+        return Tokens(self.mix(weight), self.transposed, compressed=True)
 
     def inner(self, other: InputFactor | Tensor, *, paired: bool) -> Tensor:
         """Return the inner products of tokens.
@@ -114,10 +122,12 @@ class Tokens(InputFactor):
     Attributes:
         x: `[N, T, G, d]`.
         transposed: Whether the parameter is laid out `[d, p]`.
+        compressed: Whether the inputs are projected already.
     """
 
     x: Tensor
     transposed: bool = False
+    compressed: bool = False
 
     @property
     def groups(self) -> int:

@@ -68,8 +68,8 @@ class PerSampleGradient(ABC):
 
         Args:
             left: `[k_left, shape[0]]`; None leaves the axis as it is.
-            right: `[k_right, prod(shape[1:])]`; None leaves the axis as it is, which is also
-                right where the input factor has been compressed already.
+            right: `[k_right, prod(shape[1:])]`; None leaves the axis as it is. The axis of an
+                input factor that is compressed already is left as it is in any case.
 
         Returns:
             `[N, k_left, k_right]`.
@@ -149,13 +149,14 @@ class Outer(PerSampleGradient):
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project both sides and sum over tokens; the gradient itself is never built."""
         seen, made = (left, right) if self.factor.transposed else (right, left)
+        if self.factor.compressed:
+            seen = None
         given = [tensor for tensor in (self.grad, left, right) if tensor is not None]
         dtype = accumulation_dtype(*given)
         if seen is None:
             inputs = self.factor.dense().to(dtype)
         else:
-            weight = seen.to(dtype).unsqueeze(0).expand(self.groups, -1, -1)
-            inputs = self.factor.mix(weight)  # [N, T, G, k]
+            inputs = self.factor.compress(seen.to(dtype)).x  # [N, T, G, k]
         grads = self.grad.to(dtype)
         if made is None:
             # Without a map the groups stay apart, stacked along the output axis.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype for products and sums: float32, or float64 if a tensor has it."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+def accumulation_dtype(*values: Tensor | torch.dtype) -> torch.dtype:
+    """Return the dtype for products and sums: float32, or float64 if a tensor or dtype is."""
+    dtypes = [value if isinstance(value, torch.dtype) else value.dtype for value in values]
+    wide = torch.float64 in dtypes
     return torch.float64 if wide else torch.float32
 
 

@@ -1,0 +1,146 @@
+"""Every check the project runs, one session each. Their docstrings are what `nox --list` shows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+# pip honours constraints.txt, which pins a build of torch without CUDA packages.
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "typecheck", "tests", "docs", "build", "wheels", "isolated"]
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+SITE = ROOT / "site"
+PACKAGES = ["ghost-core", "ghost-layers", "ghost-engines", "ghost-examples"]
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def install(session: nox.Session, *requirements: str, group: str | None = None) -> None:
+    """Install requirements under the workspace constraints."""
+    extra = nox.project.dependency_groups(PROJECT, group) if group else ()
+    # --no-compile: byte-compiling all of torch takes longer than installing it.
+    session.install("--no-compile", "-c", str(ROOT / "constraints.txt"), *requirements, *extra)
+
+
+def install_in_place(session: nox.Session, group: str | None = None) -> None:
+    """Install every package so that it runs from its source."""
+    # Built without isolation, four packages take one environment instead of five.
+    install(session, "hatchling", "editables")
+    install(
+        session,
+        "--no-build-isolation",
+        *(f"-epackages/{package}" for package in PACKAGES),
+        group=group,
+    )
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting. Pass `-- --fix` to repair."""
+    install(session, group="lint")
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []))
+    session.run("ruff", "format", *([] if fix else ["--check"]))
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check the types of every package."""
+    install_in_place(session, group="typecheck")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run every test but the stress tests, on the packages in place."""
+    install_in_place(session, group="test")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def stress(session: nox.Session) -> None:
+    """Run the stress tests: many kills, many rows, long loops."""
+    install_in_place(session, group="test")
+    session.run("pytest", "-m", "stress", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the demo and write its report. Everything after `--` goes to the demo."""
+    install_in_place(session)
+    session.run("python", "-m", "ghost_examples.demo", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, or serve it: `nox -s docs -- serve`."""
+    install(session, group="docs")
+    session.run(
+        "mkdocs",
+        *(session.posargs or ["build", "--strict"]),
+        env={"NO_MKDOCS_2_WARNING": "1"},  # a banner about the end of mkdocs-material
+    )
+    if not session.posargs and (fetched := fetched_from_elsewhere()):
+        session.error("the site must work offline, but fetches\n" + "\n".join(fetched))
+
+
+def fetched_from_elsewhere() -> list[str]:
+    """Return what pages and style sheets of the built site load from another host."""
+    loads = re.compile(
+        r"""<(?!a\b)[^<>]*\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
+        r"""|(?:@import\s*|url\()["'\s]*((?:https?:)?//[^"'\s)]+)"""
+    )
+    return [
+        f"{file.relative_to(SITE)}: {match[1] or match[2]}"
+        for kind in ("html", "css")
+        for file in sorted(SITE.rglob(f"*.{kind}"))
+        for match in loads.finditer(file.read_text(encoding="utf-8"))
+    ]
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build every package into dist/, as a wheel and as an sdist."""
+    install(session, "build", "hatchling", "twine")
+    shutil.rmtree(DIST, ignore_errors=True)
+    for package in PACKAGES:
+        source = f"packages/{package}"
+        session.run("python", "-m", "build", "--no-isolation", "--outdir=dist", source, silent=True)
+    session.run("twine", "check", "--strict", *map(str, sorted(DIST.iterdir())))
+
+
+# The next two start from a fresh environment each time: pip takes a rebuilt wheel of the same
+# version for the one that is installed.
+
+
+@nox.session(requires=["build"], reuse_venv=False)
+def wheels(session: nox.Session) -> None:
+    """Install the built wheels and a third-party plugin, then test them together."""
+    install(session, *map(str, sorted(DIST.glob("*.whl"))), group="test")
+    install(session, "tests/plugins/ghost-plugin-sample")
+    session.run("pytest", "tests", *session.posargs)
+
+
+@nox.session(requires=["build"], reuse_venv=False)
+@nox.parametrize("package", PACKAGES)
+def isolated(session: nox.Session, package: str) -> None:
+    """Test one built package, installed with nothing but what it declares."""
+    # A sibling that the package asks for is the one built here, whatever an index may offer.
+    siblings = session.cache_dir / "siblings.txt"
+    siblings.write_text(
+        "".join(
+            f"{wheel.name.split('-')[0].replace('_', '-')} @ {wheel.as_uri()}\n"
+            for wheel in sorted(DIST.glob("*.whl"))
+        )
+    )
+    install(session, "-c", str(siblings), package)
+    # Once before pytest is there, which would bring pluggy and others along.
+    session.run("python", "-c", f"import {package.replace('-', '_')}")
+    install(session, group="test")
+    session.run("pytest", f"packages/{package}", *session.posargs)

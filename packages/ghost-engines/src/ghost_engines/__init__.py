@@ -1,0 +1,16 @@
+"""Engines that use per-sample gradients: dot products, projections, a store and its search."""
+
+from ghost_engines.dot_product import DotProductEngine, ScoredBatch, Scores
+from ghost_engines.in_run import InRunValues
+from ghost_engines.layout import Block
+from ghost_engines.projection import ProjectedBatch, ProjectionEngine
+
+__all__ = [
+    "Block",
+    "DotProductEngine",
+    "InRunValues",
+    "ProjectedBatch",
+    "ProjectionEngine",
+    "ScoredBatch",
+    "Scores",
+]

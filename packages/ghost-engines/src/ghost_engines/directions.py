@@ -1,0 +1,133 @@
+"""Directions: the gradients that per-sample gradients are multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ghost_core import CaptureError, Site, UnknownNameError
+from ghost_core.numerics import accumulation_dtype
+from ghost_engines.isolation import untouched
+
+Closure = Callable[[], Tensor]
+"""Computes a scalar loss with the model; called with the model in evaluation mode."""
+
+
+@dataclass
+class Direction:
+    """One direction.
+
+    Attributes:
+        name: Its name.
+        closure: Computes the loss whose gradient it is; None if it was given as tensors.
+        refresh: Batches after which the closure is called again.
+        tensors: The direction by parameter name; empty before the first call.
+        age: Batches since the closure was called.
+    """
+
+    name: str
+    closure: Closure | None
+    refresh: int
+    tensors: dict[str, Tensor]
+    age: int = 0
+
+    def renew(self, model: nn.Module, sites: Iterable[Site]) -> bool:
+        """Call the closure if it is time to, and count the batch.
+
+        Returns:
+            Whether the direction changed.
+        """
+        due = self.closure is not None and (not self.tensors or self.age >= self.refresh)
+        if due:
+            assert self.closure is not None
+            self.tensors = gradient_of(self.name, self.closure, model, sites)
+            self.age = 0
+        self.age += 1
+        return due
+
+
+def gradient_of(
+    name: str, closure: Closure, model: nn.Module, sites: Iterable[Site]
+) -> dict[str, Tensor]:
+    """Return the gradient of a loss without touching the training around it.
+
+    The closure runs in evaluation mode. Random number generators, buffers, modes and `.grad` are as
+    before afterwards.
+
+    Args:
+        name: The direction's name, for errors.
+        closure: Computes the loss.
+        model: The model.
+        sites: The parameters to differentiate.
+
+    Raises:
+        CaptureError: If the loss is no finite scalar that depends on the parameters.
+    """
+    sites = list(sites)
+    parameters = [model.get_parameter(site.parameter) for site in sites]
+    with torch.enable_grad(), untouched(model):
+        model.eval()
+        loss = closure()
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise CaptureError(
+                f"direction {name!r}: the closure must return a scalar loss that depends on the "
+                f"model's parameters, not {_described(loss)}"
+            )
+        gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+    found = {
+        site.parameter: torch.zeros_like(parameter) if gradient is None else gradient
+        for site, parameter, gradient in zip(sites, parameters, gradients, strict=True)
+    }
+    return _finite(name, {key: _widened(value) for key, value in found.items()})
+
+
+def given(
+    name: str, tensors: Mapping[str, Tensor], model: nn.Module, sites: Iterable[Site]
+) -> dict[str, Tensor]:
+    """Check a direction given by parameter name, and copy it.
+
+    Raises:
+        UnknownNameError: If a name is no parameter of the model.
+        CaptureError: If a tracked parameter is missing, or a shape or value is wrong.
+    """
+    known = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    for key in tensors:
+        if key not in known:
+            raise UnknownNameError("parameter", key, known, f"In direction {name!r}.")
+    found = {}
+    for site in sites:
+        alias = next((alias for alias in site.aliases if alias in tensors), None)
+        if alias is None:
+            raise CaptureError(
+                f"direction {name!r} has no tensor for {site.parameter}; give zeros, or select "
+                "parameters with layers=..."
+            )
+        if tensors[alias].shape != site.shape:
+            raise CaptureError(
+                f"direction {name!r} has shape {tuple(tensors[alias].shape)} for {alias}, whose "
+                f"shape is {tuple(site.shape)}"
+            )
+        value = tensors[alias].detach().to(site.device, copy=True)
+        found[site.parameter] = _widened(value)
+    return _finite(name, found)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor))
+
+
+def _finite(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise CaptureError(f"direction {name!r} is not finite at {key}")
+    return tensors
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        graph = "with" if value.requires_grad else "without"
+        return f"a tensor of shape {tuple(value.shape)} {graph} a gradient"
+    return type(value).__name__

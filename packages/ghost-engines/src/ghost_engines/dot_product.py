@@ -1,0 +1,242 @@
+"""Dot products of per-sample gradients with directions, while training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ghost_core import (
+    Batch,
+    CaptureError,
+    Engine,
+    Pass,
+    PerSampleGradient,
+    SamplerRegistry,
+    Site,
+    UnknownNameError,
+)
+from ghost_core.engine import SampleIds
+from ghost_core.tracking import Patterns
+from ghost_engines.directions import Closure, Direction, given
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Dot products of a batch: of each sample's contribution with each direction.
+
+    A sample's contribution is its additive part of the gradient that was backpropagated. A
+    positive dot with the gradient of a validation loss means that a small step along the sample's
+    contribution lowers that loss.
+
+    Attributes:
+        ids: Sample ids, int64 `[N]`.
+        directions: Names of the K directions.
+        by_parameter: `[N, K]` by parameter name.
+        verified: Whether the split by sample was verified on this model.
+    """
+
+    ids: Tensor
+    directions: tuple[str, ...]
+    by_parameter: Mapping[str, Tensor]
+    verified: bool
+
+    @property
+    def total(self) -> Tensor:
+        """Dots of whole gradients, `[N, K]`."""
+        return torch.stack(list(self.by_parameter.values())).sum(0)
+
+    @property
+    def by_layer(self) -> dict[str, Tensor]:
+        """Dots by layer, `[N, K]`: the sum over the parameters that one module owns.
+
+        A parameter shared by modules counts for the first of them.
+        """
+        layers: dict[str, Tensor] = {}
+        for name, dots in self.by_parameter.items():
+            layer = name.rpartition(".")[0]
+            layers[layer] = layers[layer] + dots if layer in layers else dots
+        return layers
+
+
+class ScoredBatch(Batch[Scores]):
+    """A batch that is being scored; the scores are there once it is closed."""
+
+    @property
+    def scores(self) -> Tensor:
+        """Dots of whole gradients, `[N, K]`."""
+        return self.result.total
+
+    @property
+    def by_layer(self) -> dict[str, Tensor]:
+        """Dots by layer, `[N, K]`."""
+        return self.result.by_layer
+
+    @property
+    def by_parameter(self) -> Mapping[str, Tensor]:
+        """Dots by parameter, `[N, K]`."""
+        return self.result.by_parameter
+
+
+class ScoreObserver(Protocol):
+    """Follows the batches of a `DotProductEngine`."""
+
+    def starting(self) -> None:
+        """A batch is about to be captured."""
+        ...
+
+    def scored(self, scores: Scores) -> None:
+        """A batch was scored."""
+        ...
+
+
+class DotProductEngine(Engine[Scores]):
+    """Scores every training sample against directions, from the training's own backward pass.
+
+    Training is bit-identical with and without it. The dots serve In-Run Data Shapley (Wang et al.,
+    2024, eq. 6): see `InRunValues`.
+
+    Args:
+        model: The module that the training loop calls.
+        layers: Globs over dotted names: what to track.
+        exclude: Globs over dotted names: what to leave out.
+        grad_scaler: The scaler that multiplies the loss, whose scale is divided out. A batch whose
+            gradients overflow has scores that are not finite.
+        verify: Whether to verify that gradients can be split by sample.
+        registry: Where samplers are found; by default those of all installed plugins.
+
+    Raises:
+        UnknownNameError, UnsupportedLayerError, CaptureError: See `Engine`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Patterns = "*",
+        exclude: Patterns = (),
+        grad_scaler: torch.amp.GradScaler | None = None,
+        verify: bool = True,
+        registry: SamplerRegistry | None = None,
+    ) -> None:
+        super().__init__(model, layers=layers, exclude=exclude, verify=verify, registry=registry)
+        self._grad_scaler = grad_scaler
+        self._directions: dict[str, Direction] = {}
+        self._stacked: dict[str, Tensor] = {}
+        self._dots: dict[str, Tensor] = {}
+        self._observers: list[ScoreObserver] = []
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Names of the directions, in the order of their columns."""
+        return tuple(self._directions)
+
+    def add_direction(
+        self, name: str, direction: Closure | Mapping[str, Tensor], *, refresh: int | None = None
+    ) -> None:
+        """Add a direction, or replace the one of this name.
+
+        Args:
+            name: Its name.
+            direction: A closure that returns the scalar loss whose gradient is the direction, or a
+                tensor for each tracked parameter by name. The closure runs in evaluation mode and
+                leaves no trace; a single direction can be linear in many validation samples.
+            refresh: For a closure: batches after which it is called again; by default 1, so that
+                the direction always belongs to the current parameters.
+
+        Raises:
+            UnknownNameError: If a name is no parameter of the model.
+            CaptureError: If a tracked parameter is missing, a shape or value is wrong, or
+                `refresh` is given with tensors or is not positive.
+        """
+        if isinstance(direction, Mapping):
+            if refresh is not None:
+                raise CaptureError("refresh goes with a closure; tensors stay as they are")
+            tensors = given(name, direction, self.model, self.sites)
+            self._directions[name] = Direction(name, None, 1, tensors)
+        elif callable(direction):
+            if refresh is not None and refresh < 1:
+                raise CaptureError(f"refresh must be a number of batches from 1 on, not {refresh}")
+            self._directions[name] = Direction(name, direction, refresh or 1, {})
+        else:
+            raise CaptureError(
+                f"direction {name!r} must be a closure or a mapping of tensors, not "
+                f"{type(direction).__name__}"
+            )
+        self._stacked.clear()
+
+    def remove_direction(self, name: str) -> None:
+        """Remove a direction.
+
+        Raises:
+            UnknownNameError: If there is none of this name.
+        """
+        if name not in self._directions:
+            raise UnknownNameError("direction", name, self._directions)
+        del self._directions[name]
+        self._stacked.clear()
+
+    def observe(self, observer: ScoreObserver) -> None:
+        """Tell an observer of every batch from now on."""
+        self._observers.append(observer)
+
+    def unobserve(self, observer: ScoreObserver) -> None:
+        """Stop to tell an observer."""
+        self._observers.remove(observer)
+
+    @contextmanager
+    def batch(self, ids: SampleIds) -> Iterator[ScoredBatch]:
+        """Score the samples of one batch; see `Engine.batch`.
+
+        Yields:
+            The batch, whose scores are there once it is closed.
+        """
+        with super().batch(ids) as batch:
+            assert isinstance(batch, ScoredBatch)
+            yield batch
+
+    def new_batch(self, ids: Tensor) -> ScoredBatch:
+        """Return a batch with scores."""
+        return ScoredBatch(ids, self.verify)
+
+    def on_start(self, batch: Batch[Scores]) -> None:
+        """Renew the directions that are due."""
+        for observer in self._observers:
+            observer.starting()
+        if not self._directions:
+            raise CaptureError("there is nothing to score against: call add_direction first")
+        with self.paused():
+            # All of them are asked: each counts its batches.
+            changed = [each.renew(self.model, self.sites) for each in self._directions.values()]
+        if any(changed) or not self._stacked:
+            self._stacked = {
+                site.parameter: torch.stack(
+                    [each.tensors[site.parameter] for each in self._directions.values()]
+                )
+                for site in self.sites
+            }
+        self._dots = {
+            name: stacked.new_zeros(batch.n, len(self._directions))
+            for name, stacked in self._stacked.items()
+        }
+
+    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+        """Multiply with the directions."""
+        self._dots[site.parameter][pass_.rows] += gradient.dot(self._stacked[site.parameter])
+
+    def on_end(self, batch: Batch[Scores]) -> Scores:
+        """Return the dots."""
+        scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
+        dots = {name: values / scale for name, values in self._dots.items()}
+        scores = Scores(batch.ids, self.directions, dots, batch.verified)
+        for observer in self._observers:
+            observer.scored(scores)
+        return scores
+
+    def on_close(self) -> None:
+        """Let go of the sums."""
+        self._dots = {}

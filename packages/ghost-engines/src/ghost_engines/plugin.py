@@ -1,0 +1,30 @@
+"""Registers the engines and projections of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ghost_core import Engine, Projection, hookimpl
+from ghost_engines.dot_product import DotProductEngine
+from ghost_engines.projection import ProjectionEngine
+from ghost_engines.random_projections import (
+    GaussianProjection,
+    OrthonormalProjection,
+    RademacherProjection,
+)
+
+
+@hookimpl
+def ghost_engines() -> dict[str, type[Engine[Any]]]:
+    """Contribute the engines of this package."""
+    return {"dot_product": DotProductEngine, "projection": ProjectionEngine}
+
+
+@hookimpl
+def ghost_projections() -> dict[str, type[Projection]]:
+    """Contribute the projections of this package."""
+    return {
+        "gaussian": GaussianProjection,
+        "orthonormal": OrthonormalProjection,
+        "rademacher": RademacherProjection,
+    }

@@ -1,0 +1,249 @@
+"""Kronecker-projected per-sample gradients, for stores and search."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghost_core import (
+    Batch,
+    CaptureError,
+    Engine,
+    InputFactor,
+    Pass,
+    PerSampleGradient,
+    Projection,
+    Record,
+    SamplerRegistry,
+    Site,
+    UnknownNameError,
+)
+from ghost_core.gradients import matrix_shape
+from ghost_core.numerics import accumulation_dtype
+from ghost_core.plugins import installed
+from ghost_core.tracking import Patterns
+from ghost_engines.layout import Block, arrange
+
+STORAGE_DTYPES: Mapping[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+"""Names of the dtypes that rows can have."""
+
+
+@dataclass(frozen=True)
+class ProjectedBatch:
+    """Projected gradients of a batch: of each sample's contribution to the backpropagated loss.
+
+    Backpropagate the sum of per-sample losses to get each sample's own gradient.
+
+    Attributes:
+        ids: Sample ids, int64 `[N]`.
+        rows: `[N, k_total]` in the storage dtype; `ProjectionEngine.layout` tells the columns.
+        verified: Whether the split by sample was verified on this model.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    verified: bool
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """A parameter's maps, `[k, n]`; None where an axis keeps all its dimensions."""
+
+    left: Tensor | None
+    right: Tensor | None
+
+
+class ProjectionEngine(Engine[ProjectedBatch]):
+    """Projects each per-sample gradient G to `L G Rᵀ` without ever building G.
+
+    L and R are random maps with `E[LᵀL] = E[RᵀR] = I`, so that inner products of rows estimate
+    inner products of gradients. The input side is compressed in the forward pass, the output side
+    in the backward pass, and an axis that is not longer than its share is kept as it is.
+
+    In a training loop it leaves training bit-identical. Under `frozen()` it makes no weight
+    gradients, which is less work than a training step. The rows are the same.
+
+    Args:
+        model: The module that is called.
+        dim: Dimensions per parameter, k_left · k_right, about. 256 if `total_dim` is not given.
+        total_dim: Dimensions of a whole row instead, shared out over the parameters.
+        min_dim: The least that an axis is projected to, if it has as many dimensions.
+        seed: Seed of the maps. Each depends on it and on the parameter's name alone, so that all
+            processes draw the same.
+        init: Name of the projection: `gaussian`, `rademacher`, `orthonormal` or a plugin's.
+        dtype: Storage dtype of the rows, or its name. A row that overflows it is an error.
+        layers: Globs over dotted names: what to track.
+        exclude: Globs over dotted names: what to leave out.
+        verify: Whether to verify that gradients can be split by sample.
+        registry: Where samplers are found; by default those of all installed plugins.
+
+    Raises:
+        UnknownNameError: If a glob matches nothing, or `init` or `dtype` does not exist.
+        CaptureError: If the dimensions are not positive or do not fit.
+        UnsupportedLayerError: If a selected parameter belongs to a module without a sampler.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dim: int | None = None,
+        total_dim: int | None = None,
+        min_dim: int = 8,
+        seed: int = 0,
+        init: str = "gaussian",
+        dtype: torch.dtype | str = torch.float32,
+        layers: Patterns = "*",
+        exclude: Patterns = (),
+        verify: bool = True,
+        registry: SamplerRegistry | None = None,
+    ) -> None:
+        super().__init__(model, layers=layers, exclude=exclude, verify=verify, registry=registry)
+        if dim is None and total_dim is None:
+            dim = 256
+        self.dtype = _storage_dtype(dtype)
+        self.seed = seed
+        self.init = init
+        self.layout: tuple[Block, ...] = arrange(
+            self.sites, dim=dim, total_dim=total_dim, min_dim=min_dim
+        )
+        projection = installed().projection(init)()
+        self._blocks = {block.parameter: block for block in self.layout}
+        projection = installed().projection(init)()
+        self._maps = {
+            site.parameter: _draw(projection, seed, site, self._blocks[site.parameter])
+            for site in self.sites
+        }
+        self._rows = torch.empty(0)
+
+    @property
+    def k_total(self) -> int:
+        """Number of columns of a row."""
+        return sum(block.size for block in self.layout)
+
+    def maps(self, parameter: str) -> tuple[Tensor, Tensor]:
+        """Return a parameter's maps L `[k_left, n_left]` and R `[k_right, n_right]`.
+
+        Raises:
+            UnknownNameError: If the parameter is not tracked.
+        """
+        if parameter not in self._maps:
+            raise UnknownNameError("parameter", parameter, self._maps)
+        site = next(site for site in self.sites if site.parameter == parameter)
+        maps, dtype = self._maps[parameter], accumulation_dtype(site.dtype)
+        left, right = (
+            torch.eye(size, dtype=dtype, device=site.device) if drawn is None else drawn
+            for drawn, size in zip((maps.left, maps.right), matrix_shape(site.shape), strict=True)
+        )
+        return left, right
+
+    def project(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Project gradients given by parameter, as rows to search with.
+
+        Args:
+            gradients: `[Q, *shape]` for each tracked parameter by name.
+
+        Returns:
+            `[Q, k_total]`, float32 or float64.
+
+        Raises:
+            CaptureError: If a tracked parameter is missing or has another shape.
+        """
+        parts = []
+        for block in self.layout:
+            gradient = gradients.get(block.parameter)
+            if gradient is None or gradient.shape[1:] != block.shape:
+                found = "missing" if gradient is None else f"of shape {tuple(gradient.shape)}"
+                raise CaptureError(
+                    f"the gradient of {block.parameter} is {found}; needed: [Q, "
+                    f"{', '.join(map(str, block.shape))}]"
+                )
+            left, right = self.maps(block.parameter)
+            matrix = (
+                gradient.detach().reshape(len(gradient), *matrix_shape(block.shape)).to(left.dtype)
+            )
+            parts.append((left @ matrix @ right.mT).flatten(1))
+        return torch.cat(parts, dim=1)
+
+    def manifest(self) -> dict[str, Any]:
+        """Return, as JSON-able values, everything here that changes a value of a row."""
+        return {
+            "projection": self.init,
+            "seed": self.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "verified": self.verify,
+            "layers": [block.manifest() for block in self.layout],
+        }
+
+    def on_start(self, batch: Batch[ProjectedBatch]) -> None:
+        """Make room for the rows."""
+        dtype = accumulation_dtype(*(site.dtype for site in self.sites))
+        self._rows = torch.zeros(batch.n, self.k_total, dtype=dtype, device=self.sites[0].device)
+
+    def on_input(self, site: Site, record: Record) -> Record:
+        """Compress the input side, where that makes it smaller."""
+        maps = self._maps[site.parameter]
+        if not isinstance(record, InputFactor):
+            return record
+        seen = maps.left if record.transposed else maps.right
+        return record if seen is None else record.compress(seen)
+
+    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+        """Compress the output side and sum over tokens."""
+        maps, block = self._maps[site.parameter], self._blocks[site.parameter]
+        projected = gradient.project(maps.left, maps.right)
+        self._rows[pass_.rows, block.columns] += projected.flatten(1).to(self._rows)
+
+    def on_end(self, batch: Batch[ProjectedBatch]) -> ProjectedBatch:
+        """Return the rows in the storage dtype."""
+        rows = self._rows.to(self.dtype)
+        lost = self._rows.isfinite().all(1) & ~rows.isfinite().all(1)
+        if lost.any():
+            raise CaptureError(
+                f"the rows of samples {batch.ids[lost.cpu()].tolist()} overflow {self.dtype}: "
+                "choose another dtype, or scale the loss"
+            )
+        return ProjectedBatch(batch.ids, rows, batch.verified)
+
+    def on_close(self) -> None:
+        """Let go of the rows."""
+        self._rows = torch.empty(0)
+
+
+def _storage_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    if isinstance(dtype, str):
+        if dtype not in STORAGE_DTYPES:
+            raise UnknownNameError("dtype", dtype, STORAGE_DTYPES)
+        return STORAGE_DTYPES[dtype]
+    if dtype not in STORAGE_DTYPES.values():
+        raise UnknownNameError("dtype", str(dtype), STORAGE_DTYPES)
+    return dtype
+
+
+def _draw(projection: Projection, seed: int, site: Site, block: Block) -> _Maps:
+    n_left, n_right = matrix_shape(site.shape)
+    dtype = accumulation_dtype(site.dtype)
+
+    def side(name: str, k: int, n: int) -> Tensor | None:
+        if k == n:
+            return None
+        drawn = projection.draw(k, n, _generator(seed, site.parameter, name))
+        return drawn.to(site.device, dtype)
+
+    return _Maps(side("left", block.k_left, n_left), side("right", block.k_right, n_right))
+
+
+def _generator(seed: int, parameter: str, side: str) -> torch.Generator:
+    """Seed a generator from names, which unlike positions are equal in every process."""
+    digest = hashlib.sha256(f"{seed}/{parameter}/{side}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

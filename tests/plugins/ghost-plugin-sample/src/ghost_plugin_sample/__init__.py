@@ -1,0 +1,107 @@
+"""A third-party plugin: a layer with its sampler, an engine and a projection."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ghost_core import (
+    Batch,
+    Call,
+    Dense,
+    Engine,
+    GradientSampler,
+    Pass,
+    PerSampleGradient,
+    Projection,
+    Record,
+    Site,
+    hookimpl,
+)
+
+# A layer, and what its per-sample gradients look like.
+
+
+class Scale(nn.Module):
+    """Multiplies each feature by a learned number."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * self.weight
+
+
+@dataclass(frozen=True)
+class Inputs(Record):
+    """What the backward pass needs: the layer's inputs, `[N, T, d]`."""
+
+    x: Tensor
+
+
+class ScaleSampler(GradientSampler):
+    """Per-sample gradients of `Scale`: output gradient times input, summed over tokens."""
+
+    parameters = ("weight",)
+
+    def record(self, call: Call) -> Mapping[str, Record]:
+        return {"weight": Inputs(_tokens(call.argument(0, "inputs")))}
+
+    def gradients(
+        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+    ) -> Mapping[str, PerSampleGradient]:
+        inputs = records["weight"]
+        assert isinstance(inputs, Inputs)
+        assert grads[0] is not None
+        return {"weight": Dense(_tokens(grads[0]) * inputs.x)}
+
+
+def _tokens(values: Tensor) -> Tensor:
+    return values.reshape(values.shape[0], values.shape[1:-1].numel(), values.shape[-1])
+
+
+# An engine: how much each sample's gradient agrees in sign with all others.
+
+
+class SignAgreementEngine(Engine[Tensor]):
+    """Sums the signs of each sample's gradient over all parameters, `[N]`."""
+
+    def on_start(self, batch: Batch[Tensor]) -> None:
+        self._sums = torch.zeros(batch.n, dtype=torch.float64)
+
+    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+        self._sums[pass_.rows] += gradient.materialize().sign().flatten(1).sum(1)
+
+    def on_end(self, batch: Batch[Tensor]) -> Tensor:
+        return self._sums
+
+
+# A projection: keeps a random subset of coordinates.
+
+
+class CoordinateProjection(Projection):
+    """Keeps k of n coordinates, times √(n/k)."""
+
+    def draw(self, k: int, n: int, generator: Generator) -> Tensor:
+        kept = torch.randperm(n, generator=generator)[:k]
+        return nn.functional.one_hot(kept, n).to(torch.float32) * (n / k) ** 0.5
+
+
+# What the plugin offers.
+
+
+@hookimpl
+def ghost_samplers() -> dict[type[nn.Module], type[GradientSampler]]:
+    return {Scale: ScaleSampler}
+
+
+@hookimpl
+def ghost_engines() -> dict[str, type[Engine[Tensor]]]:
+    return {"sign_agreement": SignAgreementEngine}
+
+
+@hookimpl
+def ghost_projections() -> dict[str, type[Projection]]:
+    return {"coordinates": CoordinateProjection}
