@@ -96,7 +96,7 @@ class Arrival:
                 for local, gradient in gradients.items():
                     site = self.tracked.sites[local]
                     for listener in view.listeners:
-                        if site in listener.tracking.sites:
+                        if site.parameter in listener.tracking.names:
                             result = listener.on_gradient(pass_, site, gradient)
                             if result is not None:
                                 made[local] = result.to(site.dtype)
@@ -132,7 +132,7 @@ def keep(
     for listener in listeners:
         kept = {
             local: listener.on_input(tracked.sites[local], record)
-            if tracked.sites[local] in listener.tracking.sites
+            if tracked.sites[local].parameter in listener.tracking.names
             else record
             for local, record in records.items()
         }

@@ -90,9 +90,9 @@ class BatchCapture:
         """Raise if the passes do not make up the batch."""
         if not self.passes:
             raise CaptureError(
-                "the model was not called inside engine.batch(). If it is compiled, attach the "
-                "engine before torch.compile; if you call it through another object, give the "
-                "engine the module that is called."
+                "the model was not called with gradients enabled inside engine.batch(). If it is "
+                "compiled, attach the engine before torch.compile; if you call it through another "
+                "object, give the engine the module that is called."
             )
         covered = sum(pass_.n for pass_ in self.passes)
         if covered % max(self.n, 1):

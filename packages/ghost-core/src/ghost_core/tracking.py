@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from torch import Size, nn
@@ -76,10 +77,10 @@ class Tracking:
     sites: tuple[Site, ...]
     modules: tuple[TrackedModule, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
+    @cached_property
+    def names(self) -> frozenset[str]:
         """Names of the tracked parameters."""
-        return tuple(site.parameter for site in self.sites)
+        return frozenset(site.parameter for site in self.sites)
 
 
 def track(

@@ -168,8 +168,6 @@ class Verifier:
 
     def _run_probe(self, output: Any, row: int, n: int) -> None:
         outputs, gradients = probe_gradients(output, row, n)
-        if not outputs:
-            return
         self.probe = probe = Probe(row, n)
         try:
             torch.autograd.grad(
@@ -205,10 +203,10 @@ def probe_gradients(outputs: Any, row: int, n: int) -> tuple[list[Tensor], list[
         if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
     ]
     rows = [leaf for leaf in leaves if leaf.dim() and leaf.shape[0] == n]
-    if leaves and not rows:
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+    if not rows:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or type(outputs).__name__
         raise WrongSplitError(
-            f"the model's output does not tell {n} samples apart: no output of shape [{n}, ...] "
+            f"the model's output does not tell {n} samples apart: no tensor of shape [{n}, ...] "
             f"that requires a gradient, only {shapes}. Let the model return its outputs and "
             "compute the loss outside of it, or pass verify=False, which every result records."
         )
