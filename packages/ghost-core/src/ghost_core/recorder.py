@@ -286,6 +286,7 @@ class Recorder:
                     local: record.expand(len(outputs[0])) for local, record in records.items()
                 }
             views, saved = keep(batch.listeners, tracked, records)
+        shapes = [output.shape for output in call.outputs]
         made = tuple(tracked.sites) if self._makes_gradients else ()
         parameters = [getattr(tracked.module, local) for local in made]
         # Inputs and outputs live as long as the graph needs them, not as long as the call.
@@ -294,6 +295,9 @@ class Recorder:
         tapped: tuple[Tensor, ...] = Tap.apply(  # type: ignore[no-untyped-call]
             arrival, self._seed, len(outputs), len(made), *outputs, *parameters, *saved
         )
+        for output, shape in zip(tapped, shapes, strict=True):
+            if output.shape != shape:  # expanded from one row
+                self._verifier.watch(output, tracked)
         return tapped
 
     # State

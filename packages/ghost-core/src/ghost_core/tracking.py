@@ -121,7 +121,8 @@ def track(
             f"no trainable parameter is selected: {trainable} of {len(names)} parameters require "
             f"gradients, layers={layers!r}, exclude={exclude!r}"
         )
-    modules, problems = [], []
+    modules: list[TrackedModule] = []
+    unhandled: list[tuple[str, dict[str, Site], str]] = []
     for name, module in model.named_modules():
         own = {
             local: sites[parameter]
@@ -133,15 +134,30 @@ def track(
             if isinstance(found, GradientSampler):
                 modules.append(TrackedModule(name, module, found, own))
             else:
-                listed = ", ".join(site.parameter for site in own.values())
-                problems.append(f"  {name or '(root)'} [{listed}]: {found}")
+                unhandled.append((name, own, found))
+    _check_handled(modules, unhandled)
+    return Tracking(tuple(sorted(sites.values(), key=lambda site: site.parameter)), tuple(modules))
+
+
+def _check_handled(
+    modules: Iterable[TrackedModule], unhandled: Iterable[tuple[str, dict[str, Site], str]]
+) -> None:
+    """Raise if a parameter has no owner with a sampler.
+
+    A module that only holds what another one uses, such as the bias of BERT's head, needs none; that
+    it does not use it is for the verification to find.
+    """
+    handled = {site for tracked in modules for site in tracked.sites.values()}
+    problems = []
+    for name, own, reason in unhandled:
+        if missing := [site.parameter for site in own.values() if site not in handled]:
+            problems.append(f"  {name or '(root)'} [{', '.join(missing)}]: {reason}")
     if problems:
         raise UnsupportedLayerError(
             "no per-sample gradients for these modules:\n"
             + "\n".join(problems)
             + "\nLeave them out with exclude=..., or register a sampler for them as a plugin."
         )
-    return Tracking(tuple(sorted(sites.values(), key=lambda site: site.parameter)), tuple(modules))
 
 
 def as_patterns(patterns: Patterns) -> tuple[str, ...]:

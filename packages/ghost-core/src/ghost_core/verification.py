@@ -4,7 +4,8 @@ That contributions sum to the batch gradient proves nothing: sequence-first layo
 positions as samples, sorted rows, BatchNorm and folded rows all pass that check with wrong splits.
 Two checks take its place:
 
-* `UsageMode` watches the forward pass for operations on tracked parameters outside their modules.
+* `UsageMode` watches the forward pass for operations on tracked parameters outside their modules,
+  and for operations on a value computed once for all samples that would change if it were not.
 * `Probe` sends NaN into the gradient of one sample's output and looks at which rows it reaches.
   NaN survives multiplication by zero, so mixing behind a zero-initialised gate is found as well.
 """
@@ -25,8 +26,24 @@ from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.tracking import TrackedModule
 
 
+_BROADCASTING = {
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.add_.Tensor,
+    torch.ops.aten.sub.Tensor,
+    torch.ops.aten.sub_.Tensor,
+    torch.ops.aten.mul.Tensor,
+    torch.ops.aten.mul_.Tensor,
+    torch.ops.aten.div.Tensor,
+    torch.ops.aten.div_.Tensor,
+}
+"""Operations whose result is the same whether one row is broadcast or expanded before."""
+
+
 class UsageMode(TorchDispatchMode):
-    """Reports operations on tracked parameters that run outside a module that owns them.
+    """Reports operations that make per-sample gradients, or the training itself, wrong.
+
+    These are operations on a tracked parameter outside a module that owns it, and operations on an
+    output of one row, expanded to N, other than to combine it with a value of N rows.
 
     Args:
         parameters: The tracked parameters by name.
@@ -46,6 +63,14 @@ class UsageMode(TorchDispatchMode):
         self._casts: list[Tensor] = []  # kept, so that their addresses are not given away
         self.outside: dict[str, str] = {}
         """Operation by name of the parameter that it used outside."""
+        self.shared: dict[str, str] = {}
+        """Operation by label of the module whose single row it used."""
+        self._expanded: dict[int, TrackedModule] = {}
+
+    def watch(self, output: Tensor, tracked: TrackedModule) -> None:
+        """Watch what becomes of a module's output that was expanded from one row."""
+        self._expanded[output.untyped_storage().data_ptr()] = tracked
+        self._casts.append(output)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it touched."""
@@ -57,7 +82,26 @@ class UsageMode(TorchDispatchMode):
                 name = self._names.get(value.untyped_storage().data_ptr())
                 if name is not None:
                     self._touched(name, func, result)
+                source = self._expanded.get(value.untyped_storage().data_ptr())
+                if source is not None and not self._is_broadcast(value, func, args, result):
+                    self.shared.setdefault(source.label, str(func))
         return result
+
+    def _is_broadcast(self, value: Tensor, func: Any, args: Any, result: Any) -> bool:
+        """Tell whether an operation combines an expanded row with a value of as many rows."""
+        if func is torch.ops.aten._to_copy.default:
+            tracked = self._expanded[value.untyped_storage().data_ptr()]
+            self.watch(result, tracked)
+            return True
+        others = [
+            other
+            for other in tree_leaves(args)
+            if isinstance(other, Tensor)
+            and other.untyped_storage().data_ptr() not in self._expanded
+        ]
+        return func in _BROADCASTING and any(
+            other.dim() == result.dim() and other.shape[0] == len(result) for other in others
+        )
 
     def _touched(self, name: str, func: Any, result: Any) -> None:
         if name not in self._owned():
@@ -67,11 +111,20 @@ class UsageMode(TorchDispatchMode):
             self._casts.append(result)
 
     def check(self) -> None:
-        """Raise if a parameter was used outside its module.
+        """Raise if there is anything to report.
 
         Raises:
-            WrongSplitError: Naming parameters and operations.
+            WrongSplitError: Naming modules, parameters and operations.
         """
+        if self.shared:
+            uses = "\n".join(f"  {label}: {operation}" for label, operation in self.shared.items())
+            raise WrongSplitError(
+                "these modules compute one row for all samples, and their output is not just "
+                f"added to a value of one row per sample:\n{uses}\n"
+                "Reason: the part of each sample in their gradient cannot be told.\n"
+                "Remedy: expand their input to one row per sample, or leave them out with "
+                "exclude=..."
+            )
         if not self.outside:
             return
         uses = "\n".join(f"  {name}: {operation}" for name, operation in self.outside.items())
@@ -138,6 +191,11 @@ class Verifier:
         }
         self._usage = UsageMode({name: parameters[name] for name in names}, owned)
         self._usage.__enter__()
+
+    def watch(self, output: Tensor, tracked: TrackedModule) -> None:
+        """Watch an output that was expanded from one row, if the pass is watched."""
+        if self._usage is not None:
+            self._usage.watch(output, tracked)
 
     def stop(self) -> UsageMode | None:
         """Stop to watch the forward pass and return what watched it."""

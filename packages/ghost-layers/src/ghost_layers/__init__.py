@@ -1,0 +1,39 @@
+"""Samplers for the layers of torch.nn and transformers.
+
+`ghost_layers.plugin` says which sampler handles which layer. What is exported here is for samplers
+of related layers.
+"""
+
+from ghost_layers.convolution import ConvolutionSampler, Geometry, Patches
+from ghost_layers.embedding import EmbeddingBagSampler, EmbeddingSampler
+from ghost_layers.linear import Conv1DSampler, LinearSampler
+from ghost_layers.normalization import (
+    BatchNormSampler,
+    ChannelScaleSampler,
+    GroupNormSampler,
+    InstanceNormSampler,
+    LayerNormSampler,
+    Normalized,
+    RMSNormSampler,
+    ScaleSampler,
+    Standardized,
+)
+
+__all__ = [
+    "BatchNormSampler",
+    "ChannelScaleSampler",
+    "Conv1DSampler",
+    "ConvolutionSampler",
+    "EmbeddingBagSampler",
+    "EmbeddingSampler",
+    "Geometry",
+    "GroupNormSampler",
+    "InstanceNormSampler",
+    "LayerNormSampler",
+    "LinearSampler",
+    "Normalized",
+    "Patches",
+    "RMSNormSampler",
+    "ScaleSampler",
+    "Standardized",
+]

@@ -1,0 +1,45 @@
+"""How layers lay out their inputs and outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ghost_core import Call, WrongSplitError
+
+
+def channels_last(values: Tensor) -> Tensor:
+    """Fold all axes behind the channels into positions: `[N, C, ...]` to `[N, T, C]`, a view."""
+    return values.reshape(*values.shape[:2], values.shape[2:].numel()).mT
+
+
+def only_input(call: Call) -> Any:
+    """Return the input of a layer that has one, whatever its forward calls it."""
+    (value,) = (*call.args, *call.kwargs.values())
+    return value
+
+
+def check_samples(call: Call, rank: int) -> None:
+    """Raise if a layer ran without an axis for samples.
+
+    Args:
+        call: The call.
+        rank: Number of axes that the output has if the first one is the samples.
+
+    Raises:
+        WrongSplitError: If the output has fewer axes.
+    """
+    shape = tuple(call.outputs[0].shape)
+    if len(shape) < rank:
+        raise WrongSplitError(
+            f"{call.name} returned one sample of shape {shape}, without an axis for samples\n"
+            f"Reason: an output with samples has {rank} axes or more here.\n"
+            f"Remedy: give it inputs [N, ...], or leave it out with exclude={call.name!r}"
+        )
+
+
+def class_names(listed: str) -> list[str]:
+    """Return the dotted names of classes of transformers, listed as `model.Class`."""
+    pairs = (name.split(".") for name in listed.split())
+    return [f"transformers.models.{model}.modeling_{model}.{kind}" for model, kind in pairs]

@@ -1,0 +1,48 @@
+"""Registers the samplers of this package. The table says which one handles which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ghost_core import GradientSampler, hookimpl
+from ghost_layers.convolution import ConvolutionSampler
+from ghost_layers.embedding import EmbeddingBagSampler, EmbeddingSampler
+from ghost_layers.linear import Conv1DSampler, LinearSampler
+from ghost_layers.normalization import (
+    BatchNormSampler,
+    GroupNormSampler,
+    InstanceNormSampler,
+    LayerNormSampler,
+    RMSNormSampler,
+)
+from ghost_layers.transformers_embeddings import TRANSFORMERS_EMBEDDINGS
+from ghost_layers.transformers_norms import TRANSFORMERS_NORMS
+
+
+@hookimpl
+def ghost_samplers() -> Mapping[str | type[nn.Module], type[GradientSampler]]:
+    """Offer a sampler for every layer that this package knows."""
+    return {
+        nn.Linear: LinearSampler,
+        nn.Conv1d: ConvolutionSampler,
+        nn.Conv2d: ConvolutionSampler,
+        nn.Conv3d: ConvolutionSampler,
+        nn.Embedding: EmbeddingSampler,
+        nn.EmbeddingBag: EmbeddingBagSampler,
+        nn.LayerNorm: LayerNormSampler,
+        nn.RMSNorm: RMSNormSampler,
+        nn.GroupNorm: GroupNormSampler,
+        nn.InstanceNorm1d: InstanceNormSampler,
+        nn.InstanceNorm2d: InstanceNormSampler,
+        nn.InstanceNorm3d: InstanceNormSampler,
+        nn.BatchNorm1d: BatchNormSampler,
+        nn.BatchNorm2d: BatchNormSampler,
+        nn.BatchNorm3d: BatchNormSampler,
+        nn.SyncBatchNorm: BatchNormSampler,
+        "transformers.pytorch_utils.Conv1D": Conv1DSampler,
+        "transformers.models.falcon.modeling_falcon.FalconLinear": LinearSampler,
+        **TRANSFORMERS_EMBEDDINGS,  # Embedding(index) * embed_scale
+        **TRANSFORMERS_NORMS,  # root-mean-square norms and bias-free layer norms
+    }

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ghost_core import SamplerRegistry
+from ghost_core.registry import Claim, dotted_name
+from ghost_layers.plugin import ghost_samplers
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    # The tensors are tiny: threads would only wait for each other.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def registry() -> SamplerRegistry:
+    """Everything that this package offers, whether or not other plugins are installed."""
+    return SamplerRegistry(
+        Claim(kind if isinstance(kind, str) else dotted_name(kind), sampler, "ghost-layers:layers")
+        for kind, sampler in ghost_samplers().items()
+    )
