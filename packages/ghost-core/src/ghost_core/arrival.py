@@ -65,8 +65,9 @@ class Arrival:
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
         """Hand the gradients to the engines and return the parameters' gradients they made."""
-        if self.verifier.probe is not None:
-            self.verifier.probe.see(self.call.name, grads)
+        if Verifier.probing is not None:
+            if Verifier.probing is self.verifier:
+                self.verifier.see(self.call.name, grads)
             return [None] * len(self.made)
         if self.pass_ is None:
             raise CaptureError(
@@ -96,7 +97,8 @@ class Arrival:
                 for local, gradient in gradients.items():
                     site = self.tracked.sites[local]
                     for listener in view.listeners:
-                        if site.parameter in listener.tracking.names:
+                        still_open = listener in self.batch.listeners
+                        if still_open and site.parameter in listener.tracking.names:
                             result = listener.on_gradient(pass_, site, gradient)
                             if result is not None:
                                 made[local] = result.to(site.dtype)

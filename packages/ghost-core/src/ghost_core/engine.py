@@ -35,7 +35,7 @@ class Batch(Generic[ResultT]):
     def __init__(self, ids: Tensor, verified: bool) -> None:
         self.ids = ids
         self.verified = verified
-        self._result: ResultT | None = None
+        self._results: list[ResultT] = []
 
     @property
     def n(self) -> int:
@@ -49,15 +49,15 @@ class Batch(Generic[ResultT]):
         Raises:
             CaptureError: If the batch is still open, or an exception ended it.
         """
-        if self._result is None:
+        if not self._results:
             raise CaptureError(
                 "the batch has no result: it is still open, or an exception ended it"
             )
-        return self._result
+        return self._results[0]
 
     def finish(self, result: ResultT) -> None:
         """Set the result."""
-        self._result = result
+        self._results[:] = [result]
 
 
 class Engine(ABC, Generic[ResultT]):
@@ -72,7 +72,10 @@ class Engine(ABC, Generic[ResultT]):
         layers: Globs over dotted names of modules or parameters: what to track.
         exclude: Globs over dotted names: what to leave out of it.
         verify: Whether to verify, on the first batch and whenever modules change between training
-            and evaluation mode, that gradients can be split by sample.
+            and evaluation mode, that gradients can be split by sample. It costs about two training
+            steps, and gradients of NaN pass through hooks that the model's own code puts on
+            tensors; hooks on modules do not see them. Without it, ghost trusts that samples do not
+            mix and that what is computed once for all of them is just added.
         registry: Where samplers are found; by default those of all installed plugins.
 
     Raises:
@@ -103,6 +106,7 @@ class Engine(ABC, Generic[ResultT]):
         self.tracking: Tracking = track(model, *self._selection)
         self._recorder: Recorder | None = None
         self._batch: Batch[ResultT] | None = None
+        self._open = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -150,15 +154,18 @@ class Engine(ABC, Generic[ResultT]):
         """
         if self._recorder is None:
             raise CaptureError("attach the engine first: with engine: ...")
+        if self._open:
+            raise CaptureError("a batch is open already")
         self._check_flags()
         batch = self.new_batch(as_ids(ids))
-        self._batch = batch
+        self._batch, self._open = batch, True
         try:
             self.on_start(batch)
             with self._recorder.capture(self, batch.n):
                 yield batch
             batch.finish(self.on_end(batch))
         finally:
+            self._open = False
             self.on_close()
 
     def collect(self) -> ResultT:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class GhostError(Exception):
-    """Base class of all ghost errors."""
+    """Base class of all ghost errors. They can be pickled, to cross processes."""
+
+    def __reduce__(self) -> tuple[Callable[..., GhostError], tuple[type[GhostError], str]]:
+        return _rebuild, (type(self), str(self))
+
+
+def _rebuild(kind: type[GhostError], message: str) -> GhostError:
+    error = kind.__new__(kind)
+    error.args = (message,)
+    return error
 
 
 class CaptureError(GhostError):

@@ -119,10 +119,10 @@ class Outer(PerSampleGradient):
         k, tokens = directions.shape[0], self.grad.shape[1]
         if self.factor.transposed or (k - 1) * tokens <= k:
             return self._contract(directions, dims=(1, 2, 3))
-        flat = directions.flatten(1).mT
+        flat = as_rows(directions).mT
         dtype = accumulation_dtype(self.grad, directions)
         built = [self.narrow(part).materialize() for part in chunks(self.n, self.shape.numel())]
-        return torch.cat([g.to(dtype).flatten(1) @ flat.to(dtype) for g in built])
+        return torch.cat([as_rows(g.to(dtype)) @ flat.to(dtype) for g in built])
 
     def gram(self, other: PerSampleGradient) -> Tensor:
         """Multiply token Grams or built gradients, whichever takes fewer operations."""
@@ -171,7 +171,8 @@ class Outer(PerSampleGradient):
         """Form the weighted gradient of the batch directly."""
         grad = self.grad.to(accumulation_dtype(self.grad))
         if weights is not None:
-            grad = grad * weights.to(grad.dtype)[:, None, None, None]
+            dtype = accumulation_dtype(grad, weights)
+            grad = grad.to(dtype) * weights.to(dtype)[:, None, None, None]
         return self._as_parameter(self.factor.sum_outer(grad).unsqueeze(0))[0]
 
     def materialize(self) -> Tensor:
@@ -264,13 +265,14 @@ class Dense(PerSampleGradient):
     def token_dot(self, directions: Tensor) -> Tensor:
         """Return the dots term by term, `[N, T, K]`."""
         dtype = accumulation_dtype(self.terms, directions)
-        return self.terms.to(dtype).flatten(2) @ directions.to(dtype).flatten(1).mT
+        terms = self.terms.to(dtype).reshape(*self.terms.shape[:2], self.shape.numel())
+        return terms @ as_rows(directions.to(dtype)).mT
 
     def dot(self, directions: Tensor) -> Tensor:
         """Return `⟨g_n, v_k⟩`, `[N, K]`."""
         gradients = self.materialize()
         dtype = accumulation_dtype(gradients, directions)
-        return gradients.to(dtype).flatten(1) @ directions.to(dtype).flatten(1).mT
+        return as_rows(gradients.to(dtype)) @ as_rows(directions.to(dtype)).mT
 
     def gram(self, other: PerSampleGradient) -> Tensor:
         """Return `⟨g_n, h_m⟩`, `[N, M]`."""
@@ -283,18 +285,19 @@ class Dense(PerSampleGradient):
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project the gradients as matrices, `[N, k_left, k_right]`."""
         matrix = self.materialize().reshape(self.n, *matrix_shape(self.shape))
+        dtype = accumulation_dtype(matrix, *(side for side in (left, right) if side is not None))
+        matrix = matrix.to(dtype)
         if left is not None:
-            matrix = left.to(accumulation_dtype(matrix, left)) @ matrix
-        if right is not None:
-            matrix = matrix @ right.to(accumulation_dtype(matrix, right)).mT
-        return matrix
+            matrix = left.to(dtype) @ matrix
+        return matrix if right is None else matrix @ right.to(dtype).mT
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
         """Return the weighted gradient of the batch."""
         gradients = self.materialize()
         if weights is None:
             return gradients.sum(0)
-        return torch.einsum("n,n...->...", weights.to(gradients.dtype), gradients)
+        dtype = accumulation_dtype(gradients, weights)
+        return torch.einsum("n,n...->...", weights.to(dtype), gradients.to(dtype))
 
     def materialize(self) -> Tensor:
         """Return the gradients, `[N, *shape]`."""
@@ -308,6 +311,11 @@ class Dense(PerSampleGradient):
 def matrix_shape(shape: Size) -> tuple[int, int]:
     """Return a parameter's shape as a matrix: first axis by all others; a vector is one column."""
     return (shape[0], math.prod(shape[1:])) if len(shape) else (1, 1)
+
+
+def as_rows(values: Tensor) -> Tensor:
+    """Flatten all axes but the first: `[N, *shape]` to `[N, prod(shape)]`."""
+    return values.reshape(values.shape[0], values.shape[1:].numel())
 
 
 def gram_of_uses(uses: Sequence[PerSampleGradient], others: Sequence[PerSampleGradient]) -> Tensor:
@@ -326,9 +334,9 @@ def paired_of_uses(
 
 
 def _dense_gram(left: PerSampleGradient, right: PerSampleGradient) -> Tensor:
-    others = right.materialize().flatten(1).mT
+    others = as_rows(right.materialize()).mT
     parts = [
-        left.narrow(part).materialize().flatten(1) for part in chunks(left.n, left.shape.numel())
+        as_rows(left.narrow(part).materialize()) for part in chunks(left.n, left.shape.numel())
     ]
     dtype = accumulation_dtype(others, *parts)
     return torch.cat([part.to(dtype) @ others.to(dtype) for part in parts])
@@ -339,7 +347,7 @@ def _dense_paired(left: PerSampleGradient, right: PerSampleGradient) -> Tensor:
     for part in chunks(left.n, left.shape.numel()):
         mine, theirs = left.narrow(part).materialize(), right.narrow(part).materialize()
         dtype = accumulation_dtype(mine, theirs)
-        rows.append((mine.to(dtype) * theirs.to(dtype)).flatten(1).sum(1))
+        rows.append(as_rows(mine.to(dtype) * theirs.to(dtype)).sum(1))
     return torch.cat(rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,20 +24,45 @@ def full_precision(device: torch.device) -> Iterator[None]:
     A product of bfloat16 tensors is up to 18 % off the dot that it stands for, so every factor is
     widened before it meets a direction, and the user's speed settings do not apply to the result.
     """
-    matmul = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32
-    try:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision("highest")
-        if cudnn and device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with _exact_products(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _precision_settings() -> tuple[Any, ...]:
+    """Return torch's switches for float32 products, from torch 2.9 on."""
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    return backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    if not hasattr(torch.backends.cudnn, "conv"):
+        with _exact_products_before_2_9():
             yield
+        return
+    # Reading the older settings is an error once the newer ones were used; this way both work.
+    settings = _precision_settings()
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
     finally:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision(matmul)
-        if cudnn and device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = cudnn
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+@contextmanager
+def _exact_products_before_2_9() -> Iterator[None]:
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
 
 
 def chunks(n: int, elements_per_sample: int, limit: int = 2**25) -> Iterator[slice]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, distributions
@@ -100,7 +101,7 @@ def collect(entries: list[tuple[Distribution, EntryPoint]]) -> Contributions:
     """Load plugins and gather their offers. One that fails is reported, never fatal."""
     manager = pluggy.PluginManager(hookspecs.GROUP)
     manager.add_hookspecs(hookspecs)
-    disabled = {name.strip() for name in os.environ.get(DISABLED_VARIABLE, "").split(",")}
+    disabled = {_canonical(name) for name in os.environ.get(DISABLED_VARIABLE, "").split(",")}
     plugins: dict[str, Plugin] = {}
     # Distributions may be listed twice where sys.path names a folder twice.
     for distribution, entry in sorted(entries, key=lambda pair: (pair[0].name, pair[1].name)):
@@ -108,7 +109,7 @@ def collect(entries: list[tuple[Distribution, EntryPoint]]) -> Contributions:
         if name in plugins:
             continue
         plugin = plugins[name] = Plugin(name, distribution.version)
-        if distribution.name in disabled:
+        if _canonical(distribution.name) in disabled:
             plugin.disabled = True
         else:
             _load(manager, plugin, entry)
@@ -133,6 +134,11 @@ def failure_note(plugins: tuple[Plugin, ...]) -> str:
     """Return a remark for error messages that names the plugins with problems."""
     broken = [plugin.name for plugin in plugins if plugin.problems or plugin.disabled]
     return f" (plugins left out: {', '.join(broken)}; see `ghost plugins`)" if broken else ""
+
+
+def _canonical(name: str) -> str:
+    """Return a distribution's name as package indexes compare names."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def _load(manager: pluggy.PluginManager, plugin: Plugin, entry: EntryPoint) -> None:

@@ -6,8 +6,9 @@ model; everything else about a batch lives in `BatchCapture` and dies with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
@@ -50,13 +52,13 @@ class Recorder:
         self._attached: dict[int, tuple[Listener, Freeze]] = {}
         self._tracked: dict[str, TrackedModule] = {}
         self._handles: list[RemovableHandle] = []
+        self._first_hooks: set[int] = set()
         self._flags: dict[nn.Parameter, bool] = {}
-        self._withheld: dict[nn.Module, list[nn.Parameter]] = {}
         self._seed = torch.zeros((), requires_grad=True)
         self._verifier = Verifier(model, {}, self._seed)
         self._batch: BatchCapture | None = None
         self._pass: Pass | None = None
-        self._running: list[TrackedModule] = []
+        self._running: list[_Running] = []
         self._paused = False
 
     @classmethod
@@ -162,10 +164,9 @@ class Recorder:
     def _abandon(self) -> None:
         """Forget a pass that an exception cut short."""
         self._pass = None
-        self._running.clear()
         self._verifier.stop()
-        for module in list(self._withheld):
-            self._restore(module)
+        while self._running:
+            self._running.pop().restore()
 
     # Hooks
 
@@ -174,6 +175,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._first_hooks.clear()
         self._tracked.clear()
         for listener, _ in self._attached.values():
             for tracked in listener.tracking.modules:
@@ -192,14 +194,14 @@ class Recorder:
             module = tracked.module
             add(module.register_forward_pre_hook(_Hook(partial(self._before_call, tracked))))
             # First among the module's hooks: a user's hook may change the output.
-            add(
-                module.register_forward_hook(
-                    _Hook(partial(self._after_call, tracked)),
-                    prepend=True,
-                    with_kwargs=True,
-                    always_call=True,
-                )
+            first = module.register_forward_hook(
+                _Hook(partial(self._after_call, tracked)),
+                prepend=True,
+                with_kwargs=True,
+                always_call=True,
             )
+            add(first)
+            self._first_hooks.add(first.id)
         add(root.register_forward_hook(_Hook(self._after_root), always_call=True))
 
     def _listens(self, module: nn.Module, expected: nn.Module) -> bool:
@@ -234,21 +236,32 @@ class Recorder:
     def _before_call(self, tracked: TrackedModule, module: nn.Module, args: Any) -> None:
         if not self._listens(module, tracked.module):
             return
-        self._running.append(tracked)
-        if self._makes_gradients and torch.is_grad_enabled():
-            own = [getattr(module, local) for local in tracked.sites]
-            self._withheld[module] = [parameter for parameter in own if parameter.requires_grad]
-            for parameter in own:
-                parameter.requires_grad_(False)
+        first = next(iter(module._forward_hooks), None)
+        if first not in self._first_hooks or nn_module._global_forward_hooks:
+            raise CaptureError(
+                f"a forward hook on {tracked.label} runs before ghost's and may change the output: "
+                "register it before the engine is attached, and no global forward hooks"
+            )
+        if any(running.tracked is tracked for running in self._running):
+            raise CaptureError(
+                f"{tracked.label} called itself, which cannot be captured: exclude it"
+            )
+        running = _Running(tracked, [])
+        self._running.append(running)
+        if torch.is_grad_enabled():
+            for local in self._made(tracked):
+                parameter = getattr(module, local)
+                if parameter.requires_grad:
+                    running.withheld.append(parameter)
+                    parameter.requires_grad_(False)
 
     def _after_call(
         self, tracked: TrackedModule, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Any:
         if not self._listens(module, tracked.module):
             return None
-        if self._running:
-            self._running.pop()
-        self._restore(module)
+        if self._running and self._running[-1].tracked is tracked:
+            self._running.pop().restore()
         batch = self._batch
         assert batch is not None
         if output is None:
@@ -264,7 +277,8 @@ class Recorder:
                 "engine was made for, or close the batch first"
             )
         leaves, structure = tree_flatten(output)
-        taken = [at for at, leaf in enumerate(leaves) if self._is_differentiable(leaf)]
+        frozen = bool(self._flags) or bool(self._made(tracked))
+        taken = [at for at, leaf in enumerate(leaves) if _is_differentiable(leaf, frozen)]
         if not taken:
             batch.unseen.add(tracked.name)
             return None
@@ -277,8 +291,15 @@ class Recorder:
 
     def _tap(self, batch: BatchCapture, tracked: TrackedModule, call: Call) -> tuple[Tensor, ...]:
         """Record a call and put a Tap behind its outputs."""
-        n = self._pass.n if self._pass is not None else _common_size(batch.passes)
+        # A recomputation belongs to the last pass, or fails on the sizes of what it recomputes.
+        n = (self._pass or batch.passes[-1]).n
         outputs = [_with_rows(output, n, tracked) for output in call.outputs]
+        if self._verifier.watching:
+            # Memory of its own: an operation in place must come as far as being found.
+            outputs = [
+                output if output.shape == given.shape else output.clone()
+                for output, given in zip(outputs, call.outputs, strict=True)
+            ]
         with full_precision(outputs[0].device):
             records = dict(tracked.sampler.record(call))
             if outputs[0] is not call.outputs[0]:
@@ -287,7 +308,7 @@ class Recorder:
                 }
             views, saved = keep(batch.listeners, tracked, records)
         shapes = [output.shape for output in call.outputs]
-        made = tuple(tracked.sites) if self._makes_gradients else ()
+        made = self._made(tracked)
         parameters = [getattr(tracked.module, local) for local in made]
         # Inputs and outputs live as long as the graph needs them, not as long as the call.
         call.module, call.args, call.kwargs, call.outputs = None, (), {}, ()
@@ -306,19 +327,19 @@ class Recorder:
     def _verifying(self) -> bool:
         return self._batch is not None and any(each.verify for each in self._batch.listeners)
 
-    @property
-    def _makes_gradients(self) -> bool:
-        return any(freeze is Freeze.CALL for _, freeze in self._attached.values())
+    def _made(self, tracked: TrackedModule) -> tuple[str, ...]:
+        """Return the parameters whose gradients an engine makes in the open batch."""
+        assert self._batch is not None
+        names: set[str] = set()
+        for listener in self._batch.listeners:
+            if self._attached[id(listener)][1] is Freeze.CALL:
+                names |= listener.tracking.names
+        return tuple(local for local, site in tracked.sites.items() if site.parameter in names)
 
     def _owned(self) -> frozenset[str]:
         if not self._running:
             return frozenset()
-        return frozenset(site.parameter for site in self._running[-1].sites.values())
-
-    def _is_differentiable(self, leaf: object) -> bool:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return False
-        return leaf.requires_grad or bool(self._flags) or self._makes_gradients
+        return frozenset(site.parameter for site in self._running[-1].tracked.sites.values())
 
     def _count(self, batch: BatchCapture, args: Any, kwargs: Any) -> int:
         """Return the number of samples that the model is called on."""
@@ -337,8 +358,16 @@ class Recorder:
             )
         return candidates.pop()
 
-    def _restore(self, module: nn.Module) -> None:
-        for parameter in self._withheld.pop(module, ()):
+
+@dataclass
+class _Running:
+    """A tracked module's call on its way, and the parameters withheld from autograd meanwhile."""
+
+    tracked: TrackedModule
+    withheld: list[nn.Parameter]
+
+    def restore(self) -> None:
+        for parameter in self.withheld:
             parameter.requires_grad_(True)
 
 
@@ -371,18 +400,20 @@ def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _common_size(passes: Sequence[Pass]) -> int | None:
-    sizes = {pass_.n for pass_ in passes}
-    return sizes.pop() if len(sizes) == 1 else None
+def _is_differentiable(leaf: object, frozen: bool) -> bool:
+    """Tell whether gradients can arrive at an output; frozen ones get a graph from their Tap."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return False
+    return leaf.requires_grad or frozen
 
 
-def _with_rows(output: Tensor, n: int | None, tracked: TrackedModule) -> Tensor:
+def _with_rows(output: Tensor, n: int, tracked: TrackedModule) -> Tensor:
     """Return an output with one row per sample; one computed once for all samples is expanded."""
     if not output.dim():
         raise WrongSplitError(
             f"{tracked.name} returned a scalar, which cannot be split by sample: exclude it"
         )
-    if n is None or output.shape[0] == n:
+    if output.shape[0] == n:
         return output
     if output.shape[0] == 1:
         return output.expand(n, *output.shape[1:])

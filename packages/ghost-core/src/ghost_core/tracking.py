@@ -144,8 +144,8 @@ def _check_handled(
 ) -> None:
     """Raise if a parameter has no owner with a sampler.
 
-    A module that only holds what another one uses, such as the bias of BERT's head, needs none; that
-    it does not use it is for the verification to find.
+    A module that only holds what another one uses, such as the bias of BERT's head, needs none;
+    that it does not use it is for the verification to find.
     """
     handled = {site for tracked in modules for site in tracked.sites.values()}
     problems = []

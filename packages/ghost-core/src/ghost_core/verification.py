@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.tracking import TrackedModule
-
 
 _BROADCASTING = {
     torch.ops.aten.add.Tensor,
@@ -55,21 +54,21 @@ class UsageMode(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._owned = owned
-        self._names = {
-            parameter.untyped_storage().data_ptr(): name
-            for name, parameter in parameters.items()
-            if parameter.numel()
-        }
+        self._names: dict[int, list[tuple[range, str]]] = {}
+        for name, parameter in parameters.items():
+            self._know(parameter, name)
         self._casts: list[Tensor] = []  # kept, so that their addresses are not given away
         self.outside: dict[str, str] = {}
         """Operation by name of the parameter that it used outside."""
         self.shared: dict[str, str] = {}
         """Operation by label of the module whose single row it used."""
         self._expanded: dict[int, TrackedModule] = {}
+        self._uses: dict[int, int] = {}
 
     def watch(self, output: Tensor, tracked: TrackedModule) -> None:
         """Watch what becomes of a module's output that was expanded from one row."""
         self._expanded[output.untyped_storage().data_ptr()] = tracked
+        self._uses[output.untyped_storage().data_ptr()] = 0
         self._casts.append(output)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,16 +78,20 @@ class UsageMode(TorchDispatchMode):
             return result
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, Tensor):
-                name = self._names.get(value.untyped_storage().data_ptr())
-                if name is not None:
-                    self._touched(name, func, result)
+                self._touch(value, func, result)
                 source = self._expanded.get(value.untyped_storage().data_ptr())
                 if source is not None and not self._is_broadcast(value, func, args, result):
                     self.shared.setdefault(source.label, str(func))
         return result
 
     def _is_broadcast(self, value: Tensor, func: Any, args: Any, result: Any) -> bool:
-        """Tell whether an operation combines an expanded row with a value of as many rows."""
+        """Tell whether an operation combines an expanded row with a value of as many rows.
+
+        Just one may: gradients of several would be summed in another order than without ghost.
+        """
+        self._uses[value.untyped_storage().data_ptr()] += 1
+        if self._uses[value.untyped_storage().data_ptr()] > 1:
+            return False
         if func is torch.ops.aten._to_copy.default:
             tracked = self._expanded[value.untyped_storage().data_ptr()]
             self.watch(result, tracked)
@@ -103,12 +106,25 @@ class UsageMode(TorchDispatchMode):
             other.dim() == result.dim() and other.shape[0] == len(result) for other in others
         )
 
-    def _touched(self, name: str, func: Any, result: Any) -> None:
-        if name not in self._owned():
-            self.outside.setdefault(name, str(func))
+    def _know(self, parameter: Tensor, name: str) -> None:
+        if parameter.numel():
+            address = parameter.untyped_storage().data_ptr()
+            self._names.setdefault(address, []).append((_extent(parameter), name))
+
+    def _touch(self, value: Tensor, func: Any, result: Any) -> None:
+        known = self._names.get(value.untyped_storage().data_ptr())
+        if known is None or not value.numel():
+            return
+        extent = _extent(value)  # parameters may be parts of one buffer
+        names = [
+            name for other, name in known if extent.start < other.stop and other.start < extent.stop
+        ]
+        if names and self._owned().isdisjoint(names):
+            self.outside.setdefault(names[0], str(func))
         if func is torch.ops.aten._to_copy.default:  # autocast uses a copy in place of the weight
-            self._names[result.untyped_storage().data_ptr()] = name
             self._casts.append(result)
+            for name in names:
+                self._know(result, name)
 
     def check(self) -> None:
         """Raise if there is anything to report.
@@ -120,7 +136,7 @@ class UsageMode(TorchDispatchMode):
             uses = "\n".join(f"  {label}: {operation}" for label, operation in self.shared.items())
             raise WrongSplitError(
                 "these modules compute one row for all samples, and their output is not just "
-                f"added to a value of one row per sample:\n{uses}\n"
+                f"added once to a value of one row per sample:\n{uses}\n"
                 "Reason: the part of each sample in their gradient cannot be told.\n"
                 "Remedy: expand their input to one row per sample, or leave them out with "
                 "exclude=..."
@@ -134,6 +150,13 @@ class UsageMode(TorchDispatchMode):
             f"Leave them out with exclude={','.join(self.outside)!r}, or call the owning module "
             "instead of using its parameter."
         )
+
+
+def _extent(tensor: Tensor) -> range:
+    """Return the elements of its storage that a tensor spans."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    length = 1 + sum((size - 1) * stride for size, stride in steps)
+    return range(tensor.storage_offset(), tensor.storage_offset() + length)
 
 
 @dataclass
@@ -169,6 +192,9 @@ class Verifier:
         seed: A scalar that every Tap depends on.
     """
 
+    probing: ClassVar[Verifier | None] = None
+    """The verifier whose probe is running; gradients that arrive meanwhile are its alone."""
+
     def __init__(
         self, model: nn.Module, tracked: Mapping[str, TrackedModule], seed: Tensor
     ) -> None:
@@ -177,20 +203,34 @@ class Verifier:
         self._tracked = tracked
         self._seed = seed
         self._verified: dict[tuple[object, ...], set[str]] = {}
+        self._unwatched: set[tuple[object, ...]] = set()
         self._usage: UsageMode | None = None
-        self.probe: Probe | None = None
-        """The probe that is running; gradients that arrive meanwhile are its alone."""
+        self._probe: Probe | None = None
+        self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
+
+    def see(self, name: str, grads: Sequence[Tensor | None]) -> None:
+        """Look at gradients that arrive at a module while a probe runs."""
+        assert self._probe is not None
+        self._probe.see(name, grads)
 
     def start(self, n: int, owned: Callable[[], frozenset[str]]) -> None:
         """Watch the forward pass of n samples, if passes like it are not verified yet."""
-        if self._signature(n) in self._verified:
+        signature = self._signature(n)
+        if signature in self._verified and signature not in self._unwatched:
             return
+        self._unwatched.discard(signature)
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         names = {
             site.parameter for tracked in self._tracked.values() for site in tracked.sites.values()
         }
+        self._shield_backward_hooks()
         self._usage = UsageMode({name: parameters[name] for name in names}, owned)
         self._usage.__enter__()
+
+    @property
+    def watching(self) -> bool:
+        """Whether a forward pass is being watched."""
+        return self._usage is not None
 
     def watch(self, output: Tensor, tracked: TrackedModule) -> None:
         """Watch an output that was expanded from one row, if the pass is watched."""
@@ -199,10 +239,25 @@ class Verifier:
 
     def stop(self) -> UsageMode | None:
         """Stop to watch the forward pass and return what watched it."""
+        for hooks, found in self._hooks:
+            hooks.update(found)
+        self._hooks.clear()
         usage, self._usage = self._usage, None
         if usage is not None:
             usage.__exit__(None, None, None)
         return usage
+
+    def _shield_backward_hooks(self) -> None:
+        """Keep the user's backward hooks from seeing probes.
+
+        Modules take their hooks into the graph when they run; for this forward pass they get some
+        that do nothing while a probe runs.
+        """
+        for module in self._modules:
+            for hooks in (module._backward_hooks, module._backward_pre_hooks):
+                if hooks:
+                    self._hooks.append((hooks, dict(hooks)))
+                    hooks.update({key: _unless_probing(hook) for key, hook in hooks.items()})
 
     def check(self, usage: UsageMode | None, output: Any, n: int, called: set[str]) -> None:
         """Check what was watched, and probe a pass that called modules not verified yet.
@@ -216,6 +271,8 @@ class Verifier:
         verified = self._verified.get(self._signature(n), set())
         if called <= verified:
             return
+        if usage is None:  # a module ran that had not run before: watch the next pass
+            self._unwatched.add(self._signature(n))
         for row in probe_rows(n):
             self._run_probe(output, row, n)
         self._verified[self._signature(n)] = verified | called
@@ -226,11 +283,13 @@ class Verifier:
 
     def _run_probe(self, output: Any, row: int, n: int) -> None:
         outputs, gradients = probe_gradients(output, row, n)
-        self.probe = probe = Probe(row, n)
+        self._probe = probe = Probe(row, n)
+        Verifier.probing = self
         try:
-            torch.autograd.grad(
-                outputs, [self._seed], gradients, retain_graph=True, allow_unused=True
-            )
+            with torch.autograd.set_detect_anomaly(False):  # which takes NaN for a mistake
+                torch.autograd.grad(
+                    outputs, [self._seed], gradients, retain_graph=True, allow_unused=True
+                )
         except RuntimeError as error:
             if "use_reentrant" in str(error):
                 raise CaptureError(
@@ -239,9 +298,18 @@ class Verifier:
                 ) from error
             raise
         finally:
-            self.probe = None
+            self._probe = Verifier.probing = None
         if probe.reached:
             raise wrong_split(self._model, probe, self._tracked)
+
+
+def _unless_probing(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that does nothing while a probe runs."""
+
+    def shielded(*args: Any) -> Any:
+        return hook(*args) if Verifier.probing is None else None
+
+    return shielded
 
 
 def probe_rows(n: int) -> list[int]:
@@ -322,8 +390,8 @@ def wrong_rows(tracked: TrackedModule, rows: int, n: int) -> WrongSplitError:
         f"gradients cannot be split by sample: {tracked.label} returned "
         f"{rows} rows for {n} samples{folded}\n"
         "Reason: the first axis of its output is not the samples.\n"
-        "Remedy: keep one row per sample, [N, ..., features], or leave the module out with "
-        "exclude=..."
+        "Remedy: keep one row per sample, [N, ..., features]; give what is computed once for all "
+        "samples, as positions are, one row, [1, ...]; or leave the module out with exclude=..."
     )
 
 

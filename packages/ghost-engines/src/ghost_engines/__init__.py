@@ -4,13 +4,18 @@ from ghost_engines.dot_product import DotProductEngine, ScoredBatch, Scores
 from ghost_engines.in_run import InRunValues
 from ghost_engines.layout import Block
 from ghost_engines.projection import ProjectedBatch, ProjectionEngine
+from ghost_engines.store import DamagedStoreError, GradientStore, Neighbours, StoreError
 
 __all__ = [
     "Block",
+    "DamagedStoreError",
     "DotProductEngine",
+    "GradientStore",
     "InRunValues",
+    "Neighbours",
     "ProjectedBatch",
     "ProjectionEngine",
     "ScoredBatch",
     "Scores",
+    "StoreError",
 ]

@@ -27,15 +27,8 @@ from ghost_core.gradients import matrix_shape
 from ghost_core.numerics import accumulation_dtype
 from ghost_core.plugins import installed
 from ghost_core.tracking import Patterns
+from ghost_engines.dtypes import STORAGE_DTYPES
 from ghost_engines.layout import Block, arrange
-
-STORAGE_DTYPES: Mapping[str, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-"""Names of the dtypes that rows can have."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,294 @@
+"""The conformance test of engines: what they promise to every training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghost_core import Batch, Engine
+from ghost_core.testing.oracle import assert_within
+from ghost_core.testing.snapshots import (
+    Watched,
+    assert_untouched,
+    live_tensors,
+    random_state,
+    seeded,
+    traces,
+)
+from ghost_core.testing.tiny import TinyTransformer, next_token_losses
+
+N = 32
+MICRO_BATCHES = 2
+TOKENS = 6
+
+EngineFactory = Callable[[TinyTransformer], Engine[Any]]
+
+
+def check_engine(
+    make_engine: EngineFactory,
+    *,
+    rows: Callable[[Any], int] | None = None,
+    gradient_error: float | None = 0.0,
+    result_holds_capture: bool = False,
+    steps: int = 20,
+) -> None:
+    """Assert that an engine keeps what every engine promises.
+
+    A `TinyTransformer` is trained with AdamW, two micro-batches of 32 samples a step, gradient
+    clipping and dropout, in float32 and under bfloat16 autocast, with and without the engine:
+
+    * parameters are bit-identical, and so are the random number generators of torch, numpy and
+      Python afterwards;
+    * after leaving, also by an exception in the batch, in the forward or in the backward pass:
+      hooks, attributes and `requires_grad` are as found, and no captured tensor lives;
+    * two hundred short batches leave no more tensors behind than one hundred;
+    * the result has one row per sample;
+    * two engines at once change nothing either, where one alone leaves training bit-identical;
+    * `frozen()` makes no weight gradient and restores `requires_grad`;
+    * an option that does not exist is a `TypeError`.
+
+    Args:
+        make_engine: Makes an engine for a model that maps token ids, int64 `[N, T]` below 19, to
+            logits `[N, T, 19]`.
+        rows: Returns how many samples a result covers; by default, the result is searched for a
+            tensor with one row per sample.
+        gradient_error: Error that the engine may make in `.grad`, relative to its norm, in
+            float32. Zero stands for bit-identical training. None is for engines that give the
+            model another gradient on purpose: then nothing is compared.
+        result_holds_capture: Whether the engine's result consists of what was captured, as that of
+            `GradientHolder` does: then memory is looked at after the engine is gone.
+        steps: Optimizer steps.
+
+    Raises:
+        AssertionError: Naming what changed, and when.
+    """
+    _check_unknown_option(make_engine)
+    for autocast in (False, True):
+        how = "under bfloat16 autocast" if autocast else "in float32"
+        plain = _train((), autocast, steps)
+        watched = _train((make_engine,), autocast, steps)
+        _compare(plain, watched, gradient_error, how)
+        for batch in watched.batches:
+            _check_rows(batch, rows)
+        if gradient_error == 0.0:
+            both = _train((make_engine, make_engine), autocast, 3)
+            _compare(_train((), autocast, 3), both, gradient_error, f"{how}, two engines")
+            for batch in both.batches:
+                _check_rows(batch, rows)
+    _check_leaving(make_engine, result_holds_capture)
+    _check_many_batches(make_engine)
+    _check_frozen(make_engine, rows)
+
+
+@dataclass
+class _Trained:
+    model: TinyTransformer
+    first_grads: dict[str, Tensor]
+    random: dict[str, Any]
+    batches: list[Batch[Any]]
+
+
+def _train(factories: Sequence[EngineFactory], autocast: bool, steps: int) -> _Trained:
+    model = _model()
+    found = traces(model)
+    engines = [factory(model) for factory in factories]
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2
+    )
+    first_grads: dict[str, Tensor] = {}
+    batches: list[Batch[Any]] = []
+    with seeded(1):
+        with ExitStack() as attached:
+            for engine in engines:
+                attached.enter_context(engine)
+            for step in range(steps):
+                optimizer.zero_grad()
+                batches = _step(model, engines, autocast, step)
+                first_grads = first_grads or _gradients(model)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+        state = random_state()
+    assert_untouched(found, model, "after training")
+    return _Trained(model, first_grads, state, batches)
+
+
+def _step(
+    model: TinyTransformer, engines: Sequence[Engine[Any]], autocast: bool, step: int
+) -> list[Batch[Any]]:
+    """Run forward and backward of one step; the batches' ids tell steps apart."""
+    n = MICRO_BATCHES * N
+    tokens = _tokens(n, seed=step)
+    ids = torch.arange(n) + step * n
+    with ExitStack() as stack:
+        batches = [stack.enter_context(engine.batch(ids)) for engine in engines]
+        for part in tokens.split(N):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits = model(part)
+            (next_token_losses(logits, part).mean() / MICRO_BATCHES).backward()
+    return batches
+
+
+def _compare(plain: _Trained, watched: _Trained, error: float | None, how: str) -> None:
+    if plain.random != watched.random:
+        changed = [name for name in plain.random if plain.random[name] != watched.random[name]]
+        raise AssertionError(f"{how}: the engine drew from the generator of {', '.join(changed)}")
+    if error is None:
+        return
+    if error > 0:
+        # bfloat16 has 16 bits fewer than float32
+        bound = error if how == "in float32" else max(error, 2e-2)
+        for name, expected in plain.first_grads.items():
+            scale = float(expected.norm())
+            assert_within(watched.first_grads[name], expected, scale, bound, f"{how}, {name}.grad")
+        return
+    others = dict(watched.model.named_parameters())
+    for name, parameter in plain.model.named_parameters():
+        if not torch.equal(parameter, others[name]):
+            apart = (parameter - others[name]).detach().abs().max().item()
+            raise AssertionError(
+                f"{how}: the engine changed training: {name} differs by up to {apart:.3g}"
+            )
+
+
+def _check_rows(batch: Batch[Any], rows: Callable[[Any], int] | None) -> None:
+    if rows is not None:
+        if (count := rows(batch.result)) != batch.n:
+            raise AssertionError(f"the result covers {count} samples of {batch.n}")
+    elif not any(leaf.dim() and leaf.shape[0] == batch.n for leaf in tensors_in(batch.result)):
+        raise AssertionError(
+            f"the result, {type(batch.result).__name__}, holds no tensor with {batch.n} rows; if "
+            "it is right, tell check_engine(rows=...) how to count them"
+        )
+
+
+class _InterruptionError(Exception):
+    """Stands for whatever may happen inside a batch."""
+
+
+def _check_leaving(make_engine: EngineFactory, result_holds_capture: bool) -> None:
+    for where in ("nowhere", "in the batch", "in the forward pass", "in the backward pass"):
+        model = _model()
+        found, when = traces(model), f"after an exception {where}"
+        watched = Watched(model)
+        engine: Engine[Any] | None = make_engine(model)
+        assert engine is not None
+        try:
+            with watched, engine, engine.batch(range(N)):
+                _interrupted(model, where)
+        except _InterruptionError:
+            pass
+        assert_untouched(found, model, when)
+        if not watched.count:
+            raise AssertionError(f"{when}: no activation was seen, so nothing was tested")
+        if result_holds_capture:
+            engine = None
+        if alive := watched.alive():
+            raise AssertionError(f"{when}: captured tensors are alive: {', '.join(alive)}")
+        _check_usable(make_engine, model)
+
+
+def _interrupted(model: TinyTransformer, where: str) -> None:
+    """Run forward and backward, with an exception somewhere."""
+
+    def interrupt(*_: Any) -> None:
+        raise _InterruptionError
+
+    def interrupt_backward(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(interrupt)
+
+    tokens, handles = _tokens(N, seed=0), []
+    if where == "in the forward pass":
+        handles.append(model.narrow.register_forward_hook(interrupt))
+    if where == "in the backward pass":  # when half of the gradients have arrived
+        handles.append(model.leave.register_forward_hook(interrupt_backward))
+    try:
+        logits = model(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if where == "in the batch":
+        raise _InterruptionError
+    next_token_losses(logits, tokens).sum().backward()
+
+
+def _check_usable(make_engine: EngineFactory, model: TinyTransformer) -> None:
+    """Assert that the next batches work."""
+    engine = make_engine(model)
+    with engine:
+        for step in range(2):
+            _step(model, [engine], False, step)
+
+
+def _check_many_batches(make_engine: EngineFactory) -> None:
+    model = _model()
+    engine, tokens, counts = make_engine(model), _tokens(2, seed=0), []
+    with engine:
+        for _ in range(2):
+            for _ in range(100):
+                with engine.batch(range(2)):
+                    next_token_losses(model(tokens), tokens).sum().backward()
+            counts.append(live_tensors())
+    if counts[1] > counts[0]:
+        raise AssertionError(
+            f"200 batches left {counts[1]} tensors behind, 100 left {counts[0]}: memory grows"
+        )
+
+
+def _check_frozen(make_engine: EngineFactory, rows: Callable[[Any], int] | None) -> None:
+    model = _model()
+    found, engine, tokens = traces(model), make_engine(model), _tokens(N, seed=0)
+    with engine.frozen(), engine.batch(range(N)) as batch:
+        next_token_losses(model(tokens), tokens).sum().backward()
+    assert_untouched(found, model, "after frozen()")
+    _check_rows(batch, rows)
+    if made := [name for name, p in model.named_parameters() if p.grad is not None]:
+        raise AssertionError(f"frozen() made gradients of {', '.join(made)}")
+
+
+def _check_unknown_option(make_engine: EngineFactory) -> None:
+    model = _model()
+    kind = type(make_engine(model))
+    try:
+        kind(model, no_such_option=True)  # type: ignore[call-arg]
+    except TypeError as error:
+        if "no_such_option" in str(error):
+            return
+        raise AssertionError(f"a TypeError that does not name the option: {error}") from error
+    raise AssertionError(f"{kind.__name__} takes an option that does not exist")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a result: in mappings, sequences, dataclasses and plain objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, list | tuple | set):
+        for each in value:
+            yield from tensors_in(each)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for each in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, each.name))
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Engine):
+        yield from tensors_in(vars(value))
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _model() -> TinyTransformer:
+    with seeded(0):
+        return TinyTransformer()
+
+
+def _tokens(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 19, (n, TOKENS), generator=generator)

@@ -1,0 +1,77 @@
+"""An engine that keeps everything: to look at per-sample gradients in tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghost_core import Batch, Engine, Pass, PerSampleGradient, Site
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter, as it arrived in a backward pass.
+
+    Attributes:
+        rows: Rows of its samples in the batch.
+        gradient: The gradients of these samples.
+    """
+
+    rows: slice
+    gradient: PerSampleGradient
+
+
+@dataclass(frozen=True)
+class Held:
+    """Everything that arrived during a batch.
+
+    Attributes:
+        n: Number of samples N.
+        sites: Tracked parameters by name.
+        uses: What arrived, by parameter name, in order of arrival.
+    """
+
+    n: int
+    sites: Mapping[str, Site]
+    uses: Mapping[str, list[Use]]
+
+    def gradients(self, parameter: str) -> list[PerSampleGradient]:
+        """Return the gradients of every use of a parameter."""
+        return [use.gradient for use in self.uses[parameter]]
+
+    def materialize(self) -> dict[str, Tensor]:
+        """Return the per-sample gradients, summed over uses: float64 `[N, *shape]` by name."""
+        return {name: self._total(site) for name, site in self.sites.items()}
+
+    def _total(self, site: Site) -> Tensor:
+        total = torch.zeros(self.n, *site.shape, dtype=torch.float64, device=site.device)
+        for use in self.uses[site.parameter]:
+            total[use.rows] += use.gradient.materialize().double()
+        return total
+
+
+class GradientHolder(Engine[Held]):
+    """Keeps the per-sample gradients of a batch as they arrive; the result is all of them.
+
+    It takes the arguments of `Engine`. Memory is of no concern to it: use it in tests only.
+    """
+
+    def on_start(self, batch: Batch[Held]) -> None:
+        """Start with nothing."""
+        self._uses: dict[str, list[Use]] = {site.parameter: [] for site in self.sites}
+
+    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
+        """Keep the gradients."""
+        self._uses[site.parameter].append(Use(pass_.rows, gradient))
+        return None
+
+    def on_end(self, batch: Batch[Held]) -> Held:
+        """Return everything that arrived."""
+        return Held(batch.n, {site.parameter: site for site in self.sites}, self._uses)
+
+    def on_close(self) -> None:
+        """Leave what was kept to the result."""
+        self._uses = {}

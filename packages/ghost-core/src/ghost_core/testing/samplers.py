@@ -1,0 +1,178 @@
+"""The conformance test of gradient samplers: every operation against autograd, sample by sample."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ghost_core import GradientSampler, InputFactor, Record, Site, Tokens
+from ghost_core.gradients import matrix_shape
+from ghost_core.testing.holder import GradientHolder
+from ghost_core.testing.layer_case import LayerCase, leading_size
+from ghost_core.testing.operations import check_operations, draw_projections, failing_as, project
+from ghost_core.testing.oracle import assert_within, norms, per_row
+
+REDUCED_PRECISION = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Error allowed in reduced precision against float64, relative to the norms of what is multiplied.
+
+It includes what the layer's own forward and backward pass lose, hence so much more than the
+rounding of one number.
+"""
+
+
+def check_sampler(
+    sampler: GradientSampler | type[GradientSampler],
+    module: nn.Module,
+    *args: Any,
+    uses: int = 1,
+    dtype: torch.dtype = torch.float64,
+    tolerance: float = 1e-9,
+    n: int | None = None,
+    **kwargs: Any,
+) -> None:
+    """Assert that a sampler agrees with autograd, run sample by sample in float64.
+
+    A small model calls the module on the inputs, and a nonlinear loss with random weights for
+    every output element is taken. Then these are compared, parameter by parameter:
+
+    * `materialize`, `dot`, `token_dot`, `sum`, `narrow`, `paired`, `gram` and `project` of the
+      per-sample gradients, with all cross terms between uses;
+    * projections of what was compressed in the forward pass;
+    * each parameter while all others are frozen; one sample; no sample (shapes only, and where
+      the module itself runs on none);
+    * `.grad` and the gradients of the inputs, which must be bit-identical to those of plain
+      training;
+    * all operations again in float32, in bfloat16 and in float32 under bfloat16 autocast, where
+      the module runs in these, to the looser bounds of `REDUCED_PRECISION`.
+
+    The module is copied; neither it nor its gradients are touched. The global random number
+    generators are left as they are.
+
+    Args:
+        sampler: The sampler or its class. Samplers are stateless: the class is what counts.
+        module: The layer, of the very class that the sampler handles.
+        args: Positional inputs, samples on axis 0. Floating ones require gradients.
+        uses: How often the model calls the module in a pass, on differently transformed inputs.
+        dtype: Dtype of the main comparison; with others than float64 it is the only one.
+        tolerance: Error allowed in it, relative to the norms of what is multiplied.
+        n: Number of samples N, at least 2; by default the leading size of the first input.
+        kwargs: Keyword inputs.
+
+    Raises:
+        AssertionError: Naming parameter, operation, worst entry, error and bound.
+        UnsupportedLayerError: If the sampler refuses the module.
+        WrongSplitError: If the module mixes samples.
+        ValueError: If the inputs do not make up two samples.
+    """
+    kind = sampler if isinstance(sampler, type) else type(sampler)
+    if n is None:
+        n = leading_size((args, kwargs))
+    if n < 2:
+        raise ValueError(f"give at least two samples, not {n}")
+    names = tuple(
+        name
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    )
+    case = LayerCase(kind, module, (args, kwargs), n, uses, names).cast(dtype)
+    _check_materialized(case, tolerance, verify=True)
+    _check_all_operations(case, tolerance)
+    _check_training_is_untouched(case)
+    _check_compressed(case, tolerance)
+    for name in names:
+        alone = replace(case, names=(name,), label=f"with only {name} trainable")
+        _check_materialized(alone, tolerance)
+    _check_materialized(case.take(slice(0, 1), "for one sample"), tolerance)
+    _check_no_sample(case.take(slice(0, 0), "for no sample"))
+    if dtype == torch.float64:
+        for low, bound in REDUCED_PRECISION.items():
+            _check_reduced(case.cast(low, f"in {low}"), bound)
+        rounded = case.cast(torch.bfloat16).cast(torch.float32, "under bfloat16 autocast")
+        _check_reduced(replace(rounded, autocast=True), REDUCED_PRECISION[torch.bfloat16])
+
+
+class _CompressingHolder(GradientHolder):
+    """Compresses the input side in the forward pass, as a projection engine does."""
+
+    maps: dict[str, tuple[Tensor, Tensor]]
+    compressed: set[str]
+
+    def on_input(self, site: Site, record: Record) -> Record:
+        if not isinstance(record, InputFactor):
+            return record
+        self.compressed.add(site.parameter)
+        left, right = self.maps[site.parameter]
+        seen = left if record.transposed else right
+        mixed = record.mix(seen.expand(record.groups, *seen.shape))
+        return Tokens(mixed, record.transposed)
+
+
+def _check_all_operations(case: LayerCase, tolerance: float) -> None:
+    others = case.another_batch().capture()
+    for name, gradients in case.capture().items():
+        what = case.of(name)
+        check_operations(gradients, others[name], dtype=case.wide, tolerance=tolerance, what=what)
+
+
+def _check_reduced(case: LayerCase, tolerance: float) -> None:
+    if case.runs():
+        _check_all_operations(case, tolerance)
+
+
+def _check_materialized(case: LayerCase, tolerance: float, *, verify: bool = False) -> None:
+    for name, gradients in case.capture(verify=verify).items():
+        what, expected = f"{case.of(name)}, materialize", gradients.expected
+        if not expected.any():
+            raise AssertionError(f"{what}: the reference is zero, so nothing would be tested")
+        with failing_as(what):
+            got = torch.stack([use.materialize() for use in gradients.uses]).sum(0)
+        assert_within(got, expected, per_row(gradients.norms, expected), tolerance, what)
+
+
+def _check_no_sample(case: LayerCase) -> None:
+    if not case.runs():
+        return
+    for name, gradients in case.capture().items():
+        check_operations(gradients, gradients, dtype=case.wide, what=case.of(name))
+
+
+def _check_training_is_untouched(case: LayerCase) -> None:
+    plain, watched = case.run(), case.run()
+    plain.losses().sum().backward()
+    case.hold(watched, case.engine(GradientHolder, watched.model, verify=False))
+    for before, after in zip(plain.gradients(), watched.gradients(), strict=True):
+        same = before is after if before is None or after is None else torch.equal(before, after)
+        if not same:
+            raise AssertionError(
+                f"{type(case.module).__name__}: gradients of parameters or inputs differ from "
+                "those of training without the sampler"
+            )
+
+
+def _check_compressed(case: LayerCase, tolerance: float) -> None:
+    run, generator = case.run(), Generator().manual_seed(1)
+    engine = case.engine(_CompressingHolder, run.model, verify=False)
+    engine.compressed = set()
+    engine.maps = {
+        site.parameter: draw_projections(site.shape, case.wide, generator) for site in engine.sites
+    }
+    held = case.hold(run, engine)
+    for name, gradients in case.oracle().items():
+        parameter, what = f"layer.{name}", f"{case.of(name)}, project after compression"
+        left, right = engine.maps[parameter]
+        matrices = gradients.reshape(case.n, *matrix_shape(gradients.shape[1:]))
+        expected, scale = project(matrices, norms(gradients), left, right)
+        got = []
+        for use in held.gradients(parameter):
+            done = parameter in engine.compressed
+            transposed = getattr(getattr(use, "factor", None), "transposed", False)
+            remaining = (
+                None if done and transposed else left,
+                None if done and not transposed else right,
+            )
+            with failing_as(what), torch.no_grad():
+                got.append(use.project(*remaining))
+        assert_within(torch.stack(got).sum(0), expected, scale, tolerance, what)

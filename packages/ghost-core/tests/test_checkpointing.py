@@ -1,0 +1,102 @@
+"""Activation checkpointing: recomputed calls are not counted, hidden ones are refused."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ghost_core import (
+    CaptureError,
+)
+from ghost_core.testing import (
+    GradientHolder,
+    per_sample_gradients,
+)
+
+N, T, D = 4, 3, 6
+Hold = Callable[..., GradientHolder]
+Exact = Callable[..., None]
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(shape or (N, T, D), dtype=torch.float64)
+
+
+def squares(output: Tensor) -> Tensor:
+    return output.square().flatten(1).sum(1)
+
+
+class Checkpointed(nn.Module):
+    """Checkpoints a block; the embedding inside it has integer inputs."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, D)
+        self.block = nn.Sequential(nn.Linear(D, D), nn.ReLU(inplace=True), nn.Dropout(0.3))
+        self.last = nn.Linear(D, 2)
+        self.reentrant = reentrant
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.reentrant:
+            x = checkpoint(self.block, self.tokens(ids), use_reentrant=True)
+        else:
+            x = checkpoint(lambda i: self.block(self.tokens(i)), ids, use_reentrant=False)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_checkpointing_is_exact(hold: Hold, assert_held, frozen: bool) -> None:
+    model, ids = Checkpointed(False).double(), torch.randint(0, 11, (N, T))
+    torch.manual_seed(1)
+    expected = per_sample_gradients(model, squares(model(ids)))
+    engine = hold(model)
+    torch.manual_seed(1)
+    with engine.frozen() if frozen else engine, engine.batch(range(N)) as batch:
+        squares(model(ids)).sum().backward()
+    assert_held(batch.result, expected)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_reentrant_checkpointing_is_refused_with_the_remedy(hold: Hold, verify: bool) -> None:
+    model, ids = Checkpointed(True).double(), torch.randint(0, 11, (N, T))
+    engine = hold(model, verify=verify)
+    with (
+        engine,
+        pytest.raises(CaptureError, match="use_reentrant=False"),
+        engine.batch(range(N)),
+    ):
+        squares(model(ids)).sum().backward()
+
+
+def test_checkpointing_with_micro_batches_of_different_sizes(hold: Hold, assert_held) -> None:
+    model, ids = Checkpointed(False).double().eval(), torch.randint(0, 11, (N, T))
+    expected = per_sample_gradients(model, squares(model(ids)))
+    engine = hold(model)
+    with engine, engine.batch(range(N)) as batch:
+        for part in ids.split([1, 3]):
+            squares(model(part)).sum().backward()
+    assert_held(batch.result, expected)
+
+
+def test_checkpointed_shared_positions(hold: Hold, assert_held) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(11, D), nn.Embedding(T, D)
+
+        def embed(self, ids: Tensor) -> Tensor:
+            return self.tokens(ids) * self.positions(torch.arange(T)[None])
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return checkpoint(self.embed, ids, use_reentrant=False)
+
+    model, ids = Model().double(), torch.randint(0, 11, (N, T))
+    expected = per_sample_gradients(model, squares(model(ids)))
+    for sizes in ([N], [1, 3]):
+        engine = hold(model)
+        with engine, engine.batch(range(N)) as batch:
+            for part in ids.split(sizes):
+                squares(model(part)).sum().backward()
+        assert_held(batch.result, expected)

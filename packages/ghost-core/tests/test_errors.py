@@ -1,0 +1,43 @@
+"""What errors say."""
+
+import pickle
+
+from ghost_core import GhostError, MissingExtraError, UnknownNameError, errors
+
+
+def test_every_error_is_a_ghost_error() -> None:
+    kinds = [each for each in vars(errors).values() if isinstance(each, type)]
+    assert all(issubclass(kind, GhostError) for kind in kinds if issubclass(kind, Exception))
+
+
+def test_an_unknown_name_lists_what_exists_and_guesses() -> None:
+    message = str(UnknownNameError("projection", "gausian", ["rademacher", "gaussian"], "Hint."))
+    assert message == (
+        "unknown projection 'gausian'; did you mean 'gaussian'? Available: gaussian, rademacher. "
+        "Hint."
+    )
+
+
+def test_long_lists_are_cut() -> None:
+    message = str(UnknownNameError("layer", "?", [f"l{at:02}" for at in range(50)]))
+    assert "l39 and 10 more." in message
+    assert "none" in str(UnknownNameError("layer", "?", []))
+
+
+def test_a_missing_extra_says_how_to_get_it() -> None:
+    error = MissingExtraError("pandas", "ghost-engines[pandas]", "to_pandas()")
+    assert str(error) == (
+        "to_pandas() needs pandas, which is not installed: pip install 'ghost-engines[pandas]'"
+    )
+    assert isinstance(error, ImportError)
+
+
+def test_errors_cross_processes() -> None:
+    for error in (
+        GhostError("a"),
+        UnknownNameError("layer", "a", ["b"]),
+        MissingExtraError("a", "b", "c"),
+    ):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert str(copy) == str(error)

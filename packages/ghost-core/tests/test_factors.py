@@ -1,0 +1,110 @@
+"""Every operation of an input factor against its dense form."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ghost_core import InputFactor, Record, Rows, Tokens
+
+N, M, T, S, D, P, K = 3, 2, 4, 5, 6, 2, 3
+
+Make = Callable[[int, int], InputFactor]
+
+FACTORS: dict[str, Make] = {
+    "tokens": lambda n, t: Tokens(random(n, t, 1, D)),
+    "groups": lambda n, t: Tokens(random(n, t, 2, D)),
+    "rows": lambda n, t: Rows(torch.randint(0, D, (n, t)), D),
+    "weighted rows": lambda n, t: Rows(torch.randint(0, D, (n, t)), D, random(n, t)),
+    "one row": lambda n, t: Rows(torch.full((n, t), 1), D),
+}
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.fixture(params=FACTORS)
+def make(request: pytest.FixtureRequest) -> Make:
+    return FACTORS[request.param]
+
+
+def test_mix_is_a_product_with_the_dense_factor(make: Make) -> None:
+    factor = make(N, T)
+    weight = random(factor.groups, K, D)
+    expected = torch.einsum("ntgd,gkd->ntgk", factor.dense().double(), weight)
+    torch.testing.assert_close(factor.mix(weight), expected)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [pair for pair in itertools.product(FACTORS, repeat=2) if pair.count("groups") != 1],
+)
+def test_inner_is_a_product_of_tokens(one: str, other: str, paired: bool) -> None:
+    left = FACTORS[one](N, T)
+    right = FACTORS[other](N if paired else M, S)
+    pattern = "ntgd,nsgd->ngts" if paired else "ntgd,msgd->nmgts"
+    expected = torch.einsum(pattern, left.dense().double(), right.dense().double())
+    torch.testing.assert_close(left.inner(right, paired=paired), expected)
+    torch.testing.assert_close(left.inner(right.dense(), paired=paired), expected)
+
+
+def test_outer_sums_over_tokens(make: Make) -> None:
+    factor = make(N, T)
+    grad = random(N, T, factor.groups, P)
+    expected = torch.einsum("ntgp,ntgd->ngpd", grad, factor.dense().double())
+    torch.testing.assert_close(factor.outer(grad), expected)
+    torch.testing.assert_close(factor.sum_outer(grad), expected.sum(0))
+
+
+def test_a_factor_without_shortcuts_works_through_its_dense_form() -> None:
+    class Plain(InputFactor):
+        transposed = False
+        groups = 1
+
+        def dense(self) -> Tensor:
+            return dense
+
+    dense, weight = random(N, T, 1, D), random(1, K, D)
+    factor = Plain()
+    torch.testing.assert_close(factor.mix(weight), Tokens(dense).mix(weight))
+    grad = random(N, T, 1, P)
+    torch.testing.assert_close(factor.outer(grad), Tokens(dense).outer(grad))
+
+
+def test_rows_of_one_sample_count_every_time() -> None:
+    factor = Rows(torch.tensor([[1, 1, 1]]), 3)
+    grad = torch.tensor([[[[1.0]], [[10.0]], [[100.0]]]])
+    assert factor.outer(grad).flatten().tolist() == [0, 111, 0]
+    assert factor.sum_outer(grad).flatten().tolist() == [0, 111, 0]
+
+
+def test_padding_weighs_nothing() -> None:
+    factor = Rows(torch.tensor([[1, 2]]), 3, torch.tensor([[1.0, 0.0]]))
+    grad = torch.ones(1, 2, 1, 1)
+    assert factor.outer(grad).flatten().tolist() == [0, 1, 0]
+    assert factor.mix(torch.ones(1, 1, 3)).flatten().tolist() == [1, 0]
+    assert factor.inner(factor, paired=True).flatten().tolist() == [1, 0, 0, 0]
+
+
+def test_narrow_takes_samples(make: Make) -> None:
+    factor = make(N, T)
+    torch.testing.assert_close(factor.narrow(slice(1, 3)).dense(), factor.dense()[1:3])
+
+
+def test_expand_repeats_the_one_sample(make: Make) -> None:
+    factor = make(1, T)
+    assert factor.expand(N).dense().shape[0] == N
+    torch.testing.assert_close(factor.expand(N).dense()[2], factor.dense()[0])
+
+
+def test_a_record_lists_its_tensors_and_keeps_the_rest() -> None:
+    rows = Rows(torch.zeros(2, 3, dtype=torch.int64), 7)
+    assert rows.tensors().keys() == {"index"}
+    changed = rows.replace(index=torch.ones(2, 3, dtype=torch.int64))
+    assert changed.size == 7
+    assert rows.index.sum() == 0
+    assert Record().tensors() == {}

@@ -1,0 +1,410 @@
+"""Each wrong split is refused with module, parameters, reason and remedy; nothing else is."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ghost_core import SamplerRegistry, UnsupportedLayerError, WrongSplitError
+from ghost_core.registry import Claim, dotted_name
+from ghost_core.testing import (
+    GradientHolder,
+    PlainLinear,
+    TinyTransformer,
+    next_token_losses,
+    per_sample_gradients,
+)
+from ghost_core.verification import probe_rows
+
+N, T, D = 4, 3, 8
+Hold = Callable[..., GradientHolder]
+
+
+class Two(nn.Module):
+    """Two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+
+
+class SequenceFirst(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.transpose(0, 1)).relu().transpose(0, 1))
+
+
+class Folded(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.reshape(-1, D)).relu().reshape(x.shape))
+
+
+class Sorted(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.argsort(x[:, 0])
+        hidden = self.a(x[order])
+        unsorted = torch.zeros_like(hidden)
+        unsorted[order] = hidden
+        return self.b(unsorted.relu())
+
+
+class Normalised(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x)).relu())
+
+
+class ZeroGate(Two):
+    """Mixes samples behind a gate that is closed at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(x) + self.gate * self.a(x).mean(0, keepdim=True)
+
+
+class RelativeBias(nn.Module):
+    """Attends as T5 does, with a bias from an embedding of distances."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.query = nn.Embedding(9, 2), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        distance = (places[:, None] - places).abs()
+        bias = self.bias(distance).permute(2, 0, 1)[None]
+        query = self.query(x).unflatten(2, (2, -1)).transpose(1, 2)
+        mixed = torch.softmax(query @ query.mT + bias, -1) @ query
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class FunctionallyTied(nn.Module):
+    """Uses a parameter outside the module that owns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.hidden = nn.Embedding(11, D), nn.Linear(D, D)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.hidden(self.tokens(ids)), self.tokens.weight)
+
+
+class LossInside(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)).square().mean()
+
+
+class Opaque(nn.Module):
+    """Wraps a model's output in an object that is neither a tensor nor a container."""
+
+    class Output:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Output:
+        return self.Output(self.inner(x))
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+REFUSED = {
+    "sequence first": (SequenceFirst, lambda: floats(N, N, D), "  a [a.weight, a.bias]: rows 0, 1"),
+    "sorted": (Sorted, lambda: floats(N, D).flip(0), "  a [a.weight, a.bias]: rows"),
+    "batch normalisation": (Normalised, lambda: floats(N, D), "  a [a.weight, a.bias]: rows 0, 1"),
+    "behind a zero gate": (ZeroGate, lambda: floats(N, D), "  a [a.weight, a.bias]: rows 0, 1"),
+    "relative bias, T = N": (RelativeBias, lambda: floats(N, N, D), "  bias [bias.weight]: rows"),
+    "relative bias": (RelativeBias, lambda: floats(N, T, D), "bias [bias.weight] returned 3 rows"),
+    "folded": (Folded, lambda: floats(N, T, D), "a [a.weight, a.bias] returned 12 rows for 4"),
+    "functionally tied": (
+        FunctionallyTied,
+        lambda: torch.randint(0, 11, (N, T)),
+        "  tokens.weight: aten.",
+    ),
+    "loss inside": (LossInside, lambda: floats(N, D), "the model's output does not tell 4 samples"),
+}
+
+REASONS = {
+    "sequence first": ("first axis is not the samples", "Put samples on the first axis"),
+    "sorted": ("in another order than the samples", "Keep samples in order"),
+    "batch normalisation": ("norm normalises over the batch", "evaluation mode"),
+    "behind a zero gate": ("a later operation mixes samples", "leave these modules out"),
+    "relative bias, T = N": ("first axis is not the samples", "leave these modules out"),
+    "relative bias": ("first axis of its output is not the samples", "leave the module out"),
+    "folded": ("12 = 4 * 3: rows folded", "keep one row per sample"),
+    "functionally tied": ("outside the modules that own them", "exclude='tokens.weight'"),
+    "loss inside": ("of shape [4, ...]", "compute the loss outside"),
+}
+
+
+def run(engine: GradientHolder, model: nn.Module, x: Tensor) -> None:
+    with engine.batch(range(len(x))):
+        output = model(x)
+        getattr(output, "logits", output).square().sum().backward()
+
+
+def excluded(model: nn.Module) -> str | tuple[()]:
+    return "gate" if hasattr(model, "gate") else "norm" if hasattr(model, "norm") else ()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_split_is_refused(hold: Hold, case: str, frozen: bool) -> None:
+    kind, make, where = REFUSED[case]
+    model = kind()
+    engine, x = hold(model, exclude=excluded(model)), make()
+    with engine.frozen() if frozen else engine, pytest.raises(WrongSplitError) as caught:
+        run(engine, model, x)
+    message = str(caught.value)
+    for part in (where, *REASONS[case]):
+        assert part in message
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_excluding_what_the_error_names_helps_or_the_rest_is_refused(
+    hold: Hold, assert_held, case: str
+) -> None:
+    kind, make, _ = REFUSED[case]
+    model, x = kind().double(), make()
+    x = x.double() if x.is_floating_point() else x
+    named = {"functionally tied": "tokens", "relative bias": "bias", "relative bias, T = N": "bias"}
+    if case in ("batch normalisation", "loss inside"):
+        return  # every module is affected
+    left_out = [named.get(case, "a"), *filter(None, [excluded(model)])]
+    engine = hold(model, exclude=left_out)
+    expected = per_sample_gradients(
+        model, model(x).square().flatten(1).sum(1), [site.parameter for site in engine.sites]
+    )
+    with engine, engine.batch(range(N)) as batch:
+        model(x).square().sum().backward()
+    assert batch.verified
+    assert_held(batch.result, expected)
+
+
+def test_the_order_is_checked_wherever_rows_move(hold: Hold) -> None:
+    class Rolled(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x.roll(1, 0)).relu().roll(-1, 0))
+
+    model = Rolled()
+    engine = hold(model)
+    with engine, pytest.raises(WrongSplitError, match="another order"):
+        run(engine, model, floats(N, D))
+
+
+def test_an_output_that_cannot_be_looked_into_is_not_taken_for_verified(hold: Hold) -> None:
+    model = Opaque(SequenceFirst())
+    engine = hold(model)
+    with engine, pytest.raises(WrongSplitError):
+        run(engine, model, floats(N, N, D))
+
+
+PLAIN = {
+    "a sequence": lambda: nn.Sequential(
+        nn.Linear(D, D), nn.ReLU(inplace=True), nn.LayerNorm(D), nn.Linear(D, D)
+    ),
+    "evaluated batch normalisation": lambda: Normalised().eval(),
+    "a residual": lambda: nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5), nn.Linear(D, D)),
+}
+
+
+@pytest.mark.parametrize("n", [1, 2, N])
+@pytest.mark.parametrize("shape", [(D,), (N, D), (T, D)])
+@pytest.mark.parametrize("case", PLAIN)
+def test_no_false_alarm(hold: Hold, case: str, shape: tuple[int, ...], n: int) -> None:
+    model = PLAIN[case]()
+    if len(shape) > 1 and case.startswith("evaluated"):
+        shape = (D,)
+    engine, x = hold(model, exclude=excluded(model)), floats(n, *shape)
+    with engine, engine.batch(range(n)) as batch:
+        model(x).square().sum().backward()
+    assert batch.verified
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_no_false_alarm_on_a_transformer(hold: Hold, frozen: bool, autocast: bool) -> None:
+    model, ids = TinyTransformer(), torch.randint(0, 19, (N, N))
+    engine = hold(model)
+    with engine.frozen() if frozen else engine, engine.batch(range(N)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(ids)
+        next_token_losses(logits, ids).sum().backward()
+
+
+def test_no_false_alarm_for_parameters_that_share_memory(hold: Hold) -> None:
+    model = Two()
+    memory = torch.randn(2, D, D)
+    model.a.weight, model.b.weight = (nn.Parameter(part) for part in memory)
+    model.forward = lambda x: model.b(model.a(x))
+    engine = hold(model)
+    with engine:
+        run(engine, model, floats(N, D))
+
+
+def test_looking_at_parameters_without_gradients_is_no_use(hold: Hold) -> None:
+    class Logs(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.norm_of_a = self.a.weight.norm()
+            return self.b(self.a(x))
+
+    engine = hold(model := Logs())
+    with engine:
+        run(engine, model, floats(N, D))
+
+
+def test_a_use_outside_under_autocast_is_found(hold: Hold) -> None:
+    model, ids = FunctionallyTied(), torch.randint(0, 11, (N, T))
+    engine = hold(model)
+    with (
+        engine,
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(WrongSplitError, match=r"tokens\.weight"),
+    ):
+        run(engine, model, ids)
+
+
+def test_a_parameter_used_in_another_tracked_module_is_found(hold: Hold) -> None:
+    class Model(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) + x @ self.b.weight
+
+    engine = hold(model := Model())
+    with engine, pytest.raises(WrongSplitError, match=r"b\.weight: aten"):
+        run(engine, model, floats(N, D))
+
+
+def test_a_shared_parameter_in_a_module_that_nobody_handles_is_found(hold: Hold) -> None:
+    class Unknown(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    model = nn.Sequential(nn.Linear(D, D))
+    model.append(Unknown(model[0].weight))
+    try:
+        engine = hold(model)
+    except UnsupportedLayerError:  # a refusal is as good
+        return
+    with engine, pytest.raises(WrongSplitError, match=r"0\.weight: aten"):
+        run(engine, model, floats(N, D))
+
+
+def test_verification_is_repeated_in_another_mode(hold: Hold) -> None:
+    model = Normalised().eval()
+    engine, x = hold(model, exclude="norm"), floats(N, D)
+    with engine:
+        run(engine, model, x)
+        model.norm.train()
+        with pytest.raises(WrongSplitError, match="norm normalises"):
+            run(engine, model, x)
+
+
+def test_verification_of_one_sample_does_not_vouch_for_several(hold: Hold) -> None:
+    engine = hold(model := SequenceFirst())
+    with engine:
+        run(engine, model, floats(1, 1, D))
+        with pytest.raises(WrongSplitError):
+            run(engine, model, floats(N, N, D))
+
+
+def test_modules_that_are_called_later_are_verified_then(hold: Hold) -> None:
+    class Grows(Two):
+        deep = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x.transpose(0, 1)).transpose(0, 1)) if self.deep else self.b(x)
+
+    engine = hold(model := Grows())
+    with engine:
+        run(engine, model, floats(N, N, D))
+        model.deep = True
+        with pytest.raises(WrongSplitError, match=re.escape("a [a.weight, a.bias]")):
+            run(engine, model, floats(N, N, D))
+
+
+def test_a_refusal_leaves_the_engine_usable(hold: Hold) -> None:
+    model = Sorted()
+    engine, x = hold(model, exclude="b"), floats(N, D)
+    with engine:
+        for _ in range(2):
+            with pytest.raises(WrongSplitError):
+                run(engine, model, x.flip(0))
+
+
+def test_verification_can_be_switched_off_and_the_result_says_so(hold: Hold) -> None:
+    model, x = Sorted(), floats(N, D)
+    engine = hold(model, verify=False)
+    with engine, engine.batch(range(N)) as batch:
+        model(x).square().sum().backward()
+    assert not batch.verified
+    assert batch.result.uses["a.weight"]
+
+
+def test_rows_are_checked_without_verification_too(hold: Hold) -> None:
+    engine = hold(model := Folded(), verify=False)
+    with engine, pytest.raises(WrongSplitError, match="folded"):
+        run(engine, model, floats(N, T, D))
+
+
+def test_a_scalar_output_is_refused() -> None:
+    class Total(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sum()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.total = Total(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.total(x)
+
+    registry = SamplerRegistry([Claim(dotted_name(Total), PlainLinear, "test")])
+    engine = GradientHolder(model := Model(), registry=registry)
+    with engine, pytest.raises(WrongSplitError, match="total returned a scalar"):
+        run(engine, model, floats(N, D))
+
+
+@pytest.mark.filterwarnings("ignore:Error detected")
+def test_anomaly_detection_does_not_stop_at_the_probe(hold: Hold) -> None:
+    model, x = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)), floats(N, D)
+    engine = hold(model)
+    with torch.autograd.set_detect_anomaly(True), engine:
+        run(engine, model, x)
+    assert model[0].weight.grad.isfinite().all()
+
+
+def test_training_is_the_same_with_verification(hold: Hold) -> None:
+    gradients = []
+    for verify in (True, False):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5), nn.Linear(D, D)), floats(N, D)
+        engine = hold(model, verify=verify)
+        with engine:
+            run(engine, model, x)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        gradients[-1].append(torch.rand(3))
+    for verified, plain in zip(*gradients, strict=True):
+        assert torch.equal(verified, plain)
+
+
+@pytest.mark.parametrize(("n", "rows"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (8, [0, 4, 7])])
+def test_probed_rows(n: int, rows: list[int]) -> None:
+    assert probe_rows(n) == rows

@@ -1,0 +1,16 @@
+"""Rows of projected gradients on disk, and exact search among them."""
+
+from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.format import StoredRows
+from ghost_engines.store.manifest import Manifest
+from ghost_engines.store.search import Neighbours
+from ghost_engines.store.store import GradientStore
+
+__all__ = [
+    "DamagedStoreError",
+    "GradientStore",
+    "Manifest",
+    "Neighbours",
+    "StoreError",
+    "StoredRows",
+]

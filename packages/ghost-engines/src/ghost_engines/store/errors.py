@@ -1,0 +1,13 @@
+"""What can go wrong with a store."""
+
+from __future__ import annotations
+
+from ghost_core import GhostError
+
+
+class StoreError(GhostError):
+    """A store was asked for something that it cannot do."""
+
+
+class DamagedStoreError(StoreError):
+    """A file of a store is missing, cut off, altered, or belongs to another store."""

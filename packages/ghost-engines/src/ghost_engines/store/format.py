@@ -1,0 +1,256 @@
+"""Shards: unit u holds the rows with ordinals from u · U to (u + 1) · U in one safetensors file.
+
+A shard's name depends on its unit alone and a unit is done when its file is full. The header says
+which store the shard belongs to, its unit, and the sha256 of its tensors' bytes, in order of their
+names. The last shard may be partial; a fuller version of it takes its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ghost_engines.dtypes import STORAGE_DTYPES
+from ghost_engines.store.durable import remove_temporaries, write_atomically
+from ghost_engines.store.errors import DamagedStoreError
+from ghost_engines.store.manifest import Manifest
+
+SHARDS = "shards"
+_PER_FOLDER = 1000
+_PATTERN = "*/g-*.safetensors"
+_SAFETENSORS_NAMES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+_LOSS_DTYPES = {_SAFETENSORS_NAMES[dtype]: dtype for dtype in STORAGE_DTYPES.values()}
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Consecutive rows of a store.
+
+    Attributes:
+        ids: Sample ids, int64 `[n]`.
+        rows: `[n, k_total]`.
+        loss: The samples' losses `[n]`, if they were stored.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    loss: Tensor | None
+
+    def __len__(self) -> int:
+        """Return the number of rows n."""
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Self:
+        """Return some of the rows, as views."""
+        loss = None if self.loss is None else self.loss[part]
+        return type(self)(self.ids[part], self.rows[part], loss)
+
+    def copy(self) -> Self:
+        """Return them in memory of their own."""
+        loss = None if self.loss is None else self.loss.clone()
+        return type(self)(self.ids.clone(), self.rows.clone(), loss)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a shard holds, by name."""
+        tensors = {"g": self.rows, "ids": self.ids}
+        return tensors if self.loss is None else {**tensors, "loss": self.loss}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard that is on disk.
+
+    Attributes:
+        n: Number of rows.
+        loss_dtype: Dtype of the losses, if it has any.
+    """
+
+    n: int
+    loss_dtype: torch.dtype | None
+
+
+def concatenate(parts: Sequence[StoredRows]) -> StoredRows:
+    """Return one or more runs of rows as one; a single run as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    losses = [part.loss for part in parts if part.loss is not None]
+    return StoredRows(
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.rows for part in parts]),
+        torch.cat(losses) if losses else None,
+    )
+
+
+def shard_path(root: Path, unit: int) -> Path:
+    """Return where a unit's shard is."""
+    return root / SHARDS / f"{unit // _PER_FOLDER:05d}" / f"g-{unit:08d}.safetensors"
+
+
+def write_shard(root: Path, manifest: Manifest, unit: int, rows: StoredRows) -> None:
+    """Write a unit's shard; it is on disk once this returns.
+
+    Raises:
+        OSError: If that fails; a shard that was there before still is.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in rows.tensors().items()}
+    metadata = {
+        "fingerprint": manifest.fingerprint,
+        "unit": str(unit),
+        "sha256": _sha256(tensors),
+    }
+    write_atomically(shard_path(root, unit), save(tensors, metadata), root)
+
+
+def read_shard(root: Path, unit: int) -> StoredRows:
+    """Read a unit's shard, mapped into memory; what is written to the tensors stays in memory.
+
+    Raises:
+        DamagedStoreError: If the file is missing or cut off.
+    """
+    return _read(shard_path(root, unit), _rows)
+
+
+def read_ids(root: Path, unit: int) -> Tensor:
+    """Read a unit's sample ids, int64 `[n]`.
+
+    Raises:
+        DamagedStoreError: If the file is missing or cut off.
+    """
+    ids: Tensor = _read(shard_path(root, unit), lambda file: file.get_tensor("ids"))
+    return ids
+
+
+def check_contents(root: Path, unit: int) -> None:
+    """Compare a shard's contents with its hash.
+
+    Raises:
+        DamagedStoreError: If they differ.
+    """
+    path = shard_path(root, unit)
+    (metadata, _), rows = _read(path, lambda file: (_header(file), _rows(file)))
+    if _sha256(rows.tensors()) != metadata.get("sha256"):
+        raise DamagedStoreError(f"{path} was altered: its contents do not fit its sha256")
+
+
+def find_shards(root: Path, manifest: Manifest) -> list[Shard]:
+    """Return the shards of a store by unit, checked except for the hash of their contents.
+
+    A writer may be at work at the same time.
+
+    Raises:
+        DamagedStoreError: If a shard is missing, partial though not the last, cut off, misplaced,
+            or of another store. All such files are named.
+    """
+    listed = {_unit_of(root, path) for path in (root / SHARDS).glob(_PATTERN)}
+    shards: list[Shard] = []
+    problems: list[str] = []
+    for unit in range(max(listed, default=-1) + 1):
+        try:
+            # Not more than is listed: a later shard may be there only since the listing, and
+            # each one before it has then been full when its header is read.
+            shards.append(_inspect(root, manifest, unit, last=unit == max(listed)))
+        except DamagedStoreError as error:
+            problems.append(str(error))
+    if len({shard.loss_dtype for shard in shards}) > 1:
+        problems.append(f"the shards in {root / SHARDS} do not all have the same kind of loss")
+    if problems:
+        more = f"\nand {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise DamagedStoreError("\n".join(problems[:20]) + more)
+    return shards
+
+
+def has_shards(root: Path) -> bool:
+    """Return whether there is any shard."""
+    return any((root / SHARDS).glob(_PATTERN))
+
+
+def clean(root: Path) -> None:
+    """Remove what writers that were killed have left behind."""
+    for folder in (root, *(root / SHARDS).glob("*")):
+        remove_temporaries(folder)
+
+
+def _unit_of(root: Path, path: Path) -> int:
+    digits = path.name.removeprefix("g-").removesuffix(".safetensors")
+    if not digits.isdecimal() or shard_path(root, int(digits)) != path:
+        raise DamagedStoreError(f"{path} is not where a shard of that name belongs: remove it")
+    return int(digits)
+
+
+def _inspect(root: Path, manifest: Manifest, unit: int, *, last: bool) -> Shard:
+    path = shard_path(root, unit)
+    metadata, found = _read(path, _header)
+    if metadata.get("fingerprint") != manifest.fingerprint:
+        raise DamagedStoreError(f"{path} belongs to another store: its fingerprint does not fit")
+    if metadata.get("unit") != str(unit):
+        raise DamagedStoreError(f"{path} holds unit {metadata.get('unit')}: it was renamed")
+    n = found["ids"][0][0] if "ids" in found and found["ids"][0] else 0
+    loss = found.pop("loss", None)
+    expected = {
+        "g": ([n, manifest.k_total], _SAFETENSORS_NAMES[manifest.torch_dtype]),
+        "ids": ([n], _SAFETENSORS_NAMES[torch.int64]),
+    }
+    fits = found == expected and (loss is None or (loss[0] == [n] and loss[1] in _LOSS_DTYPES))
+    if not fits or "sha256" not in metadata:
+        raise DamagedStoreError(f"{path} was altered: it holds {found}, not {expected}")
+    if not 1 <= n <= manifest.unit or (n < manifest.unit and not last):
+        raise DamagedStoreError(f"{path} holds {n} rows, not {manifest.unit}")
+    return Shard(n, None if loss is None else _LOSS_DTYPES[loss[1]])
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path, get: Callable[[Any], ResultT]) -> ResultT:
+    """Get something from a shard that a writer may replace at any moment."""
+    while True:
+        version = _version(path)
+        try:
+            with safe_open(path, "pt") as file:
+                result = get(file)
+        except (SafetensorError, FileNotFoundError) as error:
+            if _version(path) == version:
+                raise DamagedStoreError(f"{path} is cut off or not a shard: {error}") from error
+        else:
+            # safetensors opens the path twice: the header and the data may be of two versions.
+            if _version(path) == version:
+                return result
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise DamagedStoreError(f"{path} is missing") from error
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _rows(file: Any) -> StoredRows:
+    loss = file.get_tensor("loss") if "loss" in set(file.keys()) else None
+    return StoredRows(file.get_tensor("ids"), file.get_tensor("g"), loss)
+
+
+def _header(file: Any) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:
+    pieces = {name: file.get_slice(name) for name in set(file.keys())}
+    shapes = {name: (piece.get_shape(), str(piece.get_dtype())) for name, piece in pieces.items()}
+    return file.metadata() or {}, shapes

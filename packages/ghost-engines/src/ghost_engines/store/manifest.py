@@ -1,0 +1,199 @@
+"""What a store's rows are: everything that changes a value of them, with its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+
+from ghost_engines.dtypes import STORAGE_DTYPES
+from ghost_engines.store.durable import write_atomically
+from ghost_engines.store.errors import DamagedStoreError, StoreError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+LIBRARIES = ("ghost-core", "ghost-layers", "ghost-engines", "torch", "numpy", "safetensors")
+
+_ABSENT = object()
+
+
+class RowEngine(Protocol):
+    """What a store needs to know of the engine that makes its rows."""
+
+    @property
+    def k_total(self) -> int:
+        """Number of columns of a row."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the rows."""
+
+    def manifest(self) -> dict[str, Any]:
+        """Return, as JSON-able values, everything that changes a value of a row."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store's rows are.
+
+    Attributes:
+        k_total: Number of columns of a row.
+        dtype: Name of the rows' dtype.
+        unit: Rows per shard.
+        engine: The engine's own manifest.
+        info: What else changes a value: digests of the model and the data, the loss.
+        notes: Whatever is worth remembering; not part of the fingerprint.
+        versions: Library versions at creation; not part of the fingerprint.
+        schema: Version of the format.
+    """
+
+    k_total: int
+    dtype: str
+    unit: int
+    engine: dict[str, Any]
+    info: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @classmethod
+    def of(
+        cls,
+        engine: RowEngine,
+        *,
+        unit: int,
+        info: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Describe the rows that an engine makes.
+
+        Raises:
+            StoreError: If a number is not positive, the dtype cannot be stored, or a value has no
+                JSON form.
+        """
+        dtype = str(engine.dtype).removeprefix("torch.")
+        if dtype not in STORAGE_DTYPES:
+            raise StoreError(
+                f"rows of dtype {dtype} cannot be stored; choose {', '.join(STORAGE_DTYPES)}"
+            )
+        for name, number in (("unit", unit), ("the engine's k_total", engine.k_total)):
+            if number < 1:
+                raise StoreError(f"{name} must be at least 1, not {number}")
+        return cls(
+            engine.k_total,
+            dtype,
+            unit,
+            _plain("the engine's manifest", engine.manifest()),
+            _plain("info", info or {}),
+            _plain("notes", notes or {}),
+            {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        )
+
+    @classmethod
+    def read(cls, root: Path) -> Self:
+        """Read the manifest of a store.
+
+        Raises:
+            StoreError: If there is no store, or a newer version of ghost wrote it.
+            DamagedStoreError: If the file was altered.
+        """
+        path = root / MANIFEST
+        try:
+            content = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(
+                f"there is no store at {root}: make one with GradientStore.create(path, engine)"
+            ) from error
+        except ValueError as error:
+            raise DamagedStoreError(f"{path} is not JSON: {error}") from error
+        if isinstance(content, dict) and content.get("schema", SCHEMA) != SCHEMA:
+            raise StoreError(
+                f"{path} has format version {content['schema']}, this version of ghost reads "
+                f"{SCHEMA}: use the one that wrote it ({content.get('versions')})"
+            )
+        try:
+            fingerprint = content.pop("fingerprint")
+            manifest = cls(**content)
+            intact = manifest.fingerprint == fingerprint and manifest.dtype in STORAGE_DTYPES
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DamagedStoreError(f"{path} is not a store's manifest: {error!r}") from error
+        if not intact:
+            raise DamagedStoreError(f"{path} was altered: its fingerprint does not fit")
+        return manifest
+
+    def write(self, root: Path) -> None:
+        """Write it into the folder of a store.
+
+        Raises:
+            OSError: If that fails.
+        """
+        content = {**asdict(self), "fingerprint": self.fingerprint}
+        data = json.dumps(content, indent=1) + "\n"
+        write_atomically(root / MANIFEST, data.encode(), root)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256, in hexadecimal, of the canonical JSON of all that changes a value."""
+        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the fingerprint is made of."""
+        free = ("notes", "versions")
+        return {
+            entry.name: getattr(self, entry.name)
+            for entry in fields(self)
+            if entry.name not in free
+        }
+
+    def differences(self, other: Manifest) -> list[str]:
+        """Return a line for each entry in which another manifest's rows differ from these."""
+        return list(_differences("", self.identity(), other.identity()))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Dtype of the rows."""
+        return STORAGE_DTYPES[self.dtype]
+
+
+def version(distribution: str) -> str:
+    """Return the installed version of a distribution, or `unknown` if it runs from its source."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        plain = json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{name} has a value without a JSON form: {error}") from error
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _differences(name: str, ours: object, theirs: object) -> Iterator[str]:
+    match ours, theirs:
+        case dict(), dict():
+            for key in sorted({*ours, *theirs}):
+                inner = f"{name}.{key}" if name else str(key)
+                yield from _differences(inner, ours.get(key, _ABSENT), theirs.get(key, _ABSENT))
+        case list(), list() if len(ours) == len(theirs):
+            for index, pair in enumerate(zip(ours, theirs, strict=True)):
+                yield from _differences(f"{name}[{index}]", *pair)
+        case list(), list():
+            yield f"{name}: {len(ours)} entries in the store, {len(theirs)} now"
+        case _ if ours != theirs or type(ours) is not type(theirs):
+            yield f"{name}: {_shown(ours)} in the store, {_shown(theirs)} now"
+
+
+def _shown(value: object) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)
