@@ -103,7 +103,7 @@ class Engine(ABC, Generic[ResultT]):
         self.model = model
         self.verify = verify
         self._selection = (registry, layers, exclude)
-        self.tracking: Tracking = track(model, *self._selection)
+        self.tracking: Tracking = self._track()
         self._recorder: Recorder | None = None
         self._batch: Batch[ResultT] | None = None
         self._open = False
@@ -112,6 +112,11 @@ class Engine(ABC, Generic[ResultT]):
     def sites(self) -> tuple[Site, ...]:
         """The tracked parameters, in order of their names."""
         return self.tracking.sites
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a batch is open."""
+        return self._open
 
     # For users
 
@@ -246,9 +251,14 @@ class Engine(ABC, Generic[ResultT]):
 
     # Attachment
 
+    def _track(self) -> Tracking:
+        registry, layers, exclude = self._selection
+        frozen = Recorder.of(self.model).flags
+        return track(self.model, registry, layers, exclude, frozen)
+
     def _attach(self, freeze: Freeze) -> None:
         recorder = Recorder.of(self.model)
-        if not recorder.attached and track(self.model, *self._selection) != self.tracking:
+        if self._track() != self.tracking:
             raise CaptureError(
                 "modules or parameters of the model changed since the engine was made: make a new "
                 "engine"
@@ -263,7 +273,7 @@ class Engine(ABC, Generic[ResultT]):
 
     def _check_flags(self) -> None:
         """Refuse parameters frozen since: their contributions would not be the training's."""
-        if self.freeze is Freeze.PASS or self._recorder is None or self._recorder.freezes:
+        if self.freeze is Freeze.PASS or self._recorder is None or self._recorder.flags:
             return
         frozen = [
             site.parameter

@@ -6,7 +6,7 @@ model; everything else about a batch lives in `BatchCapture` and dies with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -67,14 +67,9 @@ class Recorder:
         return cls._recorders.get(model) or cls(model)
 
     @property
-    def attached(self) -> bool:
-        """Whether any engine is attached."""
-        return bool(self._attached)
-
-    @property
-    def freezes(self) -> bool:
-        """Whether all parameters are frozen while engines are attached."""
-        return bool(self._flags)
+    def flags(self) -> Mapping[nn.Parameter, bool]:
+        """What `requires_grad` was before parameters were frozen; empty if they are not."""
+        return self._flags
 
     # Life cycle
 

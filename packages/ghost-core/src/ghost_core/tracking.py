@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Size, nn
@@ -84,7 +85,11 @@ class Tracking:
 
 
 def track(
-    model: nn.Module, registry: SamplerRegistry, layers: Patterns = "*", exclude: Patterns = ()
+    model: nn.Module,
+    registry: SamplerRegistry,
+    layers: Patterns = "*",
+    exclude: Patterns = (),
+    flags: Mapping[nn.Parameter, bool] = MappingProxyType({}),
 ) -> Tracking:
     """Find the selected trainable parameters and a sampler for each module that owns one.
 
@@ -96,6 +101,7 @@ def track(
         registry: Where samplers are found.
         layers: What to track.
         exclude: What to leave out of it.
+        flags: `requires_grad` of parameters that are frozen for the time being.
 
     Raises:
         UnknownNameError: If a pattern matches nothing.
@@ -113,7 +119,9 @@ def track(
             aliases[0], tuple(aliases), parameter.shape, parameter.dtype, parameter.device
         )
         for parameter, aliases in names.items()
-        if parameter.requires_grad and aliases[0] in selected and aliases[0] not in excluded
+        if flags.get(parameter, parameter.requires_grad)
+        and aliases[0] in selected
+        and aliases[0] not in excluded
     }
     if not sites:
         trainable = sum(parameter.requires_grad for parameter in names)

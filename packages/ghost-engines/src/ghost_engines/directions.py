@@ -77,6 +77,11 @@ def gradient_of(
                 f"model's parameters, not {_described(loss)}"
             )
         gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise CaptureError(
+            f"direction {name!r}: the closure's loss depends on none of the selected parameters; "
+            "does it call another model?"
+        )
     found = {
         site.parameter: torch.zeros_like(parameter) if gradient is None else gradient
         for site, parameter, gradient in zip(sites, parameters, gradients, strict=True)
@@ -99,12 +104,19 @@ def given(
             raise UnknownNameError("parameter", key, known, f"In direction {name!r}.")
     found = {}
     for site in sites:
-        alias = next((alias for alias in site.aliases if alias in tensors), None)
-        if alias is None:
+        aliases = [alias for alias in site.aliases if alias in tensors]
+        if not aliases:
             raise CaptureError(
                 f"direction {name!r} has no tensor for {site.parameter}; give zeros, or select "
                 "parameters with layers=..."
             )
+        alias = aliases[0]
+        for other in aliases[1:]:
+            if not torch.equal(tensors[alias], tensors[other]):
+                raise CaptureError(
+                    f"direction {name!r} has different tensors for {alias} and {other}, which are "
+                    "one parameter"
+                )
         if tensors[alias].shape != site.shape:
             raise CaptureError(
                 f"direction {name!r} has shape {tuple(tensors[alias].shape)} for {alias}, whose "

@@ -129,6 +129,7 @@ class DotProductEngine(Engine[Scores]):
         self._stacked: dict[str, Tensor] = {}
         self._dots: dict[str, Tensor] = {}
         self._observers: list[ScoreObserver] = []
+        self._scale = 1.0
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -185,8 +186,9 @@ class DotProductEngine(Engine[Scores]):
         self._observers.append(observer)
 
     def unobserve(self, observer: ScoreObserver) -> None:
-        """Stop to tell an observer."""
-        self._observers.remove(observer)
+        """Stop to tell an observer, if it is told."""
+        if observer in self._observers:
+            self._observers.remove(observer)
 
     @contextmanager
     def batch(self, ids: SampleIds) -> Iterator[ScoredBatch]:
@@ -219,6 +221,7 @@ class DotProductEngine(Engine[Scores]):
                 )
                 for site in self.sites
             }
+        self._scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
         self._dots = {
             name: stacked.new_zeros(batch.n, len(self._directions))
             for name, stacked in self._stacked.items()
@@ -230,8 +233,7 @@ class DotProductEngine(Engine[Scores]):
 
     def on_end(self, batch: Batch[Scores]) -> Scores:
         """Return the dots."""
-        scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
-        dots = {name: values / scale for name, values in self._dots.items()}
+        dots = {name: values / self._scale for name, values in self._dots.items()}
         scores = Scores(batch.ids, self.directions, dots, batch.verified)
         for observer in self._observers:
             observer.scored(scores)

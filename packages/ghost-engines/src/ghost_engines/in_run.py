@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -58,7 +57,7 @@ class InRunValues:
         self._engine = engine
         self._optimizer = optimizer
         self._direction = direction
-        self._groups = _groups(engine, optimizer)
+        _rates(engine, optimizer)  # raises early
         self._records: dict[int, _Record] = {}
         self._pending: list[Scores] = []
         self._steps = 0
@@ -136,8 +135,13 @@ class InRunValues:
         self._pending.append(scores)
 
     def _credit(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._engine.is_open:
+            raise CaptureError(
+                "the optimizer made a step inside an open batch: close it before optimizer.step(), "
+                "so that its scores are known"
+            )
         self._steps += 1
-        rates = {name: _rate(group) for name, group in self._groups.items()}
+        rates = _rates(self._engine, optimizer)
         for scores in self._pending:
             column = self._column(scores)
             values = torch.zeros(len(scores.ids), dtype=torch.float64)
@@ -163,26 +167,19 @@ class InRunValues:
         return scores.directions.index(self._direction)
 
 
-def _groups(
-    engine: DotProductEngine, optimizer: torch.optim.Optimizer
-) -> Mapping[str, dict[str, Any]]:
-    """Return the optimizer's group of each tracked parameter."""
+def _rates(engine: DotProductEngine, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rate of each tracked parameter, negative where a loss is maximised."""
     held = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    groups = {}
+    rates = {}
     for site in engine.sites:
-        parameter = engine.model.get_parameter(site.parameter)
-        if parameter not in held:
+        group = held.get(engine.model.get_parameter(site.parameter))
+        if group is None:
             raise CaptureError(
                 f"the optimizer does not hold {site.parameter}: leave it out with exclude=..., "
                 "since no step changes it"
             )
-        groups[site.parameter] = held[parameter]
-    return groups
-
-
-def _rate(group: Mapping[str, Any]) -> float:
-    rate = float(group["lr"])
-    return -rate if group.get("maximize") else rate
+        rates[site.parameter] = float(group["lr"]) * (-1 if group.get("maximize") else 1)
+    return rates
 
 
 def _holds_gradients(optimizer: torch.optim.Optimizer) -> bool:

@@ -13,26 +13,36 @@ from torch import nn
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore random number generators, buffers and training modes afterwards.
+    """Restore random number generators, buffers, gradients and training modes afterwards.
 
     Args:
         model: The model whose forward pass runs inside.
     """
     modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
     python, numpy = random.getstate(), np.random.get_state()
+    for parameter in gradients:
+        parameter.grad = None
     try:
         with torch.random.fork_rng(devices=_devices(model)):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
-            for buffer, value in buffers.items():
-                if not torch.equal(buffer, value):
+            for module, name, buffer, value in buffers:
+                if buffer is not None and value is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)
+                module._buffers[name] = buffer
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -81,36 +81,40 @@ def arrange(
         shares = [dim] * len(sites)
     else:
         assert total_dim is not None
-        shares = _shares(sites, total_dim)
+        shares = _shares(sites, total_dim, min_dim)
     blocks: list[Block] = []
     offset = 0
     for site, share in zip(sites, shares, strict=True):
         k_left, k_right = _axes(site.shape, share, min_dim, at_most=total_dim is not None)
         blocks.append(Block(site.parameter, site.shape, offset, k_left, k_right))
         offset = blocks[-1].columns.stop
-    if total_dim is not None and offset > total_dim:
-        raise CaptureError(
-            f"total_dim={total_dim} is too small for {len(sites)} parameters with "
-            f"min_dim={min_dim}, which need {offset}: raise total_dim, lower min_dim, or select "
-            "fewer layers"
-        )
     return tuple(blocks)
 
 
-def _shares(sites: Sequence[Site], total_dim: int) -> list[int]:
+def _shares(sites: Sequence[Site], total_dim: int, min_dim: int) -> list[int]:
+    """Give every parameter the least it needs, and share the rest out."""
+    least = [math.prod(min(min_dim, n) for n in matrix_shape(site.shape)) for site in sites]
+    rest = total_dim - sum(least)
+    if rest < 0:
+        raise CaptureError(
+            f"total_dim={total_dim} is too small for {len(sites)} parameters with "
+            f"min_dim={min_dim}, which need {sum(least)}: raise total_dim, lower min_dim, or "
+            "select fewer layers"
+        )
     roots = [math.sqrt(site.shape.numel()) for site in sites]
-    return [max(1, int(total_dim * root / sum(roots))) for root in roots]
+    return [own + int(rest * root / sum(roots)) for own, root in zip(least, roots, strict=True)]
 
 
 def _axes(shape: Size, dim: int, min_dim: int, *, at_most: bool) -> tuple[int, int]:
     """Split k = dim over both axes with `k_right / k_left ≈ √(n_left / n_right)`."""
     n_left, n_right = matrix_shape(shape)
     rounded = math.floor if at_most else round
-    aim_right = math.sqrt(dim * math.sqrt(n_left / n_right))
-    k_right = _within(rounded(aim_right), min_dim, n_right)
+    most_right = max(dim // min(min_dim, n_left), 1) if at_most else n_right
+    k_right = _within(rounded(math.sqrt(dim * math.sqrt(n_left / n_right))), min_dim, n_right)
+    k_right = min(k_right, most_right)
     k_left = _within(rounded(dim / k_right), min_dim, n_left)
     # An axis that is shorter than its share leaves more to the other.
-    k_right = _within(rounded(dim / k_left), min_dim, n_right)
+    k_right = min(_within(rounded(dim / k_left), min_dim, n_right), most_right)
     return k_left, k_right
 
 
