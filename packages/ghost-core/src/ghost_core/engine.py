@@ -104,6 +104,7 @@ class Engine(ABC, Generic[ResultT]):
         self.verify = verify
         self._selection = (registry, layers, exclude)
         self.tracking: Tracking = self._track()
+        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._recorder: Recorder | None = None
         self._batch: Batch[ResultT] | None = None
         self._open = False
@@ -272,19 +273,20 @@ class Engine(ABC, Generic[ResultT]):
         recorder.detach(self)
 
     def _check_flags(self) -> None:
-        """Refuse parameters frozen since: their contributions would not be the training's."""
-        if self.freeze is Freeze.PASS or self._recorder is None or self._recorder.flags:
+        """Refuse parameters frozen or unfrozen since: scores would not be those of the training."""
+        if self._recorder is None or self._recorder.flags:
             return
-        frozen = [
-            site.parameter
-            for site in self.sites
-            if not self.model.get_parameter(site.parameter).requires_grad
-        ]
-        if frozen:
-            raise CaptureError(
-                f"{', '.join(frozen)} no longer require gradients: make a new engine, which leaves "
-                "frozen parameters out"
+        changed = {
+            name: parameter.requires_grad
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad != self._flags.get(name)
+        }
+        if changed and self._track() != self.tracking:
+            listed = ", ".join(
+                f"{name} {'requires' if flag else 'no longer requires'} gradients"
+                for name, flag in changed.items()
             )
+            raise CaptureError(f"since the engine was made, {listed}: make a new engine")
 
 
 def as_ids(ids: SampleIds) -> Tensor:

@@ -51,6 +51,11 @@ class Scores:
         return torch.stack(list(self.by_parameter.values())).sum(0)
 
     @property
+    def finite(self) -> Tensor:
+        """Which samples have finite dots, bool `[N]`: all of them, unless gradients overflowed."""
+        return self.total.isfinite().all(1)
+
+    @property
     def by_layer(self) -> dict[str, Tensor]:
         """Dots by layer, `[N, K]`: the sum over the parameters that one module owns.
 

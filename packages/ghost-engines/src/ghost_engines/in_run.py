@@ -36,7 +36,8 @@ class InRunValues:
     than plain gradient descent the values stand for the descent direction, not for the step.
 
     Call `zero_grad` before a batch is opened, as usual: gradients found zero then mean that the
-    batches before were discarded.
+    batches before were discarded. Called inside a batch, it must set gradients to None, its
+    default.
 
     Args:
         engine: The engine that scores the batches.
@@ -60,6 +61,7 @@ class InRunValues:
         _rates(engine, optimizer)  # raises early
         self._records: dict[int, _Record] = {}
         self._pending: list[Scores] = []
+        self._witness: tuple[torch.nn.Parameter, Tensor] | None = None
         self._steps = 0
         self.skipped_batches = 0
         """Batches that no step followed."""
@@ -126,13 +128,24 @@ class InRunValues:
 
         Gradient scalers skip steps that overflow; then `zero_grad` is called with no step before.
         """
-        if self._pending and not _holds_gradients(self._optimizer):
-            self.skipped_batches += len(self._pending)
-            self._pending.clear()
+        self._witness = None
+        if self._pending:
+            held = _gradients(self._optimizer)
+            if any(bool(gradient.any()) for _, gradient in held):
+                self._witness = held[0]
+            else:
+                self._drop()
 
     def scored(self, scores: Scores) -> None:
         """Keep the scores of a batch until a step is made with it."""
+        witness, self._witness = self._witness, None
+        if witness is not None and witness[0].grad is not witness[1]:
+            self._drop()  # zero_grad was called inside the batch
         self._pending.append(scores)
+
+    def _drop(self) -> None:
+        self.skipped_batches += len(self._pending)
+        self._pending.clear()
 
     def _credit(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._engine.is_open:
@@ -182,11 +195,12 @@ def _rates(engine: DotProductEngine, optimizer: torch.optim.Optimizer) -> dict[s
     return rates
 
 
-def _holds_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    gradients: list[Tensor] = [
-        parameter.grad
+def _gradients(
+    optimizer: torch.optim.Optimizer,
+) -> list[tuple[torch.nn.Parameter, Tensor]]:
+    return [
+        (parameter, parameter.grad)
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None
     ]
-    return any(bool(gradient.any()) for gradient in gradients)

@@ -110,7 +110,6 @@ class ProjectionEngine(Engine[ProjectedBatch]):
         self.layout: tuple[Block, ...] = arrange(
             self.sites, dim=dim, total_dim=total_dim, min_dim=min_dim
         )
-        projection = installed().projection(init)()
         self._blocks = {block.parameter: block for block in self.layout}
         projection = installed().projection(init)()
         self._maps = {

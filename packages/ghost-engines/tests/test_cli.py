@@ -1,0 +1,228 @@
+"""The command `ghost`, run as a user or a script runs it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from ghost_core.plugins import Plugin
+from ghost_engines import ProjectionEngine, cli
+from ghost_engines.store import GradientStore, StoredRows
+from ghost_engines.store.format import shard_path
+
+
+def ghost(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ghost_engines.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def root(tmp_path, mlp) -> Path:
+    engine = ProjectionEngine(mlp, dim=4, min_dim=1, seed=17, dtype="float16")
+    with GradientStore.create(
+        tmp_path / "g", engine, unit=4, info={"loss": "nll"}, notes={"who": "a\tb"}
+    ) as store:
+        rows = torch.randn(10, engine.k_total).half()
+        store.append(StoredRows(torch.arange(10), rows, None), loss=torch.zeros(10))
+    return tmp_path / "g"
+
+
+def damage(root: Path) -> Path:
+    path = shard_path(root, 1)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def test_help_names_the_commands_and_what_they_take(capsys):
+    for arguments, words in {
+        ("--help",): ["plugins", "store", "--version"],
+        ("store", "--help"): ["PATH", "--verify"],
+    }.items():
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 0
+        said = capsys.readouterr().out
+        assert all(word in said for word in words)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr() == (f"ghost {metadata.version('ghost-engines')}\n", "")
+
+
+def test_plugins_into_a_pipe_are_fields_separated_by_tabs():
+    done = ghost("plugins")
+    assert (done.returncode, done.stderr) == (0, "")
+    titles, *rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert titles == ["plugin", "version", "offers", "status"]
+    assert all(len(row) == 4 for row in rows)
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    ours = next(row for row in rows if row[0] == "ghost-engines:engines")
+    assert "engine projection" in ours[2].split(", ")
+    assert ours[3] == "loaded"
+    layers = next(row for row in rows if row[0].startswith("ghost-layers:"))
+    assert "sampler torch.nn.modules.linear.Linear" in layers[2].split(", ")
+
+
+def test_plugins_at_a_terminal_are_aligned_and_many_offers_counted(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli.main(["plugins"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["plugin", "version", "offers", "status"]
+    assert "\t" not in "".join(lines)
+    layers = next(line for line in lines if line.startswith("ghost-layers:"))
+    assert " samplers " in layers
+    assert all(line[lines[0].index("status") - 1] == " " for line in lines)
+
+
+def test_a_plugin_that_does_not_work_says_so_on_its_row(monkeypatch, capsys):
+    class Found:
+        plugins = (
+            Plugin("bad:x", "1", [], ["ImportError: no\n\tmodule"]),
+            Plugin("good:y", "2", ["engine one", "engine two"]),
+            Plugin("off:z", "3", disabled=True),
+        )
+
+    monkeypatch.setattr(cli, "installed", Found)
+    assert cli.main(["plugins"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "bad:x\t1\t-\tfailed: ImportError: no module",
+        "good:y\t2\tengine one, engine two\tloaded",
+        "off:z\t3\t-\tdisabled by GHOST_DISABLED_PLUGINS",
+    ]
+
+
+def test_a_store_is_described(root):
+    done = ghost("store", root)
+    assert (done.returncode, done.stderr) == (0, "")
+    summary, layers = (
+        [line.split("\t") for line in part.splitlines()] for part in done.stdout.split("\n\n")
+    )
+    values = dict(summary)
+    manifest = json.loads((root / "manifest.json").read_text())
+    size = sum(path.stat().st_size for path in root.rglob("*.safetensors"))
+    for key, value in {
+        "path": str(root),
+        "rows": "10",
+        "dimensions": str(manifest["k_total"]),
+        "dtype": "float16",
+        "losses": "float32",
+        "size on disk": f"{size} bytes",
+        "rows per shard": "4",
+        "projection": "gaussian",
+        "seed": "17",
+        "verified": "yes",
+        "info: loss": "nll",
+        "note: who": "a b",
+        "fingerprint": manifest["fingerprint"],
+    }.items():
+        assert values[key] == value
+    assert layers[0] == ["name", "shape", "offset", "k_left", "k_right"]
+    assert [row[0] for row in layers[1:]] == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert layers[2][1] == "7×5"
+
+
+def test_a_store_at_a_terminal_is_aligned(root, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli.main(["store", str(root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "\t" not in "".join(lines)
+    column = lines[0].index("value")
+    assert next(line for line in lines if line.startswith("rows per shard"))[column:] == "4"
+
+
+def test_verify_says_that_all_is_well(root, capsys):
+    assert cli.main(["store", str(root), "--verify"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.splitlines()[-1] == "verified: every shard fits its hash"
+
+
+@pytest.mark.parametrize("kind", ["altered", "missing", "cut off"])
+def test_verify_names_what_is_damaged(root, kind, capsys):
+    path = damage(root)
+    if kind == "missing":
+        path.unlink()
+    if kind == "cut off":
+        path.write_bytes(path.read_bytes()[:50])
+    assert cli.main(["store", str(root), "--verify"]) == 1
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith(f"damaged: {path} ")
+    assert kind in said.out
+
+
+def test_a_script_sees_damage_by_the_exit_status(root):
+    path = damage(root)
+    done = ghost("store", root, "--verify")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert str(path) in done.stdout
+
+
+def test_a_broken_store_is_one_line_of_error(root):
+    shard_path(root, 0).unlink()
+    shard_path(root, 1).unlink()
+    done = ghost("store", root)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("ghost: ")
+    assert "g-00000000.safetensors is missing" in done.stderr
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_path_without_a_store_is_one_line_of_error(tmp_path, verify, capsys):
+    assert cli.main(["store", str(tmp_path / "none"), *(["--verify"] if verify else [])]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"ghost: there is no store at {tmp_path / 'none'}")
+    assert len(said.err.splitlines()) == 1
+
+
+def test_a_store_whose_engine_has_a_manifest_of_its_own_kind_is_described(tmp_path, capsys):
+    class Engine:
+        k_total, dtype = 3, torch.float32
+
+        def manifest(self):
+            return {"layers": "all", "nested": {"a": [1, 2]}}
+
+    GradientStore.create(tmp_path / "g", Engine()).close()
+    assert cli.main(["store", str(tmp_path / "g")]) == 0
+    assert "nested\t{'a': [1, 2]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["stores"], ["store"], ["plugins", "--nope"]])
+def test_arguments_that_cannot_be_understood_end_with_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "--help" in said.err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    with subprocess.Popen(
+        [sys.executable, "-m", "ghost_engines.cli", "plugins"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 0
+
+
+def test_the_command_is_installed():
+    entry = next(iter(metadata.entry_points(group="console_scripts", name="ghost")))
+    assert entry.load() is cli.main
+    assert shutil.which("ghost", path=str(Path(sys.executable).parent))

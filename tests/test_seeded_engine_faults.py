@@ -1,0 +1,247 @@
+"""The comparisons with the oracle fail where something is broken on purpose.
+
+Each fault is one that a system before this one had, or one that is easy to make.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from ghost_core import Dense, InputFactor, Outer
+from ghost_engines import DotProductEngine, ProjectionEngine, directions
+from ghost_layers import convolution
+
+OFF = "entries are off"
+
+
+@pytest.fixture
+def gpt2(make_language_task, assert_dots, assert_rows):
+    """A language model that both engines are exact on as long as nothing is broken."""
+    task = make_language_task("gpt2")
+    assert_dots(task)
+    assert_rows(task)
+    return task
+
+
+@pytest.fixture
+def llama(make_language_task, assert_dots, assert_rows):
+    task = make_language_task("llama")
+    assert_dots(task)
+    assert_rows(task)
+    return task
+
+
+class FirstUse:
+    """Mixed into an engine: a later use of a parameter is dropped, as if it overwrote nothing."""
+
+    def on_start(self, batch):
+        self.arrived = set()
+        super().on_start(batch)
+
+    def on_gradient(self, pass_, site, gradient):
+        if site.parameter not in self.arrived:
+            self.arrived.add(site.parameter)
+            super().on_gradient(pass_, site, gradient)
+
+
+def test_dots_without_the_second_use_of_a_tied_parameter(gpt2, assert_dots):
+    class Broken(FirstUse, DotProductEngine):
+        pass
+
+    with pytest.raises(AssertionError, match=rf"transformer\.wte\.weight.*{OFF}"):
+        assert_dots(gpt2, Broken)
+
+
+def test_rows_without_the_second_use_of_a_tied_parameter(gpt2, assert_rows):
+    class Broken(FirstUse, ProjectionEngine):
+        pass
+
+    with pytest.raises(AssertionError, match=rf"transformer\.wte\.weight.*{OFF}"):
+        assert_rows(gpt2, Broken)
+
+
+def test_last_use_of_a_tied_parameter_overwrites_the_first(gpt2, assert_dots):
+    class Broken(DotProductEngine):
+        def on_gradient(self, pass_, site, gradient):
+            self._dots[site.parameter][pass_.rows] = 0
+            super().on_gradient(pass_, site, gradient)
+
+    with pytest.raises(AssertionError, match=rf"transformer\.wte\.weight.*{OFF}"):
+        assert_dots(gpt2, Broken)
+
+
+class _Transposed:
+    """Stands for a gradient whose projection comes with its axes swapped."""
+
+    def __init__(self, gradient):
+        self.gradient = gradient
+
+    def project(self, left, right):
+        return self.gradient.project(left, right).mT
+
+
+def test_rows_with_their_axes_swapped_by_the_engine(llama, assert_rows):
+    class Broken(ProjectionEngine):
+        def on_gradient(self, pass_, site, gradient):
+            super().on_gradient(pass_, site, _Transposed(gradient))
+
+    with pytest.raises(AssertionError, match=OFF):
+        assert_rows(llama, Broken)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_rows_with_their_axes_swapped_by_the_algebra(name, request, monkeypatch, assert_rows):
+    task, project = request.getfixturevalue(name), Outer.project
+
+    def swapped(self, left, right):
+        return project(self, left, right).mT.reshape(self.n, *project(self, left, right).shape[1:])
+
+    monkeypatch.setattr(Outer, "project", swapped)
+    with pytest.raises(AssertionError, match=OFF):
+        assert_rows(task)
+
+
+def test_maps_of_another_parameter(llama, assert_rows):
+    class Broken(ProjectionEngine):
+        def maps(self, parameter):
+            return super().maps(parameter.replace("layers.1", "layers.0"))
+
+    with pytest.raises(AssertionError, match=rf"layers\.1.*{OFF}"):
+        assert_rows(llama, Broken)
+
+
+class _Undilated(convolution.Patches):
+    """Takes neighbours where the kernel has gaps."""
+
+    def dense(self):
+        geometry = self.geometry
+        vertical, horizontal = (side for side in geometry.padding)
+        padded = nn.functional.pad(self.x, (horizontal, horizontal, vertical, vertical))
+        for axis in (0, 1):
+            padded = padded.unfold(axis + 2, geometry.reach[axis], geometry.stride[axis])
+            padded = padded[..., : geometry.kernel[axis]]
+        windows = padded.unflatten(1, (self.groups, -1)).movedim((1, 2), (3, 4))
+        return windows.flatten(1, 2).flatten(3)
+
+    mix = InputFactor.mix
+    outer = InputFactor.outer
+
+
+def test_convolution_without_its_dilation(convolutions, monkeypatch, assert_dots, assert_rows):
+    assert_dots(convolutions)
+    assert_rows(convolutions)
+    monkeypatch.setattr(convolution, "Patches", _Undilated)
+    for check in (assert_dots, assert_rows):
+        # The other convolutions have no gaps: only one weight may be wrong.
+        with pytest.raises(AssertionError, match=rf"of 2\.weight.*{OFF}"):
+            check(convolutions)
+
+
+def test_dots_in_bfloat16(llama, assert_dots):
+    class Broken(DotProductEngine):
+        def on_gradient(self, pass_, site, gradient):
+            dots = gradient.dot(self._stacked[site.parameter])
+            self._dots[site.parameter][pass_.rows] += dots.bfloat16()
+
+    with pytest.raises(AssertionError, match=OFF):
+        assert_dots(llama, Broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dots_with_a_rounded_direction(dtype, llama, assert_dots):
+    class Broken(DotProductEngine):
+        def on_start(self, batch):
+            super().on_start(batch)
+            self._stacked = {
+                name: vectors.to(dtype).double() for name, vectors in self._stacked.items()
+            }
+
+    with pytest.raises(AssertionError, match=OFF):
+        assert_dots(llama, Broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_with_rounded_gradients(dtype, llama, assert_rows):
+    class Broken(ProjectionEngine):
+        def on_gradient(self, pass_, site, gradient):
+            rounded = gradient.materialize().to(dtype).double()
+            super().on_gradient(pass_, site, Dense(rounded.unsqueeze(1)))
+
+        def on_input(self, site, record):
+            return record
+
+    with pytest.raises(AssertionError, match=OFF):
+        assert_rows(llama, Broken)
+
+
+def test_direction_of_sums_multiplied(llama, monkeypatch, assert_dots):
+    """A direction of several samples as ΣA·ΣB, in place of ΣAB."""
+    exact = directions.gradient_of
+
+    def multiplied(name, closure, model, sites):
+        found = exact(name, closure, model, sites)
+        inputs, grads, handles = {}, {}, []
+
+        def hook(path):
+            def watch(module, args, output):
+                inputs[path] = args[0].detach().flatten(0, -2).sum(0)
+                output.register_hook(lambda grad: grads.update({path: grad.flatten(0, -2).sum(0)}))
+
+            return watch
+
+        linear = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
+        handles = [each.register_forward_hook(hook(path)) for path, each in linear.items()]
+        torch.autograd.grad(closure(), list(model.parameters()))
+        for handle in handles:
+            handle.remove()
+        for path in linear:
+            found[f"{path}.weight"] = torch.outer(grads[path], inputs[path])
+        return found
+
+    monkeypatch.setattr(directions, "gradient_of", multiplied)
+    with pytest.raises(AssertionError, match=rf"(lm_head|_proj)\.weight.*{OFF}"):
+        assert_dots(llama)
+
+
+def test_tokens_of_a_sample_summed_before_they_meet(llama, monkeypatch, assert_dots):
+    """The same fault on the side of the samples: `(Σ_t b_t)ᵀ V (Σ_t a_t)`."""
+
+    def contracted(self, vectors, dims):
+        grad = self.grad.sum(1, keepdim=True)
+        dots = [
+            (self.factor.mix(self._as_map(vector)).sum(1, keepdim=True) * grad).sum(dims)
+            for vector in vectors
+        ]
+        return torch.stack(dots, dim=-1)
+
+    monkeypatch.setattr(Outer, "_contract", contracted)
+    monkeypatch.setattr(Outer, "dot", lambda self, vectors: self._contract(vectors, (1, 2, 3)))
+    with pytest.raises(AssertionError, match=OFF):
+        assert_dots(llama)
+
+
+def test_rows_of_the_samples_in_another_order(llama, assert_dots, assert_rows):
+    class BrokenDots(DotProductEngine):
+        def on_end(self, batch):
+            self._dots = {name: dots.roll(1, 0) for name, dots in self._dots.items()}
+            return super().on_end(batch)
+
+    class BrokenRows(ProjectionEngine):
+        def on_end(self, batch):
+            self._rows = self._rows.roll(1, 0)
+            return super().on_end(batch)
+
+    with pytest.raises(AssertionError, match=OFF):
+        assert_dots(llama, BrokenDots)
+    with pytest.raises(AssertionError, match=OFF):
+        assert_rows(llama, BrokenRows)
+
+
+def test_dropped_parameter(llama, assert_dots):
+    class Broken(DotProductEngine):
+        def on_end(self, batch):
+            del self._dots["model.norm.weight"]
+            return super().on_end(batch)
+
+    with pytest.raises(AssertionError):
+        assert_dots(llama, Broken)

@@ -1,0 +1,143 @@
+"""A plugin of a third party does all that ghost's own packages do, through public API alone."""
+
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ghost_core.plugins import installed
+from ghost_core.testing import (
+    assert_within,
+    check_engine,
+    check_projection,
+    check_sampler,
+    per_sample_gradients,
+)
+from ghost_engines import DotProductEngine, ProjectionEngine
+
+sample = pytest.importorskip("ghost_plugin_sample")
+
+NAME = "ghost-plugin-sample:sample"
+
+
+@pytest.fixture
+def model():
+    """A model with a layer that only the plugin knows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), sample.Scale(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(6))
+    return model
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(4, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def squares(outputs):
+    return outputs.square().flatten(1).sum(1) + outputs.flatten(1).sum(1)
+
+
+def run(engine, model, inputs):
+    with engine, engine.batch(range(len(inputs))) as batch:
+        squares(model(inputs)).sum().backward()
+    return batch.result
+
+
+def test_it_is_found_with_all_it_offers():
+    found = installed()
+    (plugin,) = [plugin for plugin in found.plugins if plugin.name == NAME]
+    assert plugin.status == "loaded"
+    assert sorted(plugin.offers) == [
+        "engine sign_agreement",
+        "projection coordinates",
+        "sampler ghost_plugin_sample.Scale",
+    ]
+    assert found.engines["sign_agreement"] is sample.SignAgreementEngine
+    assert found.projection("coordinates") is sample.CoordinateProjection
+    assert type(found.samplers.find(sample.Scale(3))) is sample.ScaleSampler
+
+
+def test_every_other_plugin_loaded_too():
+    statuses = {plugin.name: plugin.status for plugin in installed().plugins}
+    assert {"ghost-engines:engines", "ghost-layers:layers", NAME} <= statuses.keys()
+    assert {name: status for name, status in statuses.items() if status != "loaded"} == {}
+
+
+def test_its_sampler_is_exact():
+    layer = sample.Scale(4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(4, generator=torch.Generator().manual_seed(0)))
+    inputs = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(1))
+    for uses in (1, 2):
+        check_sampler(sample.ScaleSampler, layer, inputs, uses=uses)
+    check_sampler(sample.ScaleSampler, layer, inputs[:, 0])
+
+
+def test_a_wrong_sampler_would_be_found():
+    class Wrong(sample.ScaleSampler):
+        def gradients(self, call, records, grads):
+            return super().gradients(call, records, [2 * grads[0]])
+
+    with pytest.raises(AssertionError, match=r"Scale\.weight, materialize"):
+        check_sampler(Wrong, sample.Scale(4), torch.randn(5, 3, 4))
+
+
+def test_its_layer_is_scored_by_the_engine_of_ghost(model, inputs):
+    expected = per_sample_gradients(model, squares(model(inputs)))
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    engine = DotProductEngine(model)
+    engine.add_direction("random", direction)
+    scores = run(engine, model, inputs)
+    assert scores.by_parameter.keys() == expected.keys()
+    for name, gradient in expected.items():
+        rows = gradient.flatten(1)
+        scale = rows.norm(dim=1) * direction[name].norm()
+        assert gradient.any()
+        assert_within(
+            scores.by_parameter[name][:, 0], rows @ direction[name].flatten(), scale, what=name
+        )
+
+
+def test_its_engine_keeps_what_every_engine_promises():
+    check_engine(sample.SignAgreementEngine)
+
+
+def test_its_engine_agrees_with_brute_force(model, inputs):
+    expected = per_sample_gradients(model, squares(model(inputs)))
+    signs = torch.stack([gradient.sign().flatten(1).sum(1) for gradient in expected.values()])
+    assert signs.any()
+    result = run(sample.SignAgreementEngine(model), model, inputs)
+    assert torch.equal(result, signs.sum(0))
+
+
+def test_its_projection_keeps_the_contract():
+    check_projection(sample.CoordinateProjection)
+
+
+def test_its_projection_serves_the_engine_of_ghost(model, inputs):
+    expected = per_sample_gradients(model, squares(model(inputs)))
+    engine = ProjectionEngine(model, dim=6, min_dim=2, init="coordinates", dtype="float64")
+    rows = run(engine, model, inputs).rows
+    assert engine.manifest()["projection"] == "coordinates"
+    for block in engine.layout:
+        left, right = engine.maps(block.parameter)
+        gradient = expected[block.parameter]
+        matrices = gradient.reshape(len(inputs), left.shape[1], right.shape[1])
+        projected = (left @ matrices @ right.mT).flatten(1)
+        scale = left.norm() * right.norm() * gradient.flatten(1).norm(dim=1)[:, None]
+        assert_within(rows[:, block.columns], projected, scale, what=block.parameter)
+        # Coordinates are kept as they are: every number of a row is one of the gradient, scaled.
+        assert all((each != 0).sum(1).tolist() == [1] * len(each) for each in (left, right))
+
+
+def test_the_command_lists_it():
+    command = Path(sysconfig.get_path("scripts")) / "ghost"
+    listing = subprocess.run([command, "plugins"], capture_output=True, text=True, check=True)
+    (line,) = [line for line in listing.stdout.splitlines() if line.startswith(NAME)]
+    for offer in ("Scale", "sign_agreement", "coordinates", "loaded"):
+        assert offer in line
