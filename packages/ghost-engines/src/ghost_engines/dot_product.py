@@ -115,7 +115,9 @@ class DotProductEngine(Engine[Scores]):
         registry: Where samplers are found; by default those of all installed plugins.
 
     Raises:
-        UnknownNameError, UnsupportedLayerError, CaptureError: See `Engine`.
+        UnknownNameError: If a glob matches nothing.
+        UnsupportedLayerError: If a selected parameter belongs to a module without a sampler.
+        CaptureError: If no trainable parameter is selected or a module is compiled.
     """
 
     def __init__(
