@@ -74,7 +74,8 @@ class ProjectionEngine(Engine[ProjectedBatch]):
         seed: Seed of the maps. Each depends on it and on the parameter's name alone, so that all
             processes draw the same.
         init: Name of the projection: `gaussian`, `rademacher`, `orthonormal` or a plugin's.
-        dtype: Storage dtype of the rows, or its name. A row that overflows it is an error.
+        dtype: Storage dtype of the rows, or its name, whatever the model's dtype is. Rows are
+            computed in float32 at least; one that overflows the storage dtype is an error.
         layers: Globs over dotted names: what to track.
         exclude: Globs over dotted names: what to leave out.
         verify: Whether to verify that gradients can be split by sample.

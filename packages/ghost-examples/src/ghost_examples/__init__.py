@@ -1,0 +1,1 @@
+"""The demo of ghost, and examples to start from. Nothing here is downloaded."""

@@ -1,0 +1,111 @@
+"""A small convolutional network for digits: trained as always, and trained with scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
+
+from ghost_engines import DotProductEngine, InRunValues
+from ghost_examples.demo.annotator import Annotated, Images
+from ghost_examples.demo.norms import NormEngine
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the network is trained: plain gradient descent with a falling learning rate.
+
+    Batch and learning rate were chosen by the accuracy on validation images, with seeds that the
+    demo does not use; the number of epochs keeps the demo short.
+
+    Attributes:
+        epochs: Times that each image is seen.
+        batch: Images per step.
+        lr: Learning rate at the start; it falls to zero in equal steps.
+    """
+
+    epochs: int = 12
+    batch: int = 32
+    lr: float = 0.3
+
+
+def new_model(seed: int, device: str) -> nn.Sequential:
+    """Return a small convolutional network with parameters drawn from a seed."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 10),
+    ).to(device)
+
+
+def batches(n: int, recipe: Recipe, seed: int) -> Iterator[Tensor]:
+    """Yield the ids of each step's images, int64 `[N]`."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(recipe.epochs):
+        yield from torch.randperm(n, generator=generator).split(recipe.batch)
+
+
+def new_optimizer(model: nn.Module, n: int, recipe: Recipe) -> tuple[torch.optim.SGD, LRScheduler]:
+    """Return the optimizer for n images, and what lowers its learning rate after each step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr)
+    steps = recipe.epochs * math.ceil(n / recipe.batch)
+    return optimizer, LinearLR(optimizer, start_factor=1, end_factor=0, total_iters=steps)
+
+
+def train(images: Images, recipe: Recipe, seed: int, device: str) -> nn.Module:
+    """Train a network, without ghost."""
+    model = new_model(seed, device)
+    optimizer, schedule = new_optimizer(model, len(images), recipe)
+    for ids in batches(len(images), recipe, seed):
+        batch = images[ids]
+        optimizer.zero_grad()
+        cross_entropy(model(batch.images), batch.labels).backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def train_scored(
+    data: Annotated, recipe: Recipe, seed: int, device: str
+) -> tuple[nn.Module, InRunValues]:
+    """Train the same network and give each image its in-run value on the way."""
+    model = new_model(seed, device)
+    optimizer, schedule = new_optimizer(model, len(data.train), recipe)
+    clean = data.validation
+    engine = DotProductEngine(model)
+    engine.add_direction("clean", lambda: cross_entropy(model(clean.images), clean.labels))
+    values = InRunValues(engine, optimizer)
+    with engine, values:
+        for ids in batches(len(data.train), recipe, seed):
+            batch = data.train[ids]
+            optimizer.zero_grad()
+            with engine.batch(ids):
+                cross_entropy(model(batch.images), batch.labels).backward()
+            optimizer.step()
+            schedule.step()
+    return model, values
+
+
+def losses_and_norms(model: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
+    """Return each image's own loss and the norm of its gradient, both `[n]`."""
+    engine = NormEngine(model)
+    with engine.frozen(), engine.batch(range(len(images))):
+        losses = cross_entropy(model(images.images), images.labels, reduction="none")
+        losses.sum().backward()
+    return losses.detach().cpu(), engine.collect().cpu()
+
+
+def accuracy(model: nn.Module, images: Images) -> float:
+    """Return the share of images that get their label."""
+    with torch.no_grad():
+        right = model(images.images).argmax(1) == images.labels
+    return float(right.float().mean())

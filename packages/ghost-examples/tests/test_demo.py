@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ghost_examples.demo import __main__ as demo
+from ghost_examples.demo import digits, receipt
+
+
+def run(output: Path, sizes: demo.Sizes) -> int:
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--output", str(output), "--seeds", "1"], sizes)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_the_whole_demo_passes_or_fails_by_its_rule(
+    sizes: demo.Sizes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # One epoch is too little to find anything.
+    assert run(tmp_path / "out", sizes) == 1
+    first = capsys.readouterr()
+    assert "FAILED: digits: accuracy by value is" in first.err
+    assert first.out.splitlines()[-1] == str(tmp_path / "out" / "report.html")
+
+    monkeypatch.setattr(digits, "shortfalls", lambda precision, accuracy: [])
+    assert run(tmp_path / "out", sizes) == 0
+    second = capsys.readouterr()
+    assert "FAILED" not in second.err
+    assert second.out.splitlines()[-1] == str(tmp_path / "out" / "report.html")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["digits.csv", "gradients", "report.html", "results.json"]
+
+    monkeypatch.setattr(receipt, "TOLERANCE", 0.0)
+    assert run(tmp_path / "out", sizes) == 1
+    assert "deviate" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        demo.main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert all(option in out for option in ("--output", "--seeds", "--device"))
+
+
+def test_no_seeds_are_refused() -> None:
+    with pytest.raises(ValueError, match="seeds must be at least 1"):
+        demo.Options(seeds=0)

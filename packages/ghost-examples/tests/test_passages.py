@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ghost_engines import GradientStore
+from ghost_examples.demo import passages
+from ghost_examples.demo.__main__ import Sizes
+from ghost_examples.demo.report import Findings
+from ghost_examples.texts import DOMAINS, build_vocabulary
+
+
+def test_held_out_passages_are_neither_trained_on_nor_stored() -> None:
+    kept, held_out = passages.split(passages.Plan(length=64, per_domain=32, every=8))
+    assert not {(p.domain, p.index) for p in kept} & {(p.domain, p.index) for p in held_out}
+    for domain in DOMAINS:
+        assert sum(passage.domain == domain.name for passage in kept) == 28
+        assert sum(passage.domain == domain.name for passage in held_out) == 4
+
+
+def test_the_model_has_the_vocabulary_of_the_texts(sizes: Sizes) -> None:
+    model = passages.new_model(sizes.plan, "cpu")
+    assert model.config.vocab_size == build_vocabulary().size
+    tokens = torch.tensor([[0] * 31 + [build_vocabulary().size - 1]])
+    assert passages.per_sample_loss(model, tokens).shape == (1,)
+
+
+def test_every_kept_passage_is_stored_and_every_query_answered(
+    sizes: Sizes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gradients"
+    first = passages.run(folder, "cpu", sizes.plan)
+    again = passages.run(folder, "cpu", sizes.plan)
+    assert [path.name for path in tmp_path.iterdir()] == ["gradients"]
+    store = GradientStore.open(folder)
+    assert torch.equal(store.ids, torch.arange(24))
+    assert store.losses is not None
+    assert store.k_total == again.columns
+    assert again.looked == first.looked
+    assert len(again.looked) == 8
+    for each in again.looked:
+        scores = [near.score for near in each.found]
+        assert scores == sorted(scores, reverse=True)
+        assert len(scores) == sizes.plan.neighbours
+    assert again.chance == 0.25
+    assert [each.query.domain for each in again.shown] == [domain.name for domain in DOMAINS]
+    passages.show(again)
+    assert "by chance 25.0%" in capsys.readouterr().out
+
+
+def test_a_folder_of_something_else_is_left_alone(sizes: Sizes, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(FileExistsError, match="is no store of gradients"):
+        passages.run(tmp_path, "cpu", sizes.plan)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_stored_passage_is_its_own_nearest(sizes: Sizes, tmp_path: Path) -> None:
+    kept, _ = passages.split(sizes.plan)
+    tokens = passages.as_tokens(kept, "cpu")
+    model = passages.new_model(sizes.plan, "cpu")
+    engine = passages.ProjectionEngine(model, total_dim=256, layers=passages.LAYERS)
+    passages.store_gradients(tmp_path / "g", engine, tokens, sizes.plan)
+    for ids, _ in passages.projected(engine, tokens[:4], sizes.plan, "again"):
+        near = GradientStore.open(tmp_path / "g").search(engine.collect().rows, 1, "cosine")
+        assert torch.equal(near.ids[:, 0], ids)
+
+
+def test_shares_count_the_nearest_passage_alone(findings: Findings) -> None:
+    result = findings.passages
+    assert result.share == 0
+    assert result.own_share == {"python": 0}
+    assert result.chance == 0.75

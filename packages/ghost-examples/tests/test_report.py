@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ghost_examples.demo import files, report
+from ghost_examples.demo.report import Findings
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+LOADS = re.compile(
+    r"""\b(?:src|href|srcset|data|action)\s*=\s*["']?\s*(?:https?:)?//|@import|url\(\s*["']?(?!#)""",
+    re.IGNORECASE,
+)
+
+
+class _Page(HTMLParser):
+    """Collects tags and checks that they are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing(findings: Findings) -> None:
+    page = report.render(findings)
+    parsed = _Page(page)
+    assert parsed.open == []
+    assert parsed.tags.count("svg") == 2
+    assert parsed.tags.count("img") == 2
+    assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
+    assert not LOADS.search(page), LOADS.search(page)
+
+
+def test_the_page_tells_everything(findings: Findings) -> None:
+    page = " ".join(report.render(findings).split())
+    for text in (
+        "Positive means that the sample lowered the validation loss",
+        "There the plain loss suffices.",
+        "labelled <strong>8</strong>",
+        "-0.250",
+        "dashed: the label was right",
+        "0.750",
+        "yes, 10 steps",
+        "2.00 ×",
+        "ghost-core",
+        "King James Bible",
+        "passed",
+    ):
+        assert text in page, text
+    assert "failed" not in page
+
+
+def test_texts_are_escaped(findings: Findings) -> None:
+    page = report.render(findings)
+    assert "if a &lt; b: &lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "a &amp; b\n  &#39;quoted&#39;" in page
+
+
+def test_failures_are_shown(findings: Findings) -> None:
+    wrong = replace(findings, receipts=[replace(findings.receipts[0], identical=False)])
+    assert len(wrong.failures) == 1
+    page = report.render(wrong)
+    assert wrong.failures[0] in page
+    assert "passed</span>" not in page
+
+
+def test_the_same_findings_give_the_same_page(findings: Findings) -> None:
+    assert report.render(findings) == report.render(findings)
+
+
+def test_files_are_written_and_replaced(findings: Findings, tmp_path: Path) -> None:
+    output = tmp_path / "made" / "here"
+    report.write(output, findings)
+    path = report.write(output, replace(findings, seconds=99.0))
+    assert path == output / "report.html"
+    names = sorted(each.name for each in output.iterdir())
+    assert names == ["digits.csv", "report.html", "results.json"]
+    results = json.loads((output / "results.json").read_text("utf-8"))
+    assert results["seconds"] == 99.0
+    assert results["digits"]["precision"]["value"] == 0.9
+    assert (output / "digits.csv").read_text("utf-8").startswith("id,value")
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.write(tmp_path / "a.txt", "old")
+
+    def fail(handle: int) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        files.write(tmp_path / "a.txt", "new")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
