@@ -67,7 +67,6 @@ def test_a_shared_parameter_is_one_site_with_all_its_names(registry: SamplerRegi
     (site,) = tracking.sites
     assert site.parameter == "tokens.weight"
     assert site.aliases == ("tokens.weight", "head.weight")
-    assert site.layer == "tokens"
     assert site.shape == (7, 4)
     assert site.dtype == torch.float32
     assert [module.name for module in tracking.modules] == ["tokens", "head"]

@@ -408,3 +408,66 @@ def test_training_is_the_same_with_verification(hold: Hold) -> None:
 @pytest.mark.parametrize(("n", "rows"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (8, [0, 4, 7])])
 def test_probed_rows(n: int, rows: list[int]) -> None:
     assert probe_rows(n) == rows
+
+
+class Late(nn.Module):
+    """Runs its second layer, and whatever else, from the second call on."""
+
+    def __init__(self, late: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.late, self.calls = late, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.first(x) if self.calls == 1 else self.late(self, self.first(x))
+
+
+def test_a_module_that_runs_later_makes_its_batch_unverified(registry) -> None:
+    model = Late(lambda model, x: model.second(x))
+    engine, x = GradientHolder(model, registry=registry), torch.randn(3, 4)
+    verified = []
+    with engine:
+        for _ in range(3):
+            with engine.batch(range(3)) as batch:
+                model(x).sum().backward()
+            verified.append(batch.verified)
+    assert verified == [True, False, True]
+
+
+def test_a_use_outside_is_found_in_the_pass_after_a_module_ran_for_the_first_time(
+    registry,
+) -> None:
+    late = Late(lambda model, x: model.second(x) + nn.functional.linear(x, model.first.weight))
+    engine, x = GradientHolder(late, registry=registry), torch.randn(3, 4)
+    with engine:
+        for _ in range(2):
+            with engine.batch(range(3)) as batch:
+                late(x).sum().backward()
+        assert not batch.verified
+        with pytest.raises(WrongSplitError, match=r"first\.weight"), engine.batch(range(3)):
+            late(x).sum().backward()
+
+
+def test_one_row_for_all_samples_must_be_there_when_the_model_is_verified(registry) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.rows = nn.Linear(4, 4), 3
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.layer(torch.ones(self.rows, 4)).sum(0)
+
+    model, x = Positions(), torch.randn(3, 4)
+    engine = GradientHolder(model, registry=registry)
+    with engine:
+        with pytest.raises(WrongSplitError), engine.batch(range(3)):
+            model(x).sum().backward()
+    model = nn.Sequential(nn.Linear(4, 4))
+    engine = GradientHolder(model, registry=registry)
+    with engine:
+        with engine.batch(range(3)):
+            model(x).sum().backward()
+        with pytest.raises(WrongSplitError, match="one row for all samples"):  # noqa: SIM117
+            with engine.batch(range(3)):
+                (model[0](torch.ones(1, 4)) if False else model(torch.ones(1, 4))).sum().backward()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core.testing import TinyTransformer, assert_within
-from ghost_engines import ProjectedBatch, ProjectionEngine, Scores
+from ghost_engines import ProjectedRows, ProjectionEngine, Scores
 
 Gradients = Mapping[str, Tensor]
 
@@ -47,7 +47,7 @@ def check_scores(scores: Scores, gradients: Gradients, directions: Mapping[str, 
         assert_within(scores.by_layer[layer], expected, bound, what=layer)
 
 
-def check_rows(engine: ProjectionEngine, batch: ProjectedBatch, gradients: Gradients) -> None:
+def check_rows(engine: ProjectionEngine, batch: ProjectedRows, gradients: Gradients) -> None:
     """Assert that rows are `L g Rᵀ`, block by block, of per-sample gradients `[N, *shape]`."""
     assert [block.parameter for block in engine.layout] == sorted(gradients)
     assert batch.rows.shape == (len(batch.ids), engine.k_total)

@@ -1,7 +1,7 @@
 """Per-sample gradient algebra, the sampler and engine interfaces, and the plugin system."""
 
 from ghost_core.capture import Pass
-from ghost_core.engine import Batch, Engine
+from ghost_core.engine import Batch, Engine, SampleIds
 from ghost_core.errors import (
     CaptureError,
     GhostError,
@@ -13,13 +13,14 @@ from ghost_core.errors import (
     WrongSplitError,
 )
 from ghost_core.factors import InputFactor, Record, Rows, Tokens
-from ghost_core.gradients import Dense, Outer, PerSampleGradient
+from ghost_core.gradients import Dense, Outer, PerSampleGradient, matrix_shape
 from ghost_core.hookspecs import hookimpl
+from ghost_core.numerics import accumulation_dtype, full_precision
 from ghost_core.projection import Projection
 from ghost_core.recorder import Freeze
 from ghost_core.registry import SamplerRegistry
 from ghost_core.sampler import Call, GradientSampler, as_tokens
-from ghost_core.tracking import Site
+from ghost_core.tracking import Patterns, Site
 
 __all__ = [
     "Batch",
@@ -34,18 +35,23 @@ __all__ = [
     "MissingExtraError",
     "Outer",
     "Pass",
+    "Patterns",
     "PerSampleGradient",
     "PluginConflictError",
     "PluginError",
     "Projection",
     "Record",
     "Rows",
+    "SampleIds",
     "SamplerRegistry",
     "Site",
     "Tokens",
     "UnknownNameError",
     "UnsupportedLayerError",
     "WrongSplitError",
+    "accumulation_dtype",
     "as_tokens",
+    "full_precision",
     "hookimpl",
+    "matrix_shape",
 ]

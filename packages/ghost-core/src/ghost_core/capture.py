@@ -58,6 +58,7 @@ class BatchCapture:
         unseen: Names of those called with gradients disabled.
         arrived: Whether any gradient arrived.
         closed: Whether it is over.
+        verified: Whether every pass so far is verified, as far as engines verify.
     """
 
     n: int
@@ -67,6 +68,7 @@ class BatchCapture:
     unseen: set[str] = field(default_factory=set)
     arrived: bool = False
     closed: bool = False
+    verified: bool = True
 
     def next_start(self, n: int) -> int:
         """Return the first row of a new pass.
@@ -96,7 +98,10 @@ class BatchCapture:
             )
         covered = sum(pass_.n for pass_ in self.passes)
         if covered % max(self.n, 1):
-            raise CaptureError(f"{covered} of {self.n} samples went through the model")
+            raise CaptureError(
+                f"{covered} of {self.n} samples went through the model: run all of them before the "
+                "batch is closed, or give engine.batch() fewer ids"
+            )
         if missing := self.unseen - self.seen:
             raise CaptureError(
                 f"{', '.join(sorted(missing))} ran only with gradients disabled, so their "

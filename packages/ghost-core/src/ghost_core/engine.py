@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from ghost_core.registry import SamplerRegistry
 from ghost_core.tracking import Patterns, Site, Tracking, track
 
 ResultT = TypeVar("ResultT")
+
+logger = logging.getLogger(__name__)
 
 SampleIds = Sequence[int] | Tensor | np.ndarray
 
@@ -71,6 +74,7 @@ class Engine(ABC, Generic[ResultT]):
         model: The module that the training loop calls.
         layers: Globs over dotted names of modules or parameters: what to track.
         exclude: Globs over dotted names: what to leave out of it.
+        grad_scaler: The scaler that multiplies the loss, whose scale engines divide out.
         verify: Whether to verify, on the first batch and whenever modules change between training
             and evaluation mode, that gradients can be split by sample. It costs about two training
             steps, and gradients of NaN pass through hooks that the model's own code puts on
@@ -93,6 +97,7 @@ class Engine(ABC, Generic[ResultT]):
         *,
         layers: Patterns = "*",
         exclude: Patterns = (),
+        grad_scaler: torch.amp.GradScaler | None = None,
         verify: bool = True,
         registry: SamplerRegistry | None = None,
     ) -> None:
@@ -102,6 +107,9 @@ class Engine(ABC, Generic[ResultT]):
             registry = installed().samplers
         self.model = model
         self.verify = verify
+        self.loss_scale = 1.0
+        """What the loss of the open batch was multiplied with, by the gradient scaler."""
+        self._grad_scaler = grad_scaler
         self._selection = (registry, layers, exclude)
         self.tracking: Tracking = self._track()
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -165,10 +173,14 @@ class Engine(ABC, Generic[ResultT]):
         self._check_flags()
         batch = self.new_batch(as_ids(ids))
         self._batch, self._open = batch, True
+        self.loss_scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
         try:
             self.on_start(batch)
-            with self._recorder.capture(self, batch.n):
+            with self._recorder.capture(self, batch.n) as capture:
                 yield batch
+            if batch.verified and not capture.verified:
+                batch.verified = False
+                logger.warning("modules ran for the first time in a batch, which is not verified")
             batch.finish(self.on_end(batch))
         finally:
             self._open = False
@@ -259,10 +271,9 @@ class Engine(ABC, Generic[ResultT]):
 
     def _attach(self, freeze: Freeze) -> None:
         recorder = Recorder.of(self.model)
-        if self._track() != self.tracking:
+        if difference := self.tracking.difference(self._track()):
             raise CaptureError(
-                "modules or parameters of the model changed since the engine was made: make a new "
-                "engine"
+                f"the model changed since the engine was made ({difference}): make a new engine"
             )
         recorder.attach(self, freeze)
         self._recorder = recorder

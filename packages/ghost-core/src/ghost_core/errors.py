@@ -20,7 +20,11 @@ def _rebuild(kind: type[GhostError], message: str) -> GhostError:
 
 
 class CaptureError(GhostError):
-    """An engine was used at the wrong time, or the model did not run as a capture needs it to."""
+    """An engine was set up or used in a way that cannot give right numbers.
+
+    An option does not fit, the engine was used at the wrong time, or the model did not run as a
+    capture needs it to.
+    """
 
 
 class WrongSplitError(GhostError):
@@ -39,6 +43,8 @@ class UnknownNameError(GhostError, ValueError):
         message = f"unknown {kind} {name!r}"
         if close := difflib.get_close_matches(name, listed, n=1):
             message += f"; did you mean {close[0]!r}?"
+        else:
+            message += "."
         shown = ", ".join(listed[:40]) or "none"
         more = f" and {len(listed) - 40} more" if len(listed) > 40 else ""
         message += f" Available: {shown}{more}."

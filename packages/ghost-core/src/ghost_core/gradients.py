@@ -334,12 +334,18 @@ def paired_of_uses(
 
 
 def _dense_gram(left: PerSampleGradient, right: PerSampleGradient) -> Tensor:
-    others = as_rows(right.materialize()).mT
-    parts = [
-        as_rows(left.narrow(part).materialize()) for part in chunks(left.n, left.shape.numel())
-    ]
-    dtype = accumulation_dtype(others, *parts)
-    return torch.cat([part.to(dtype) @ others.to(dtype) for part in parts])
+    """Multiply built gradients, as many at once as fit into memory."""
+    size = left.shape.numel()
+    rows = []
+    for part in chunks(left.n, size):
+        mine = as_rows(left.narrow(part).materialize())
+        row = []
+        for other in chunks(right.n, size):
+            theirs = as_rows(right.narrow(other).materialize())
+            dtype = accumulation_dtype(mine, theirs)
+            row.append(mine.to(dtype) @ theirs.to(dtype).mT)
+        rows.append(torch.cat(row, dim=1))
+    return torch.cat(rows)
 
 
 def _dense_paired(left: PerSampleGradient, right: PerSampleGradient) -> Tensor:

@@ -211,5 +211,8 @@ def _checked(offered: Any, kind: str, base: type[Any]) -> dict[str, type[Any]]:
             raise PluginError(f"ghost_{kind}s offers {value!r}, not a {base.__name__} class")
         if missing := getattr(value, "__abstractmethods__", None):
             raise PluginError(f"{value.__name__} does not implement {', '.join(sorted(missing))}")
-        checked[key if isinstance(key, str) else dotted_name(key)] = value
+        name = key if isinstance(key, str) else dotted_name(key)
+        if name in checked:
+            raise PluginError(f"ghost_{kind}s offers {name} twice, by class and by name")
+        checked[name] = value
     return checked

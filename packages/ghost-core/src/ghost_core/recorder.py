@@ -6,7 +6,7 @@ model; everything else about a batch lives in `BatchCapture` and dies with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ghost_core.arrival import Arrival, keep
 from ghost_core.capture import BatchCapture, Listener, Pass
 from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.hooks import Hook, in_backward
 from ghost_core.numerics import full_precision
 from ghost_core.sampler import Call
 from ghost_core.tap import Tap
@@ -97,7 +98,11 @@ class Recorder:
                 parameter.requires_grad_(False)
         self._attached[id(listener)] = (listener, freeze)
         Recorder._recorders[self._model] = self
-        self._install()
+        try:
+            self._install()
+        except BaseException:
+            self.detach(listener)
+            raise
 
     def detach(self, listener: Listener) -> None:
         """Stop to serve an engine; after the last one the model is as it was found."""
@@ -184,26 +189,26 @@ class Recorder:
             return
         add = self._handles.append
         root = self._model
-        add(root.register_forward_pre_hook(_Hook(self._before_root), with_kwargs=True))
+        add(root.register_forward_pre_hook(Hook(self._before_root), with_kwargs=True))
         for tracked in self._tracked.values():
             module = tracked.module
-            add(module.register_forward_pre_hook(_Hook(partial(self._before_call, tracked))))
+            add(module.register_forward_pre_hook(Hook(partial(self._before_call, tracked))))
             # First among the module's hooks: a user's hook may change the output.
             first = module.register_forward_hook(
-                _Hook(partial(self._after_call, tracked)),
+                Hook(partial(self._after_call, tracked)),
                 prepend=True,
                 with_kwargs=True,
                 always_call=True,
             )
             add(first)
             self._first_hooks.add(first.id)
-        add(root.register_forward_hook(_Hook(self._after_root), always_call=True))
+        add(root.register_forward_hook(Hook(self._after_root), always_call=True))
 
     def _listens(self, module: nn.Module, expected: nn.Module) -> bool:
         return module is expected and self._batch is not None and not self._paused
 
     def _before_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._listens(module, self._model) or not torch.is_grad_enabled() or _in_backward():
+        if not self._listens(module, self._model) or not torch.is_grad_enabled() or in_backward():
             return
         batch = self._batch
         assert batch is not None
@@ -216,7 +221,7 @@ class Recorder:
             self._verifier.start(n, self._owned)
 
     def _after_root(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._listens(module, self._model) or _in_backward() or self._pass is None:
+        if not self._listens(module, self._model) or in_backward() or self._pass is None:
             return
         pass_, self._pass = self._pass, None
         self._running.clear()
@@ -226,7 +231,8 @@ class Recorder:
         if output is None:  # the forward pass failed
             batch.passes.remove(pass_)
         elif self._verifying and pass_.n:
-            self._verifier.check(usage, output, pass_.n, batch.seen)
+            verified = self._verifier.check(usage, output, pass_.n, batch.seen)
+            batch.verified = batch.verified and verified
 
     def _before_call(self, tracked: TrackedModule, module: nn.Module, args: Any) -> None:
         if not self._listens(module, tracked.module):
@@ -265,7 +271,7 @@ class Recorder:
             if self._pass is not None:
                 batch.unseen.add(tracked.name)
             return None
-        recomputing = _in_backward()
+        recomputing = in_backward()
         if self._pass is None and not recomputing:
             raise CaptureError(
                 f"{tracked.name} was called outside a call of the model: call the module that the "
@@ -312,7 +318,7 @@ class Recorder:
             arrival, self._seed, len(outputs), len(made), *outputs, *parameters, *saved
         )
         for output, shape in zip(tapped, shapes, strict=True):
-            if output.shape != shape:  # expanded from one row
+            if output.shape != shape and self._verifying:  # expanded from one row
                 self._verifier.watch(output, tracked)
         return tapped
 
@@ -364,35 +370,6 @@ class _Running:
     def restore(self) -> None:
         for parameter in self.withheld:
             parameter.requires_grad_(True)
-
-
-class _Hook:
-    """A hook that stays behind when the model is copied or pickled."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __deepcopy__(self, memo: object) -> Callable[..., None]:
-        return _ignore
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _get_ignore, ()
-
-
-def _ignore(*_: object) -> None:
-    """Stand in for a hook on a copy of the model."""
-
-
-def _get_ignore() -> Callable[..., None]:
-    return _ignore
-
-
-def _in_backward() -> bool:
-    """Tell whether autograd is running: then a forward pass is a recomputation."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _is_differentiable(leaf: object, frozen: bool) -> bool:

@@ -31,7 +31,7 @@ class SamplerRegistry:
         note: A remark for errors, such as which plugins failed to load.
 
     Raises:
-        PluginConflictError: If two plugins claim the same class.
+        PluginConflictError: If a class is claimed twice.
     """
 
     def __init__(self, claims: Iterable[Claim], note: str = "") -> None:
@@ -40,7 +40,7 @@ class SamplerRegistry:
         self._note = note
         for claim in claims:
             rival = self._claims.setdefault(claim.module, claim)
-            if rival.plugin != claim.plugin:
+            if rival is not claim:
                 raise PluginConflictError(
                     f"plugins {rival.plugin!r} and {claim.plugin!r} both handle {claim.module}; "
                     "disable one by naming its distribution in GHOST_DISABLED_PLUGINS"

@@ -39,9 +39,9 @@ class Site:
     device: torch.device
 
     @property
-    def layer(self) -> str:
-        """Dotted name of the module that owns the parameter, under its first name."""
-        return self.parameter.rpartition(".")[0]
+    def kind(self) -> str:
+        """Shape, dtype and device, for messages."""
+        return f"{str(self.dtype).removeprefix('torch.')} {tuple(self.shape)} on {self.device}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,22 @@ class Tracking:
     def names(self) -> frozenset[str]:
         """Names of the tracked parameters."""
         return frozenset(site.parameter for site in self.sites)
+
+    def difference(self, other: Tracking) -> str:
+        """Say what is first found to differ; nothing if all is equal."""
+        mine = {site.parameter: site for site in self.sites}
+        theirs = {site.parameter: site for site in other.sites}
+        for name in sorted(mine.keys() | theirs.keys()):
+            if name not in theirs:
+                return f"{name} is not there or not trainable any more"
+            if name not in mine:
+                return f"{name} is new or trainable now"
+            if mine[name] != theirs[name]:
+                return f"{name}: {mine[name].kind} before, {theirs[name].kind} now"
+        for before, after in zip(self.modules, other.modules, strict=False):
+            if before != after:
+                return f"{before.name or 'the root'} is another module now"
+        return "" if len(self.modules) == len(other.modules) else "modules were added or removed"
 
 
 def track(
@@ -124,7 +140,7 @@ def track(
         and aliases[0] not in excluded
     }
     if not sites:
-        trainable = sum(parameter.requires_grad for parameter in names)
+        trainable = sum(flags.get(parameter, parameter.requires_grad) for parameter in names)
         raise CaptureError(
             f"no trainable parameter is selected: {trainable} of {len(names)} parameters require "
             f"gradients, layers={layers!r}, exclude={exclude!r}"

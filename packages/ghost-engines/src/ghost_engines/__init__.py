@@ -1,9 +1,10 @@
 """Engines that use per-sample gradients: dot products, projections, a store and its search."""
 
+from ghost_engines.digest import model_digest
 from ghost_engines.dot_product import DotProductEngine, ScoredBatch, Scores
 from ghost_engines.in_run import InRunValues
 from ghost_engines.layout import Block
-from ghost_engines.projection import ProjectedBatch, ProjectionEngine
+from ghost_engines.projection import ProjectedRows, ProjectionEngine
 from ghost_engines.store import DamagedStoreError, GradientStore, Neighbours, StoreError
 
 __all__ = [
@@ -13,9 +14,10 @@ __all__ = [
     "GradientStore",
     "InRunValues",
     "Neighbours",
-    "ProjectedBatch",
+    "ProjectedRows",
     "ProjectionEngine",
     "ScoredBatch",
     "Scores",
     "StoreError",
+    "model_digest",
 ]

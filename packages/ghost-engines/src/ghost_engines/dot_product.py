@@ -130,13 +130,18 @@ class DotProductEngine(Engine[Scores]):
         verify: bool = True,
         registry: SamplerRegistry | None = None,
     ) -> None:
-        super().__init__(model, layers=layers, exclude=exclude, verify=verify, registry=registry)
-        self._grad_scaler = grad_scaler
+        super().__init__(
+            model,
+            layers=layers,
+            exclude=exclude,
+            grad_scaler=grad_scaler,
+            verify=verify,
+            registry=registry,
+        )
         self._directions: dict[str, Direction] = {}
         self._stacked: dict[str, Tensor] = {}
         self._dots: dict[str, Tensor] = {}
         self._observers: list[ScoreObserver] = []
-        self._scale = 1.0
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -228,7 +233,6 @@ class DotProductEngine(Engine[Scores]):
                 )
                 for site in self.sites
             }
-        self._scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
         self._dots = {
             name: stacked.new_zeros(batch.n, len(self._directions))
             for name, stacked in self._stacked.items()
@@ -240,7 +244,7 @@ class DotProductEngine(Engine[Scores]):
 
     def on_end(self, batch: Batch[Scores]) -> Scores:
         """Return the dots."""
-        dots = {name: values / self._scale for name, values in self._dots.items()}
+        dots = {name: values / self.loss_scale for name, values in self._dots.items()}
         scores = Scores(batch.ids, self.directions, dots, batch.verified)
         for observer in self._observers:
             observer.scored(scores)

@@ -35,6 +35,9 @@ class InRunValues:
     was skipped, or whose gradients were discarded, is credited with nothing. For optimizers other
     than plain gradient descent the values stand for the descent direction, not for the step.
 
+    Gradient clipping is not known to it: a clipped step moves less than the values say. With a
+    gradient scaler, give it to the engine, or every value is multiplied by the scale.
+
     Call `zero_grad` before a batch is opened, as usual: gradients found zero then mean that the
     batches before were discarded. Called inside a batch, it must set gradients to None, its
     default.

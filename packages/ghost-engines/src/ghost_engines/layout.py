@@ -75,8 +75,8 @@ def arrange(
     if (dim is None) == (total_dim is None):
         raise CaptureError("give either dim (per parameter) or total_dim (of a row)")
     for name, value in (("dim", dim), ("total_dim", total_dim), ("min_dim", min_dim)):
-        if value is not None and value < 1:
-            raise CaptureError(f"{name} must be at least 1, not {value}")
+        if value is not None and (type(value) is not int or value < 1):
+            raise CaptureError(f"{name} must be at least 1, a whole number, not {value!r}")
     if dim is not None:
         shares = [dim] * len(sites)
     else:

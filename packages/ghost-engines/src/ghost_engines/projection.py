@@ -32,7 +32,7 @@ from ghost_engines.layout import Block, arrange
 
 
 @dataclass(frozen=True)
-class ProjectedBatch:
+class ProjectedRows:
     """Projected gradients of a batch: of each sample's contribution to the backpropagated loss.
 
     Backpropagate the sum of per-sample losses to get each sample's own gradient.
@@ -56,7 +56,7 @@ class _Maps:
     right: Tensor | None
 
 
-class ProjectionEngine(Engine[ProjectedBatch]):
+class ProjectionEngine(Engine[ProjectedRows]):
     """Projects each per-sample gradient G to `L G Rᵀ` without ever building G.
 
     L and R are random maps with `E[LᵀL] = E[RᵀR] = I`, so that inner products of rows estimate
@@ -78,6 +78,7 @@ class ProjectionEngine(Engine[ProjectedBatch]):
             computed in float32 at least; one that overflows the storage dtype is an error.
         layers: Globs over dotted names: what to track.
         exclude: Globs over dotted names: what to leave out.
+        grad_scaler: The scaler that multiplies the loss, whose scale is divided out.
         verify: Whether to verify that gradients can be split by sample.
         registry: Where samplers are found; by default those of all installed plugins.
 
@@ -99,12 +100,22 @@ class ProjectionEngine(Engine[ProjectedBatch]):
         dtype: torch.dtype | str = torch.float32,
         layers: Patterns = "*",
         exclude: Patterns = (),
+        grad_scaler: torch.amp.GradScaler | None = None,
         verify: bool = True,
         registry: SamplerRegistry | None = None,
     ) -> None:
-        super().__init__(model, layers=layers, exclude=exclude, verify=verify, registry=registry)
+        super().__init__(
+            model,
+            layers=layers,
+            exclude=exclude,
+            grad_scaler=grad_scaler,
+            verify=verify,
+            registry=registry,
+        )
         if dim is None and total_dim is None:
             dim = 256
+        if type(seed) is not int:
+            raise CaptureError(f"seed must be a whole number, not {seed!r}")
         self.dtype = _storage_dtype(dtype)
         self.seed = seed
         self.init = init
@@ -178,7 +189,7 @@ class ProjectionEngine(Engine[ProjectedBatch]):
             "layers": [block.manifest() for block in self.layout],
         }
 
-    def on_start(self, batch: Batch[ProjectedBatch]) -> None:
+    def on_start(self, batch: Batch[ProjectedRows]) -> None:
         """Make room for the rows."""
         dtype = accumulation_dtype(*(site.dtype for site in self.sites))
         self._rows = torch.zeros(batch.n, self.k_total, dtype=dtype, device=self.sites[0].device)
@@ -197,16 +208,17 @@ class ProjectionEngine(Engine[ProjectedBatch]):
         projected = gradient.project(maps.left, maps.right)
         self._rows[pass_.rows, block.columns] += projected.flatten(1).to(self._rows)
 
-    def on_end(self, batch: Batch[ProjectedBatch]) -> ProjectedBatch:
+    def on_end(self, batch: Batch[ProjectedRows]) -> ProjectedRows:
         """Return the rows in the storage dtype."""
-        rows = self._rows.to(self.dtype)
-        lost = self._rows.isfinite().all(1) & ~rows.isfinite().all(1)
+        exact = self._rows / self.loss_scale
+        rows = exact.to(self.dtype)
+        lost = exact.isfinite().all(1) & ~rows.isfinite().all(1)
         if lost.any():
             raise CaptureError(
                 f"the rows of samples {batch.ids[lost.cpu()].tolist()} overflow {self.dtype}: "
                 "choose another dtype, or scale the loss"
             )
-        return ProjectedBatch(batch.ids, rows, batch.verified)
+        return ProjectedRows(batch.ids, rows, batch.verified)
 
     def on_close(self) -> None:
         """Let go of the rows."""

@@ -1,0 +1,147 @@
+"""Watches a forward pass for operations that would make gradients, or training, wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ghost_core.errors import WrongSplitError
+from ghost_core.tracking import TrackedModule
+
+_BROADCASTING = {
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.add_.Tensor,
+    torch.ops.aten.sub.Tensor,
+    torch.ops.aten.sub_.Tensor,
+    torch.ops.aten.mul.Tensor,
+    torch.ops.aten.mul_.Tensor,
+    torch.ops.aten.div.Tensor,
+    torch.ops.aten.div_.Tensor,
+}
+"""Operations whose result is the same whether one row is broadcast or expanded before."""
+
+
+class UsageMode(TorchDispatchMode):
+    """Reports operations that make per-sample gradients, or the training itself, wrong.
+
+    These are operations on a tracked parameter outside a module that owns it, and operations on an
+    output of one row, expanded to N, other than to combine it with a value of N rows.
+
+    Args:
+        parameters: The tracked parameters by name.
+        owned: Returns the names that the innermost running tracked module owns.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], owned: Callable[[], frozenset[str]]
+    ) -> None:
+        super().__init__()
+        self._owned = owned
+        self._names: dict[int, list[tuple[range, str]]] = {}
+        for name, parameter in parameters.items():
+            self._know(parameter, name)
+        self._casts: list[Tensor] = []  # kept, so that their addresses are not given away
+        self.outside: dict[str, str] = {}
+        """Operation by name of the parameter that it used outside."""
+        self.shared: dict[str, str] = {}
+        """Operation by label of the module whose single row it used."""
+        self._expanded: dict[int, TrackedModule] = {}
+        self._uses: dict[int, int] = {}
+
+    def watch(self, output: Tensor, tracked: TrackedModule) -> None:
+        """Watch what becomes of a module's output that was expanded from one row."""
+        self._expanded[output.untyped_storage().data_ptr()] = tracked
+        self._uses[output.untyped_storage().data_ptr()] = 0
+        self._casts.append(output)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and look at what it touched."""
+        result = func(*args, **(kwargs or {}))
+        if not torch.is_grad_enabled():
+            return result
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self._touch(value, func, result)
+                source = self._expanded.get(value.untyped_storage().data_ptr())
+                if source is not None and not self._is_broadcast(value, func, args, result):
+                    self.shared.setdefault(source.label, str(func))
+        return result
+
+    def _is_broadcast(self, value: Tensor, func: Any, args: Any, result: Any) -> bool:
+        """Tell whether an operation combines an expanded row with a value of as many rows.
+
+        Just one may: gradients of several would be summed in another order than without ghost.
+        """
+        self._uses[value.untyped_storage().data_ptr()] += 1
+        if self._uses[value.untyped_storage().data_ptr()] > 1:
+            return False
+        if func is torch.ops.aten._to_copy.default:
+            tracked = self._expanded[value.untyped_storage().data_ptr()]
+            self.watch(result, tracked)
+            return True
+        others = [
+            other
+            for other in tree_leaves(args)
+            if isinstance(other, Tensor)
+            and other.untyped_storage().data_ptr() not in self._expanded
+        ]
+        return func in _BROADCASTING and any(
+            other.dim() == result.dim() and other.shape[0] == len(result) for other in others
+        )
+
+    def _know(self, parameter: Tensor, name: str) -> None:
+        if parameter.numel():
+            address = parameter.untyped_storage().data_ptr()
+            self._names.setdefault(address, []).append((_extent(parameter), name))
+
+    def _touch(self, value: Tensor, func: Any, result: Any) -> None:
+        known = self._names.get(value.untyped_storage().data_ptr())
+        if known is None or not value.numel():
+            return
+        extent = _extent(value)  # parameters may be parts of one buffer
+        names = [
+            name for other, name in known if extent.start < other.stop and other.start < extent.stop
+        ]
+        if names and self._owned().isdisjoint(names):
+            self.outside.setdefault(names[0], str(func))
+        if func is torch.ops.aten._to_copy.default:  # autocast uses a copy in place of the weight
+            self._casts.append(result)
+            for name in names:
+                self._know(result, name)
+
+    def check(self) -> None:
+        """Raise if there is anything to report.
+
+        Raises:
+            WrongSplitError: Naming modules, parameters and operations.
+        """
+        if self.shared:
+            uses = "\n".join(f"  {label}: {operation}" for label, operation in self.shared.items())
+            raise WrongSplitError(
+                "these modules compute one row for all samples, and their output is not just "
+                f"added once to a value of one row per sample:\n{uses}\n"
+                "Reason: the part of each sample in their gradient cannot be told.\n"
+                "Remedy: expand their input to one row per sample, or leave them out with "
+                "exclude=..."
+            )
+        if not self.outside:
+            return
+        uses = "\n".join(f"  {name}: {operation}" for name, operation in self.outside.items())
+        raise WrongSplitError(
+            "parameters are used outside the modules that own them, where their per-sample "
+            f"gradients cannot be seen:\n{uses}\n"
+            f"Leave them out with exclude={','.join(self.outside)!r}, or call the owning module "
+            "instead of using its parameter."
+        )
+
+
+def _extent(tensor: Tensor) -> range:
+    """Return the elements of its storage that a tensor spans."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    length = 1 + sum((size - 1) * stride for size, stride in steps)
+    return range(tensor.storage_offset(), tensor.storage_offset() + length)
