@@ -375,3 +375,37 @@ def test_keyword_inputs(assert_exact: Exact) -> None:
 
     model, x = Keywords().double(), inputs()
     assert_exact(model, lambda: squares(model(x=x)))
+
+
+def test_gradients_of_inputs_are_no_contributions(hold: Hold, assert_held) -> None:
+    model, x = Reused().double(), inputs().requires_grad_()
+    engine = hold(model)
+    with engine, engine.batch(range(N)) as batch:
+        (gradient,) = torch.autograd.grad(squares(model(x)).sum(), x)
+        moved = (x + 0.1 * gradient.sign()).detach()
+        squares(model(moved)).sum().backward()
+    assert_held(batch.result, per_sample_gradients(model, squares(model(moved))))
+
+
+def test_gradients_that_reach_no_parameter_are_refused(hold: Hold) -> None:
+    model = Reused().double()
+    engine = hold(model)
+    with engine, pytest.raises(CaptureError, match="no gradient arrived"), engine.batch(range(N)):
+        squares(model(inputs())).sum().backward(inputs=list(model.parameters()))
+
+
+def test_hooks_on_gradients_of_parameters_are_refused(hold: Hold) -> None:
+    model = Reused().double()
+    model.layer.weight.register_hook(lambda gradient: 0 * gradient)
+    engine = hold(model)
+    with engine, pytest.raises(CaptureError, match=r"layer\.weight has a hook"):  # noqa: SIM117
+        with engine.batch(range(N)):
+            squares(model(inputs())).sum().backward()
+
+
+def test_other_values_for_parameters_are_refused(hold: Hold) -> None:
+    model = Reused().double()
+    twice = {name: 2 * parameter for name, parameter in model.named_parameters()}
+    engine = hold(model)
+    with engine, pytest.raises(CaptureError, match="functional_call"), engine.batch(range(N)):
+        torch.func.functional_call(model, twice, inputs()).sum().backward()

@@ -453,21 +453,100 @@ def test_one_row_for_all_samples_must_be_there_when_the_model_is_verified(regist
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer, self.rows = nn.Linear(4, 4), 3
+            self.layer, self.place, self.rows = nn.Linear(4, 4), nn.Linear(4, 4), 3
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + self.layer(torch.ones(self.rows, 4)).sum(0)
+            return self.layer(x) + self.place(torch.ones(self.rows, 4))
 
     model, x = Positions(), torch.randn(3, 4)
     engine = GradientHolder(model, registry=registry)
     with engine:
-        with pytest.raises(WrongSplitError), engine.batch(range(3)):
-            model(x).sum().backward()
-    model = nn.Sequential(nn.Linear(4, 4))
-    engine = GradientHolder(model, registry=registry)
-    with engine:
         with engine.batch(range(3)):
             model(x).sum().backward()
-        with pytest.raises(WrongSplitError, match="one row for all samples"):  # noqa: SIM117
-            with engine.batch(range(3)):
-                (model[0](torch.ones(1, 4)) if False else model(torch.ones(1, 4))).sum().backward()
+        model.rows = 1
+        with pytest.raises(WrongSplitError, match="one row for all samples"), engine.batch([1] * 3):
+            model(x).sum().backward()
+
+
+def test_one_row_for_all_samples_must_not_be_returned(registry) -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.place = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layer(x), self.place(torch.ones(1, 4))
+
+    engine = GradientHolder(model := Returns(), registry=registry)
+    with (
+        engine,
+        pytest.raises(WrongSplitError, match="returned by the model"),
+        engine.batch([1, 2]),
+    ):
+        model(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_parameter_used_in_the_loss_is_found(registry, freeze: bool) -> None:
+    engine = GradientHolder(model := nn.Sequential(nn.Linear(4, 4)), registry=registry)
+    attached = engine.frozen() if freeze else engine
+    with attached, pytest.raises(WrongSplitError, match=r"0\.weight"), engine.batch(range(3)):
+        nn.functional.linear(model(torch.randn(3, 4)), model[0].weight).sum().backward()
+
+
+def test_logging_the_norm_of_a_parameter_is_no_use_of_it(registry) -> None:
+    engine = GradientHolder(model := nn.Sequential(nn.Linear(4, 4)), registry=registry)
+    with engine, engine.batch(range(3)) as batch:
+        loss = model(torch.randn(3, 4)).sum()
+        loss.backward()
+        norms = [parameter.detach().norm() for parameter in model.parameters()]
+    assert batch.verified
+    assert len(norms) == 2
+
+
+def test_modules_behind_outputs_without_rows_are_refused(registry) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.first(x)
+            return self.head(features.flip(0)).square().sum(), features
+
+    engine = GradientHolder(model := Model(), registry=registry)
+    with engine, pytest.raises(WrongSplitError, match=r"head\.weight"), engine.batch(range(3)):
+        model(torch.randn(3, 4))[0].backward()
+
+
+def test_one_sample_called_as_a_batch_is_refused(registry) -> None:
+    class Texts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, texts: list[str]) -> Tensor:
+            return self.head(torch.stack([torch.full((4,), float(len(text))) for text in texts]))
+
+    engine = GradientHolder(model := Texts(), registry=registry)
+    with (
+        engine,
+        pytest.raises(WrongSplitError, match="one row for 3 samples"),
+        engine.batch([1, 2, 3]),
+    ):
+        model(["a"]).sum().backward()
+
+
+def test_sparse_tensors_in_a_model_are_no_trouble(registry) -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(torch.eye(len(x)).to_sparse(), self.layer(x))
+
+    engine = GradientHolder(model := Graph(), registry=registry)
+    with engine, engine.batch(range(3)) as batch:
+        model(torch.randn(3, 4)).sum().backward()
+    assert batch.verified

@@ -84,3 +84,16 @@ def test_orthonormal_subspaces_are_uniform_with_both_signs():
     """Without fixed signs of R, QR would always give the same sign somewhere."""
     maps = torch.stack([draw(OrthonormalProjection, 3, 3, seed) for seed in range(400)])
     assert (maps.sign().mean(0).abs() < 6 / math.sqrt(400)).all()
+
+
+@pytest.mark.parametrize("kind", [GaussianProjection, RademacherProjection, OrthonormalProjection])
+def test_maps_do_not_depend_on_the_default_dtype(kind):
+    def draw():
+        return kind().draw(3, 7, torch.Generator().manual_seed(5))
+
+    expected = draw()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(draw(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -485,3 +486,30 @@ def test_what_killed_writers_left_is_cleaned_up_and_never_read(tmp_path):
     with GradientStore.resume(tmp_path / "g", FakeEngine()) as store:
         assert leftovers(tmp_path / "g") == []
         assert_holds_exactly(store, 20)
+
+
+def test_a_damaged_tail_is_not_written_anew_with_a_good_hash(tmp_path):
+    with GradientStore.create(tmp_path, FakeEngine(), unit=UNIT) as store:
+        append(store, 5)
+    (shard,) = tmp_path.rglob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(StoreError, match="altered"):
+        GradientStore.resume(tmp_path, FakeEngine())
+
+
+def test_a_writer_does_not_write_into_a_store_that_replaced_its_own(tmp_path):
+    root = tmp_path / "store"
+    first = GradientStore.create(root, FakeEngine(), unit=UNIT)
+    append(first, 5)
+    shutil.rmtree(root)
+    with GradientStore.create(root, FakeEngine(), unit=UNIT) as second:
+        append(second, 7)
+        second.commit()
+        with pytest.raises(StoreError, match="replaced by another"):
+            first.commit()
+        with pytest.raises(StoreError, match="replaced by another"):
+            first.close()
+    with GradientStore.open(root) as store:
+        assert_holds_exactly(store, 7)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ghost_core import Batch
-from ghost_engines import ProjectedBatch, ProjectionEngine
+from ghost_engines import ProjectedRows, ProjectionEngine
 from ghost_examples import mlp, mlp_dot_product, mlp_projection
 
 SMALL = ["--steps", "2", "--train-batch", "3", "--val-batch", "2"]
@@ -70,13 +70,13 @@ def test_each_mode_succeeds(mode: str, capsys: pytest.CaptureFixture[str]) -> No
 class _Scaled(ProjectionEngine):
     factor = 1.0
 
-    def on_end(self, batch: Batch[ProjectedBatch]) -> ProjectedBatch:
+    def on_end(self, batch: Batch[ProjectedRows]) -> ProjectedRows:
         rows: Tensor = super().on_end(batch).rows * self.factor
-        return ProjectedBatch(batch.ids, rows, batch.verified)
+        return ProjectedRows(batch.ids, rows, batch.verified)
 
 
 class _Touching(ProjectionEngine):
-    def on_end(self, batch: Batch[ProjectedBatch]) -> ProjectedBatch:
+    def on_end(self, batch: Batch[ProjectedRows]) -> ProjectedRows:
         with torch.no_grad():
             next(iter(self.model.parameters()))[0] += 1e-7
         return super().on_end(batch)

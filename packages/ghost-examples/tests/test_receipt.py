@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ghost_core import Batch
-from ghost_engines import DotProductEngine, ProjectedBatch, ProjectionEngine, Scores
+from ghost_engines import DotProductEngine, ProjectedRows, ProjectionEngine, Scores
 from ghost_examples.demo import receipt
 from ghost_examples.demo.__main__ import Sizes
 from ghost_examples.demo.receipt import Receipt, Subject
@@ -56,7 +56,7 @@ class _WrongDots(DotProductEngine):
 
 
 class _WrongRows(ProjectionEngine):
-    def on_end(self, batch: Batch[ProjectedBatch]) -> ProjectedBatch:
+    def on_end(self, batch: Batch[ProjectedRows]) -> ProjectedRows:
         with torch.no_grad():  # and training is changed as well
             next(iter(self.model.parameters())).mul_(1 + 1e-6)
         found = super().on_end(batch)

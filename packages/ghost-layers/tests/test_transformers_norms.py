@@ -15,7 +15,7 @@ from ghost_core.testing import (
     check_sampler,
     per_sample_gradients,
 )
-from ghost_layers.layout import class_names
+from ghost_layers.transformers_names import class_names
 from ghost_layers.transformers_norms import TRANSFORMERS_NORMS
 
 pytest.importorskip("transformers")

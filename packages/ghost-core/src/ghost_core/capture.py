@@ -110,6 +110,7 @@ class BatchCapture:
             )
         if self.n and not self.arrived:
             raise CaptureError(
-                "no gradient arrived: run backward() inside engine.batch(), on a loss that depends "
-                "on the selected parameters"
+                "no gradient arrived: run loss.backward() inside engine.batch(), on a loss that "
+                "depends on the selected parameters. Gradients of autograd.grad() and of "
+                "backward(inputs=...) do not count"
             )

@@ -287,6 +287,12 @@ class Engine(ABC, Generic[ResultT]):
         """Refuse parameters frozen or unfrozen since: scores would not be those of the training."""
         if self._recorder is None or self._recorder.flags:
             return
+        for site in self.sites:
+            if self.model.get_parameter(site.parameter)._backward_hooks:
+                raise CaptureError(
+                    f"{site.parameter} has a hook on its gradient, which contributions do not pass "
+                    "through: remove the hook, or leave the parameter out with exclude=..."
+                )
         changed = {
             name: parameter.requires_grad
             for name, parameter in self.model.named_parameters()
@@ -312,7 +318,10 @@ def as_ids(ids: SampleIds) -> Tensor:
         raise CaptureError(f"ids must be one integer per sample: {error}") from error
     if tensor.numel() == 0 and tensor.dim() == 1:
         return tensor.to("cpu", torch.int64)
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+    wrong = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    if tensor.dtype == torch.uint64 and tensor.numel():
+        wrong = wrong or int(tensor.cpu().numpy().max()) > torch.iinfo(torch.int64).max
+    if tensor.dim() != 1 or wrong:
         raise CaptureError(
             f"ids must be one integer per sample, not {tensor.dtype} of shape {tuple(tensor.shape)}"
         )

@@ -61,6 +61,7 @@ class Recorder:
         self._pass: Pass | None = None
         self._running: list[_Running] = []
         self._paused = False
+        self._told_apart = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Recorder:
@@ -138,6 +139,7 @@ class Recorder:
         batch = self._open(listener, n)
         try:
             yield batch
+            self._verifier.finish()
             batch.check_complete()
         finally:
             batch.listeners.remove(listener)
@@ -217,21 +219,26 @@ class Recorder:
         n = self._count(batch, args, kwargs)
         self._pass = Pass(n, batch.next_start(n))
         batch.passes.append(self._pass)
+        self._told_apart = False
         if self._verifying:
-            self._verifier.start(n, self._owned)
+            self._verifier.start(n, self._owned, bool(self._flags))
 
     def _after_root(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._listens(module, self._model) or in_backward() or self._pass is None:
             return
         pass_, self._pass = self._pass, None
         self._running.clear()
-        usage = self._verifier.stop()
         batch = self._batch
         assert batch is not None
         if output is None:  # the forward pass failed
             batch.passes.remove(pass_)
+        elif pass_.n > 1 and batch.seen and not self._told_apart:
+            raise WrongSplitError(
+                f"every tracked module returned one row for {pass_.n} samples: was the model "
+                "called on one? Give engine.batch() the ids of the samples it is called on"
+            )
         elif self._verifying and pass_.n:
-            verified = self._verifier.check(usage, output, pass_.n, batch.seen)
+            verified = self._verifier.check(output, pass_.n, batch.seen)
             batch.verified = batch.verified and verified
 
     def _before_call(self, tracked: TrackedModule, module: nn.Module, args: Any) -> None:
@@ -247,6 +254,13 @@ class Recorder:
             raise CaptureError(
                 f"{tracked.label} called itself, which cannot be captured: exclude it"
             )
+        for local in tracked.sites:
+            parameter = module._parameters.get(local)
+            if parameter is not None and not parameter.is_leaf:
+                raise CaptureError(
+                    f"{tracked.label} was called with another value for its {local} (by "
+                    "torch.func.functional_call?), whose gradient is not the parameter's"
+                )
         running = _Running(tracked, [])
         self._running.append(running)
         if torch.is_grad_enabled():
@@ -295,6 +309,7 @@ class Recorder:
         # A recomputation belongs to the last pass, or fails on the sizes of what it recomputes.
         n = (self._pass or batch.passes[-1]).n
         outputs = [_with_rows(output, n, tracked) for output in call.outputs]
+        self._told_apart |= any(len(output) == n for output in call.outputs)
         if self._verifier.watching:
             # Memory of its own: an operation in place must come as far as being found.
             outputs = [

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ghost_core.errors import WrongSplitError
+from ghost_core.hooks import in_backward
 from ghost_core.tracking import TrackedModule
 
 _BROADCASTING = {
@@ -35,13 +36,19 @@ class UsageMode(TorchDispatchMode):
     Args:
         parameters: The tracked parameters by name.
         owned: Returns the names that the innermost running tracked module owns.
+        frozen: Whether parameters are frozen for the time being, so that `requires_grad` does not
+            tell whether a use of one would have a gradient.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], owned: Callable[[], frozenset[str]]
+        self,
+        parameters: Mapping[str, Tensor],
+        owned: Callable[[], frozenset[str]],
+        frozen: bool,
     ) -> None:
         super().__init__()
         self._owned = owned
+        self._frozen = frozen
         self._names: dict[int, list[tuple[range, str]]] = {}
         for name, parameter in parameters.items():
             self._know(parameter, name)
@@ -62,10 +69,10 @@ class UsageMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it touched."""
         result = func(*args, **(kwargs or {}))
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or in_backward():
             return result
         for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.layout is torch.strided:
                 self._touch(value, func, result)
                 source = self._expanded.get(value.untyped_storage().data_ptr())
                 if source is not None and not self._is_broadcast(value, func, args, result):
@@ -88,6 +95,7 @@ class UsageMode(TorchDispatchMode):
             other
             for other in tree_leaves(args)
             if isinstance(other, Tensor)
+            and other.layout is torch.strided
             and other.untyped_storage().data_ptr() not in self._expanded
         ]
         return func in _BROADCASTING and any(
@@ -101,7 +109,9 @@ class UsageMode(TorchDispatchMode):
 
     def _touch(self, value: Tensor, func: Any, result: Any) -> None:
         known = self._names.get(value.untyped_storage().data_ptr())
-        if known is None or not value.numel():
+        if known is None or not value.numel() or not (value.requires_grad or self._frozen):
+            return
+        if func is torch.ops.aten.detach.default:  # what is detached has no gradient to miss
             return
         extent = _extent(value)  # parameters may be parts of one buffer
         names = [
@@ -113,6 +123,14 @@ class UsageMode(TorchDispatchMode):
             self._casts.append(result)
             for name in names:
                 self._know(result, name)
+
+    def check_returned(self, output: Any) -> None:
+        """Note values of one row for all samples that the model returns."""
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                source = self._expanded.get(leaf.untyped_storage().data_ptr())
+                if source is not None:
+                    self.shared.setdefault(source.label, "returned by the model")
 
     def check(self) -> None:
         """Raise if there is anything to report.
@@ -135,8 +153,9 @@ class UsageMode(TorchDispatchMode):
         raise WrongSplitError(
             "parameters are used outside the modules that own them, where their per-sample "
             f"gradients cannot be seen:\n{uses}\n"
-            f"Leave them out with exclude={','.join(self.outside)!r}, or call the owning module "
-            "instead of using its parameter."
+            f"Leave them out with exclude={','.join(self.outside)!r}, call the owning module "
+            "inside the model instead of using its parameter, or compute penalties on parameters "
+            "outside of engine.batch()."
         )
 
 

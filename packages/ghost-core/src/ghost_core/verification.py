@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,21 +33,25 @@ class Probe:
     Attributes:
         row: The sample whose output gradient is NaN.
         n: Number of samples.
-        reached: Rows that NaN or anything else reached, by module name.
+        reached: Names of the modules that any gradient reached.
+        mixed: Rows that NaN or anything else reached, by name of a module where these are not just
+            the sample's own.
     """
 
     row: int
     n: int
-    reached: dict[str, list[int]] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
+    mixed: dict[str, list[int]] = field(default_factory=dict)
 
     def see(self, name: str, grads: Sequence[Tensor | None]) -> None:
         """Note which rows of a call's output gradients are not zero."""
+        self.reached.add(name)
         for grad in grads:
             if grad is not None:
                 hit = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
                 rows = hit.nonzero().flatten().tolist()
                 if rows and rows != [self.row]:
-                    self.reached[name] = rows
+                    self.mixed[name] = rows
 
 
 class Verifier:
@@ -59,9 +63,6 @@ class Verifier:
         seed: A scalar that every Tap depends on.
     """
 
-    probing: ClassVar[Verifier | None] = None
-    """The verifier whose probe is running; gradients that arrive meanwhile are its alone."""
-
     def __init__(
         self, model: nn.Module, tracked: Mapping[str, TrackedModule], seed: Tensor
     ) -> None:
@@ -69,6 +70,9 @@ class Verifier:
         self._modules = list(model.modules())
         self._tracked = tracked
         self._seed = seed
+        # Only a function's node leads to the one that collects a leaf's gradient.
+        view: Any = seed.view_as(seed).grad_fn
+        self._seed_node = view.next_functions[0][0]
         self._verified: dict[tuple[object, ...], set[str]] = {}
         self._unwatched: set[tuple[object, ...]] = set()
         self._expandable: set[str] = set()
@@ -76,13 +80,26 @@ class Verifier:
         self._probe: Probe | None = None
         self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
 
-    def see(self, name: str, grads: Sequence[Tensor | None]) -> None:
-        """Look at gradients that arrive at a module while a probe runs."""
-        assert self._probe is not None
-        self._probe.see(name, grads)
+    @property
+    def probe(self) -> Probe | None:
+        """The probe that is running; gradients that arrive meanwhile are its alone."""
+        return self._probe
 
-    def start(self, n: int, owned: Callable[[], frozenset[str]]) -> None:
-        """Watch the forward pass of n samples, if passes like it are not verified yet."""
+    @property
+    def is_training(self) -> bool:
+        """Whether the backward pass that runs is to reach every leaf, as `backward()` does.
+
+        Gradients of `autograd.grad(loss, inputs)` never become parameters' gradients.
+        """
+        try:
+            return bool(torch._C._will_engine_execute_node(self._seed_node))
+        except RuntimeError:  # it was given leaves to reach
+            return False
+
+    def start(self, n: int, owned: Callable[[], frozenset[str]], frozen: bool) -> None:
+        """Watch from now on to the end of the batch, if passes like it are not verified yet."""
+        if self._usage is not None:
+            return
         signature = self._signature(n)
         if signature in self._verified and signature not in self._unwatched:
             return
@@ -92,7 +109,7 @@ class Verifier:
             site.parameter for tracked in self._tracked.values() for site in tracked.sites.values()
         }
         self._shield_backward_hooks()
-        self._usage = UsageMode({name: parameters[name] for name in names}, owned)
+        self._usage = UsageMode({name: parameters[name] for name in names}, owned, frozen)
         self._usage.__enter__()
 
     @property
@@ -118,15 +135,26 @@ class Verifier:
                 "leave the module out with exclude=..."
             )
 
-    def stop(self) -> UsageMode | None:
-        """Stop to watch the forward pass and return what watched it."""
-        for hooks, found in self._hooks:
-            hooks.update(found)
-        self._hooks.clear()
+    def finish(self) -> None:
+        """Raise if something was seen that makes numbers wrong, after a batch.
+
+        Raises:
+            WrongSplitError: Naming modules, parameters and operations.
+        """
+        if self._usage is not None:
+            self._usage.check()
+
+    def stop(self) -> None:
+        """Stop to watch."""
+        self._restore_hooks()
         usage, self._usage = self._usage, None
         if usage is not None:
             usage.__exit__(None, None, None)
-        return usage
+
+    def _restore_hooks(self) -> None:
+        for hooks, found in self._hooks:
+            hooks.update(found)
+        self._hooks.clear()
 
     def _shield_backward_hooks(self) -> None:
         """Keep the user's backward hooks from seeing probes.
@@ -138,10 +166,23 @@ class Verifier:
             for hooks in (module._backward_hooks, module._backward_pre_hooks):
                 if hooks:
                     self._hooks.append((hooks, dict(hooks)))
-                    hooks.update({key: _unless_probing(hook) for key, hook in hooks.items()})
+                    hooks.update({key: self._unless_probing(hook) for key, hook in hooks.items()})
 
-    def check(self, usage: UsageMode | None, output: Any, n: int, called: set[str]) -> bool:
+    def _unless_probing(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a hook that does nothing while a probe runs."""
+
+        def shielded(*args: Any) -> Any:
+            return hook(*args) if self._probe is None else None
+
+        return shielded
+
+    def check(self, output: Any, n: int, called: set[str]) -> bool:
         """Check what was watched, and probe a pass that called modules not verified yet.
+
+        Args:
+            output: What the model returned.
+            n: Number of samples.
+            called: Names of the modules that ran.
 
         Returns:
             Whether the pass is verified: not if modules ran for the first time in it, since nobody
@@ -151,28 +192,57 @@ class Verifier:
             WrongSplitError: If gradients cannot be split by sample.
             CaptureError: If the graph cannot be probed.
         """
-        if usage is not None:
-            usage.check()
+        self._restore_hooks()
+        if self._usage is not None:
+            self._usage.check_returned(output)
+            self._usage.check()
         signature = self._signature(n)
         verified = self._verified.get(signature, set())
         if called <= verified:
             return signature not in self._unwatched
-        if usage is None:
+        if self._usage is None:
             self._unwatched.add(signature)
+        reached: set[str] = set()
         for row in probe_rows(n):
-            self._run_probe(output, row, n)
+            reached |= self._run_probe(output, row, n)
+        if unreached := called - reached:
+            self._check_unreached(output, n, unreached)
         self._verified[signature] = verified | called
-        return usage is not None
+        return self._usage is not None
 
     def _signature(self, n: int) -> tuple[object, ...]:
         """Identify what a verification holds for: modes of all modules, one sample or more."""
         return (n > 1, *(module.training for module in self._modules))
 
-    def _run_probe(self, output: Any, row: int, n: int) -> None:
+    def _run_probe(self, output: Any, row: int, n: int) -> set[str]:
+        """Probe one row and return the names of the modules that it reached."""
         outputs, gradients = probe_gradients(output, row, n)
-        self._probe = probe = Probe(row, n)
-        Verifier.probing = self
+        probe = Probe(row, n)
+        self._backward(probe, outputs, gradients)
+        if probe.mixed:
+            raise wrong_split(self._model, probe, self._tracked)
+        return probe.reached
+
+    def _check_unreached(self, output: Any, n: int, unreached: set[str]) -> None:
+        """Raise if modules that no probe reached matter for outputs without one row per sample."""
+        others = [leaf for leaf in differentiable(output) if leaf.dim() == 0 or len(leaf) != n]
+        if not others:
+            return
+        probe = Probe(0, n)
+        self._backward(probe, others, [torch.ones_like(leaf) for leaf in others])
+        if found := sorted(unreached & probe.reached):
+            modules = "\n".join(f"  {self._tracked[name].label}" for name in found)
+            raise WrongSplitError(
+                "gradients cannot be split by sample: these modules matter only for outputs of the "
+                f"model that do not have one row per sample:\n{modules}\n"
+                "Reason: nothing shows which sample is in which of their rows.\n"
+                "Remedy: let the model return what the loss is computed from, or leave them out "
+                "with exclude=..."
+            )
+
+    def _backward(self, probe: Probe, outputs: list[Tensor], gradients: list[Tensor]) -> None:
         try:
+            self._probe = probe
             with torch.autograd.set_detect_anomaly(False):  # which takes NaN for a mistake
                 torch.autograd.grad(
                     outputs, [self._seed], gradients, retain_graph=True, allow_unused=True
@@ -185,23 +255,21 @@ class Verifier:
                 ) from error
             raise
         finally:
-            self._probe = Verifier.probing = None
-        if probe.reached:
-            raise wrong_split(self._model, probe, self._tracked)
-
-
-def _unless_probing(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that does nothing while a probe runs."""
-
-    def shielded(*args: Any) -> Any:
-        return hook(*args) if Verifier.probing is None else None
-
-    return shielded
+            self._probe = None
 
 
 def probe_rows(n: int) -> list[int]:
     """Choose rows to probe: first, middle and last find mixing with any one of them."""
     return sorted({0, n // 2, n - 1})
+
+
+def differentiable(outputs: Any) -> list[Tensor]:
+    """Return the tensors in an output that gradients can start from."""
+    return [
+        leaf
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
+    ]
 
 
 def probe_gradients(outputs: Any, row: int, n: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -210,11 +278,7 @@ def probe_gradients(outputs: Any, row: int, n: int) -> tuple[list[Tensor], list[
     Raises:
         WrongSplitError: If no output has one row per sample.
     """
-    leaves = [
-        leaf
-        for leaf in tree_leaves(outputs)
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
-    ]
+    leaves = differentiable(outputs)
     rows = [leaf for leaf in leaves if leaf.dim() and leaf.shape[0] == n]
     if not rows:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or type(outputs).__name__
@@ -242,7 +306,7 @@ def wrong_split(
         tracked: The tracked modules by name.
     """
     modules = "\n".join(
-        f"  {tracked[name].label}: rows {_listed(rows)}" for name, rows in probe.reached.items()
+        f"  {tracked[name].label}: rows {_listed(rows)}" for name, rows in probe.mixed.items()
     )
     normalizing = [
         name
@@ -255,7 +319,7 @@ def wrong_split(
             "depends on all others."
         )
         remedy = "Put BatchNorm layers into evaluation mode, or use GroupNorm."
-    elif all(probe.row not in rows for rows in probe.reached.values()):
+    elif all(probe.row not in rows for rows in probe.mixed.values()):
         reason = "their rows are in another order than the samples, as after sorting or routing."
         remedy = "Keep samples in order, or leave these modules out with exclude=..."
     else:

@@ -83,7 +83,7 @@ def gradient_of(
             "does it call another model?"
         )
     found = {
-        site.parameter: torch.zeros_like(parameter) if gradient is None else gradient
+        site.parameter: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
         for site, parameter, gradient in zip(sites, parameters, gradients, strict=True)
     }
     return _finite(name, {key: _widened(value) for key, value in found.items()})

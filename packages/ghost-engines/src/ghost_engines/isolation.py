@@ -25,20 +25,30 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
     ]
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    # Lookups with max_norm renormalise rows of the table in place.
+    tables = [
+        (parameter, parameter.detach().clone())
+        for module in model.modules()
+        if getattr(module, "max_norm", None) is not None
+        for parameter in module.parameters(recurse=False)
+    ]
     python, numpy = random.getstate(), np.random.get_state()
-    for parameter in gradients:
-        parameter.grad = None
     try:
+        for parameter in gradients:
+            parameter.grad = None
         with torch.random.fork_rng(devices=_devices(model)):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for module, mode in modes.items():
             module.training = mode
+        random.setstate(python)
+        np.random.set_state(numpy)
         with torch.no_grad():
+            for table, rows in tables:
+                if not torch.equal(table, rows):
+                    table.copy_(rows)
             for module, name, buffer, value in buffers:
                 if buffer is not None and value is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)

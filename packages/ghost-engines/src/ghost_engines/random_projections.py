@@ -15,7 +15,9 @@ class GaussianProjection(Projection):
 
     def draw(self, k: int, n: int, generator: Generator) -> Tensor:
         """Draw `[k, n]`."""
-        return torch.randn(k, n, generator=generator) / math.sqrt(k)
+        return torch.randn(
+            k, n, generator=generator, dtype=torch.float32, device="cpu"
+        ) / math.sqrt(k)
 
 
 class RademacherProjection(Projection):
@@ -23,7 +25,7 @@ class RademacherProjection(Projection):
 
     def draw(self, k: int, n: int, generator: Generator) -> Tensor:
         """Draw `[k, n]`."""
-        signs = torch.randint(0, 2, (k, n), generator=generator, dtype=torch.float32)
+        signs = torch.randint(0, 2, (k, n), generator=generator, dtype=torch.float32, device="cpu")
         return (2 * signs - 1) / math.sqrt(k)
 
 
@@ -36,7 +38,7 @@ class OrthonormalProjection(Projection):
 
     def draw(self, k: int, n: int, generator: Generator) -> Tensor:
         """Draw `[k, n]`."""
-        normal = torch.randn(n, k, generator=generator, dtype=torch.float64)
+        normal = torch.randn(n, k, generator=generator, dtype=torch.float64, device="cpu")
         q, r = torch.linalg.qr(normal)
         rows: Tensor = (q * r.diagonal().sign()).mT * math.sqrt(n / k)
         return rows.to(torch.float32).contiguous()

@@ -6,7 +6,7 @@ of related layers.
 
 from ghost_layers.convolution import ConvolutionSampler, Geometry, Patches
 from ghost_layers.embedding import EmbeddingBagSampler, EmbeddingSampler
-from ghost_layers.linear import Conv1DSampler, LinearSampler
+from ghost_layers.linear import Conv1DSampler, FalconLinearSampler, LinearSampler
 from ghost_layers.normalization import (
     BatchNormSampler,
     ChannelScaleSampler,
@@ -26,6 +26,7 @@ __all__ = [
     "ConvolutionSampler",
     "EmbeddingBagSampler",
     "EmbeddingSampler",
+    "FalconLinearSampler",
     "Geometry",
     "GroupNormSampler",
     "InstanceNormSampler",

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn import functional
 
 from ghost_core import (
     Call,
     Dense,
-    GradientSampler,
     InputFactor,
     Outer,
     PerSampleGradient,
     Record,
 )
+from ghost_layers.affine import AffineSampler
 from ghost_layers.layout import channels_last, check_samples, only_input
 
 _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -146,10 +146,9 @@ class Patches(InputFactor):
         return gradient
 
 
-class ConvolutionSampler(GradientSampler):
+class ConvolutionSampler(AffineSampler):
     """Per-sample gradients of `Conv1d`, `Conv2d` and `Conv3d`, for inputs `[N, c, *spatial]`."""
 
-    parameters = ("weight", "bias")
     methods = ("forward", "_conv_forward")
 
     def record(self, call: Call) -> Mapping[str, Record]:
@@ -165,21 +164,14 @@ class ConvolutionSampler(GradientSampler):
         x, padding = _padded(module, x, kernel, dilation)
         return {"weight": Patches(x, Geometry(kernel, stride, padding, dilation, module.groups))}
 
-    def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
-    ) -> Mapping[str, PerSampleGradient]:
+    def weight_gradient(self, record: Record, grad: Tensor, shape: Size) -> PerSampleGradient:
         """Pair the patches with the output gradient."""
-        (grad,) = grads
-        assert grad is not None
-        gradients: dict[str, PerSampleGradient] = {}
-        for name, shape in call.shapes.items():
-            if name == "bias":
-                gradients[name] = Dense(channels_last(grad))
-            else:
-                factor = records[name]
-                assert isinstance(factor, InputFactor)
-                gradients[name] = Outer(factor, _by_group(grad, factor.groups), shape)
-        return gradients
+        assert isinstance(record, InputFactor)
+        return Outer(record, _by_group(grad, record.groups), shape)
+
+    def bias_gradient(self, grad: Tensor, shape: Size) -> PerSampleGradient:
+        """Take the output gradient, channels last."""
+        return Dense(channels_last(grad))
 
 
 def _by_group(values: Tensor, groups: int) -> Tensor:

@@ -37,9 +37,3 @@ def check_samples(call: Call, rank: int) -> None:
             f"Reason: an output with samples has {rank} axes or more here.\n"
             f"Remedy: give it inputs [N, ...], or leave it out with exclude={call.name!r}"
         )
-
-
-def class_names(listed: str) -> list[str]:
-    """Return the dotted names of classes of transformers, listed as `model.Class`."""
-    pairs = (name.split(".") for name in listed.split())
-    return [f"transformers.models.{model}.modeling_{model}.{kind}" for model, kind in pairs]

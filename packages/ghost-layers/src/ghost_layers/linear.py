@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from ghost_core import (
     Call,
     Dense,
-    GradientSampler,
     InputFactor,
     Outer,
     PerSampleGradient,
@@ -18,13 +17,14 @@ from ghost_core import (
     Tokens,
     as_tokens,
 )
+from ghost_layers.affine import AffineSampler
+from ghost_layers.formula import FormulaChecked, Random
 from ghost_layers.layout import check_samples, only_input
 
 
-class LinearSampler(GradientSampler):
+class LinearSampler(AffineSampler):
     """Per-sample gradients of `y = x Wᵀ + b`, for inputs `[N, ..., d]`."""
 
-    parameters = ("weight", "bias")
     transposed: ClassVar[bool] = False
     """Whether the weight is laid out `[d, p]`."""
 
@@ -36,25 +36,38 @@ class LinearSampler(GradientSampler):
         inputs = as_tokens(only_input(call).to(call.outputs[0].dtype))
         return {"weight": Tokens(inputs, self.transposed)}
 
-    def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
-    ) -> Mapping[str, PerSampleGradient]:
+    def weight_gradient(self, record: Record, grad: Tensor, shape: Size) -> PerSampleGradient:
         """Pair the input with the output gradient."""
-        (output_grad,) = grads
-        assert output_grad is not None
-        grad = as_tokens(output_grad)
-        gradients: dict[str, PerSampleGradient] = {}
-        for name, shape in call.shapes.items():
-            if name == "bias":
-                gradients[name] = Dense(grad.squeeze(2))
-            else:
-                factor = records[name]
-                assert isinstance(factor, InputFactor)
-                gradients[name] = Outer(factor, grad, shape)
-        return gradients
+        assert isinstance(record, InputFactor)
+        return Outer(record, as_tokens(grad), shape)
+
+    def bias_gradient(self, grad: Tensor, shape: Size) -> PerSampleGradient:
+        """Take the output gradient as it is."""
+        return Dense(as_tokens(grad).squeeze(2))
 
 
-class Conv1DSampler(LinearSampler):
+class FalconLinearSampler(FormulaChecked, LinearSampler):
+    """Per-sample gradients of transformers' `FalconLinear`, `y = x Wᵀ + b` again."""
+
+    def shrink(self, module: Any) -> None:
+        """Leave the copy 4 inputs and 5 outputs, or fewer."""
+        inputs_by_outputs = (slice(4), slice(5))
+        sides = inputs_by_outputs if self.transposed else inputs_by_outputs[::-1]
+        module._parameters["weight"] = module.weight[sides]
+        if module.bias is not None:
+            module._parameters["bias"] = module.bias[:5]
+
+    def example(self, module: Any, random: Random) -> Tensor:
+        """Return inputs `[2, 3, d]`."""
+        return random(*self.example_shape, module.weight.shape[0 if self.transposed else 1])
+
+
+class Conv1DSampler(FalconLinearSampler):
     """Per-sample gradients of transformers' `Conv1D`, `y = x W + b`."""
 
     transposed = True
+
+    def shrink(self, module: Any) -> None:
+        """Make the copy smaller, and tell it its number of outputs."""
+        super().shrink(module)
+        module.nf = module.weight.shape[1]

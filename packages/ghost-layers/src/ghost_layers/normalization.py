@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -15,12 +15,12 @@ from torch.torch_version import TorchVersion
 from ghost_core import (
     Call,
     Dense,
-    GradientSampler,
     PerSampleGradient,
     Record,
     WrongSplitError,
 )
 from ghost_core.numerics import accumulation_dtype
+from ghost_layers.affine import AffineSampler
 from ghost_layers.layout import channels_last, check_samples, only_input
 
 _EPSILON_OF_INPUT = TorchVersion(torch.__version__) < "2.7"
@@ -68,10 +68,8 @@ class Standardized(Record):
         return (self.x.to(dtype) - mean) * torch.rsqrt(variance + self.eps)
 
 
-class ScaleSampler(GradientSampler):
+class ScaleSampler(AffineSampler):
     """Per-sample gradients of `y = weight · normalized(x) + bias`, features on the last axes."""
-
-    parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     @abstractmethod
     def normalized(self, call: Call) -> Normalized | Standardized:
@@ -95,22 +93,14 @@ class ScaleSampler(GradientSampler):
         check_samples(call, rank=1 + max(map(len, call.shapes.values())))
         return {"weight": self.normalized(call)} if "weight" in call.shapes else {}
 
-    def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
-    ) -> Mapping[str, PerSampleGradient]:
+    def weight_gradient(self, record: Record, grad: Tensor, shape: Size) -> PerSampleGradient:
         """Multiply the normalised input by the output gradient."""
-        (grad,) = grads
-        assert grad is not None
-        gradients: dict[str, PerSampleGradient] = {}
-        for name, shape in call.shapes.items():
-            if name == "bias":
-                gradients[name] = Dense(self.terms(grad, shape))
-            else:
-                record = records[name]
-                assert isinstance(record, Normalized | Standardized)
-                product = record.values() * grad.to(accumulation_dtype(grad))
-                gradients[name] = Dense(self.terms(product, shape))
-        return gradients
+        assert isinstance(record, Normalized | Standardized)
+        return Dense(self.terms(record.values() * grad.to(accumulation_dtype(grad)), shape))
+
+    def bias_gradient(self, grad: Tensor, shape: Size) -> PerSampleGradient:
+        """Take the output gradient as it is."""
+        return Dense(self.terms(grad, shape))
 
 
 class ChannelScaleSampler(ScaleSampler):

@@ -9,7 +9,7 @@ from torch import nn
 from ghost_core import GradientSampler, hookimpl
 from ghost_layers.convolution import ConvolutionSampler
 from ghost_layers.embedding import EmbeddingBagSampler, EmbeddingSampler
-from ghost_layers.linear import Conv1DSampler, LinearSampler
+from ghost_layers.linear import Conv1DSampler, FalconLinearSampler, LinearSampler
 from ghost_layers.normalization import (
     BatchNormSampler,
     GroupNormSampler,
@@ -42,7 +42,7 @@ def ghost_samplers() -> Mapping[str | type[nn.Module], type[GradientSampler]]:
         nn.BatchNorm3d: BatchNormSampler,
         nn.SyncBatchNorm: BatchNormSampler,
         "transformers.pytorch_utils.Conv1D": Conv1DSampler,
-        "transformers.models.falcon.modeling_falcon.FalconLinear": LinearSampler,
+        "transformers.models.falcon.modeling_falcon.FalconLinear": FalconLinearSampler,
         **TRANSFORMERS_EMBEDDINGS,  # Embedding(index) * embed_scale
         **TRANSFORMERS_NORMS,  # root-mean-square norms and bias-free layer norms
     }

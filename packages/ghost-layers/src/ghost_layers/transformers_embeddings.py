@@ -11,11 +11,23 @@ from torch import Tensor, nn
 from ghost_core import GradientSampler
 from ghost_core.numerics import accumulation_dtype
 from ghost_layers.embedding import EmbeddingSampler
-from ghost_layers.layout import class_names
+from ghost_layers.formula import FormulaChecked, Random
+from ghost_layers.transformers_names import class_names
 
 
-class ScaledEmbeddingSampler(EmbeddingSampler):
+class ScaledEmbeddingSampler(FormulaChecked, EmbeddingSampler):
     """Per-sample gradients of `Embedding(index) * embed_scale`."""
+
+    def shrink(self, module: Any) -> None:
+        """Leave the copy a table of 4 by 5, or smaller, with the padding in its first row."""
+        module._parameters["weight"] = module.weight[:4, :5]
+        if module.padding_idx is not None:
+            module.padding_idx = 0
+
+    def example(self, module: Any, random: Random) -> Tensor:
+        """Return indices `[2, 3]` that differ between samples."""
+        index = torch.arange(6, device=module.weight.device) % len(module.weight)
+        return index.reshape(self.example_shape)
 
     def token_weight(self, module: Any, index: Tensor, output: Tensor) -> Tensor:
         """Return the scale, zero for padding; `[N, T]`."""

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import Call, GradientSampler, PerSampleGradient, Record
-from ghost_layers.layout import class_names, only_input
+from ghost_layers.formula import FormulaChecked, Random
+from ghost_layers.layout import only_input
 from ghost_layers.normalization import LayerNormSampler, Normalized, ScaleSampler
+from ghost_layers.transformers_names import class_names
 
 
-class LlamaRMSNormSampler(ScaleSampler):
+class LlamaRMSNormSampler(FormulaChecked, ScaleSampler):
     """Per-sample gradients of `weight * rms(x.float()).to(x.dtype)`."""
 
     parameters = ("weight",)
@@ -28,7 +30,7 @@ class LlamaRMSNormSampler(ScaleSampler):
         return Normalized(only_input(call), lambda x: _divided_by_rms(x.float(), eps).to(x.dtype))
 
 
-class GemmaRMSNormSampler(ScaleSampler):
+class GemmaRMSNormSampler(FormulaChecked, ScaleSampler):
     """Per-sample gradients of `((1 + weight) * rms(x.float())).to(x.dtype)`, or without the one."""
 
     parameters = ("weight",)
@@ -39,7 +41,7 @@ class GemmaRMSNormSampler(ScaleSampler):
         return Normalized(only_input(call), lambda x: _divided_by_rms(x.float(), eps))
 
 
-class T5LayerNormSampler(ScaleSampler):
+class T5LayerNormSampler(FormulaChecked, ScaleSampler):
     """Per-sample gradients of `weight * (x / rms).to(weight.dtype)`, cast only if that is half."""
 
     parameters = ("weight",)
@@ -53,7 +55,7 @@ class T5LayerNormSampler(ScaleSampler):
         )
 
 
-class CohereLayerNormSampler(ScaleSampler):
+class CohereLayerNormSampler(FormulaChecked, ScaleSampler):
     """Per-sample gradients of a layer norm without bias, computed in float32 throughout."""
 
     parameters = ("weight",)
@@ -64,15 +66,20 @@ class CohereLayerNormSampler(ScaleSampler):
         return Normalized(only_input(call), lambda x: _divided_by_rms(_centred(x.float()), eps))
 
 
-class ImageLayerNormSampler(LayerNormSampler):
+class ImageLayerNormSampler(FormulaChecked, LayerNormSampler):
     """Per-sample gradients of a layer norm over the channels of images, `[N, C, H, W]`.
 
     Some have a `data_format`, and may be set to images with the channels on the last axis.
     """
 
+    def example(self, module: Any, random: Random) -> Tensor:
+        """Return two images of 2 by 3 pixels."""
+        image = random(*self.example_shape, 2, *module.weight.shape)
+        return image.movedim(-1, 1) if _channels_first(module) else image
+
     def record(self, call: Call) -> Mapping[str, Record]:
         """Keep the input, and where its channels are."""
-        call.static = getattr(call.module, "data_format", "channels_first") == "channels_first"
+        call.static = _channels_first(call.module)
         return super().record(call)
 
     def normalized(self, call: Call) -> Normalized:
@@ -99,6 +106,10 @@ def _mean_square(x: Tensor) -> Tensor:
 
 def _centred(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
+
+
+def _channels_first(module: Any) -> bool:
+    return getattr(module, "data_format", "channels_first") == "channels_first"
 
 
 def _epsilon(module: Any) -> float:

@@ -28,7 +28,8 @@ class WriterLock:
     """
 
     def __init__(self, root: Path) -> None:
-        self._file = open(root / LOCK, "ab")  # noqa: SIM115 - it is held until `release`
+        self._path = root / LOCK
+        self._file = open(self._path, "ab")  # noqa: SIM115 - it is held until `release`
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -46,6 +47,20 @@ class WriterLock:
     def held(self) -> bool:
         """Whether this process holds the lock."""
         return not self._file.closed
+
+    def check_place(self) -> None:
+        """Raise if another store stands in the place of the one that was opened.
+
+        Raises:
+            StoreError: If it was replaced.
+            FileNotFoundError: If it was removed.
+        """
+        mine, there = os.fstat(self._file.fileno()), os.stat(self._path)
+        if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            raise StoreError(
+                f"the store at {self._path.parent} was replaced by another while it was open for "
+                "writing; rows that were not committed are lost"
+            )
 
     def release(self) -> None:
         """Let the next writer in."""

@@ -14,7 +14,14 @@ from torch import Tensor
 from ghost_engines.store.batch import RowBatch, checked
 from ghost_engines.store.durable import make_root
 from ghost_engines.store.errors import DamagedStoreError, StoreError
-from ghost_engines.store.format import Shard, clean, find_shards, has_shards, write_shard
+from ghost_engines.store.format import (
+    Shard,
+    check_contents,
+    clean,
+    find_shards,
+    has_shards,
+    write_shard,
+)
 from ghost_engines.store.lock import WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
 from ghost_engines.store.reader import StoreReader
@@ -43,7 +50,8 @@ class GradientStore(StoreReader):
         self._lock = lock
         self._failed = False
         if lock is not None and self._tail.length:
-            # A writer replaces the last shard, and needs its rows to do so.
+            # A writer replaces the last shard, with a new hash: what is in it must fit the old one.
+            check_contents(path, self._tail.unit)
             self._tail = replace(self._tail, parts=(self._part(self._tail.unit).copy(),))
 
     # Opening and closing
@@ -174,6 +182,7 @@ class GradientStore(StoreReader):
             return
         try:
             if lock.held:
+                lock.check_place()
                 self._write(partial=True)
         finally:
             self._tail = self._tail.written_out()
@@ -244,6 +253,7 @@ class GradientStore(StoreReader):
             raise StoreError(
                 f"the store at {self.path} belongs to the process that this one was forked from"
             )
+        self._lock.check_place()
 
 
 def _losses(dtype: torch.dtype | None) -> str:

@@ -1,0 +1,226 @@
+"""What the documentation says: its code runs, and the reference covers every public name."""
+
+import ast
+import re
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import ghost_core
+import ghost_engines
+from ghost_engines import DotProductEngine, ProjectionEngine
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = "docs/quickstart.md"
+FRAGMENTS = ("README.md", "docs/loop.md")  # their code needs names that the reader has already
+BLOCK = re.compile(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", re.M | re.S)
+HEADING = re.compile(r"^#+ (.*)$", re.M)
+DIRECTIVE = re.compile(r"^::: (\S+)\n(?:    options: \{ members: \[(.*)\] \}\n)?", re.M)
+
+INSIDE_THE_LOOP = {"Gradient accumulation"}
+"""Sections whose code stands where the engine is attached already."""
+
+HEAD_ONLY = {"Validation directions"}
+"""Sections whose code gives directions for the head alone, which then is all that is tracked."""
+
+NOT_RUN: dict[str, str] = {}
+"""Reasons by section whose code cannot be run."""
+
+
+class Block(NamedTuple):
+    """Python code in a page, and the line where it starts."""
+
+    page: str
+    line: int
+    section: str
+    code: str
+
+
+def blocks(page):
+    """Return the blocks of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [
+        Block(
+            page, text.count("\n", 0, found.start(1)) + 1,
+            HEADING.findall(text, 0, found.start())[-1], found[1],
+        )
+        for found in BLOCK.finditer(text)
+    ]  # fmt: skip
+
+
+def run(block, namespace):
+    """Run a block; a failure names its page and line."""
+    path = str(ROOT / block.page)
+    code = "\n" * (block.line - 1) + block.code
+    try:
+        exec(compile(code, path, "exec", dont_inherit=True), namespace)
+    except SyntaxError as error:
+        raise AssertionError(f"{block.page}:{error.lineno}: {error!r}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [frame.lineno for frame in frames if frame.filename == path][-1]
+        raise AssertionError(f"{block.page}:{line}: {error!r}") from error
+
+
+class Model(nn.Module):
+    """Maps `[N, 6]` to scores of 3 classes, `[N, 3]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.Linear(6, 8)
+        self.mlp = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.head(torch.relu(self.mlp(torch.tanh(self.attn(inputs)))))
+
+
+def per_sample_loss(model, batch):
+    """Return `[N]`; a batch holds features and, in the last column, labels."""
+    return cross_entropy(model(batch[:, :-1]), batch[:, -1].long(), reduction="none")
+
+
+def loss_fn(model, batch):
+    return per_sample_loss(model, batch).mean()
+
+
+def draw(n):
+    return torch.cat([torch.randn(n, 6), torch.randint(0, 3, (n, 1)).float()], 1)
+
+
+def prepared(section):
+    """Return the names that a reader who is in the middle of a program has."""
+    torch.manual_seed(0)
+    model, val_batch = Model(), draw(16)
+    engines = {
+        name: DotProductEngine(model, layers="head" if section in HEAD_ONLY else "*")
+        for name in ("engine", "dots")
+    }
+    for engine in engines.values():
+        engine.add_direction("val", lambda: loss_fn(model, val_batch))
+    width = ProjectionEngine(model, dim=256, seed=42).k_total
+    return {
+        "DotProductEngine": DotProductEngine,
+        "b": torch.randn(3),
+        "batch": draw(32),
+        "ids": range(32),
+        "loader": [(torch.arange(32) + 32 * step, draw(32)) for step in range(3)],
+        "loss_fn": loss_fn,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "per_sample_loss": per_sample_loss,
+        "projections": ProjectionEngine(model, dim=16),
+        "queries": torch.randn(4, width),
+        "val_batch": val_batch,
+        "w": torch.randn(3, 8),
+        **engines,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# Code
+
+
+def test_quickstart_runs_as_it_is():
+    found, namespace = blocks(QUICKSTART), {}
+    assert len(found) >= 2
+    with torch.random.fork_rng(devices=[]):
+        for block in found:
+            run(block, namespace)
+    scored = namespace["scored"]
+    assert scored.scores.shape == (8, 1)
+    torch.testing.assert_close(sum(scored.by_layer.values()), scored.scores)
+    assert namespace["neighbours"].ids.shape == (16, 3)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(
+            block,
+            id=f"{block.page}:{block.line}",
+            marks=[pytest.mark.skip(NOT_RUN[block.section])] if block.section in NOT_RUN else [],
+        )
+        for page in FRAGMENTS
+        for block in blocks(page)
+    ],
+)
+def test_code_runs_in_a_program(block):
+    if "to_pandas" in block.code:
+        pytest.importorskip("pandas")
+    namespace = prepared(block.section)
+    with ExitStack() as attached, torch.random.fork_rng(devices=[]):
+        if block.section in INSIDE_THE_LOOP:
+            attached.enter_context(namespace["engine"])
+        run(block, namespace)
+    if "values" in namespace:
+        assert sorted(namespace["values"].to_dict()) == list(range(96))
+    if "neighbours" in namespace:
+        assert namespace["neighbours"].ids.shape == (4, 10)
+    if "scored" in namespace:
+        assert namespace["scored"].scores.shape == (32, 1)
+    if "projected" in namespace:
+        assert namespace["projected"].result.rows.shape == (32, namespace["projections"].k_total)
+
+
+def test_every_page_still_has_its_code():
+    assert len(blocks("README.md")) >= 2
+    assert len(blocks("docs/loop.md")) >= 5
+    sections = {block.section for page in FRAGMENTS for block in blocks(page)}
+    assert sections >= INSIDE_THE_LOOP | HEAD_ONLY | NOT_RUN.keys()
+
+
+def test_failing_code_names_page_and_line():
+    for code, kind in (("x = 1\n1 / 0\n", "ZeroDivisionError"), ("x = 1\nx = (\n", "SyntaxError")):
+        with pytest.raises(AssertionError, match=rf"README\.md:8: {kind}"):
+            run(Block("README.md", 7, "", code), {})
+    with pytest.raises(AssertionError, match=r"README\.md:7: DeprecationWarning"):
+        run(Block("README.md", 7, "", "import warnings; warnings.warn('', DeprecationWarning)"), {})
+
+
+# Reference
+
+
+def origins(package):
+    """Return the module that each public name of a package is imported from."""
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
+    return {
+        alias.asname or alias.name: node.module
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def documented(name, package, module):
+    """Tell whether a page of the reference renders a public name."""
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for rendered, members in DIRECTIVE.findall(page.read_text(encoding="utf-8") + "\n"):
+            chosen = not members or name in members.split(", ")
+            if (rendered in (package, module) and chosen) or rendered == f"{module}.{name}":
+                return True
+    return False
+
+
+@pytest.mark.parametrize("package", [ghost_core, ghost_engines], ids=lambda each: each.__name__)
+def test_every_public_name_is_in_the_reference(package):
+    found = origins(package)
+    assert package.__all__
+    missing = [
+        f"{name} of {found[name]}"
+        for name in package.__all__
+        if not documented(name, package.__name__, found[name])
+    ]
+    assert not missing, f"docs/reference does not show {', '.join(missing)}"
+    assert not documented("NoSuchName", "ghost_core", "ghost_core.nowhere")
+    assert not documented("BatchCapture", "", "ghost_core.capture")
