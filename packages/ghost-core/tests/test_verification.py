@@ -519,7 +519,8 @@ def test_modules_behind_outputs_without_rows_are_refused(registry) -> None:
         model(torch.randn(3, 4))[0].backward()
 
 
-def test_one_sample_called_as_a_batch_is_refused(registry) -> None:
+@pytest.mark.parametrize("verify", [True, False])
+def test_one_sample_called_as_a_batch_is_refused(registry, verify: bool) -> None:
     class Texts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -528,13 +529,24 @@ def test_one_sample_called_as_a_batch_is_refused(registry) -> None:
         def forward(self, texts: list[str]) -> Tensor:
             return self.head(torch.stack([torch.full((4,), float(len(text))) for text in texts]))
 
-    engine = GradientHolder(model := Texts(), registry=registry)
-    with (
-        engine,
-        pytest.raises(WrongSplitError, match="one row for 3 samples"),
-        engine.batch([1, 2, 3]),
-    ):
+    engine = GradientHolder(model := Texts(), registry=registry, verify=verify)
+    with engine, pytest.raises(WrongSplitError, match="one row"), engine.batch([1, 2, 3]):
         model(["a"]).sum().backward()
+
+
+def test_only_what_all_samples_share_can_be_tracked(registry) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.place = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.place(torch.ones(1, 4))
+
+    engine = GradientHolder(model := Model(), registry=registry, layers="place")
+    with engine, engine.batch(range(3)) as batch:
+        model(torch.randn(3, 4)).sum().backward()
+    assert batch.verified
 
 
 def test_sparse_tensors_in_a_model_are_no_trouble(registry) -> None:

@@ -232,14 +232,14 @@ class Recorder:
         assert batch is not None
         if output is None:  # the forward pass failed
             batch.passes.remove(pass_)
+        elif self._verifying and pass_.n:
+            verified = self._verifier.check(output, pass_.n, batch.seen)
+            batch.verified = batch.verified and verified
         elif pass_.n > 1 and batch.seen and not self._told_apart:
             raise WrongSplitError(
                 f"every tracked module returned one row for {pass_.n} samples: was the model "
                 "called on one? Give engine.batch() the ids of the samples it is called on"
             )
-        elif self._verifying and pass_.n:
-            verified = self._verifier.check(output, pass_.n, batch.seen)
-            batch.verified = batch.verified and verified
 
     def _before_call(self, tracked: TrackedModule, module: nn.Module, args: Any) -> None:
         if not self._listens(module, tracked.module):
