@@ -562,3 +562,40 @@ def test_sparse_tensors_in_a_model_are_no_trouble(registry) -> None:
     with engine, engine.batch(range(3)) as batch:
         model(torch.randn(3, 4)).sum().backward()
     assert batch.verified
+
+
+class Half(nn.Module):
+    """A layer of an awkward width, so that half-precision kernels work with padded tails."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.mix = nn.Linear(32, 32), nn.Linear(32, 50), mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mix(self.first(x)))
+
+
+@pytest.mark.parametrize("n", [2, 6, 9])
+def test_no_false_alarm_in_half_precision(registry, n: int) -> None:
+    engine = GradientHolder(model := Half(nn.Identity()), registry=registry)
+    with engine, engine.batch(range(n)) as batch:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(torch.randn(n, 12, 32))
+        out.float().square().sum().backward()
+    assert batch.verified
+
+
+MIXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x + x.mean(0, keepdim=True),
+    "mean behind a zero gate": lambda x: x + 0 * x.mean(0, keepdim=True),
+    "last": lambda x: x + x[-1:],
+    "flipped": lambda x: x.flip(0),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixing_is_found_in_half_precision(registry, mix: str) -> None:
+    engine = GradientHolder(model := Half(MIXES[mix]), registry=registry)
+    with engine, torch.autocast("cpu", torch.bfloat16), pytest.raises(WrongSplitError):  # noqa: SIM117
+        with engine.batch(range(6)):
+            model(torch.randn(6, 12, 32))
