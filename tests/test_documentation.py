@@ -104,7 +104,6 @@ def prepared(section):
     }
     for engine in engines.values():
         engine.add_direction("val", lambda: loss_fn(model, val_batch))
-    width = ProjectionEngine(model, dim=256, seed=42).k_total
     return {
         "DotProductEngine": DotProductEngine,
         "b": torch.randn(3),
@@ -116,7 +115,6 @@ def prepared(section):
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "per_sample_loss": per_sample_loss,
         "projections": ProjectionEngine(model, dim=16),
-        "queries": torch.randn(4, width),
         "val_batch": val_batch,
         "w": torch.randn(3, 8),
         **engines,
@@ -166,7 +164,7 @@ def test_code_runs_in_a_program(block):
     if "values" in namespace:
         assert sorted(namespace["values"].to_dict()) == list(range(96))
     if "neighbours" in namespace:
-        assert namespace["neighbours"].ids.shape == (4, 10)
+        assert namespace["neighbours"].ids.shape == (32, 10)
     if "scored" in namespace:
         assert namespace["scored"].scores.shape == (32, 1)
     if "projected" in namespace:

@@ -141,7 +141,7 @@ def test_paused_leaves_the_model_alone(hold: Hold, model: nn.Module, x: Tensor) 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([N + 1], "called on 5 samples after 0, but the batch was opened for 4"),
+        ([N + 1], "called on 5 samples, but the batch was opened for 4"),
         ([1, 2], "3 of 4 samples went through the model"),
         ([3, 3], "called on 3 samples after 3"),
         ([1, N], "a pass of 4 samples follows micro-batches"),
@@ -246,3 +246,20 @@ def test_compiling_is_exact_or_refused(
                 assert called_before, "attached before compiling, it has to work"
                 return
             assert_held(batch.result, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_engines_can_be_attached_where_gradients_are_off(
+    hold: Hold, assert_held, model: nn.Module, x: Tensor, mode
+) -> None:
+    expected = per_sample_gradients(model, model(x).square().sum(1))
+    with mode():
+        engine = hold(model)
+        with (
+            engine,
+            engine.batch(range(N)) as batch,
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            loss(model(x)).backward()
+    assert_held(batch.result, expected)

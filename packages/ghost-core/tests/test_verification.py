@@ -139,7 +139,7 @@ REFUSED = {
 REASONS = {
     "sequence first": ("first axis is not the samples", "Put samples on the first axis"),
     "sorted": ("in another order than the samples", "Keep samples in order"),
-    "batch normalisation": ("norm normalises over the batch", "evaluation mode"),
+    "batch normalisation": ("'norm' (BatchNorm1d) normalises over the batch", "evaluation mode"),
     "behind a zero gate": ("a later operation mixes samples", "leave these modules out"),
     "relative bias, T = N": ("first axis is not the samples", "leave these modules out"),
     "relative bias": ("first axis of its output is not the samples", "leave the module out"),
@@ -312,7 +312,7 @@ def test_verification_is_repeated_in_another_mode(hold: Hold) -> None:
     with engine:
         run(engine, model, x)
         model.norm.train()
-        with pytest.raises(WrongSplitError, match="norm normalises"):
+        with pytest.raises(WrongSplitError, match=r"'norm' \(BatchNorm1d\) normalises"):
             run(engine, model, x)
 
 

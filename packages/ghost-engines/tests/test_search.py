@@ -184,3 +184,9 @@ def test_the_search_runs_where_the_queries_are(stored):
     found = stored(rows).search(queries.cuda(), k=5, metric="cosine")
     assert found.scores.is_cuda
     assert torch.equal(found.ordinals.cpu(), best_of(scores_of(rows, queries, "cosine"), 5))
+
+
+def test_queries_that_are_no_tensor_are_refused(stored):
+    store = stored(torch.eye(3))
+    with pytest.raises(StoreError, match=r"such as engine\.collect\(\)\.rows, not list"):
+        store.search([[1.0, 0.0, 0.0]])

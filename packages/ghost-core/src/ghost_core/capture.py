@@ -83,8 +83,10 @@ class BatchCapture:
             return 0
         if n > self.n or covered + n > self.n:
             raise CaptureError(
-                f"the model was called on {n} samples after {covered % max(self.n, 1)}, but the "
-                f"batch was opened for {self.n}: give engine.batch() one id per sample"
+                f"the model was called on {n} samples"
+                + (f" after {covered} others" if covered else "")
+                + f", but the batch was opened for {self.n}: give engine.batch() one id per "
+                "sample, and evaluate outside of it"
             )
         return covered
 

@@ -54,7 +54,8 @@ class Batch(Generic[ResultT]):
         """
         if not self._results:
             raise CaptureError(
-                "the batch has no result: it is still open, or an exception ended it"
+                "the batch has no result: it is still open (read results after the with block), or "
+                "an exception ended it"
             )
         return self._results[0]
 
@@ -312,6 +313,8 @@ def as_ids(ids: SampleIds) -> Tensor:
     Raises:
         CaptureError: If they are not one integer per sample.
     """
+    if isinstance(ids, Sequence) and any(isinstance(sample, str) for sample in ids):
+        raise CaptureError("ids must be one integer per sample, not strings")
     try:
         tensor = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as error:

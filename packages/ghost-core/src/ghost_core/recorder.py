@@ -55,7 +55,8 @@ class Recorder:
         self._handles: list[RemovableHandle] = []
         self._first_hooks: set[int] = set()
         self._flags: dict[nn.Parameter, bool] = {}
-        self._seed = torch.zeros((), requires_grad=True)
+        with torch.inference_mode(False):
+            self._seed = torch.zeros((), requires_grad=True)
         self._verifier = Verifier(model, {}, self._seed)
         self._batch: BatchCapture | None = None
         self._pass: Pass | None = None

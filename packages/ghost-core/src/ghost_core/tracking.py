@@ -172,15 +172,18 @@ def _check_handled(
     that it does not use it is for the verification to find.
     """
     handled = {site for tracked in modules for site in tracked.sites.values()}
-    problems = []
+    problems: list[str] = []
+    parameters: list[str] = []
     for name, own, reason in unhandled:
         if missing := [site.parameter for site in own.values() if site not in handled]:
             problems.append(f"  {name or '(root)'} [{', '.join(missing)}]: {reason}")
+            parameters += missing
     if problems:
         raise UnsupportedLayerError(
             "no per-sample gradients for these modules:\n"
             + "\n".join(problems)
-            + "\nLeave them out with exclude=..., or register a sampler for them as a plugin."
+            + f"\nLeave them out with exclude={','.join(parameters)!r}, or register a sampler for "
+            "them as a plugin."
         )
 
 

@@ -75,7 +75,8 @@ class Verifier:
         self._tracked = tracked
         self._seed = seed
         # Only a function's node leads to the one that collects a leaf's gradient.
-        view: Any = seed.view_as(seed).grad_fn
+        with torch.inference_mode(False), torch.enable_grad():
+            view: Any = seed.view_as(seed).grad_fn
         self._seed_node = view.next_functions[0][0]
         self._verified: dict[tuple[object, ...], set[str]] = {}
         self._unwatched: set[tuple[object, ...]] = set()
@@ -327,7 +328,7 @@ def wrong_split(
         f"  {tracked[name].label}: rows {_listed(rows)}" for name, rows in probe.mixed.items()
     )
     normalizing = [
-        name
+        f"{name!r} ({type(module).__name__})"
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
     ]

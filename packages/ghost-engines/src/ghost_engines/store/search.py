@@ -89,6 +89,11 @@ def search(
 
 def _check_queries(store: RowReader, queries: Tensor) -> torch.dtype:
     """Return the dtype to compute in."""
+    if not isinstance(queries, Tensor):
+        raise StoreError(
+            f"queries must be a tensor [Q, {store.k_total}], such as engine.collect().rows, not "
+            f"{type(queries).__name__}"
+        )
     if queries.dim() != 2 or queries.shape[1] != store.k_total or not queries.is_floating_point():
         raise StoreError(
             f"queries must be floating point [Q, {store.k_total}], not {queries.dtype} of shape "
