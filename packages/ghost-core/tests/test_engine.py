@@ -97,3 +97,8 @@ def test_ids_are_copied() -> None:
     kept = as_ids(ids)
     ids[0] = 7
     assert kept[0] == 0
+
+
+def test_an_unknown_option_lists_what_exists(registry) -> None:
+    with pytest.raises(TypeError, match=r"did you mean 'exclude'.*Available: .*layers"):
+        GradientHolder(nn.Linear(2, 2), registry=registry, exclud="a")

@@ -9,6 +9,7 @@ from ghost_core.errors import (
     PluginConflictError,
     PluginError,
     UnknownNameError,
+    UnknownOptionError,
     UnsupportedLayerError,
     WrongSplitError,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Site",
     "Tokens",
     "UnknownNameError",
+    "UnknownOptionError",
     "UnsupportedLayerError",
     "WrongSplitError",
     "accumulation_dtype",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core.capture import Pass
-from ghost_core.errors import CaptureError
+from ghost_core.errors import CaptureError, UnknownOptionError
 from ghost_core.factors import Record
 from ghost_core.gradients import PerSampleGradient
 from ghost_core.recorder import Freeze, Recorder
@@ -91,6 +92,16 @@ class Engine(ABC, Generic[ResultT]):
 
     freeze: ClassVar[Freeze] = Freeze.NEVER
     """What happens to weight gradients while the engine is attached by `with engine:`."""
+
+    def __new__(cls, *_: object, **options: object) -> Self:
+        """Refuse unknown options before `__init__` does, with a list of those that exist."""
+        parameters = inspect.signature(cls.__init__).parameters
+        known = [name for name in parameters if name != "self"]
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            for name in options:
+                if name not in known:
+                    raise UnknownOptionError(f"option of {cls.__name__}", name, known)
+        return super().__new__(cls)
 
     def __init__(
         self,

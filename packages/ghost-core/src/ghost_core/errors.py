@@ -51,6 +51,10 @@ class UnknownNameError(GhostError, ValueError):
         super().__init__(message + (f" {hint}" if hint else ""))
 
 
+class UnknownOptionError(UnknownNameError, TypeError):
+    """A keyword argument that does not exist."""
+
+
 class PluginError(GhostError):
     """A plugin's contribution cannot be used."""
 
