@@ -13,7 +13,7 @@ from ghost_core import (
     UnsupportedLayerError,
 )
 from ghost_core.testing import TinyTransformer
-from ghost_core.tracking import Tracking, as_patterns, track
+from ghost_core.tracking import Patterns, Selection, Tracking, as_patterns, track
 
 
 class Model(nn.Module):
@@ -29,6 +29,12 @@ class Model(nn.Module):
         self.norm = nn.LayerNorm(4)
         self.head = nn.Linear(4, 7, bias=False)
         self.head.weight = self.tokens.weight
+
+
+def select(
+    model: nn.Module, registry: SamplerRegistry, layers: Patterns = "*", exclude: Patterns = ()
+) -> Tracking:
+    return track(model, Selection(registry, layers, exclude))
 
 
 def names(tracking: Tracking) -> list[str]:
@@ -59,11 +65,11 @@ def names(tracking: Tracking) -> list[str]:
 def test_globs_select_parameters(
     registry: SamplerRegistry, layers: str, exclude: str, expected: str
 ) -> None:
-    assert names(track(Model(), registry, layers, exclude)) == expected.split()
+    assert names(select(Model(), registry, layers, exclude)) == expected.split()
 
 
 def test_a_shared_parameter_is_one_site_with_all_its_names(registry: SamplerRegistry) -> None:
-    tracking = track(Model(), registry, "tokens")
+    tracking = select(Model(), registry, "tokens")
     (site,) = tracking.sites
     assert site.parameter == "tokens.weight"
     assert site.aliases == ("tokens.weight", "head.weight")
@@ -75,7 +81,7 @@ def test_a_shared_parameter_is_one_site_with_all_its_names(registry: SamplerRegi
 
 def test_a_module_in_two_places_is_tracked_once(registry: SamplerRegistry) -> None:
     shared = nn.Linear(3, 3)
-    tracking = track(nn.Sequential(shared, nn.ReLU(), shared), registry)
+    tracking = select(nn.Sequential(shared, nn.ReLU(), shared), registry)
     assert [module.name for module in tracking.modules] == ["0"]
     assert tracking.sites[1].aliases == ("0.weight", "2.weight")
 
@@ -83,7 +89,7 @@ def test_a_module_in_two_places_is_tracked_once(registry: SamplerRegistry) -> No
 def test_modules_come_in_the_order_of_the_model_and_know_their_parameters(
     registry: SamplerRegistry,
 ) -> None:
-    tracking = track(Model(), registry, "norm,blocks.0")
+    tracking = select(Model(), registry, "norm,blocks.0")
     assert [module.name for module in tracking.modules] == ["blocks.0.attn", "blocks.0.mlp", "norm"]
     assert tracking.modules[0].shapes == {"weight": (4, 4), "bias": (4,)}
 
@@ -92,13 +98,13 @@ def test_frozen_parameters_are_left_out(registry: SamplerRegistry) -> None:
     model = Model()
     model.norm.bias.requires_grad_(False)
     model.blocks.requires_grad_(False)
-    assert names(track(model, registry)) == ["norm.weight", "tokens.weight"]
+    assert names(select(model, registry)) == ["norm.weight", "tokens.weight"]
     assert not model.norm.bias.requires_grad
 
 
 def test_a_module_with_frozen_parameters_only_needs_no_sampler(registry: SamplerRegistry) -> None:
     model = nn.Sequential(nn.Conv1d(2, 2, 1).requires_grad_(False), nn.Linear(3, 3))
-    assert names(track(model, registry)) == ["1.bias", "1.weight"]
+    assert names(select(model, registry)) == ["1.bias", "1.weight"]
 
 
 @pytest.mark.parametrize("option", ["layers", "exclude"])
@@ -106,12 +112,12 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_lists_names(
     registry: SamplerRegistry, option: str
 ) -> None:
     with pytest.raises(UnknownNameError, match=r"blocks\.0\.atn.*did you mean 'blocks\.0\.attn'"):
-        track(Model(), registry, **{option: ["norm", "blocks.0.atn"]})
+        select(Model(), registry, **{option: ["norm", "blocks.0.atn"]})
 
 
 def test_an_unknown_name_is_a_value_error_and_a_ghost_error(registry: SamplerRegistry) -> None:
     with pytest.raises(ValueError, match=r"Available: blocks, .*norm") as caught:
-        track(Model(), registry, "nothing")
+        select(Model(), registry, "nothing")
     assert isinstance(caught.value, GhostError)
 
 
@@ -125,13 +131,13 @@ def test_no_parameter_is_an_error(
     if frozen:
         model.get_submodule(frozen).requires_grad_(False)
     with pytest.raises(CaptureError, match=r"no trainable parameter is selected: \d of 9"):
-        track(model, registry, layers, exclude)
+        select(model, registry, layers, exclude)
 
 
 def test_unsupported_modules_are_listed_with_reasons(registry: SamplerRegistry) -> None:
     model = nn.ModuleDict({"conv": nn.Conv1d(2, 2, 1), "norm": nn.LayerNorm((2, 2))})
     with pytest.raises(UnsupportedLayerError) as caught:
-        track(model, registry)
+        select(model, registry)
     message = str(caught.value)
     assert "conv [conv.weight, conv.bias]: no sampler is registered for torch.nn" in message
     assert "norm [norm.weight, norm.bias]: only the last axis" in message
@@ -142,15 +148,15 @@ def test_bare_parameters_are_not_skipped_silently(registry: SamplerRegistry) -> 
     model = Model()
     model.scale = nn.Parameter(torch.ones(1))
     with pytest.raises(UnsupportedLayerError, match=r"\(root\) \[scale\]"):
-        track(model, registry)
-    assert "scale" not in names(track(model, registry, exclude="scale"))
+        select(model, registry)
+    assert "scale" not in names(select(model, registry, exclude="scale"))
 
 
 def test_a_parametrised_weight_is_not_taken_for_a_plain_one(registry: SamplerRegistry) -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(UnsupportedLayerError, match="ParametrizationList"):
-        track(model, registry)
-    assert names(track(model, registry, "*.bias")) == ["0.bias"]
+        select(model, registry)
+    assert names(select(model, registry, "*.bias")) == ["0.bias"]
 
 
 @pytest.mark.parametrize("inner", [True, False])
@@ -161,7 +167,7 @@ def test_compiled_modules_are_refused_by_name(registry: SamplerRegistry, inner: 
     else:
         model = torch.compile(model, backend="eager")
     with pytest.raises(CaptureError, match="attend" if inner else "the model") as caught:
-        track(model, registry)
+        select(model, registry)
     assert "before torch.compile" in str(caught.value)
 
 

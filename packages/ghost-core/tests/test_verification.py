@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import SamplerRegistry, UnsupportedLayerError, WrongSplitError
+from ghost_core.probe import probed_samples
 from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import (
     GradientHolder,
@@ -16,7 +17,6 @@ from ghost_core.testing import (
     next_token_losses,
     per_sample_gradients,
 )
-from ghost_core.verification import probe_rows
 
 N, T, D = 4, 3, 8
 Hold = Callable[..., GradientHolder]
@@ -36,8 +36,10 @@ class SequenceFirst(Two):
 
 
 class Folded(Two):
+    """Folds another axis into the samples, and turns the rows around."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x.reshape(-1, D)).relu().reshape(x.shape))
+        return self.b(self.a(x.reshape(-1, D).flip(0)).relu().flip(0).reshape(x.shape))
 
 
 class Sorted(Two):
@@ -127,7 +129,7 @@ REFUSED = {
     "behind a zero gate": (ZeroGate, lambda: floats(N, D), "  a [a.weight, a.bias]: rows 0, 1"),
     "relative bias, T = N": (RelativeBias, lambda: floats(N, N, D), "  bias [bias.weight]: rows"),
     "relative bias": (RelativeBias, lambda: floats(N, T, D), "bias [bias.weight] returned 3 rows"),
-    "folded": (Folded, lambda: floats(N, T, D), "a [a.weight, a.bias] returned 12 rows for 4"),
+    "folded": (Folded, lambda: floats(N, T, D), "  a [a.weight, a.bias]: rows 9, 10, 11"),
     "functionally tied": (
         FunctionallyTied,
         lambda: torch.randint(0, 11, (N, T)),
@@ -143,7 +145,7 @@ REASONS = {
     "behind a zero gate": ("a later operation mixes samples", "leave these modules out"),
     "relative bias, T = N": ("first axis is not the samples", "leave these modules out"),
     "relative bias": ("first axis of its output is not the samples", "leave the module out"),
-    "folded": ("12 = 4 * 3: rows folded", "keep one row per sample"),
+    "folded": ("in another order than the samples", "row_owner={...}"),
     "functionally tied": ("outside the modules that own them", "exclude='tokens.weight'"),
     "loss inside": ("of shape [4, ...]", "compute the loss outside"),
 }
@@ -378,7 +380,7 @@ def test_a_scalar_output_is_refused() -> None:
 
     registry = SamplerRegistry([Claim(dotted_name(Total), PlainLinear, "test")])
     engine = GradientHolder(model := Model(), registry=registry)
-    with engine, pytest.raises(WrongSplitError, match="total returned a scalar"):
+    with engine, pytest.raises(WrongSplitError, match=r"total \[.*\] returned a scalar"):
         run(engine, model, floats(N, D))
 
 
@@ -407,7 +409,7 @@ def test_training_is_the_same_with_verification(hold: Hold) -> None:
 
 @pytest.mark.parametrize(("n", "rows"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (8, [0, 4, 7])])
 def test_probed_rows(n: int, rows: list[int]) -> None:
-    assert probe_rows(n) == rows
+    assert probed_samples(n) == rows
 
 
 class Late(nn.Module):

@@ -1,7 +1,7 @@
 """Per-sample gradient algebra, the sampler and engine interfaces, and the plugin system."""
 
 from ghost_core.capture import Pass
-from ghost_core.engine import Batch, Engine, SampleIds
+from ghost_core.engine import Batch, Engine, EngineOptions, SampleIds
 from ghost_core.errors import (
     CaptureError,
     GhostError,
@@ -29,6 +29,7 @@ __all__ = [
     "CaptureError",
     "Dense",
     "Engine",
+    "EngineOptions",
     "Freeze",
     "GhostError",
     "GradientSampler",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ghost_core.capture import BatchCapture, Listener, Pass
-from ghost_core.errors import CaptureError
+from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.factors import Record
 from ghost_core.gradients import PerSampleGradient
+from ghost_core.layout import Layout
 from ghost_core.numerics import full_precision
+from ghost_core.rows import Fold, Owned
 from ghost_core.sampler import Call
 from ghost_core.tracking import TrackedModule
-from ghost_core.verification import Verifier
+from ghost_core.verification import Verifier, unclear_fold
 
 
 @dataclass
@@ -49,8 +52,10 @@ class Arrival:
         pass_: The pass of the call; None if the call is a recomputation.
         tracked: The module.
         call: The call.
+        layout: Where its outputs have their rows.
         views: How the engines keep its records.
         made: Local names of the parameters whose gradients an engine makes.
+        silence: Keeps ghost's hooks from seeing what a sampler runs.
     """
 
     verifier: Verifier
@@ -58,15 +63,17 @@ class Arrival:
     pass_: Pass | None
     tracked: TrackedModule
     call: Call
+    layout: Layout
     views: list[View]
     made: tuple[str, ...]
+    silence: Callable[[], AbstractContextManager[None]]
 
     def arrive(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
         """Hand the gradients to the engines and return the parameters' gradients they made."""
         if self.verifier.probe is not None:
-            self.verifier.probe.see(self.call.name, grads)
+            self.verifier.probe.see(self.call.name, self.layout, self.layout.rows_first(grads))
             return [None] * len(self.made)
         if not self.verifier.is_training:
             return [None] * len(self.made)
@@ -89,13 +96,18 @@ class Arrival:
     def _deliver(
         self, pass_: Pass, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> dict[str, Tensor]:
+        by_row = self.layout.rows_first(grads)
         device = next(grad.device for grad in grads if grad is not None)
+        owner = self._owner(pass_.n, by_row)
         made: dict[str, Tensor] = {}
-        with full_precision(device):
+        with full_precision(device), self.silence():
             for view in self.views:
-                gradients = self.tracked.sampler.gradients(self.call, view.restore(saved), grads)
-                self._check(gradients, pass_.n)
+                records = view.restore(saved)
+                gradients = self.tracked.sampler.gradients(self.call, records, by_row)
+                self._check(gradients)
                 for local, gradient in gradients.items():
+                    if owner is not None:
+                        gradient = Owned(gradient, owner.to(device), pass_.n)
                     site = self.tracked.sites[local]
                     for listener in view.listeners:
                         still_open = listener in self.batch.listeners
@@ -105,7 +117,25 @@ class Arrival:
                                 made[local] = result.to(site.dtype)
         return made
 
-    def _check(self, gradients: Mapping[str, PerSampleGradient], n: int) -> None:
+    def _owner(self, n: int, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """Return the sample of each row; None where each row is a sample."""
+        if any(grad is not None and not grad.dim() for grad in grads):
+            raise WrongSplitError(
+                f"gradients cannot be split by sample: the loss depends on a scalar that "
+                f"{self.tracked.label} returned\n"
+                "Reason: a scalar belongs to all samples.\n"
+                "Remedy: compute the loss from outputs with one row per sample, or leave the "
+                "module out with exclude=..."
+            )
+        if not self.layout.is_folded(n):
+            return self.layout.owner
+        fold = Fold.SAMPLE_MAJOR if n == 1 else self.verifier.fold(self.call.name)
+        if fold is None:
+            raise unclear_fold(self.tracked, True)
+        return fold.owners(n, self.layout.rows)
+
+    def _check(self, gradients: Mapping[str, PerSampleGradient]) -> None:
+        n = self.layout.rows
         if gradients.keys() != self.call.shapes.keys():
             raise CaptureError(
                 f"{type(self.tracked.sampler).__name__} returned gradients of "
@@ -116,7 +146,7 @@ class Arrival:
                 raise CaptureError(
                     f"{type(self.tracked.sampler).__name__} returned {gradient.n} gradients of "
                     f"shape {tuple(gradient.shape)} for {self.call.name}.{local}, of shape "
-                    f"{tuple(self.call.shapes[local])} and {n} samples"
+                    f"{tuple(self.call.shapes[local])} and {n} rows"
                 )
 
 

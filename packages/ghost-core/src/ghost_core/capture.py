@@ -20,10 +20,12 @@ class Pass:
     Attributes:
         n: Number of samples in it.
         start: Row of its first sample in the engine's batch.
+        owners: For modules whose rows are not samples: the sample of each row, by key.
     """
 
     n: int
     start: int
+    owners: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> slice:
@@ -35,7 +37,7 @@ class Listener(Protocol):
     """What a recorder needs from an engine."""
 
     tracking: Tracking
-    verify: bool
+    verifies: bool
 
     def on_input(self, site: Site, record: Record) -> Record:
         """Keep or compress a record in the forward pass."""
@@ -54,7 +56,9 @@ class BatchCapture:
         n: Number of samples that the engines expect.
         listeners: Engines that take part.
         passes: Calls of the root module so far.
+        owners: What the batch was opened with for modules whose rows are not samples, by key.
         seen: Names of tracked modules that were called with gradients enabled.
+        kinds: The same, with whether their rows are folded.
         unseen: Names of those called with gradients disabled.
         arrived: Whether any gradient arrived.
         closed: Whether it is over.
@@ -64,7 +68,9 @@ class BatchCapture:
     n: int
     listeners: list[Listener]
     passes: list[Pass] = field(default_factory=list)
+    owners: dict[str, Tensor] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
+    kinds: set[tuple[str, bool]] = field(default_factory=set)
     unseen: set[str] = field(default_factory=set)
     arrived: bool = False
     closed: bool = False

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, Generic, Self, TypeVar
+from types import MappingProxyType
+from typing import ClassVar, Generic, Self, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from ghost_core.factors import Record
 from ghost_core.gradients import PerSampleGradient
 from ghost_core.recorder import Freeze, Recorder
 from ghost_core.registry import SamplerRegistry
-from ghost_core.tracking import Patterns, Site, Tracking, track
+from ghost_core.tracking import Patterns, Selection, Site, Tracking, track
 
 ResultT = TypeVar("ResultT")
 
@@ -65,6 +66,22 @@ class Batch(Generic[ResultT]):
         self._results[:] = [result]
 
 
+class EngineOptions(TypedDict, total=False):
+    """The options that all engines take; `Engine` says what they mean.
+
+    An engine with options of its own takes these as `**options: Unpack[EngineOptions]`.
+    """
+
+    layers: Patterns
+    exclude: Patterns
+    grad_scaler: torch.amp.GradScaler | None
+    verify: bool
+    generic: bool
+    batch_dim: Mapping[str, int]
+    row_owner: Mapping[str, str]
+    registry: SamplerRegistry | None
+
+
 class Engine(ABC, Generic[ResultT]):
     """Consumes per-sample gradients while the user's own forward and backward passes run.
 
@@ -82,6 +99,15 @@ class Engine(ABC, Generic[ResultT]):
             steps, and gradients of NaN pass through hooks that the model's own code puts on
             tensors; hooks on modules do not see them. Without it, ghost trusts that samples do not
             mix and that what is computed once for all of them is just added.
+        generic: Whether layers without a sampler of their own may be replayed by one that handles
+            any module. `coverage()` shows which are.
+        batch_dim: Axis of the samples, by glob over names of modules, where it is not the first:
+            `{"*": 1}` for a sequence-first model, `""` for the model's own inputs and outputs.
+            Later entries win.
+        row_owner: For modules whose rows belong to samples in another number, as with several
+            images a sample: by glob over names of modules, the key of a tensor `[R]` of integers
+            that tells the position in the batch of each row's sample. The tensor is one of the
+            model's keyword inputs, or given to `batch`.
         registry: Where samplers are found; by default those of all installed plugins.
 
     Raises:
@@ -95,12 +121,13 @@ class Engine(ABC, Generic[ResultT]):
 
     def __new__(cls, *_: object, **options: object) -> Self:
         """Refuse unknown options before `__init__` does, with a list of those that exist."""
-        parameters = inspect.signature(cls.__init__).parameters
-        known = [name for name in parameters if name != "self"]
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-            for name in options:
-                if name not in known:
-                    raise UnknownOptionError(f"option of {cls.__name__}", name, known)
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        known = {each.name for each in parameters if each.kind is not each.VAR_KEYWORD} - {"self"}
+        if any(each.kind is each.VAR_KEYWORD for each in parameters):
+            known |= EngineOptions.__annotations__.keys()
+        for name in options:
+            if name not in known:
+                raise UnknownOptionError(f"option of {cls.__name__}", name, known)
         return super().__new__(cls)
 
     def __init__(
@@ -111,6 +138,9 @@ class Engine(ABC, Generic[ResultT]):
         exclude: Patterns = (),
         grad_scaler: torch.amp.GradScaler | None = None,
         verify: bool = True,
+        generic: bool = True,
+        batch_dim: Mapping[str, int] = MappingProxyType({}),
+        row_owner: Mapping[str, str] = MappingProxyType({}),
         registry: SamplerRegistry | None = None,
     ) -> None:
         if registry is None:
@@ -118,11 +148,11 @@ class Engine(ABC, Generic[ResultT]):
 
             registry = installed().samplers
         self.model = model
-        self.verify = verify
+        self.verifies = verify
         self.loss_scale = 1.0
         """What the loss of the open batch was multiplied with, by the gradient scaler."""
         self._grad_scaler = grad_scaler
-        self._selection = (registry, layers, exclude)
+        self.selection = Selection(registry, layers, exclude, generic, batch_dim, row_owner)
         self.tracking: Tracking = self._track()
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._recorder: Recorder | None = None
@@ -161,7 +191,9 @@ class Engine(ABC, Generic[ResultT]):
             self._detach()
 
     @contextmanager
-    def batch(self, ids: SampleIds) -> Iterator[Batch[ResultT]]:
+    def batch(
+        self, ids: SampleIds, *, owners: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Iterator[Batch[ResultT]]:
         """Capture the forward and backward passes of one batch.
 
         Several passes inside are either uses of the same N samples, which add up, or micro-batches
@@ -169,6 +201,8 @@ class Engine(ABC, Generic[ResultT]):
 
         Args:
             ids: One integer per sample, `[N]`.
+            owners: Tensors that `row_owner` names: for each row, the position in `ids` of its
+                sample, integers `[R]`.
 
         Yields:
             The batch, whose result is there once it is closed.
@@ -188,7 +222,7 @@ class Engine(ABC, Generic[ResultT]):
         self.loss_scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
         try:
             self.on_start(batch)
-            with self._recorder.capture(self, batch.n) as capture:
+            with self._recorder.capture(self, batch.n, owners) as capture:
                 yield batch
             if batch.verified and not capture.verified:
                 batch.verified = False
@@ -235,7 +269,7 @@ class Engine(ABC, Generic[ResultT]):
 
     def new_batch(self, ids: Tensor) -> Batch[ResultT]:
         """Return the object that `batch` yields, for ids `[N]`."""
-        return Batch(ids, self.verify)
+        return Batch(ids, self.verifies)
 
     def on_start(self, batch: Batch[ResultT]) -> None:
         """Prepare for a batch."""
@@ -277,9 +311,7 @@ class Engine(ABC, Generic[ResultT]):
     # Attachment
 
     def _track(self) -> Tracking:
-        registry, layers, exclude = self._selection
-        frozen = Recorder.of(self.model).flags
-        return track(self.model, registry, layers, exclude, frozen)
+        return track(self.model, self.selection, Recorder.of(self.model).flags)
 
     def _attach(self, freeze: Freeze) -> None:
         recorder = Recorder.of(self.model)

@@ -39,8 +39,8 @@ class Record:
         tensors = self.tensors().items()
         return self.replace(**{name: value.expand(n, *value.shape[1:]) for name, value in tensors})
 
-    def narrow(self, samples: slice) -> Self:
-        """Return the record of some of the samples."""
+    def narrow(self, samples: slice | Tensor) -> Self:
+        """Return the record of some of the samples: a slice, or their positions."""
         return self.replace(**{name: value[samples] for name, value in self.tensors().items()})
 
 

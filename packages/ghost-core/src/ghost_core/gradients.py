@@ -84,8 +84,8 @@ class PerSampleGradient(ABC):
         """Return the gradients themselves, `[N, *shape]`."""
 
     @abstractmethod
-    def narrow(self, samples: slice) -> PerSampleGradient:
-        """Return the gradients of some of the samples."""
+    def narrow(self, samples: slice | Tensor) -> PerSampleGradient:
+        """Return the gradients of some of the samples: a slice, or their positions."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Outer(PerSampleGradient):
                 for part in chunks(self.n, per_sample)
             ]
             return _narrowed(torch.cat(rows), self.grad, other)
-        return _dense_gram(self, other)
+        return built_gram(self, other)
 
     def paired(self, other: PerSampleGradient) -> Tensor:
         """Multiply token Grams or built gradients, whichever takes fewer operations."""
@@ -144,7 +144,7 @@ class Outer(PerSampleGradient):
                 for part in chunks(self.n, per_sample)
             ]
             return _narrowed(torch.cat(rows), self.grad, other)
-        return _dense_paired(self, other)
+        return built_paired(self, other)
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project both sides and sum over tokens; the gradient itself is never built."""
@@ -180,8 +180,8 @@ class Outer(PerSampleGradient):
         grad = self.grad.to(accumulation_dtype(self.grad))
         return self._as_parameter(self.factor.outer(grad))
 
-    def narrow(self, samples: slice) -> Outer:
-        """Return the gradients of some of the samples."""
+    def narrow(self, samples: slice | Tensor) -> Outer:
+        """Return the gradients of some of the samples: a slice, or their positions."""
         return Outer(self.factor.narrow(samples), self.grad[samples], self.shape)
 
     @property
@@ -276,11 +276,11 @@ class Dense(PerSampleGradient):
 
     def gram(self, other: PerSampleGradient) -> Tensor:
         """Return `⟨g_n, h_m⟩`, `[N, M]`."""
-        return _dense_gram(self, other)
+        return built_gram(self, other)
 
     def paired(self, other: PerSampleGradient) -> Tensor:
         """Return `⟨g_n, h_n⟩`, `[N]`."""
-        return _dense_paired(self, other)
+        return built_paired(self, other)
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project the gradients as matrices, `[N, k_left, k_right]`."""
@@ -303,8 +303,8 @@ class Dense(PerSampleGradient):
         """Return the gradients, `[N, *shape]`."""
         return self.terms.sum(1, dtype=accumulation_dtype(self.terms))
 
-    def narrow(self, samples: slice) -> Dense:
-        """Return the gradients of some of the samples."""
+    def narrow(self, samples: slice | Tensor) -> Dense:
+        """Return the gradients of some of the samples: a slice, or their positions."""
         return Dense(self.terms[samples])
 
 
@@ -333,7 +333,7 @@ def paired_of_uses(
     return torch.stack([use.paired(other) for use in uses for other in others]).sum(0)
 
 
-def _dense_gram(left: PerSampleGradient, right: PerSampleGradient) -> Tensor:
+def built_gram(left: PerSampleGradient, right: PerSampleGradient) -> Tensor:
     """Multiply built gradients, as many at once as fit into memory."""
     size = left.shape.numel()
     rows = []
@@ -348,7 +348,8 @@ def _dense_gram(left: PerSampleGradient, right: PerSampleGradient) -> Tensor:
     return torch.cat(rows)
 
 
-def _dense_paired(left: PerSampleGradient, right: PerSampleGradient) -> Tensor:
+def built_paired(left: PerSampleGradient, right: PerSampleGradient) -> Tensor:
+    """Multiply built gradients of the same samples, as many at once as fit into memory."""
     rows = []
     for part in chunks(left.n, left.shape.numel()):
         mine, theirs = left.narrow(part).materialize(), right.narrow(part).materialize()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import Any, ClassVar
@@ -24,11 +24,12 @@ from ghost_core.arrival import Arrival, keep
 from ghost_core.capture import BatchCapture, Listener, Pass
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.hooks import Hook, in_backward
+from ghost_core.layout import expanded, find_owner, lay_out, samples_first
 from ghost_core.numerics import full_precision
 from ghost_core.sampler import Call
 from ghost_core.tap import Tap
-from ghost_core.tracking import TrackedModule
-from ghost_core.verification import Verifier, wrong_rows
+from ghost_core.tracking import TrackedModule, owner_of
+from ghost_core.verification import Verifier
 
 
 class Freeze(Enum):
@@ -62,6 +63,7 @@ class Recorder:
         self._pass: Pass | None = None
         self._running: list[_Running] = []
         self._paused = False
+        self._dim = 0
         self._told_apart = False
 
     @classmethod
@@ -131,13 +133,30 @@ class Recorder:
             self._paused = before
 
     @contextmanager
-    def capture(self, listener: Listener, n: int) -> Iterator[BatchCapture]:
+    def silence(self) -> Iterator[None]:
+        """Ignore calls of modules for a while: a sampler runs them."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @contextmanager
+    def capture(
+        self, listener: Listener, n: int, owners: Mapping[str, Tensor]
+    ) -> Iterator[BatchCapture]:
         """Capture a batch of n samples for an engine.
+
+        Args:
+            listener: The engine.
+            n: Number of samples.
+            owners: For modules whose rows are not samples: the sample of each row, by key.
 
         Raises:
             CaptureError: If the model ran on other samples, or not at all.
         """
         batch = self._open(listener, n)
+        batch.owners |= owners
         try:
             yield batch
             self._verifier.finish()
@@ -182,12 +201,20 @@ class Recorder:
         self._tracked.clear()
         for listener, _ in self._attached.values():
             for tracked in listener.tracking.modules:
-                known = self._tracked.get(tracked.name)
-                sites = {**known.sites, **tracked.sites} if known else tracked.sites
-                self._tracked[tracked.name] = TrackedModule(
-                    tracked.name, tracked.module, tracked.sampler, sites
+                known = self._tracked.get(tracked.name, tracked)
+                if not known.agrees(tracked):
+                    raise CaptureError(
+                        "engines on one model must agree on batch_dim, row_owner and the sampler "
+                        f"of {tracked.label}"
+                    )
+                self._tracked[tracked.name] = replace(
+                    tracked, sites={**known.sites, **tracked.sites}
                 )
-        self._verifier = Verifier(self._model, self._tracked, self._seed)
+        dims = {listener.tracking.batch_dim for listener, _ in self._attached.values()} or {0}
+        if len(dims) > 1:
+            raise CaptureError("engines on one model must agree on batch_dim of the model itself")
+        self._dim = dims.pop()
+        self._verifier = Verifier(self._model, self._tracked, self._seed, self._dim)
         if not self._attached:
             return
         add = self._handles.append
@@ -219,6 +246,9 @@ class Recorder:
             raise CaptureError("the model called itself")
         n = self._count(batch, args, kwargs)
         self._pass = Pass(n, batch.next_start(n))
+        keys = {tracked.row_owner for tracked in self._tracked.values() if tracked.row_owner}
+        for key in sorted(keys):
+            self._pass.owners[key] = find_owner(key, batch.owners, kwargs, self._pass.rows)
         batch.passes.append(self._pass)
         self._told_apart = False
         if self._verifying:
@@ -234,7 +264,7 @@ class Recorder:
         if output is None:  # the forward pass failed
             batch.passes.remove(pass_)
         elif self._verifying and pass_.n:
-            verified = self._verifier.check(output, pass_.n, batch.seen)
+            verified = self._verifier.check(output, pass_.n, batch.kinds)
             batch.verified = batch.verified and verified
         elif pass_.n > 1 and batch.seen and not self._told_apart:
             raise WrongSplitError(
@@ -256,7 +286,8 @@ class Recorder:
                 f"{tracked.label} called itself, which cannot be captured: exclude it"
             )
         for local in tracked.sites:
-            parameter = module._parameters.get(local)
+            owner, name = owner_of(module, local)
+            parameter = owner._parameters.get(name)
             if parameter is not None and not parameter.is_leaf:
                 raise CaptureError(
                     f"{tracked.label} was called with another value for its {local} (by "
@@ -265,8 +296,10 @@ class Recorder:
         running = _Running(tracked, [])
         self._running.append(running)
         if torch.is_grad_enabled():
+            with self.silence():
+                running.before = tracked.sampler.prepare(module)
             for local in self._made(tracked):
-                parameter = getattr(module, local)
+                parameter = module.get_parameter(local)
                 if parameter.requires_grad:
                     running.withheld.append(parameter)
                     parameter.requires_grad_(False)
@@ -276,8 +309,11 @@ class Recorder:
     ) -> Any:
         if not self._listens(module, tracked.module):
             return None
+        before: object = None
         if self._running and self._running[-1].tracked is tracked:
-            self._running.pop().restore()
+            running = self._running.pop()
+            running.restore()
+            before = running.before
         batch = self._batch
         assert batch is not None
         if output is None:
@@ -299,50 +335,91 @@ class Recorder:
             batch.unseen.add(tracked.name)
             return None
         batch.seen.add(tracked.name)
-        outputs = tuple(leaves[at] for at in taken)
-        call = Call(tracked.name, module, args, kwargs, outputs, tracked.shapes)
-        for at, value in zip(taken, self._tap(batch, tracked, call), strict=True):
+        outputs = [leaves[at] for at in taken]
+        for at, value in zip(
+            taken, self._tap(batch, tracked, args, kwargs, outputs, before), strict=True
+        ):
             leaves[at] = value
         return tree_unflatten(leaves, structure)
 
-    def _tap(self, batch: BatchCapture, tracked: TrackedModule, call: Call) -> tuple[Tensor, ...]:
+    def _tap(
+        self,
+        batch: BatchCapture,
+        tracked: TrackedModule,
+        args: Any,
+        kwargs: Any,
+        outputs: list[Tensor],
+        before: object,
+    ) -> tuple[Tensor, ...]:
         """Record a call and put a Tap behind its outputs."""
         # A recomputation belongs to the last pass, or fails on the sizes of what it recomputes.
-        n = (self._pass or batch.passes[-1]).n
-        outputs = [_with_rows(output, n, tracked) for output in call.outputs]
-        self._told_apart |= any(len(output) == n for output in call.outputs)
+        pass_ = self._pass or batch.passes[-1]
+        owner = pass_.owners[tracked.row_owner] if tracked.row_owner else None
+        layout = lay_out(tracked, outputs, pass_.n, owner, foldable=self._verifying)
+        batch.kinds.add((tracked.name, layout.is_folded(pass_.n)))
+        self._told_apart |= any(
+            output.dim() > dim and output.shape[dim] == layout.rows
+            for output, dim in zip(outputs, layout.dims, strict=True)
+        )
+        call = self._call(tracked, layout.rows_first(outputs), args, kwargs, before)
+        given = outputs
+        outputs = [
+            expanded(output, dim, layout.rows)
+            for output, dim in zip(outputs, layout.dims, strict=True)
+        ]
         if self._verifier.watching:
             # Memory of its own: an operation in place must come as far as being found.
             outputs = [
-                output if output.shape == given.shape else output.clone()
-                for output, given in zip(outputs, call.outputs, strict=True)
+                output if output.shape == was.shape else output.clone()
+                for output, was in zip(outputs, given, strict=True)
             ]
-        with full_precision(outputs[0].device):
+        with full_precision(outputs[0].device), self.silence():
             records = dict(tracked.sampler.record(call))
-            if outputs[0] is not call.outputs[0]:
-                records = {
-                    local: record.expand(len(outputs[0])) for local, record in records.items()
-                }
+            if outputs[0] is not given[0]:
+                records = {local: record.expand(layout.rows) for local, record in records.items()}
             views, saved = keep(batch.listeners, tracked, records)
-        shapes = [output.shape for output in call.outputs]
         made = self._made(tracked)
-        parameters = [getattr(tracked.module, local) for local in made]
+        parameters = [tracked.module.get_parameter(local) for local in made]
         # Inputs and outputs live as long as the graph needs them, not as long as the call.
-        call.module, call.args, call.kwargs, call.outputs = None, (), {}, ()
-        arrival = Arrival(self._verifier, batch, self._pass, tracked, call, views, made)
+        call.module, call.args, call.kwargs, call.outputs, call.before = None, (), {}, (), None
+        arrival = Arrival(
+            self._verifier, batch, self._pass, tracked, call, layout, views, made, self.silence
+        )
         tapped: tuple[Tensor, ...] = Tap.apply(  # type: ignore[no-untyped-call]
             arrival, self._seed, len(outputs), len(made), *outputs, *parameters, *saved
         )
-        for output, shape in zip(tapped, shapes, strict=True):
-            if output.shape != shape and self._verifying:  # expanded from one row
+        for output, was in zip(tapped, given, strict=True):
+            if output.shape != was.shape and self._verifying:  # expanded from one row
                 self._verifier.watch(output, tracked)
         return tapped
+
+    def _call(
+        self, tracked: TrackedModule, outputs: list[Tensor], args: Any, kwargs: Any, before: object
+    ) -> Call:
+        """Describe a call to its sampler."""
+        # A sampler that knows the axes of the outputs knows those of the inputs.
+        knows = tracked.sampler.batch_dims(tracked.module, len(outputs)) is not None
+        dim = 0 if knows else tracked.batch_dim
+        device = outputs[0].device.type
+        return Call(
+            tracked.name,
+            tracked.module,
+            samples_first(args, dim),
+            samples_first(kwargs, dim),
+            tuple(outputs),
+            tracked.shapes,
+            batch_dim=dim,
+            autocast=torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else None,
+            before=before,
+        )
 
     # State
 
     @property
     def _verifying(self) -> bool:
-        return self._batch is not None and any(each.verify for each in self._batch.listeners)
+        return self._batch is not None and any(each.verifies for each in self._batch.listeners)
 
     def _made(self, tracked: TrackedModule) -> tuple[str, ...]:
         """Return the parameters whose gradients an engine makes in the open batch."""
@@ -354,16 +431,21 @@ class Recorder:
         return tuple(local for local, site in tracked.sites.items() if site.parameter in names)
 
     def _owned(self) -> frozenset[str]:
-        if not self._running:
-            return frozenset()
-        return frozenset(site.parameter for site in self._running[-1].tracked.sites.values())
+        """Return the parameters that may be used now: of modules that sum up all that they run."""
+        running = [each.tracked for each in self._running]
+        return frozenset(
+            site.parameter
+            for tracked in running
+            if tracked is running[-1] or tracked.sampler.generic
+            for site in tracked.sites.values()
+        )
 
     def _count(self, batch: BatchCapture, args: Any, kwargs: Any) -> int:
         """Return the number of samples that the model is called on."""
         sizes = {
-            leaf.shape[0]
+            leaf.shape[self._dim]
             for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor) and leaf.dim()
+            if isinstance(leaf, Tensor) and leaf.dim() > self._dim
         }
         if batch.n in sizes or not sizes:
             return batch.n
@@ -382,6 +464,7 @@ class _Running:
 
     tracked: TrackedModule
     withheld: list[nn.Parameter]
+    before: object = None
 
     def restore(self) -> None:
         for parameter in self.withheld:
@@ -393,16 +476,3 @@ def _is_differentiable(leaf: object, frozen: bool) -> bool:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return False
     return leaf.requires_grad or frozen
-
-
-def _with_rows(output: Tensor, n: int, tracked: TrackedModule) -> Tensor:
-    """Return an output with one row per sample; one computed once for all samples is expanded."""
-    if not output.dim():
-        raise WrongSplitError(
-            f"{tracked.name} returned a scalar, which cannot be split by sample: exclude it"
-        )
-    if output.shape[0] == n:
-        return output
-    if output.shape[0] == 1:
-        return output.expand(n, *output.shape[1:])
-    raise wrong_rows(tracked, output.shape[0], n)

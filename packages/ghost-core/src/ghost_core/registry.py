@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from torch import nn
@@ -51,33 +51,51 @@ class SamplerRegistry:
         """Every claim, in order of registration."""
         return tuple(self._claims.values())
 
-    def find(self, module: nn.Module) -> GradientSampler | str:
+    def find(
+        self, module: nn.Module, wanted: Collection[str] = (), *, generic: bool = True
+    ) -> GradientSampler | str:
         """Return the sampler for a module, or the reason why there is none.
 
         A subclass is handled by the sampler of the class whose methods it still runs. Being an
-        instance of a known class is not enough: a subclass may compute something else.
+        instance of a known class is not enough: a subclass may compute something else. What fits no
+        class falls to the sampler of a base class that handles any module, such as `nn.Module`.
+
+        Args:
+            module: The module.
+            wanted: Local names of the module's own parameters that matter. What is behind a
+                parametrisation makes a module another layer only if it matters.
+            generic: Whether samplers that handle any module may be used.
         """
-        kind = type(module)
+        kind, reason = type(module), ""
         for base in kind.__mro__:
             claim = self._claims.get(dotted_name(base))
-            if claim is None:
+            if claim is None or (claim.sampler.generic and not generic):
                 continue
-            changed = [
-                method
-                for method in ("__call__", *claim.sampler.methods)
-                if method in vars(module) or getattr(kind, method) is not getattr(base, method)
-            ]
-            if changed:
-                return f"{dotted_name(kind)} replaces {changed[0]} of {base.__name__}"
             sampler = self._samplers.setdefault(claim.sampler, claim.sampler())
-            own = {name for name, _ in module.named_parameters(recurse=False)}
-            if surplus := own - set(sampler.parameters):
-                return (
-                    f"it owns {', '.join(sorted(surplus))}, which {base.__name__} does not "
-                    "(a parametrisation or weight norm?)"
-                )
-            return sampler.refuse(module) or sampler
-        return f"no sampler is registered for {dotted_name(kind)}{self._note}"
+            unfit = _unfit(sampler, module, base, wanted)
+            if unfit is None:
+                return sampler.refuse(module) or sampler
+            reason = reason or unfit
+        return reason or f"no sampler is registered for {dotted_name(kind)}{self._note}"
+
+
+def _unfit(
+    sampler: GradientSampler, module: nn.Module, base: type, wanted: Collection[str]
+) -> str | None:
+    """Say why a module is another layer than the class that a sampler is for."""
+    kind = type(module)
+    for method in ("__call__", *sampler.methods):
+        if method in vars(module) or getattr(kind, method) is not getattr(base, method):
+            return f"{dotted_name(kind)} replaces {method} of {base.__name__}"
+    if sampler.parameters is None:
+        return None
+    direct = {name for name, _ in module.named_parameters(recurse=False)}
+    if surplus := (direct | set(wanted)) - set(sampler.parameters):
+        return (
+            f"it owns {', '.join(sorted(surplus))}, which {base.__name__} does not "
+            "(a parametrisation or weight norm?)"
+        )
+    return None
 
 
 def dotted_name(kind: type) -> str:

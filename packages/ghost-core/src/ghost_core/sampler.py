@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Size, Tensor, nn
 
 from ghost_core.errors import CaptureError
@@ -21,11 +22,15 @@ class Call:
     Attributes:
         name: Dotted name of the module.
         module: The module; None in the backward pass, when it may have changed.
-        args: Positional inputs, as the module's `forward` got them.
+        args: Positional inputs of the module's `forward`, samples on axis 0.
         kwargs: Keyword inputs.
-        outputs: The output's tensors.
+        outputs: The output's tensors that a gradient can reach, samples on axis 0.
         shapes: The parameters asked for, by local name. Frozen and unselected ones are absent.
         static: Whatever else the sampler needs in the backward pass, set by `record`.
+        batch_dim: Axis on which the module itself has its samples. Inputs and outputs with more
+            axes than that come with it moved to the front.
+        autocast: Dtype of the autocast region that the module ran in; None outside of one.
+        before: What `prepare` returned.
     """
 
     name: str
@@ -35,6 +40,9 @@ class Call:
     outputs: tuple[Tensor, ...]
     shapes: dict[str, Size]
     static: Any = None
+    batch_dim: int = 0
+    autocast: torch.dtype | None = None
+    before: Any = None
 
     def argument(self, position: int, name: str) -> Any:
         """Return an input that may have come by position or by name."""
@@ -65,14 +73,44 @@ class GradientSampler(ABC):
                 ...
     """
 
-    parameters: ClassVar[tuple[str, ...]]
-    """Local names of the parameters it handles. A module that owns any other is not its kind."""
+    parameters: ClassVar[tuple[str, ...] | None]
+    """Local names of the parameters it handles; None for whatever a module owns.
+
+    A module that owns any other is not its kind. A dotted name such as `out_proj.weight` stands for
+    a parameter of a module inside, which then needs no sampler of its own.
+    """
 
     methods: ClassVar[tuple[str, ...]] = ("forward",)
     """Methods that make up the layer's call. A subclass that overrides one is another layer."""
 
+    generic: ClassVar[bool] = False
+    """Whether it handles any module at all, at a price, so that engines can do without it."""
+
+    def owns(self, module: nn.Module) -> tuple[str, ...]:
+        """Return the local names of the parameters it handles, of those that a module has."""
+        names = own_parameters(module) if self.parameters is None else self.parameters
+        present = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        return tuple(name for name in names if name in present)
+
     def refuse(self, module: nn.Module) -> str | None:
         """Say why a module of the right class cannot be handled, and what to do; None if it can."""
+        return None
+
+    def batch_dims(self, module: nn.Module, outputs: int) -> tuple[int, ...] | None:
+        """Return the axis of the samples in each output, where the layer itself defines it.
+
+        Args:
+            module: The module.
+            outputs: Number of output tensors.
+
+        Returns:
+            One axis for each output; inputs then come as the module got them. By default None:
+            samples are on the first axis, or on the one that the engine's `batch_dim` says.
+        """
+        return None
+
+    def prepare(self, module: nn.Module) -> object:
+        """Keep something of the state right before the module runs, as `Call.before`."""
         return None
 
     @abstractmethod
@@ -104,6 +142,18 @@ class GradientSampler(ABC):
         Returns:
             One entry for each parameter in `call.shapes`.
         """
+
+
+def own_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Return the local names of a module's own parameters, those behind parametrisations included.
+
+    A parametrised `weight` is computed from `parametrizations.weight.original`.
+    """
+    return tuple(
+        name
+        for name, _ in module.named_parameters(remove_duplicate=False)
+        if "." not in name or name.startswith("parametrizations.")
+    )
 
 
 def as_tokens(values: Tensor) -> Tensor:

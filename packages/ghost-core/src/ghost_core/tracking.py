@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Size, nn
 
 from ghost_core.errors import CaptureError, UnknownNameError, UnsupportedLayerError
 from ghost_core.registry import SamplerRegistry, dotted_name
-from ghost_core.sampler import GradientSampler
+from ghost_core.sampler import GradientSampler, own_parameters
 
 Patterns = str | Sequence[str]
 """Globs over dotted names: one, several separated by commas, or a sequence."""
@@ -52,13 +53,29 @@ class TrackedModule:
         name: Dotted name; the first, where the module stands in several places.
         module: The module.
         sampler: Its sampler.
-        sites: The tracked parameters by local name.
+        sites: The tracked parameters by local name; dotted for those of modules inside.
+        batch_dim: Axis on which it has its samples.
+        row_owner: Key of the batch that says which sample each of its rows belongs to; None where
+            it has one row per sample.
     """
 
     name: str
     module: nn.Module
     sampler: GradientSampler
     sites: dict[str, Site]
+    batch_dim: int = 0
+    row_owner: str | None = None
+
+    def agrees(self, other: TrackedModule) -> bool:
+        """Tell whether another engine captures the same module in the same way."""
+        mine = (self.module, type(self.sampler), self.batch_dim, self.row_owner)
+        theirs = (other.module, type(other.sampler), other.batch_dim, other.row_owner)
+        return mine == theirs
+
+    def output_dims(self, outputs: int) -> tuple[int, ...]:
+        """Return the axis of the samples in each of its outputs."""
+        own = self.sampler.batch_dims(self.module, outputs)
+        return (self.batch_dim,) * outputs if own is None else own
 
     @property
     def label(self) -> str:
@@ -77,6 +94,8 @@ class Tracking:
 
     sites: tuple[Site, ...]
     modules: tuple[TrackedModule, ...]
+    batch_dim: int = 0
+    """Axis on which the model's inputs and outputs have their samples."""
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -100,11 +119,31 @@ class Tracking:
         return "" if len(self.modules) == len(other.modules) else "modules were added or removed"
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What an engine is to track, and how.
+
+    Attributes:
+        registry: Where samplers are found.
+        layers: Globs over dotted names of modules or parameters: what to track.
+        exclude: Globs: what to leave out of it.
+        generic: Whether samplers that handle any module may be used.
+        batch_dim: Axis of the samples by glob over names of modules, `""` for the model itself;
+            later ones win.
+        row_owner: Key of the batch by glob over names of modules.
+    """
+
+    registry: SamplerRegistry
+    layers: Patterns = "*"
+    exclude: Patterns = ()
+    generic: bool = True
+    batch_dim: Mapping[str, int] = field(default_factory=dict)
+    row_owner: Mapping[str, str] = field(default_factory=dict)
+
+
 def track(
     model: nn.Module,
-    registry: SamplerRegistry,
-    layers: Patterns = "*",
-    exclude: Patterns = (),
+    selection: Selection,
     flags: Mapping[nn.Parameter, bool] = MappingProxyType({}),
 ) -> Tracking:
     """Find the selected trainable parameters and a sampler for each module that owns one.
@@ -114,9 +153,7 @@ def track(
 
     Args:
         model: The root module.
-        registry: Where samplers are found.
-        layers: What to track.
-        exclude: What to leave out of it.
+        selection: What to track, and how.
         flags: `requires_grad` of parameters that are frozen for the time being.
 
     Raises:
@@ -128,8 +165,8 @@ def track(
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[parameter].append(name)
-    selected = _select(names.values(), layers)
-    excluded = _select(names.values(), exclude)
+    selected = _select(names.values(), selection.layers)
+    excluded = _select(names.values(), selection.exclude)
     sites = {
         parameter: Site(
             aliases[0], tuple(aliases), parameter.shape, parameter.dtype, parameter.device
@@ -143,24 +180,70 @@ def track(
         trainable = sum(flags.get(parameter, parameter.requires_grad) for parameter in names)
         raise CaptureError(
             f"no trainable parameter is selected: {trainable} of {len(names)} parameters require "
-            f"gradients, layers={layers!r}, exclude={exclude!r}"
+            f"gradients, layers={selection.layers!r}, exclude={selection.exclude!r}"
         )
+    modules = _find_owners(model, sites, selection)
+    ordered = tuple(sorted(sites.values(), key=lambda site: site.parameter))
+    axes = _by_module(model, "batch_dim", selection.batch_dim)
+    return Tracking(ordered, tuple(modules), axes.get("", 0))
+
+
+def _find_owners(
+    model: nn.Module, sites: Mapping[nn.Parameter, Site], selection: Selection
+) -> list[TrackedModule]:
+    """Find the modules that own the tracked parameters, outer ones first, and their samplers."""
+    axes = _by_module(model, "batch_dim", selection.batch_dim)
+    owners = _by_module(model, "row_owner", selection.row_owner)
     modules: list[TrackedModule] = []
     unhandled: list[tuple[str, dict[str, Site], str]] = []
+    taken: set[tuple[nn.Module, str]] = set()
     for name, module in model.named_modules():
+        if sites.keys().isdisjoint(module.parameters()):
+            continue
+        wanted = {local for local in own_parameters(module) if module.get_parameter(local) in sites}
+        found = selection.registry.find(module, wanted, generic=selection.generic)
         own = {
             local: sites[parameter]
-            for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-            if parameter in sites
+            for local in (own_parameters(module) if isinstance(found, str) else found.owns(module))
+            if owner_of(module, local) not in taken
+            and (parameter := module.get_parameter(local)) in sites
         }
-        if own:
-            found = registry.find(module)
-            if isinstance(found, GradientSampler):
-                modules.append(TrackedModule(name, module, found, own))
-            else:
-                unhandled.append((name, own, found))
+        if not own:
+            continue
+        if isinstance(found, GradientSampler):
+            modules.append(
+                TrackedModule(name, module, found, own, axes.get(name, 0), owners.get(name))
+            )
+            taken |= {owner_of(module, local) for local in own if "." in local}
+        else:
+            unhandled.append((name, own, found))
     _check_handled(modules, unhandled)
-    return Tracking(tuple(sorted(sites.values(), key=lambda site: site.parameter)), tuple(modules))
+    return modules
+
+
+def owner_of(module: nn.Module, local: str) -> tuple[nn.Module, str]:
+    """Return the module inside that owns a parameter, and its name there."""
+    path, _, name = local.rpartition(".")
+    return module.get_submodule(path), name
+
+
+ValueT = TypeVar("ValueT")
+
+
+def _by_module(model: nn.Module, option: str, given: Mapping[str, ValueT]) -> dict[str, ValueT]:
+    """Resolve an option given by globs over names of modules; later ones win.
+
+    Raises:
+        UnknownNameError: If a glob matches no module.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    values: dict[str, ValueT] = {}
+    for pattern, value in given.items():
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise UnknownNameError(f"module in {option}", pattern, names)
+        values |= dict.fromkeys(matching, value)
+    return values
 
 
 def _check_handled(

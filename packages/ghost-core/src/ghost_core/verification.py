@@ -14,48 +14,26 @@ Two checks take its place:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.probe import (
+    Kind,
+    Probe,
+    differentiable,
+    has_samples,
+    nan_in,
+    numbers_in,
+    outputs_by_sample,
+    probed_samples,
+)
+from ghost_core.rows import Fold
 from ghost_core.tracking import TrackedModule
 from ghost_core.usage import UsageMode
-
-
-@dataclass
-class Probe:
-    """One backward pass with NaN in one row.
-
-    Attributes:
-        row: The sample whose output gradient is NaN.
-        n: Number of samples.
-        reached: Names of the modules that any gradient reached.
-        mixed: Rows that NaN or anything else reached, by name of a module where these are not just
-            the sample's own.
-        half: Whether any gradient was in half precision.
-    """
-
-    row: int
-    n: int
-    reached: set[str] = field(default_factory=set)
-    mixed: dict[str, list[int]] = field(default_factory=dict)
-    half: bool = False
-
-    def see(self, name: str, grads: Sequence[Tensor | None]) -> None:
-        """Note which rows of a call's output gradients are not zero."""
-        self.reached.add(name)
-        for grad in grads:
-            if grad is not None:
-                self.half |= grad.dtype in (torch.bfloat16, torch.float16)
-                hit = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
-                rows = hit.nonzero().flatten().tolist()
-                if rows and rows != [self.row]:
-                    self.mixed[name] = rows
 
 
 class Verifier:
@@ -65,20 +43,27 @@ class Verifier:
         model: The root module.
         tracked: The tracked modules by name.
         seed: A scalar that every Tap depends on.
+        batch_dim: Axis of the samples in the model's outputs.
     """
 
     def __init__(
-        self, model: nn.Module, tracked: Mapping[str, TrackedModule], seed: Tensor
+        self,
+        model: nn.Module,
+        tracked: Mapping[str, TrackedModule],
+        seed: Tensor,
+        batch_dim: int = 0,
     ) -> None:
         self._model = model
         self._modules = list(model.modules())
         self._tracked = tracked
         self._seed = seed
+        self._dim = batch_dim
         # Only a function's node leads to the one that collects a leaf's gradient.
         with torch.inference_mode(False), torch.enable_grad():
             view: Any = seed.view_as(seed).grad_fn
         self._seed_node = view.next_functions[0][0]
-        self._verified: dict[tuple[object, ...], set[str]] = {}
+        self._verified: dict[tuple[object, ...], set[Kind]] = {}
+        self._folds: dict[str, Fold] = {}
         self._unwatched: set[tuple[object, ...]] = set()
         self._expandable: set[str] = set()
         self._usage: UsageMode | None = None
@@ -116,6 +101,10 @@ class Verifier:
         self._shield_backward_hooks()
         self._usage = UsageMode({name: parameters[name] for name in names}, owned, frozen)
         self._usage.__enter__()
+
+    def fold(self, name: str) -> Fold | None:
+        """Return how a module's rows are folded, as far as a probe told."""
+        return self._folds.get(name)
 
     @property
     def watching(self) -> bool:
@@ -181,13 +170,13 @@ class Verifier:
 
         return shielded
 
-    def check(self, output: Any, n: int, called: set[str]) -> bool:
+    def check(self, output: Any, n: int, called: set[Kind]) -> bool:
         """Check what was watched, and probe a pass that called modules not verified yet.
 
         Args:
             output: What the model returned.
             n: Number of samples.
-            called: Names of the modules that ran.
+            called: The modules that ran.
 
         Returns:
             Whether the pass is verified: not if modules ran for the first time in it, since nobody
@@ -207,11 +196,11 @@ class Verifier:
             return signature not in self._unwatched
         if self._usage is None:
             self._unwatched.add(signature)
-        reached: set[str] = set()
-        for row in probe_rows(n):
-            reached |= self._run_probe(output, row, n)
+        probes = [self._run_probe(output, sample, n) for sample in probed_samples(n)]
+        reached = {kind for probe in probes for kind in probe.reached}
         if unreached := called - reached:
             self._check_unreached(output, n, unreached)
+        self._folds |= self._find_folds(probes, n)
         self._verified[signature] = verified | called
         return self._usage is not None
 
@@ -219,30 +208,48 @@ class Verifier:
         """Identify what a verification holds for: modes of all modules, one sample or more."""
         return (n > 1, *(module.training for module in self._modules))
 
-    def _run_probe(self, output: Any, row: int, n: int) -> set[str]:
-        """Probe one row and return the names of the modules that it reached."""
-        outputs = outputs_by_row(output, n)
-        probe = Probe(row, n)
-        self._backward(probe, outputs, [_nan_in(leaf, row) for leaf in outputs])
-        reached = probe.reached
-        if probe.mixed and probe.half and row > 0:
+    def _run_probe(self, output: Any, sample: int, n: int) -> Probe:
+        """Probe one sample and return what was seen."""
+        outputs = outputs_by_sample(output, n, self._dim)
+        probe = Probe(sample, n)
+        self._backward(probe, outputs, [nan_in(leaf, sample, self._dim) for leaf in outputs])
+        if probe.mixed and probe.half and sample > 0:
             # Half-precision kernels of some CPUs load the head of the next row behind the tail of
             # a row, times zero. NaN leaks to the row before; numbers do not, and row 0 has none.
-            probe = Probe(row, n)
-            self._backward(probe, outputs, [_numbers_in(leaf, row) for leaf in outputs])
+            reached, probe = probe.reached, Probe(sample, n)
+            numbers = [numbers_in(leaf, sample, self._dim) for leaf in outputs]
+            self._backward(probe, outputs, numbers)
+            probe.reached |= reached
         if probe.mixed:
             raise wrong_split(self._model, probe, self._tracked)
-        return reached
+        return probe
 
-    def _check_unreached(self, output: Any, n: int, unreached: set[str]) -> None:
+    def _find_folds(self, probes: Sequence[Probe], n: int) -> dict[str, Fold]:
+        """Return the order of folded rows that all probes allow, by name of the module.
+
+        Raises:
+            WrongSplitError: If there is none, or more than one.
+        """
+        possible: dict[str, set[Fold]] = {}
+        for probe in probes:
+            for name, layout, rows in probe.hits:
+                if n > 1 and layout.is_folded(n):
+                    folds = layout.folds(rows, probe.sample, n)
+                    possible[name] = possible.get(name, set(Fold)) & folds
+        for name, folds in possible.items():
+            if len(folds) != 1:
+                raise unclear_fold(self._tracked[name], bool(folds))
+        return {name: folds.pop() for name, folds in possible.items()}
+
+    def _check_unreached(self, output: Any, n: int, unreached: set[Kind]) -> None:
         """Raise if modules that no probe reached matter for outputs without one row per sample."""
-        others = [leaf for leaf in differentiable(output) if leaf.dim() == 0 or len(leaf) != n]
+        others = [leaf for leaf in differentiable(output) if not has_samples(leaf, n, self._dim)]
         if not others:
             return
         probe = Probe(0, n)
         self._backward(probe, others, [torch.ones_like(leaf) for leaf in others])
         if found := sorted(unreached & probe.reached):
-            modules = "\n".join(f"  {self._tracked[name].label}" for name in found)
+            modules = "\n".join(f"  {self._tracked[name].label}" for name, _ in found)
             raise WrongSplitError(
                 "gradients cannot be split by sample: these modules matter only for outputs of the "
                 f"model that do not have one row per sample:\n{modules}\n"
@@ -269,51 +276,6 @@ class Verifier:
             self._probe = None
 
 
-def probe_rows(n: int) -> list[int]:
-    """Choose rows to probe: first, middle and last find mixing with any one of them."""
-    return sorted({0, n // 2, n - 1})
-
-
-def differentiable(outputs: Any) -> list[Tensor]:
-    """Return the tensors in an output that gradients can start from."""
-    return [
-        leaf
-        for leaf in tree_leaves(outputs)
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point()
-    ]
-
-
-def outputs_by_row(outputs: Any, n: int) -> list[Tensor]:
-    """Return the outputs that have one row per sample.
-
-    Raises:
-        WrongSplitError: If there is none.
-    """
-    leaves = differentiable(outputs)
-    rows = [leaf for leaf in leaves if leaf.dim() and leaf.shape[0] == n]
-    if not rows:
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or type(outputs).__name__
-        raise WrongSplitError(
-            f"the model's output does not tell {n} samples apart: no tensor of shape [{n}, ...] "
-            f"that requires a gradient, only {shapes}. Let the model return its outputs and "
-            "compute the loss outside of it, or pass verify=False, which every result records."
-        )
-    return rows
-
-
-def _nan_in(output: Tensor, row: int) -> Tensor:
-    gradient = torch.zeros_like(output)
-    gradient[row] = float("nan")
-    return gradient
-
-
-def _numbers_in(output: Tensor, row: int) -> Tensor:
-    gradient = torch.zeros_like(output)
-    generator = torch.Generator().manual_seed(0)
-    gradient[row] = torch.randn(output.shape[1:], generator=generator).to(output)
-    return gradient
-
-
 def wrong_split(
     model: nn.Module, probe: Probe, tracked: Mapping[str, TrackedModule]
 ) -> WrongSplitError:
@@ -338,30 +300,42 @@ def wrong_split(
             "depends on all others."
         )
         remedy = "Put BatchNorm layers into evaluation mode, or use GroupNorm."
-    elif all(probe.row not in rows for rows in probe.mixed.values()):
+    elif probe.scalars:
+        reason = "the model's output depends on a scalar that a module computes from all samples."
+        remedy = "Leave the module out with exclude=..."
+    elif all(probe.sample not in rows for rows in probe.mixed.values()):
         reason = "their rows are in another order than the samples, as after sorting or routing."
-        remedy = "Keep samples in order, or leave these modules out with exclude=..."
+        remedy = (
+            "Keep samples in order, say with row_owner={...} which sample each row belongs to, or "
+            "leave these modules out with exclude=..."
+        )
     else:
         reason = (
             "either their first axis is not the samples (a sequence-first layout with as many "
             "positions as samples), or a later operation mixes samples."
         )
-        remedy = "Put samples on the first axis, or leave these modules out with exclude=..."
+        remedy = (
+            "Put samples on the first axis, or say where they are: batch_dim={'*': 1} for a model "
+            "that is sequence-first throughout. Or leave these modules out with exclude=..."
+        )
     return WrongSplitError(
-        f"gradients cannot be split by sample: changing the gradient of sample {probe.row}'s "
+        f"gradients cannot be split by sample: changing the gradient of sample {probe.sample}'s "
         f"output alone changes other rows at\n{modules}\nReason: {reason}\nRemedy: {remedy}"
     )
 
 
-def wrong_rows(tracked: TrackedModule, rows: int, n: int) -> WrongSplitError:
-    """Explain an output whose first axis does not have one entry per sample."""
-    folded = f", {rows} = {n} * {rows // n}: rows folded into the batch?" if rows % n == 0 else ""
+def unclear_fold(tracked: TrackedModule, several: bool) -> WrongSplitError:
+    """Explain folded rows whose samples a verification did not tell."""
+    reason = (
+        "too few of its rows matter for the probed samples to tell whose they are"
+        if several
+        else "its rows belong to samples in another order than [N, k] or [k, N] flattened"
+    )
     return WrongSplitError(
-        f"gradients cannot be split by sample: {tracked.label} returned "
-        f"{rows} rows for {n} samples{folded}\n"
-        "Reason: the first axis of its output is not the samples.\n"
-        "Remedy: keep one row per sample, [N, ..., features]; give what is computed once for all "
-        "samples, as positions are, one row, [1, ...]; or leave the module out with exclude=..."
+        f"gradients cannot be split by sample: {tracked.label} has more rows than there are "
+        f"samples\nReason: {reason}.\n"
+        f"Remedy: say which sample each row belongs to, with row_owner={{{tracked.name!r}: key}}, "
+        "or leave the module out with exclude=..."
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
+from typing import Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,13 @@ from ghost_core import (
     Batch,
     CaptureError,
     Engine,
+    EngineOptions,
     Pass,
     PerSampleGradient,
-    SamplerRegistry,
     Site,
     UnknownNameError,
 )
 from ghost_core.engine import SampleIds
-from ghost_core.tracking import Patterns
 from ghost_engines.directions import Closure, Direction, given
 
 
@@ -107,12 +107,8 @@ class DotProductEngine(Engine[Scores]):
 
     Args:
         model: The module that the training loop calls.
-        layers: Globs over dotted names: what to track.
-        exclude: Globs over dotted names: what to leave out.
-        grad_scaler: The scaler that multiplies the loss, whose scale is divided out. A batch whose
-            gradients overflow has scores that are not finite.
-        verify: Whether to verify that gradients can be split by sample.
-        registry: Where samplers are found; by default those of all installed plugins.
+        options: What all engines take: see `Engine`. With `grad_scaler`, a batch whose gradients
+            overflow has scores that are not finite.
 
     Raises:
         UnknownNameError: If a glob matches nothing.
@@ -120,24 +116,8 @@ class DotProductEngine(Engine[Scores]):
         CaptureError: If no trainable parameter is selected or a module is compiled.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        layers: Patterns = "*",
-        exclude: Patterns = (),
-        grad_scaler: torch.amp.GradScaler | None = None,
-        verify: bool = True,
-        registry: SamplerRegistry | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            layers=layers,
-            exclude=exclude,
-            grad_scaler=grad_scaler,
-            verify=verify,
-            registry=registry,
-        )
+    def __init__(self, model: nn.Module, **options: Unpack[EngineOptions]) -> None:
+        super().__init__(model, **options)
         self._directions: dict[str, Direction] = {}
         self._stacked: dict[str, Tensor] = {}
         self._dots: dict[str, Tensor] = {}
@@ -203,19 +183,21 @@ class DotProductEngine(Engine[Scores]):
             self._observers.remove(observer)
 
     @contextmanager
-    def batch(self, ids: SampleIds) -> Iterator[ScoredBatch]:
+    def batch(
+        self, ids: SampleIds, *, owners: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Iterator[ScoredBatch]:
         """Score the samples of one batch; see `Engine.batch`.
 
         Yields:
             The batch, whose scores are there once it is closed.
         """
-        with super().batch(ids) as batch:
+        with super().batch(ids, owners=owners) as batch:
             assert isinstance(batch, ScoredBatch)
             yield batch
 
     def new_batch(self, ids: Tensor) -> ScoredBatch:
         """Return a batch with scores."""
-        return ScoredBatch(ids, self.verify)
+        return ScoredBatch(ids, self.verifies)
 
     def on_start(self, batch: Batch[Scores]) -> None:
         """Renew the directions that are due."""

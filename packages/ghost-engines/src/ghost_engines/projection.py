@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,18 @@ from ghost_core import (
     Batch,
     CaptureError,
     Engine,
+    EngineOptions,
     InputFactor,
     Pass,
     PerSampleGradient,
     Projection,
     Record,
-    SamplerRegistry,
     Site,
     UnknownNameError,
 )
 from ghost_core.gradients import matrix_shape
 from ghost_core.numerics import accumulation_dtype
 from ghost_core.plugins import installed
-from ghost_core.tracking import Patterns
 from ghost_engines.dtypes import STORAGE_DTYPES
 from ghost_engines.layout import Block, arrange
 
@@ -76,11 +75,7 @@ class ProjectionEngine(Engine[ProjectedRows]):
         init: Name of the projection: `gaussian`, `rademacher`, `orthonormal` or a plugin's.
         dtype: Storage dtype of the rows, or its name, whatever the model's dtype is. Rows are
             computed in float32 at least; one that overflows the storage dtype is an error.
-        layers: Globs over dotted names: what to track.
-        exclude: Globs over dotted names: what to leave out.
-        grad_scaler: The scaler that multiplies the loss, whose scale is divided out.
-        verify: Whether to verify that gradients can be split by sample.
-        registry: Where samplers are found; by default those of all installed plugins.
+        options: What all engines take: see `Engine`.
 
     Raises:
         UnknownNameError: If a glob matches nothing, or `init` or `dtype` does not exist.
@@ -98,20 +93,9 @@ class ProjectionEngine(Engine[ProjectedRows]):
         seed: int = 0,
         init: str = "gaussian",
         dtype: torch.dtype | str = torch.float32,
-        layers: Patterns = "*",
-        exclude: Patterns = (),
-        grad_scaler: torch.amp.GradScaler | None = None,
-        verify: bool = True,
-        registry: SamplerRegistry | None = None,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        super().__init__(
-            model,
-            layers=layers,
-            exclude=exclude,
-            grad_scaler=grad_scaler,
-            verify=verify,
-            registry=registry,
-        )
+        super().__init__(model, **options)
         if dim is None and total_dim is None:
             dim = 256
         if type(seed) is not int:
@@ -185,7 +169,7 @@ class ProjectionEngine(Engine[ProjectedRows]):
             "projection": self.init,
             "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "verified": self.verify,
+            "verified": self.verifies,
             "layers": [block.manifest() for block in self.layout],
         }
 

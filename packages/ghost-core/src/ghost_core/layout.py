@@ -1,0 +1,165 @@
+"""Which axis of a call's outputs holds the samples, and which sample each row belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.rows import Fold
+from ghost_core.tracking import TrackedModule
+
+TensorT = TypeVar("TensorT", Tensor, Tensor | None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the outputs of a call have their rows.
+
+    Attributes:
+        dims: Axis of the rows in each output.
+        rows: Number of rows R.
+        owner: Sample of each row, int64 `[R]`, where the engine was told; None elsewhere.
+    """
+
+    dims: tuple[int, ...]
+    rows: int
+    owner: Tensor | None = None
+
+    def rows_first(self, values: Sequence[TensorT]) -> list[TensorT]:
+        """Move the rows of outputs, or of their gradients, to the first axis; scalars stay."""
+        return [
+            value.movedim(dim, 0) if dim and value is not None and value.dim() else value
+            for value, dim in zip(values, self.dims, strict=True)
+        ]
+
+    def is_folded(self, n: int) -> bool:
+        """Tell whether n samples have several rows each, in an order to be found out."""
+        return self.owner is None and self.rows != n
+
+    def folds(self, rows: Sequence[int], sample: int, n: int) -> set[Fold]:
+        """Return the orders in which all of some rows belong to one sample."""
+        return {fold for fold in Fold if (fold.owners(n, self.rows)[rows] == sample).all()}
+
+    def are_of(self, rows: Sequence[int], sample: int, n: int) -> bool:
+        """Tell whether rows can all belong to one sample."""
+        if self.owner is not None:
+            return bool((self.owner[rows] == sample).all())
+        return bool(self.folds(rows, sample, n)) if self.is_folded(n) else list(rows) == [sample]
+
+
+def samples_first(value: Any, dim: int) -> Any:
+    """Move an axis to the front in all tensors of a tree that have more axes than that."""
+    if not dim:
+        return value
+
+    def move(leaf: Any) -> Any:
+        return leaf.movedim(dim, 0) if isinstance(leaf, Tensor) and leaf.dim() > dim else leaf
+
+    return tree_map(move, value)
+
+
+def lay_out(
+    tracked: TrackedModule,
+    outputs: Sequence[Tensor],
+    n: int,
+    owner: Tensor | None,
+    *,
+    foldable: bool,
+) -> Layout:
+    """Find the rows of a call's outputs.
+
+    Args:
+        tracked: The module.
+        outputs: Its differentiable outputs.
+        n: Number of samples in the pass.
+        owner: Sample of each row, where the engine was told.
+        foldable: Whether `k · n` rows may be samples folded with another axis, since a probe will
+            tell how.
+
+    Raises:
+        WrongSplitError: If an output has neither one row nor the rows of the samples.
+    """
+    dims = tracked.output_dims(len(outputs))
+    sizes = {
+        output.shape[dim] for output, dim in zip(outputs, dims, strict=True) if output.dim() > dim
+    }
+    if not sizes:
+        raise WrongSplitError(
+            f"{tracked.label} returned a scalar, or nothing with an axis {max(dims)} for samples: "
+            "it cannot be split by sample, exclude it"
+        )
+    rows = n if owner is None else len(owner)
+    several = sizes - {1} or sizes
+    if owner is None and foldable and len(several) == 1 and n and not max(several) % n:
+        rows = max(rows, *several)
+    if wrong := sizes - {1, rows}:
+        raise wrong_rows(tracked, min(wrong), rows if owner is not None else n)
+    return Layout(dims, rows, owner)
+
+
+def expanded(output: Tensor, dim: int, rows: int) -> Tensor:
+    """Return an output with all its rows; one computed once for all samples is expanded."""
+    if output.dim() <= dim or output.shape[dim] == rows:
+        return output
+    return output.expand(*output.shape[:dim], rows, *output.shape[dim + 1 :])
+
+
+def find_owner(
+    key: str, given: Mapping[str, Tensor], inputs: Mapping[str, Any], samples: slice
+) -> Tensor:
+    """Return the sample in a pass that each row belongs to, int64 `[R]`.
+
+    Args:
+        key: The key of the tensor that tells.
+        given: What the batch was opened with; positions of samples in the batch.
+        inputs: The model's keyword inputs; positions of samples in the pass.
+        samples: The pass's part of the batch.
+
+    Raises:
+        CaptureError: If there is no such tensor or it does not hold positions of samples.
+    """
+    owner = given[key] if key in given else inputs.get(key)
+    if not isinstance(owner, Tensor):
+        raise CaptureError(
+            f"row_owner: there is no tensor {key!r} that tells the sample of each row, neither in "
+            f"engine.batch(ids, owners={{{key!r}: ...}}) nor among the model's keyword inputs"
+        )
+    if owner.dim() != 1 or owner.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+        raise CaptureError(
+            f"row_owner: {key!r} must be signed integers [R], not {owner.dtype} of shape "
+            f"{tuple(owner.shape)}"
+        )
+    owner = owner.detach().long()
+    if key in given:
+        owner = owner[(owner >= samples.start) & (owner < samples.stop)] - samples.start
+    n = samples.stop - samples.start
+    if len(owner) and not 0 <= int(owner.min()) <= int(owner.max()) < n:
+        raise CaptureError(
+            f"row_owner: {key!r} must hold positions of samples, from 0 to {n - 1}, not from "
+            f"{int(owner.min())} to {int(owner.max())}"
+        )
+    return owner
+
+
+def wrong_rows(tracked: TrackedModule, rows: int, n: int) -> WrongSplitError:
+    """Explain an output whose axis for samples does not have one entry per sample."""
+    folded = (
+        f", {rows} = {n} * {rows // n}: rows folded into the batch?" if n and rows % n == 0 else ""
+    )
+    name = tracked.name
+    axis = f"axis {tracked.batch_dim}" if tracked.batch_dim else "the first axis"
+    return WrongSplitError(
+        f"gradients cannot be split by sample: {tracked.label} returned "
+        f"{rows} rows for {n} samples{folded}\n"
+        f"Reason: {axis} of its output is not the samples.\n"
+        "Remedy: keep one row per sample, [N, ..., features]; give what is computed once for all "
+        f"samples, as positions are, one row, [1, ...]; say where the samples are, with batch_dim="
+        f"{{{name!r}: axis}}, or which sample each row belongs to, with row_owner={{{name!r}: "
+        "key}; or leave the module out with exclude=..."
+    )
