@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ghost_core.errors import CaptureError
 from ghost_core.factors import Record
@@ -76,6 +79,52 @@ class BatchCapture:
     closed: bool = False
     verified: bool = True
 
+    def begin(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> Pass:
+        """Begin a pass.
+
+        Args:
+            args: The model's positional inputs.
+            kwargs: The model's keyword inputs.
+            dim: Axis of the samples in them.
+            keys: Keys of the tensors that tell the sample of each row of some modules.
+
+        Raises:
+            CaptureError: If the inputs do not tell how many samples there are, the batch was
+                opened for others, or a tensor of owners is missing or wrong.
+        """
+        n = self._count(args, kwargs, dim)
+        started = Pass(n, self.next_start(n))
+        for key in sorted(keys):
+            started.owners[key] = find_owner(key, self.owners, kwargs, started.rows)
+        self.passes.append(started)
+        return started
+
+    def _count(self, args: Any, kwargs: Mapping[str, Any], dim: int) -> int:
+        """Return the number of samples that the model is called on."""
+        sizes = {
+            leaf.shape[dim]
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor) and leaf.dim() > dim
+        }
+        if self.n in sizes or not sizes:
+            return self.n
+        candidates = {size for size in sizes if self._owners_fit(size, sizes)}
+        candidates = candidates - {1} or candidates
+        if len(candidates) != 1:
+            raise CaptureError(
+                f"cannot tell how many samples the model is called on: its inputs have "
+                f"{sorted(sizes)} rows, the batch was opened for {self.n}"
+            )
+        return candidates.pop()
+
+    def _owners_fit(self, n: int, sizes: Collection[int]) -> bool:
+        """Tell whether tensors of owners have as many rows for the next n samples as inputs do."""
+        start = sum(pass_.n for pass_ in self.passes)
+        return all(
+            start + n <= self.n and int(((owner >= start) & (owner < start + n)).sum()) in sizes
+            for owner in self.owners.values()
+        )
+
     def next_start(self, n: int) -> int:
         """Return the first row of a new pass.
 
@@ -122,3 +171,40 @@ class BatchCapture:
                 "depends on the selected parameters. Gradients of autograd.grad() and of "
                 "backward(inputs=...) do not count"
             )
+
+
+def find_owner(
+    key: str, given: Mapping[str, Tensor], inputs: Mapping[str, Any], samples: slice
+) -> Tensor:
+    """Return the sample in a pass that each row belongs to, int64 `[R]`.
+
+    Args:
+        key: The key of the tensor that tells.
+        given: What the batch was opened with; positions of samples in the batch.
+        inputs: The model's keyword inputs; positions of samples in the pass.
+        samples: The pass's part of the batch.
+
+    Raises:
+        CaptureError: If there is no such tensor or it does not hold positions of samples.
+    """
+    owner = given[key] if key in given else inputs.get(key)
+    if not isinstance(owner, Tensor):
+        raise CaptureError(
+            f"row_owner: there is no tensor {key!r} that tells the sample of each row, neither in "
+            f"engine.batch(ids, owners={{{key!r}: ...}}) nor among the model's keyword inputs"
+        )
+    if owner.dim() != 1 or owner.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+        raise CaptureError(
+            f"row_owner: {key!r} must be signed integers [R], not {owner.dtype} of shape "
+            f"{tuple(owner.shape)}"
+        )
+    owner = owner.detach().long()
+    if key in given:
+        owner = owner[(owner >= samples.start) & (owner < samples.stop)] - samples.start
+    n = samples.stop - samples.start
+    if len(owner) and not 0 <= int(owner.min()) <= int(owner.max()) < n:
+        raise CaptureError(
+            f"row_owner: {key!r} must hold positions of samples, from 0 to {n - 1}, not from "
+            f"{int(owner.min())} to {int(owner.max())}"
+        )
+    return owner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.errors import WrongSplitError
 from ghost_core.rows import Fold
+from ghost_core.sampler import Call
 from ghost_core.tracking import TrackedModule
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
@@ -110,41 +111,38 @@ def expanded(output: Tensor, dim: int, rows: int) -> Tensor:
     return output.expand(*output.shape[:dim], rows, *output.shape[dim + 1 :])
 
 
-def find_owner(
-    key: str, given: Mapping[str, Tensor], inputs: Mapping[str, Any], samples: slice
-) -> Tensor:
-    """Return the sample in a pass that each row belongs to, int64 `[R]`.
+def describe(
+    tracked: TrackedModule,
+    outputs: Sequence[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    before: object,
+) -> Call:
+    """Describe a call to the module's sampler.
 
     Args:
-        key: The key of the tensor that tells.
-        given: What the batch was opened with; positions of samples in the batch.
-        inputs: The model's keyword inputs; positions of samples in the pass.
-        samples: The pass's part of the batch.
-
-    Raises:
-        CaptureError: If there is no such tensor or it does not hold positions of samples.
+        tracked: The module.
+        outputs: Its differentiable outputs, rows first.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        before: What the sampler kept before the call.
     """
-    owner = given[key] if key in given else inputs.get(key)
-    if not isinstance(owner, Tensor):
-        raise CaptureError(
-            f"row_owner: there is no tensor {key!r} that tells the sample of each row, neither in "
-            f"engine.batch(ids, owners={{{key!r}: ...}}) nor among the model's keyword inputs"
-        )
-    if owner.dim() != 1 or owner.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
-        raise CaptureError(
-            f"row_owner: {key!r} must be signed integers [R], not {owner.dtype} of shape "
-            f"{tuple(owner.shape)}"
-        )
-    owner = owner.detach().long()
-    if key in given:
-        owner = owner[(owner >= samples.start) & (owner < samples.stop)] - samples.start
-    n = samples.stop - samples.start
-    if len(owner) and not 0 <= int(owner.min()) <= int(owner.max()) < n:
-        raise CaptureError(
-            f"row_owner: {key!r} must hold positions of samples, from 0 to {n - 1}, not from "
-            f"{int(owner.min())} to {int(owner.max())}"
-        )
-    return owner
+    # A sampler that knows the axes of the outputs knows those of the inputs.
+    knows = tracked.sampler.batch_dims(tracked.module, len(outputs)) is not None
+    dim = 0 if knows else tracked.batch_dim
+    device = outputs[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return Call(
+        tracked.name,
+        tracked.module,
+        samples_first(args, dim),
+        samples_first(kwargs, dim),
+        tuple(outputs),
+        tracked.shapes,
+        batch_dim=dim,
+        autocast=autocast,
+        before=before,
+    )
 
 
 def wrong_rows(tracked: TrackedModule, rows: int, n: int) -> WrongSplitError:

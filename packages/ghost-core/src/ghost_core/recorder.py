@@ -17,16 +17,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from ghost_core.arrival import Arrival, keep
 from ghost_core.capture import BatchCapture, Listener, Pass
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.hooks import Hook, in_backward
-from ghost_core.layout import expanded, find_owner, lay_out, samples_first
+from ghost_core.layout import describe, expanded, lay_out
 from ghost_core.numerics import full_precision
-from ghost_core.sampler import Call
 from ghost_core.tap import Tap
 from ghost_core.tracking import TrackedModule, owner_of
 from ghost_core.verification import Verifier
@@ -244,15 +243,11 @@ class Recorder:
         assert batch is not None
         if self._pass is not None:
             raise CaptureError("the model called itself")
-        n = self._count(batch, args, kwargs)
-        self._pass = Pass(n, batch.next_start(n))
         keys = {tracked.row_owner for tracked in self._tracked.values() if tracked.row_owner}
-        for key in sorted(keys):
-            self._pass.owners[key] = find_owner(key, batch.owners, kwargs, self._pass.rows)
-        batch.passes.append(self._pass)
+        self._pass = batch.begin(args, kwargs, self._dim, keys)
         self._told_apart = False
         if self._verifying:
-            self._verifier.start(n, self._owned, bool(self._flags))
+            self._verifier.start(self._pass.n, self._owned, bool(self._flags))
 
     def _after_root(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._listens(module, self._model) or in_backward() or self._pass is None:
@@ -361,7 +356,7 @@ class Recorder:
             output.dim() > dim and output.shape[dim] == layout.rows
             for output, dim in zip(outputs, layout.dims, strict=True)
         )
-        call = self._call(tracked, layout.rows_first(outputs), args, kwargs, before)
+        call = describe(tracked, layout.rows_first(outputs), args, kwargs, before)
         given = outputs
         outputs = [
             expanded(output, dim, layout.rows)
@@ -393,28 +388,6 @@ class Recorder:
                 self._verifier.watch(output, tracked)
         return tapped
 
-    def _call(
-        self, tracked: TrackedModule, outputs: list[Tensor], args: Any, kwargs: Any, before: object
-    ) -> Call:
-        """Describe a call to its sampler."""
-        # A sampler that knows the axes of the outputs knows those of the inputs.
-        knows = tracked.sampler.batch_dims(tracked.module, len(outputs)) is not None
-        dim = 0 if knows else tracked.batch_dim
-        device = outputs[0].device.type
-        return Call(
-            tracked.name,
-            tracked.module,
-            samples_first(args, dim),
-            samples_first(kwargs, dim),
-            tuple(outputs),
-            tracked.shapes,
-            batch_dim=dim,
-            autocast=torch.get_autocast_dtype(device)
-            if torch.is_autocast_enabled(device)
-            else None,
-            before=before,
-        )
-
     # State
 
     @property
@@ -439,23 +412,6 @@ class Recorder:
             if tracked is running[-1] or tracked.sampler.generic
             for site in tracked.sites.values()
         )
-
-    def _count(self, batch: BatchCapture, args: Any, kwargs: Any) -> int:
-        """Return the number of samples that the model is called on."""
-        sizes = {
-            leaf.shape[self._dim]
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor) and leaf.dim() > self._dim
-        }
-        if batch.n in sizes or not sizes:
-            return batch.n
-        candidates = sizes - {1} or sizes
-        if len(candidates) > 1:
-            raise CaptureError(
-                f"cannot tell how many samples the model is called on: its inputs have "
-                f"{sorted(candidates)} rows, the batch was opened for {batch.n}"
-            )
-        return candidates.pop()
 
 
 @dataclass
