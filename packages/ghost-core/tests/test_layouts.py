@@ -232,8 +232,10 @@ def test_wrong_owners_are_refused(hold) -> None:
 
 def test_engines_must_agree(hold) -> None:
     model = SequenceFirst()
-    first, second = hold(model, batch_dim={"*": 1}), hold(model)
-    with first, pytest.raises(CaptureError, match=r"must agree on batch_dim"):
-        second.__enter__()
+    second = hold(model)
+    for axes, what in (({"": 1}, "of the model itself"), ({"norm": 1}, r"sampler of norm \[")):
+        disagree = pytest.raises(CaptureError, match=what)
+        with hold(model, batch_dim=axes), disagree:
+            second.__enter__()
     with second:
         pass

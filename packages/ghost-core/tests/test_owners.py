@@ -154,6 +154,26 @@ def test_engines_make_the_gradients_of_modules_inside(model, x) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_parameter_may_be_used_inside_of_what_its_module_calls(assert_held, x) -> None:
+    class Added(nn.Linear):
+        """Adds what it is given."""
+
+        def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+            return super().forward(x) + (1 if given is None else given * 2)
+
+    class Lends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lent, self.inner = nn.Parameter(torch.randn(D)), Added(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, self.lent)
+
+    model = nn.Sequential(Lends()).double()
+    known = registry((Lends, Replays), (Added, PlainLinear))
+    assert_exact(assert_held, GradientHolder(model, registry=known), model, x)
+
+
 @pytest.mark.parametrize("names", ["*", "bias"])
 def test_any_module_falls_to_the_sampler_of_a_base_class(assert_held, x, names) -> None:
     model = nn.Sequential(Bent(D, D), nn.Linear(D, D)).double()

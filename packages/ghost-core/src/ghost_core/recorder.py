@@ -404,13 +404,9 @@ class Recorder:
         return tuple(local for local, site in tracked.sites.items() if site.parameter in names)
 
     def _owned(self) -> frozenset[str]:
-        """Return the parameters that may be used now: of modules that sum up all that they run."""
-        running = [each.tracked for each in self._running]
+        """Return the parameters that may be used now: those of all modules that are running."""
         return frozenset(
-            site.parameter
-            for tracked in running
-            if tracked is running[-1] or tracked.sampler.generic
-            for site in tracked.sites.values()
+            site.parameter for running in self._running for site in running.tracked.sites.values()
         )
 
 
