@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -22,81 +21,11 @@ from ghost_core import (
     UnknownNameError,
 )
 from ghost_core.engine import SampleIds
+from ghost_core.numerics import accumulation_dtype
 from ghost_engines.directions import Closure, Direction, given
+from ghost_engines.scores import ScoredBatch, ScoreObserver, Scores, TokenSum
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Dot products of a batch: of each sample's contribution with each direction.
-
-    A sample's contribution is its additive part of the gradient that was backpropagated. A
-    positive dot with the gradient of a validation loss means that a small step along the sample's
-    contribution lowers that loss.
-
-    Attributes:
-        ids: Sample ids, int64 `[N]`.
-        directions: Names of the K directions.
-        by_parameter: `[N, K]` by parameter name.
-        verified: Whether the split by sample was verified on this model.
-    """
-
-    ids: Tensor
-    directions: tuple[str, ...]
-    by_parameter: Mapping[str, Tensor]
-    verified: bool
-
-    @property
-    def total(self) -> Tensor:
-        """Dots of whole gradients, `[N, K]`."""
-        return torch.stack(list(self.by_parameter.values())).sum(0)
-
-    @property
-    def finite(self) -> Tensor:
-        """Which samples have finite dots, bool `[N]`: all of them, unless gradients overflowed."""
-        return self.total.isfinite().all(1)
-
-    @property
-    def by_layer(self) -> dict[str, Tensor]:
-        """Dots by layer, `[N, K]`: the sum over the parameters that one module owns.
-
-        A parameter shared by modules counts for the first of them.
-        """
-        layers: dict[str, Tensor] = {}
-        for name, dots in self.by_parameter.items():
-            layer = name.rpartition(".")[0]
-            layers[layer] = layers[layer] + dots if layer in layers else dots
-        return layers
-
-
-class ScoredBatch(Batch[Scores]):
-    """A batch that is being scored; the scores are there once it is closed."""
-
-    @property
-    def scores(self) -> Tensor:
-        """Dots of whole gradients, `[N, K]`."""
-        return self.result.total
-
-    @property
-    def by_layer(self) -> dict[str, Tensor]:
-        """Dots by layer, `[N, K]`."""
-        return self.result.by_layer
-
-    @property
-    def by_parameter(self) -> Mapping[str, Tensor]:
-        """Dots by parameter, `[N, K]`."""
-        return self.result.by_parameter
-
-
-class ScoreObserver(Protocol):
-    """Follows the batches of a `DotProductEngine`."""
-
-    def starting(self) -> None:
-        """A batch is about to be captured."""
-        ...
-
-    def scored(self, scores: Scores) -> None:
-        """A batch was scored."""
-        ...
+__all__ = ["DotProductEngine", "ScoreObserver", "ScoredBatch", "Scores"]
 
 
 class DotProductEngine(Engine[Scores]):
@@ -107,20 +36,34 @@ class DotProductEngine(Engine[Scores]):
 
     Args:
         model: The module that the training loop calls.
+        per_token: Whether to keep dots by token too, `Scores.by_token` `[N, T, K]`. All tracked
+            parameters must have the same T tokens in all passes of a batch, or closing it raises
+            a `CaptureError`. Each direction then costs one contraction over all tokens.
         options: What all engines take: see `Engine`. With `grad_scaler`, a batch whose gradients
             overflow has scores that are not finite.
 
     Raises:
         UnknownNameError: If a glob matches nothing.
         UnsupportedLayerError: If a selected parameter belongs to a module without a sampler.
-        CaptureError: If no trainable parameter is selected or a module is compiled.
+        CaptureError: If no trainable parameter is selected, a module is compiled, or `row_owner` is
+            given for one whose gradients are to be kept by token.
     """
 
-    def __init__(self, model: nn.Module, **options: Unpack[EngineOptions]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        per_token: bool = False,
+        **options: Unpack[EngineOptions],
+    ) -> None:
         super().__init__(model, **options)
+        if per_token:
+            self._check_positions()
+        self._per_token = per_token
         self._directions: dict[str, Direction] = {}
         self._stacked: dict[str, Tensor] = {}
         self._dots: dict[str, Tensor] = {}
+        self._tokens: TokenSum | None = None
         self._observers: list[ScoreObserver] = []
 
     @property
@@ -219,15 +162,27 @@ class DotProductEngine(Engine[Scores]):
             name: stacked.new_zeros(batch.n, len(self._directions))
             for name, stacked in self._stacked.items()
         }
+        if self._per_token:
+            dtype = accumulation_dtype(*self._dots.values())
+            shape, device = (batch.n, 0, len(self._directions)), self.sites[0].device
+            self._tokens = TokenSum(torch.zeros(shape, dtype=dtype, device=device))
 
     def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
         """Multiply with the directions."""
-        self._dots[site.parameter][pass_.rows] += gradient.dot(self._stacked[site.parameter])
+        stacked = self._stacked[site.parameter]
+        if self._tokens is None:
+            dots = gradient.dot(stacked)
+        else:
+            by_token = gradient.token_dot(stacked)
+            self._tokens.add(pass_, site.parameter, by_token)
+            dots = by_token.sum(1)
+        self._dots[site.parameter][pass_.rows] += dots
 
     def on_end(self, batch: Batch[Scores]) -> Scores:
         """Return the dots."""
         dots = {name: values / self.loss_scale for name, values in self._dots.items()}
-        scores = Scores(batch.ids, self.directions, dots, batch.verified)
+        tokens = None if self._tokens is None else self._tokens.total() / self.loss_scale
+        scores = Scores(batch.ids, self.directions, dots, batch.verified, tokens)
         for observer in self._observers:
             observer.scored(scores)
         return scores
@@ -235,3 +190,14 @@ class DotProductEngine(Engine[Scores]):
     def on_close(self) -> None:
         """Let go of the sums."""
         self._dots = {}
+        self._tokens = None
+
+    def _check_positions(self) -> None:
+        """Refuse rows whose samples are known, but not their positions."""
+        if owned := [tracked.name for tracked in self.tracking.modules if tracked.row_owner]:
+            raise CaptureError(
+                f"gradients cannot be split by token: row_owner is given for {', '.join(owned)}\n"
+                "Reason: it tells the sample of each row, but not its position.\n"
+                f"Remedy: leave them out with exclude={','.join(owned)!r}, or make the engine "
+                "without per_token=True"
+            )

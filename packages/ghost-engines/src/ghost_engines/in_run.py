@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ghost_core import CaptureError, MissingExtraError, UnknownNameError
-from ghost_engines.dot_product import DotProductEngine, Scores
+from ghost_engines.dot_product import DotProductEngine
+from ghost_engines.scores import Scores
 
 if TYPE_CHECKING:
     import pandas
