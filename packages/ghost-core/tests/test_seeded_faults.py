@@ -80,6 +80,13 @@ class OneTokenShort(Outer):
         return super().token_dot(directions)[:, :-1]
 
 
+class OneTokenLate(Outer):
+    """Gives each token's dot to the next."""
+
+    def token_dot(self, directions: Tensor) -> Tensor:
+        return super().token_dot(directions).roll(1, 1)
+
+
 class Unweighted(Outer):
     """Ignores weights."""
 
@@ -130,6 +137,7 @@ class SeededLinear(PlainLinear):
         (NarrowDot, r"Linear\.weight, dot, K=1: .* entries are off"),
         (NarrowResult, r"Linear\.weight in torch\.bfloat16, sum: dtype torch\.bfloat16"),
         (OneTokenShort, r"Linear\.weight, token_dot summed over tokens, K=1: .* off"),
+        (OneTokenLate, r"Linear\.weight, token_dot by token: .* off"),
         (Unweighted, r"Linear\.weight, sum with weights: .* off"),
         (OneSided, r"Linear\.weight, project\(left, right\): .* off"),
         (WrongRows, r"Linear\.weight, materialize after narrow\(1, None\): .* off"),

@@ -157,6 +157,19 @@ class LayerRun:
             outputs = self.model(*args, **kwargs)
         return _losses(outputs, self.n, draw)
 
+    def losses_by_token(self) -> Iterator[Tensor]:
+        """Yield the losses split by position of the output, `[N, T]`, for each way to see it.
+
+        Features may be on the last axis or on the second; nothing is yielded where an output has
+        neither, or there are several outputs.
+        """
+        args, kwargs = self.inputs
+        outputs = [leaf for leaf in tree_leaves(self.model(*args, **kwargs)) if is_floating(leaf)]
+        if len(outputs) == 1 and outputs[0].dim() > 2 and _has_rows(outputs[0], self.n):
+            elements = _elements(outputs[0], self.n, _drawn(0)).reshape(outputs[0].shape)
+            yield elements.sum(-1).flatten(1)
+            yield elements.sum(1).flatten(1)
+
     def gradients(self) -> list[Tensor | None]:
         """Return `.grad` of the parameters and of the inputs."""
         leaves = [*self.model.parameters(), *filter(is_floating, tree_leaves(self.inputs))]
@@ -193,17 +206,27 @@ def is_floating(value: Any) -> bool:
 
 
 def _losses(outputs: Any, n: int, draw: int) -> Tensor:
-    generator = Generator().manual_seed(2 + draw)
-    losses = []
-    for leaf in tree_leaves(outputs):
-        if is_floating(leaf) and leaf.requires_grad and _has_rows(leaf, n):
-            values = leaf.double().reshape(n, leaf.shape[1:].numel())
-            weights = torch.randn(values.shape, dtype=torch.float64, generator=generator)
-            # The slope depends on the output, and stays moderate where the output is large.
-            losses.append((weights * (values + (1 + values**2).sqrt())).sum(1))
+    generator = _drawn(draw)
+    losses = [
+        _elements(leaf, n, generator).sum(1)
+        for leaf in tree_leaves(outputs)
+        if is_floating(leaf) and leaf.requires_grad and _has_rows(leaf, n)
+    ]
     if not losses:
         raise AssertionError(f"the module has no differentiable output with {n} rows")
     return torch.stack(losses).sum(0)
+
+
+def _drawn(draw: int) -> Generator:
+    return Generator().manual_seed(2 + draw)
+
+
+def _elements(output: Tensor, n: int, generator: Generator) -> Tensor:
+    """Return what each element of an output adds to the losses, `[N, elements]`."""
+    values = output.double().reshape(n, output.shape[1:].numel())
+    weights = torch.randn(values.shape, dtype=torch.float64, generator=generator)
+    # The slope depends on the output, and stays moderate where the output is large.
+    return weights * (values + (1 + values**2).sqrt())
 
 
 def _transformed(inputs: Any, use: int) -> Any:

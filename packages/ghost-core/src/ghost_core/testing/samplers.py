@@ -11,9 +11,9 @@ from torch import Generator, Tensor, nn
 from ghost_core import GradientSampler, InputFactor, Record, Site, Tokens
 from ghost_core.gradients import matrix_shape
 from ghost_core.testing.holder import GradientHolder
-from ghost_core.testing.layer_case import LayerCase, leading_size
+from ghost_core.testing.layer_case import LayerCase, LayerRun, leading_size
 from ghost_core.testing.operations import check_operations, draw_projections, failing_as, project
-from ghost_core.testing.oracle import assert_within, norms, per_row
+from ghost_core.testing.oracle import assert_within, norms, per_row, per_sample_gradients
 
 REDUCED_PRECISION = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Error allowed in reduced precision against float64, relative to the norms of what is multiplied.
@@ -40,6 +40,7 @@ def check_sampler(
 
     * `materialize`, `dot`, `token_dot`, `sum`, `narrow`, `paired`, `gram` and `project` of the
       per-sample gradients, with all cross terms between uses;
+    * `token_dot` token by token, where tokens are positions of the output;
     * projections of what was compressed in the forward pass;
     * each parameter while all others are frozen; one sample; no sample (shapes only, and where
       the module itself runs on none);
@@ -82,6 +83,7 @@ def check_sampler(
     _check_all_operations(case, tolerance)
     _check_training_is_untouched(case)
     _check_compressed(case, tolerance)
+    _check_tokens(replace(case, uses=1), tolerance)
     for name in names:
         alone = replace(case, names=(name,), label=f"with only {name} trainable")
         _check_materialized(alone, tolerance)
@@ -150,6 +152,38 @@ def _check_training_is_untouched(case: LayerCase) -> None:
                 f"{type(case.module).__name__}: gradients of parameters or inputs differ from "
                 "those of training without the sampler"
             )
+
+
+def _check_tokens(case: LayerCase, tolerance: float) -> None:
+    """Compare dots by token with gradients of the losses at one position of the output alone."""
+    run = case.run()
+    splits = list(run.losses_by_token())
+    for name, gradients in case.capture().items():
+        (use,) = gradients.uses
+        direction = torch.randn(
+            1, *use.shape, dtype=case.wide, generator=Generator().manual_seed(3)
+        )
+        with torch.no_grad():
+            dots = use.token_dot(direction)[:, :, 0]
+        fitting = [losses for losses in splits if losses.shape == dots.shape]
+        if dots.shape[1] == 1 or not fitting:
+            continue
+        expected = [_dots_by_token(run, name, losses, direction) for losses in fitting]
+        scale = norms(gradients.expected)[:, None] * direction.norm()
+        errors = [float((dots - each).abs().max()) for each in expected]
+        closest = expected[errors.index(min(errors))]
+        assert_within(dots, closest, scale, tolerance, f"{case.of(name)}, token_dot by token")
+
+
+def _dots_by_token(run: LayerRun, name: str, losses: Tensor, direction: Tensor) -> Tensor:
+    """Return the dots of the gradients of losses `[N, T]` with a direction, `[N, T]`."""
+    parameter = f"layer.{name}"
+    dots = [
+        per_sample_gradients(run.model, column, [parameter])[parameter].flatten(1)
+        @ direction[0].flatten()
+        for column in losses.unbind(1)
+    ]
+    return torch.stack(dots, dim=1)
 
 
 def _check_compressed(case: LayerCase, tolerance: float) -> None:
