@@ -329,6 +329,53 @@ def test_a_scalar_output_is_refused_once_a_gradient_arrives(assert_held, x) -> N
         model(x)
 
 
+@pytest.mark.parametrize("where", ["attribute", "argument"])
+def test_a_way_past_the_outputs_is_refused(x, where) -> None:
+    class Leaks(nn.Linear):
+        def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None) -> Tensor:
+            output = super().forward(x)
+            if where == "attribute":
+                self.left = output.tanh()
+            elif cache is not None:
+                cache["left"] = output.tanh()
+            return output
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.cache = Leaks(D, D), {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            output = self.layer(x, self.cache)
+            return output + (self.layer.left if where == "attribute" else self.cache["left"])
+
+    engine = GradientHolder(model := Root().double(), registry=registry((nn.Module, Replays)))
+    past = pytest.raises(WrongSplitError, match=r"layer\.weight matters .* not pass the outputs")
+    with engine, past, engine.batch(range(N)):
+        losses_of(model(x)).sum().backward()
+
+
+def test_complex_outputs_are_refused(x) -> None:
+    class Turns(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            output = super().forward(x)
+            return output, torch.fft.fft(output)
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Turns(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output, spectrum = self.layer(x)
+            return output + spectrum.abs()
+
+    engine = GradientHolder(model := Root().double(), registry=registry((nn.Module, Replays)))
+    refused = pytest.raises(CaptureError, match=r"returned complex numbers: exclude it")
+    with engine, refused, engine.batch(range(N)):
+        losses_of(model(x)).sum().backward()
+
+
 def test_the_hooks_come_back_after_a_sampler_failed(x) -> None:
     class Fails(Replays):
         def record(self, call: Call) -> Mapping[str, Record]:

@@ -68,6 +68,11 @@ class Arrival:
     made: tuple[str, ...]
     silence: Callable[[], AbstractContextManager[None]]
 
+    @property
+    def name(self) -> str:
+        """Name of the module."""
+        return self.call.name
+
     def arrive(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:

@@ -324,6 +324,8 @@ class Recorder:
                 "engine was made for, or close the batch first"
             )
         leaves, structure = tree_flatten(output)
+        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
+            raise CaptureError(f"{tracked.label} returned complex numbers: exclude it")
         frozen = bool(self._flags) or bool(self._made(tracked))
         taken = [at for at, leaf in enumerate(leaves) if _is_differentiable(leaf, frozen)]
         if not taken:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.leaks import check_leaks
 from ghost_core.probe import (
     Kind,
     Probe,
@@ -201,6 +202,8 @@ class Verifier:
         if unreached := called - reached:
             self._check_unreached(output, n, unreached)
         self._folds |= self._find_folds(probes, n)
+        new = sorted({name for name, _ in called - verified})
+        check_leaks(self._model, differentiable(output), self._tracked, new)
         self._verified[signature] = verified | called
         return self._usage is not None
 
