@@ -7,12 +7,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ghost_core import CaptureError
-from ghost_core.testing import TinyTransformer, next_token_losses, per_sample_gradients
+from ghost_core.testing import per_sample_gradients
 from ghost_examples.demo import convnet, digits
 from ghost_examples.demo.annotator import CONFUSIONS, annotate, random_flips
 from ghost_examples.demo.convnet import Recipe
-from ghost_examples.demo.norms import NormEngine
 from ghost_examples.demo.report import Findings
 
 TINY = Recipe(epochs=1, batch=100)
@@ -71,14 +69,6 @@ def test_norms_are_those_of_autograd() -> None:
     whole = torch.cat([each.flatten(1) for each in gradients.values()], dim=1)
     assert torch.allclose(norms, whole.norm(dim=1), rtol=1e-5)
     assert torch.equal(losses, expected.detach())
-
-
-def test_norms_of_parameters_used_twice_are_refused() -> None:
-    model = TinyTransformer()
-    tokens = torch.randint(8, (2, 5))
-    engine = NormEngine(model)
-    with engine, pytest.raises(CaptureError, match="used twice"), engine.batch([0, 1]):
-        next_token_losses(model(tokens), tokens).sum().backward()
 
 
 def test_a_seed_gives_every_method_its_numbers() -> None:

@@ -20,6 +20,7 @@ from ghost_core.numerics import accumulation_dtype, full_precision
 from ghost_core.projection import Projection
 from ghost_core.recorder import Freeze
 from ghost_core.registry import SamplerRegistry
+from ghost_core.rows import Owned
 from ghost_core.sampler import Call, GradientSampler, as_tokens
 from ghost_core.tracking import Patterns, Site
 
@@ -36,6 +37,7 @@ __all__ = [
     "InputFactor",
     "MissingExtraError",
     "Outer",
+    "Owned",
     "Pass",
     "Patterns",
     "PerSampleGradient",

@@ -137,7 +137,7 @@ class Outer(PerSampleGradient):
 
     def paired(self, other: PerSampleGradient) -> Tensor:
         """Multiply token Grams or built gradients, whichever takes fewer operations."""
-        if isinstance(other, Outer) and self._tokens_are_cheaper(other):
+        if isinstance(other, Outer) and self._tokens_are_cheaper(other, paired=True):
             per_sample = self.groups * self.grad.shape[1] * other.grad.shape[1]
             rows = [
                 self.narrow(part)._token_products(other.narrow(part), paired=True)
@@ -210,13 +210,14 @@ class Outer(PerSampleGradient):
             return gradients[:, 0].mT
         return gradients.reshape(gradients.shape[0], *self.shape)
 
-    def _tokens_are_cheaper(self, other: Outer) -> bool:
+    def _tokens_are_cheaper(self, other: Outer, *, paired: bool = False) -> bool:
         if self.groups != other.groups:
             return False
         tokens, others = self.grad.shape[1], other.grad.shape[1]
         size, sides = math.prod(self.shape), self.grad.shape[3] + self._d
-        by_token = self.n * tokens * other.n * others * sides * self.groups
-        built = size * (self.n * tokens + other.n * others + self.n * other.n)
+        pairs = self.n if paired else self.n * other.n
+        by_token = pairs * tokens * others * sides * self.groups
+        built = size * (self.n * tokens + other.n * others + pairs)
         return by_token < built
 
     @property

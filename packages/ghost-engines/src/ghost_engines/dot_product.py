@@ -25,8 +25,6 @@ from ghost_core.numerics import accumulation_dtype
 from ghost_engines.directions import Closure, Direction, given
 from ghost_engines.scores import ScoredBatch, ScoreObserver, Scores, TokenSum
 
-__all__ = ["DotProductEngine", "ScoreObserver", "ScoredBatch", "Scores"]
-
 
 class DotProductEngine(Engine[Scores]):
     """Scores every training sample against directions, from the training's own backward pass.

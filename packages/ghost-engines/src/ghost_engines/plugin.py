@@ -6,6 +6,8 @@ from typing import Any
 
 from ghost_core import Engine, Projection, hookimpl
 from ghost_engines.dot_product import DotProductEngine
+from ghost_engines.gram import GramEngine
+from ghost_engines.norms import CosineEngine, NormEngine
 from ghost_engines.projection import ProjectionEngine
 from ghost_engines.random_projections import (
     GaussianProjection,
@@ -17,7 +19,13 @@ from ghost_engines.random_projections import (
 @hookimpl
 def ghost_engines() -> dict[str, type[Engine[Any]]]:
     """Contribute the engines of this package."""
-    return {"dot_product": DotProductEngine, "projection": ProjectionEngine}
+    return {
+        "cosine": CosineEngine,
+        "dot_product": DotProductEngine,
+        "gram": GramEngine,
+        "norm": NormEngine,
+        "projection": ProjectionEngine,
+    }
 
 
 @hookimpl

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
-from ghost_engines import DotProductEngine, InRunValues
+from ghost_engines import DotProductEngine, InRunValues, NormEngine
 from ghost_examples.demo.annotator import Annotated, Images
-from ghost_examples.demo.norms import NormEngine
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,11 @@ def train_scored(
 
 def losses_and_norms(model: nn.Module, images: Images) -> tuple[Tensor, Tensor]:
     """Return each image's own loss and the norm of its gradient, both `[n]`."""
-    engine = NormEngine(model)
+    engine = NormEngine(model, loss_weights="sum")
     with engine.frozen(), engine.batch(range(len(images))):
         losses = cross_entropy(model(images.images), images.labels, reduction="none")
         losses.sum().backward()
-    return losses.detach().cpu(), engine.collect().cpu()
+    return losses.detach().cpu(), engine.collect().total.cpu()
 
 
 def accuracy(model: nn.Module, images: Images) -> float:

@@ -1,0 +1,267 @@
+"""Per-sample gradients held until a batch ends, for whatever needs all uses of a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+from ghost_core import (
+    CaptureError,
+    Dense,
+    Outer,
+    Owned,
+    Pass,
+    PerSampleGradient,
+    Site,
+    accumulation_dtype,
+    full_precision,
+)
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """A gradient as it arrived, its tensors, and the versions that these had then."""
+
+    gradient: PerSampleGradient
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, gradient: PerSampleGradient) -> _Factors | None:
+        """Take a gradient apart; None if it is not made of factors."""
+        tensors = _tensors(gradient)
+        if not tensors:
+            return None
+        return cls(gradient, tensors, tuple(tensor._version for tensor in tensors))
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether a tensor has another value than on arrival."""
+        return tuple(tensor._version for tensor in self.tensors) != self.versions
+
+    @property
+    def size(self) -> int:
+        """Bytes that are held."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    def copy(self) -> _Factors:
+        """Return the same with memory of its own."""
+        copied = _Factors.of(_copied(self.gradient))
+        assert copied is not None
+        return copied
+
+
+def _tensors(gradient: PerSampleGradient) -> tuple[Tensor, ...]:
+    """Return the tensors of factors; none where a gradient is of another kind."""
+    if isinstance(gradient, Outer):
+        return (*gradient.factor.tensors().values(), gradient.grad)
+    if isinstance(gradient, Owned) and isinstance(gradient.rows, Outer):
+        return (*_tensors(gradient.rows), gradient.owner)
+    return ()
+
+
+def _copied(gradient: PerSampleGradient) -> PerSampleGradient:
+    if isinstance(gradient, Owned):
+        return Owned(_copied(gradient.rows), gradient.owner.clone(), gradient.samples)
+    assert isinstance(gradient, Outer)
+    tensors = {name: tensor.clone() for name, tensor in gradient.factor.tensors().items()}
+    return Outer(gradient.factor.replace(**tensors), gradient.grad.clone(), gradient.shape)
+
+
+class _Uses:
+    """The gradient of one parameter for some rows of a batch: the sum of its uses.
+
+    Factors are held as they arrive, as long as they take less memory than the sum itself; then
+    multiplying all pairs of them takes less work as well.
+    """
+
+    def __init__(self, site: Site, rows: slice) -> None:
+        self.rows = rows
+        self._site = site
+        self._factors: list[_Factors] = []
+        self._built: Tensor | None = None
+
+    def add(self, gradient: PerSampleGradient) -> None:
+        """Add a use."""
+        waiting = [*self._checked(), gradient]
+        factors = _Factors.of(gradient)
+        if factors is not None and self._built is None:
+            self._factors.append(factors)
+            itemsize = accumulation_dtype(*factors.tensors).itemsize
+            built = gradient.n * gradient.shape.numel() * itemsize
+            if sum(each.size for each in self._factors) <= built:
+                return
+        self._factors.clear()
+        for each in waiting:
+            sum_of_tokens = each.materialize()
+            self._built = sum_of_tokens if self._built is None else self._built + sum_of_tokens
+
+    def summands(self) -> list[PerSampleGradient]:
+        """Return gradients that add up to that of the parameter.
+
+        Raises:
+            CaptureError: If a tensor was overwritten since it arrived.
+        """
+        if self._built is not None:
+            return [Dense(self._built.unsqueeze(1))]
+        return self._checked()
+
+    def copy(self) -> _Uses:
+        """Return the same with memory of its own."""
+        self._checked()
+        copied = _Uses(self._site, self.rows)
+        copied._factors = [factors.copy() for factors in self._factors]
+        copied._built = self._built  # nobody else has it
+        return copied
+
+    def _checked(self) -> list[PerSampleGradient]:
+        for factors in self._factors:
+            if factors.overwritten:
+                raise CaptureError(
+                    f"an input or gradient of the module that owns {self._site.parameter} was "
+                    "overwritten before its batch was closed, and is needed until then: give each "
+                    "pass tensors of its own, or open a batch for each micro-batch"
+                )
+        return [factors.gradient for factors in self._factors]
+
+
+class HeldGradients:
+    """The per-sample gradients of a batch, parameter by parameter.
+
+    Norms and inner products of a sum need all pairs of its terms. So the gradients of all uses are
+    held until the last of them is there, in factors or built, whichever takes less memory.
+
+    Args:
+        sites: The tracked parameters.
+    """
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self._sites = tuple(sites)
+        self._uses: dict[str, dict[tuple[int, int], _Uses]] = {
+            site.parameter: {} for site in self._sites
+        }
+
+    def add(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+        """Hold the gradients of one use of a parameter.
+
+        Args:
+            pass_: The pass; passes cover the same rows of the batch, or none in common.
+            site: The parameter.
+            gradient: The gradients of the pass's samples.
+        """
+        rows = pass_.rows
+        by_rows = self._uses[site.parameter]
+        by_rows.setdefault((rows.start, rows.stop), _Uses(site, rows)).add(gradient)
+
+    def squared_norms(self, n: int) -> dict[str, Tensor]:
+        """Return `‖g_n‖²` by parameter, `[N]`, for a batch of n samples.
+
+        Raises:
+            CaptureError: If an input was overwritten meanwhile.
+        """
+        return {site.parameter: self._squared_norms(site, n) for site in self._sites}
+
+    def gram(self, n: int) -> dict[str, Tensor]:
+        """Return `⟨g_n, g_m⟩` by parameter, `[N, N]`, for a batch of n samples.
+
+        Raises:
+            CaptureError: If an input was overwritten meanwhile.
+        """
+        return {site.parameter: self._gram(site, n) for site in self._sites}
+
+    def gram_with(self, other: HeldGradients, n: int, m: int) -> dict[str, Tensor]:
+        """Return `⟨g_n, h_m⟩` by parameter, `[N, M]`, with the gradients of another batch.
+
+        Args:
+            other: The gradients h of the other batch, for the same parameters.
+            n: Number of samples N of this batch.
+            m: Number of samples M of the other.
+
+        Raises:
+            CaptureError: If an input was overwritten meanwhile.
+        """
+        return {site.parameter: self._gram_with(other, site, n, m) for site in self._sites}
+
+    def copy(self) -> HeldGradients:
+        """Return the same with memory of its own, to be kept for longer than the batch.
+
+        Raises:
+            CaptureError: If an input was overwritten meanwhile.
+        """
+        copied = HeldGradients(self._sites)
+        copied._uses = {
+            parameter: {rows: uses.copy() for rows, uses in by_rows.items()}
+            for parameter, by_rows in self._uses.items()
+        }
+        return copied
+
+    def _squared_norms(self, site: Site, n: int) -> Tensor:
+        squared = _zeros(site, n)
+        with full_precision(site.device):
+            for uses in self._uses[site.parameter].values():
+                for one, other in combinations_with_replacement(uses.summands(), 2):
+                    paired = one.paired(other)
+                    squared[uses.rows] += paired if one is other else 2 * paired
+        # Rounding may leave a little less than zero. NaN stays.
+        return squared.clamp(min=0)
+
+    def _gram(self, site: Site, n: int) -> Tensor:
+        gram = _zeros(site, n, n)
+        with full_precision(site.device):
+            for one, other in combinations_with_replacement(list(self._parts(site)), 2):
+                (rows, gradient), (others, other_gradient) = one, other
+                block = gradient.gram(other_gradient)
+                gram[rows, others] += block
+                if one is not other:
+                    gram[others, rows] += block.mT
+        return gram
+
+    def _gram_with(self, other: HeldGradients, site: Site, n: int, m: int) -> Tensor:
+        gram = _zeros(site, n, m)
+        with full_precision(site.device):
+            for rows, gradient in self._parts(site):
+                for others, other_gradient in other._parts(site):
+                    gram[rows, others] += gradient.gram(other_gradient)
+        return gram
+
+    def _parts(self, site: Site) -> Iterator[tuple[slice, PerSampleGradient]]:
+        for uses in self._uses[site.parameter].values():
+            for gradient in uses.summands():
+                yield uses.rows, gradient
+
+
+def by_layer(by_parameter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum over the parameters that one module owns.
+
+    A parameter shared by modules counts for the first of them.
+    """
+    layers: dict[str, Tensor] = {}
+    for name, values in by_parameter.items():
+        layer = name.rpartition(".")[0]
+        layers[layer] = layers[layer] + values if layer in layers else values
+    return layers
+
+
+def cosines(products: Tensor, squared: Tensor, others: Tensor) -> Tensor:
+    """Return the cosines that inner products stand for; NaN where a norm is zero or not finite.
+
+    Args:
+        products: Inner products, `[N, K]`.
+        squared: Squared norms of the rows, `[N]`.
+        others: Squared norms of the columns, `[K]`.
+    """
+    norms, other_norms = (_known(each.clamp(min=0).sqrt()) for each in (squared, others))
+    cosine = products / norms[:, None] / other_norms
+    return cosine.clamp(-1, 1)  # rounding may leave a little more
+
+
+def _known(norms: Tensor) -> Tensor:
+    return norms.where((norms > 0) & norms.isfinite(), torch.nan)
+
+
+def _zeros(site: Site, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=accumulation_dtype(site.dtype), device=site.device)
