@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ghost_core.capture import BatchCapture, Listener, Pass
@@ -16,8 +17,8 @@ from ghost_core.layout import Layout
 from ghost_core.numerics import full_precision
 from ghost_core.rows import Fold, Owned
 from ghost_core.sampler import Call
-from ghost_core.tracking import TrackedModule
-from ghost_core.verification import Verifier, unclear_fold
+from ghost_core.tracking import Site, TrackedModule
+from ghost_core.verification import Receive, Verifier, unclear_fold
 
 
 @dataclass
@@ -28,11 +29,13 @@ class View:
         listeners: The engines that share it.
         records: Records by local name, without their tensors.
         layout: Position of each tensor among the saved ones, by local name and field.
+        whole: Whether records are as the sampler made them, not compressed.
     """
 
     listeners: list[Listener]
     records: dict[str, Record]
     layout: dict[str, dict[str, int]]
+    whole: bool
 
     def restore(self, saved: Sequence[Tensor]) -> dict[str, Record]:
         """Put the saved tensors back into their records."""
@@ -80,7 +83,7 @@ class Arrival:
         if self.verifier.probe is not None:
             self.verifier.probe.see(self.call.name, self.layout, self.layout.rows_first(grads))
             return [None] * len(self.made)
-        if not self.verifier.is_training:
+        if self.verifier.receive is None and not self.verifier.is_training:
             return [None] * len(self.made)
         if self.pass_ is None:
             raise CaptureError(
@@ -92,6 +95,9 @@ class Arrival:
                 f"a gradient reached {self.call.name} after its batch was closed: run backward() "
                 "inside engine.batch()"
             )
+        if self.verifier.receive is not None:
+            self._compare(self.verifier.receive, self.pass_, saved, grads)
+            return [None] * len(self.made)
         self.batch.arrived = True
         made = self._deliver(self.pass_, saved, grads)
         if missing := set(self.made) - set(made):
@@ -101,19 +107,10 @@ class Arrival:
     def _deliver(
         self, pass_: Pass, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> dict[str, Tensor]:
-        by_row = self.layout.rows_first(grads)
-        device = next(grad.device for grad in grads if grad is not None)
-        owner = self._owner(pass_.n, by_row)
         made: dict[str, Tensor] = {}
-        with full_precision(device), self.silence():
+        with full_precision(_device(grads)):
             for view in self.views:
-                records = view.restore(saved)
-                gradients = self.tracked.sampler.gradients(self.call, records, by_row)
-                self._check(gradients)
-                for local, gradient in gradients.items():
-                    if owner is not None:
-                        gradient = Owned(gradient, owner.to(device), pass_.n)
-                    site = self.tracked.sites[local]
+                for site, local, gradient in self._gradients(pass_, view, saved, grads):
                     for listener in view.listeners:
                         still_open = listener in self.batch.listeners
                         if still_open and site.parameter in listener.tracking.names:
@@ -121,6 +118,42 @@ class Arrival:
                             if result is not None:
                                 made[local] = result.to(site.dtype)
         return made
+
+    def _compare(
+        self, receive: Receive, pass_: Pass, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> None:
+        """Hand the gradients to a comparison in place of the engines."""
+        whole = next((view for view in self.views if view.whole), None)
+        if whole is None:
+            raise CaptureError(
+                f"the inputs of {self.call.name} were compressed in the forward pass: give "
+                "verify() a function that computes the losses, outside of engine.batch()"
+            )
+        with full_precision(_device(grads)):
+            for site, _, gradient in self._gradients(pass_, whole, saved, grads):
+                receive(pass_, site, gradient)
+
+    def _gradients(
+        self,
+        pass_: Pass,
+        view: View,
+        saved: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+    ) -> list[tuple[Site, str, PerSampleGradient]]:
+        """Return the per-sample gradients with their parameters and local names."""
+        by_row = self.layout.rows_first(grads)
+        owner = self._owner(pass_.n, by_row)
+        with self.silence():
+            gradients = self.tracked.sampler.gradients(self.call, view.restore(saved), by_row)
+        self._check(gradients)
+        return [
+            (
+                self.tracked.sites[local],
+                local,
+                gradient if owner is None else Owned(gradient, owner.to(_device(grads)), pass_.n),
+            )
+            for local, gradient in gradients.items()
+        ]
 
     def _owner(self, n: int, grads: Sequence[Tensor | None]) -> Tensor | None:
         """Return the sample of each row; None where each row is a sample."""
@@ -155,6 +188,10 @@ class Arrival:
                 )
 
 
+def _device(grads: Sequence[Tensor | None]) -> torch.device:
+    return next(grad.device for grad in grads if grad is not None)
+
+
 def keep(
     listeners: Sequence[Listener], tracked: TrackedModule, records: dict[str, Record]
 ) -> tuple[list[View], list[Tensor]]:
@@ -180,7 +217,8 @@ def keep(
                 break
         else:
             kept_by_view.append(kept)
-            views.append(_pack(listener, kept, positions, saved))
+            whole = all(kept[local] is records[local] for local in kept)
+            views.append(_pack(listener, kept, positions, saved, whole))
     return views, saved
 
 
@@ -189,6 +227,7 @@ def _pack(
     records: dict[str, Record],
     positions: dict[int, int],
     saved: list[Tensor],
+    whole: bool,
 ) -> View:
     """Take the tensors out of records and note where they are saved."""
     layout: dict[str, dict[str, int]] = {}
@@ -203,4 +242,4 @@ def _pack(
                 saved.append(tensor.detach())
             layout[local][key] = positions[id(tensor)]
         empty[local] = record.replace(**dict.fromkeys(tensors))
-    return View([listener], empty, layout)
+    return View([listener], empty, layout, whole)

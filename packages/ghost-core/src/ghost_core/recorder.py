@@ -28,7 +28,7 @@ from ghost_core.layout import describe, expanded, lay_out
 from ghost_core.numerics import full_precision
 from ghost_core.tap import Tap
 from ghost_core.tracking import TrackedModule, owner_of
-from ghost_core.verification import Verifier
+from ghost_core.verification import Receive, Verifier
 
 
 class Freeze(Enum):
@@ -130,6 +130,15 @@ class Recorder:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
             self._paused = before
+
+    def compare(self, loss: Tensor, receive: Receive) -> None:
+        """Backpropagate a loss of the open batch, for somebody else than the engines.
+
+        Args:
+            loss: A scalar.
+            receive: Takes the gradients that arrive.
+        """
+        self._verifier.compare(loss, receive)
 
     @contextmanager
     def silence(self) -> Iterator[None]:
