@@ -230,6 +230,35 @@ def test_wrong_owners_are_refused(hold) -> None:
         model(text, pictures, picture_owner=model.owner + 1)
 
 
+def test_a_row_for_all_that_meets_other_rows(hold, assert_held) -> None:
+    class Places(Pictures):
+        """Adds one row, computed once, to all pictures."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Embedding(1, D)
+
+        def forward(
+            self, text: Tensor, pictures: Tensor, picture_owner: Tensor | None = None
+        ) -> Tensor:
+            place = self.places(torch.tensor([0]))
+            return super().forward(text, pictures + place, picture_owner)
+
+    model = Places().double()
+    text = torch.randn(N, D, dtype=torch.float64)
+    pictures = torch.randn(6, D, dtype=torch.float64)
+    engine = hold(model, row_owner={"eye": "picture_owner"})
+    fits_not = pytest.raises(WrongSplitError, match=r"row_owner=\{'places': key\}")
+    owners = {"picture_owner": model.owner}
+    with engine, fits_not, engine.batch(range(N), owners=owners):
+        model(text, pictures)
+    engine = hold(model, row_owner={"eye": "picture_owner", "places": "picture_owner"})
+    expected = per_sample_gradients(model, losses_of(model(text, pictures)))
+    with engine, engine.batch(range(N), owners=owners) as batch:
+        losses_of(model(text, pictures)).sum().backward()
+    assert_held(batch.result, expected)
+
+
 def test_engines_must_agree(hold) -> None:
     model = SequenceFirst()
     second = hold(model)

@@ -62,33 +62,47 @@ class UsageMode(TorchDispatchMode):
 
     def watch(self, output: Tensor, tracked: TrackedModule) -> None:
         """Watch what becomes of a module's output that was expanded from one row."""
-        self._expanded[output.untyped_storage().data_ptr()] = tracked
-        self._uses[output.untyped_storage().data_ptr()] = 0
+        self._expanded[_address(output)] = tracked
+        self._uses[_address(output)] = 0
         self._casts.append(output)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it touched."""
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            for value in self._expanded_among((args, kwargs)):
+                raise _does_not_fit(self._expanded[_address(value)], func) from error
+            raise
         if not torch.is_grad_enabled() or in_backward():
             return result
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, Tensor) and value.layout is torch.strided:
                 self._touch(value, func, result)
-                source = self._expanded.get(value.untyped_storage().data_ptr())
+                source = self._expanded.get(_address(value))
                 if source is not None and not self._is_broadcast(value, func, args, result):
                     self.shared.setdefault(source.label, str(func))
         return result
+
+    def _expanded_among(self, values: Any) -> list[Tensor]:
+        return [
+            value
+            for value in tree_leaves(values)
+            if isinstance(value, Tensor)
+            and value.layout is torch.strided
+            and _address(value) in self._expanded
+        ]
 
     def _is_broadcast(self, value: Tensor, func: Any, args: Any, result: Any) -> bool:
         """Tell whether an operation combines an expanded row with a value of as many rows.
 
         Just one may: gradients of several would be summed in another order than without ghost.
         """
-        self._uses[value.untyped_storage().data_ptr()] += 1
-        if self._uses[value.untyped_storage().data_ptr()] > 1:
+        self._uses[_address(value)] += 1
+        if self._uses[_address(value)] > 1:
             return False
         if func is torch.ops.aten._to_copy.default:
-            tracked = self._expanded[value.untyped_storage().data_ptr()]
+            tracked = self._expanded[_address(value)]
             self.watch(result, tracked)
             return True
         others = [
@@ -96,7 +110,7 @@ class UsageMode(TorchDispatchMode):
             for other in tree_leaves(args)
             if isinstance(other, Tensor)
             and other.layout is torch.strided
-            and other.untyped_storage().data_ptr() not in self._expanded
+            and _address(other) not in self._expanded
         ]
         return func in _BROADCASTING and any(
             other.dim() == result.dim() and other.shape[0] == len(result) for other in others
@@ -104,11 +118,11 @@ class UsageMode(TorchDispatchMode):
 
     def _know(self, parameter: Tensor, name: str) -> None:
         if parameter.numel():
-            address = parameter.untyped_storage().data_ptr()
+            address = _address(parameter)
             self._names.setdefault(address, []).append((_extent(parameter), name))
 
     def _touch(self, value: Tensor, func: Any, result: Any) -> None:
-        known = self._names.get(value.untyped_storage().data_ptr())
+        known = self._names.get(_address(value))
         if known is None or not value.numel() or not (value.requires_grad or self._frozen):
             return
         if func is torch.ops.aten.detach.default:  # what is detached has no gradient to miss
@@ -128,7 +142,7 @@ class UsageMode(TorchDispatchMode):
         """Note values of one row for all samples that the model returns."""
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-                source = self._expanded.get(leaf.untyped_storage().data_ptr())
+                source = self._expanded.get(_address(leaf))
                 if source is not None:
                     self.shared.setdefault(source.label, "returned by the model")
 
@@ -157,6 +171,20 @@ class UsageMode(TorchDispatchMode):
             "inside the model instead of using its parameter, or compute penalties on parameters "
             "outside of engine.batch()."
         )
+
+
+def _does_not_fit(tracked: TrackedModule, func: Any) -> WrongSplitError:
+    return WrongSplitError(
+        f"{tracked.label} computed one row for all samples, which does not fit what {func} "
+        "combines it with once there is one for each sample\n"
+        "Reason: rows there are not samples.\n"
+        "Remedy: say which sample each row belongs to, with "
+        f"row_owner={{{tracked.name!r}: key}}, or leave the module out with exclude=..."
+    )
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _extent(tensor: Tensor) -> range:
