@@ -313,6 +313,17 @@ class Recorder:
     ) -> Any:
         if not self._listens(module, tracked.module):
             return None
+        try:
+            return self._captured(tracked, args, kwargs, output)
+        except BaseException:
+            # The root's own hooks go on, whoever failed: there is nothing left to verify.
+            if module is self._model and self._pass is not None and self._batch is not None:
+                self._batch.passes.remove(self._pass)
+                self._pass = None
+            raise
+
+    def _captured(self, tracked: TrackedModule, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return what a module returned with a Tap behind it; None to leave it as it is."""
         before: object = None
         if self._running and self._running[-1].tracked is tracked:
             running = self._running.pop()

@@ -145,15 +145,25 @@ class GradientSampler(ABC):
 
 
 def own_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Return the local names of a module's own parameters, those behind parametrisations included.
+    """Return the local names of a module's own parameters, dotted for those that it holds apart.
 
-    A parametrised `weight` is computed from `parametrizations.weight.original`.
+    A parametrised `weight` is computed from `parametrizations.weight.original`, and lists and
+    dictionaries of parameters are modules, though nobody calls them.
     """
     return tuple(
         name
         for name, _ in module.named_parameters(remove_duplicate=False)
-        if "." not in name or name.startswith("parametrizations.")
+        if name.startswith("parametrizations.") or _holders_only(module, name)
     )
+
+
+def _holders_only(module: nn.Module, name: str) -> bool:
+    """Tell whether there are only lists and dictionaries between a module and a parameter."""
+    for part in name.split(".")[:-1]:
+        module = module.get_submodule(part)
+        if not isinstance(module, nn.ParameterList | nn.ParameterDict):
+            return False
+    return True
 
 
 def as_tokens(values: Tensor) -> Tensor:

@@ -60,7 +60,11 @@ class EmbeddingSampler(GradientSampler):
         Returns:
             `[N, T]`, zero for padding; None stands for ones.
         """
-        return None if module.padding_idx is None else index != module.padding_idx
+        padding = module.padding_idx
+        if padding is None:
+            return None
+        # One that was set later may be counted from the end, as torch takes it.
+        return index != (padding if padding >= 0 else module.num_embeddings + padding)
 
     def gradients(
         self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
