@@ -20,7 +20,7 @@ EVERYTHING = {"ghost_core", "ghost_layers", "ghost_engines", "ghost_examples", "
 MAY_IMPORT = {
     "ghost-core": {"ghost_core"},
     "ghost-layers": {"ghost_core", "ghost_layers"},
-    "ghost-engines": {"ghost_core", "ghost_engines"},
+    "ghost-engines": {"ghost_core", "ghost_engines", "transformers"},
     "ghost-examples": EVERYTHING,
 }
 DEFAULT_SESSIONS = ["lint", "typecheck", "tests", "docs", "build", "wheels", "isolated"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import Batch, CaptureError, Engine, Freeze, Pass, PerSampleGradient, Site
-from ghost_core.engine import as_ids
+from ghost_core.batch import as_ids
 from ghost_core.testing import GradientHolder
 from ghost_core.testing.snapshots import assert_untouched, traces
 

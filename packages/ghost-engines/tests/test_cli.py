@@ -46,8 +46,9 @@ def damage(root: Path) -> Path:
 
 def test_help_names_the_commands_and_what_they_take(capsys):
     for arguments, words in {
-        ("--help",): ["plugins", "store", "--version"],
+        ("--help",): ["plugins", "store", "verify", "--version"],
         ("store", "--help"): ["PATH", "--verify"],
+        ("verify", "--help"): ["MODEL", "--data", "--loss"],
     }.items():
         with pytest.raises(SystemExit) as caught:
             cli.main(arguments)

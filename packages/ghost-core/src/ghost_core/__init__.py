@@ -1,7 +1,9 @@
 """Per-sample gradient algebra, the sampler and engine interfaces, and the plugin system."""
 
+from ghost_core.batch import Batch, SampleIds
 from ghost_core.capture import Pass
-from ghost_core.engine import Batch, Engine, EngineOptions, SampleIds
+from ghost_core.deviation import ParameterCheck, Verification
+from ghost_core.engine import Engine, EngineOptions
 from ghost_core.errors import (
     CaptureError,
     GhostError,
@@ -14,11 +16,11 @@ from ghost_core.errors import (
     WrongSplitError,
 )
 from ghost_core.factors import InputFactor, Record, Rows, Tokens
+from ghost_core.freeze import Freeze
 from ghost_core.gradients import Dense, Outer, PerSampleGradient, matrix_shape
 from ghost_core.hookspecs import hookimpl
 from ghost_core.numerics import accumulation_dtype, full_precision
 from ghost_core.projection import Projection
-from ghost_core.recorder import Freeze
 from ghost_core.registry import SamplerRegistry
 from ghost_core.rows import Owned
 from ghost_core.sampler import Call, GradientSampler, as_tokens
@@ -38,6 +40,7 @@ __all__ = [
     "MissingExtraError",
     "Outer",
     "Owned",
+    "ParameterCheck",
     "Pass",
     "Patterns",
     "PerSampleGradient",
@@ -53,6 +56,7 @@ __all__ = [
     "UnknownNameError",
     "UnknownOptionError",
     "UnsupportedLayerError",
+    "Verification",
     "WrongSplitError",
     "accumulation_dtype",
     "as_tokens",

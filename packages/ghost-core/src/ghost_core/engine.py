@@ -5,65 +5,28 @@ from __future__ import annotations
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import ClassVar, Generic, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
 from ghost_core.capture import Pass
 from ghost_core.errors import CaptureError, UnknownOptionError
 from ghost_core.factors import Record
+from ghost_core.freeze import Freeze
 from ghost_core.gradients import PerSampleGradient
-from ghost_core.recorder import Freeze, Recorder
+from ghost_core.recorder import Recorder
 from ghost_core.registry import SamplerRegistry
 from ghost_core.tracking import Patterns, Selection, Site, Tracking, track
 
-ResultT = TypeVar("ResultT")
+if TYPE_CHECKING:
+    from ghost_core.deviation import Verification
 
 logger = logging.getLogger(__name__)
-
-SampleIds = Sequence[int] | Tensor | np.ndarray
-
-
-class Batch(Generic[ResultT]):
-    """A batch of samples on its way through an engine.
-
-    Attributes:
-        ids: The samples' ids, int64 `[N]`.
-        verified: Whether the split by sample was verified on this model.
-    """
-
-    def __init__(self, ids: Tensor, verified: bool) -> None:
-        self.ids = ids
-        self.verified = verified
-        self._results: list[ResultT] = []
-
-    @property
-    def n(self) -> int:
-        """Number of samples N."""
-        return len(self.ids)
-
-    @property
-    def result(self) -> ResultT:
-        """What the engine made of the batch.
-
-        Raises:
-            CaptureError: If the batch is still open, or an exception ended it.
-        """
-        if not self._results:
-            raise CaptureError(
-                "the batch has no result: it is still open (read results after the with block), or "
-                "an exception ended it"
-            )
-        return self._results[0]
-
-    def finish(self, result: ResultT) -> None:
-        """Set the result."""
-        self._results[:] = [result]
 
 
 class EngineOptions(TypedDict, total=False):
@@ -242,6 +205,69 @@ class Engine(ABC, Generic[ResultT]):
             raise CaptureError("there was no batch yet: with engine.batch(ids): ...")
         return self._batch.result
 
+    def verify(
+        self,
+        losses: Callable[[], Tensor] | Tensor,
+        *,
+        samples: int = 8,
+        tolerance: float | None = None,
+        owners: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Verification:
+        """Compare ghost's gradients of some samples with one autograd call per sample.
+
+        Either give a function, outside of a batch, which leaves no trace and serves every engine:
+
+            engine.verify(lambda: per_sample_loss(model, batch)).raise_if_wrong()
+
+        Or, inside of `batch`, losses of the model's one pass there, before they are backpropagated.
+
+        Args:
+            losses: One loss per sample, floating `[N]`, or a function that runs the model and
+                returns them; see `ghost_core.comparison.compare`.
+            samples: How many samples to compare, spread over the batch, first and last included.
+            tolerance: Error allowed relative to a sample's gradient; by default by dtype.
+            owners: With a function: tensors that `row_owner` names, as `batch` takes them.
+
+        Returns:
+            The errors by parameter: `table()`, `verdict`, `ok`, `raise_if_wrong()`.
+
+        Raises:
+            CaptureError: If an option does not fit, or there is nothing to compare.
+            WrongSplitError: If the split by sample is refused.
+        """
+        from ghost_core import comparison  # built on engines
+
+        if isinstance(losses, Tensor):
+            if self._recorder is None or not self._open:
+                raise CaptureError(
+                    "losses belong to an open batch: call verify() inside of engine.batch(ids), "
+                    "or give it a function that computes them"
+                )
+            if owners:
+                raise CaptureError("the batch is open: give owners to engine.batch()")
+            return comparison.compare_open(
+                self.model, self.tracking, self._recorder, losses, samples, tolerance
+            )
+        if difference := self.tracking.difference(self._track()):
+            raise CaptureError(
+                f"the model changed since the engine was made ({difference}): make a new engine"
+            )
+        chosen = self.selection
+        return comparison.compare(
+            self.model,
+            losses,
+            samples=samples,
+            tolerance=tolerance,
+            owners=owners,
+            verify=self.verifies,
+            layers=chosen.layers,
+            exclude=chosen.exclude,
+            generic=chosen.generic,
+            batch_dim=chosen.batch_dim,
+            row_owner=chosen.row_owner,
+            registry=chosen.registry,
+        )
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the model alone inside, also where a batch is open."""
@@ -348,27 +374,3 @@ class Engine(ABC, Generic[ResultT]):
                 for name, flag in changed.items()
             )
             raise CaptureError(f"since the engine was made, {listed}: make a new engine")
-
-
-def as_ids(ids: SampleIds) -> Tensor:
-    """Return sample ids as int64 `[N]` on the CPU.
-
-    Raises:
-        CaptureError: If they are not one integer per sample.
-    """
-    if isinstance(ids, Sequence) and any(isinstance(sample, str) for sample in ids):
-        raise CaptureError("ids must be one integer per sample, not strings")
-    try:
-        tensor = torch.as_tensor(ids)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CaptureError(f"ids must be one integer per sample: {error}") from error
-    if tensor.numel() == 0 and tensor.dim() == 1:
-        return tensor.to("cpu", torch.int64)
-    wrong = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
-    if tensor.dtype == torch.uint64 and tensor.numel():
-        wrong = wrong or int(tensor.cpu().numpy().max()) > torch.iinfo(torch.int64).max
-    if tensor.dim() != 1 or wrong:
-        raise CaptureError(
-            f"ids must be one integer per sample, not {tensor.dtype} of shape {tuple(tensor.shape)}"
-        )
-    return tensor.to("cpu", torch.int64, copy=True)

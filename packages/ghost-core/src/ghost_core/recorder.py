@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from enum import Enum
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -23,24 +21,13 @@ from torch.utils.hooks import RemovableHandle
 from ghost_core.arrival import Arrival, keep
 from ghost_core.capture import BatchCapture, Listener, Pass
 from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.freeze import Freeze, Running, is_differentiable
 from ghost_core.hooks import Hook, in_backward
 from ghost_core.layout import describe, expanded, lay_out
 from ghost_core.numerics import full_precision
 from ghost_core.tap import Tap
 from ghost_core.tracking import TrackedModule, owner_of
 from ghost_core.verification import Receive, Verifier
-
-
-class Freeze(Enum):
-    """What happens to the weight gradients of tracked modules while an engine is attached."""
-
-    NEVER = "never"
-    """Autograd makes them as always: training is bit-identical."""
-    CALL = "call"
-    """The engine makes them: parameters do not require grad during the module's call, and the
-    Tap returns their gradient, so that accumulation and tied weights keep working."""
-    PASS = "pass"
-    """Nobody makes them: all parameters are frozen while attached. For corpus passes."""
 
 
 class Recorder:
@@ -60,7 +47,7 @@ class Recorder:
         self._verifier = Verifier(model, {}, self._seed)
         self._batch: BatchCapture | None = None
         self._pass: Pass | None = None
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
         self._paused = False
         self._dim = 0
         self._told_apart = False
@@ -130,6 +117,21 @@ class Recorder:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
             self._paused = before
+
+    @property
+    def makes_gradients(self) -> bool:
+        """Whether an engine makes weight gradients in place of autograd."""
+        return any(mode is Freeze.CALL for _, mode in self._attached.values())
+
+    @property
+    def attached(self) -> bool:
+        """Whether any engine is attached."""
+        return bool(self._attached)
+
+    @property
+    def verified(self) -> bool:
+        """Whether the passes of the open batch are verified, all of them so far."""
+        return self._batch is not None and self._verifying and self._batch.verified
 
     def compare(self, loss: Tensor, receive: Receive) -> None:
         """Backpropagate a loss of the open batch, for somebody else than the engines.
@@ -210,14 +212,7 @@ class Recorder:
         for listener, _ in self._attached.values():
             for tracked in listener.tracking.modules:
                 known = self._tracked.get(tracked.name, tracked)
-                if not known.agrees(tracked):
-                    raise CaptureError(
-                        "engines on one model must agree on batch_dim, row_owner and the sampler "
-                        f"of {tracked.label}"
-                    )
-                self._tracked[tracked.name] = replace(
-                    tracked, sites={**known.sites, **tracked.sites}
-                )
+                self._tracked[tracked.name] = known.joined(tracked)
         dims = {listener.tracking.batch_dim for listener, _ in self._attached.values()} or {0}
         if len(dims) > 1:
             raise CaptureError("engines on one model must agree on batch_dim of the model itself")
@@ -297,16 +292,13 @@ class Recorder:
                     f"{tracked.label} was called with another value for its {local} (by "
                     "torch.func.functional_call?), whose gradient is not the parameter's"
                 )
-        running = _Running(tracked, [])
+        running = Running(tracked)
         self._running.append(running)
         if torch.is_grad_enabled():
             with self.silence():
                 running.before = tracked.sampler.prepare(module)
             for local in self._made(tracked):
-                parameter = module.get_parameter(local)
-                if parameter.requires_grad:
-                    running.withheld.append(parameter)
-                    parameter.requires_grad_(False)
+                running.withhold(module.get_parameter(local))
 
     def _after_call(
         self, tracked: TrackedModule, module: nn.Module, args: Any, kwargs: Any, output: Any
@@ -347,7 +339,7 @@ class Recorder:
         if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
             raise CaptureError(f"{tracked.label} returned complex numbers: exclude it")
         frozen = bool(self._flags) or bool(self._made(tracked))
-        taken = [at for at, leaf in enumerate(leaves) if _is_differentiable(leaf, frozen)]
+        taken = [at for at, leaf in enumerate(leaves) if is_differentiable(leaf, frozen)]
         if not taken:
             batch.unseen.add(tracked.name)
             return None
@@ -430,23 +422,3 @@ class Recorder:
         return frozenset(
             site.parameter for running in self._running for site in running.tracked.sites.values()
         )
-
-
-@dataclass
-class _Running:
-    """A tracked module's call on its way, and the parameters withheld from autograd meanwhile."""
-
-    tracked: TrackedModule
-    withheld: list[nn.Parameter]
-    before: object = None
-
-    def restore(self) -> None:
-        for parameter in self.withheld:
-            parameter.requires_grad_(True)
-
-
-def _is_differentiable(leaf: object, frozen: bool) -> bool:
-    """Tell whether gradients can arrive at an output; frozen ones get a graph from their Tap."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return False
-    return leaf.requires_grad or frozen

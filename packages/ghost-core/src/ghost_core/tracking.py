@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from types import MappingProxyType
@@ -66,11 +66,19 @@ class TrackedModule:
     batch_dim: int = 0
     row_owner: str | None = None
 
-    def agrees(self, other: TrackedModule) -> bool:
-        """Tell whether another engine captures the same module in the same way."""
+    def joined(self, other: TrackedModule) -> TrackedModule:
+        """Return the module with what another engine tracks of it too.
+
+        Raises:
+            CaptureError: If the engines capture it in different ways.
+        """
         mine = (self.module, type(self.sampler), self.batch_dim, self.row_owner)
-        theirs = (other.module, type(other.sampler), other.batch_dim, other.row_owner)
-        return mine == theirs
+        if mine != (other.module, type(other.sampler), other.batch_dim, other.row_owner):
+            raise CaptureError(
+                "engines on one model must agree on batch_dim, row_owner and the sampler of "
+                f"{self.label}"
+            )
+        return replace(self, sites={**self.sites, **other.sites})
 
     def output_dims(self, outputs: int) -> tuple[int, ...]:
         """Return the axis of the samples in each of its outputs."""

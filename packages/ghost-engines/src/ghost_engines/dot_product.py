@@ -17,10 +17,10 @@ from ghost_core import (
     EngineOptions,
     Pass,
     PerSampleGradient,
+    SampleIds,
     Site,
     UnknownNameError,
 )
-from ghost_core.engine import SampleIds
 from ghost_core.numerics import accumulation_dtype
 from ghost_engines.directions import Closure, Direction, given
 from ghost_engines.scores import ScoredBatch, ScoreObserver, Scores, TokenSum

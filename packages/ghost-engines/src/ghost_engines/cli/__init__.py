@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,13 @@ import tyro
 
 from ghost_core import GhostError
 from ghost_core.plugins import installed
+from ghost_engines.cli.tables import one_line, print_table, stop_printing
+from ghost_engines.cli.verify_command import verify
 from ghost_engines.store import DamagedStoreError, GradientStore
 from ghost_engines.store.manifest import version
 
 _app = tyro.extras.SubcommandApp()
+_app.command(verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the command's name; by default what the shell gave.
 
     Returns:
-        The exit status: 0; 1 if a check found damage; 2 if the command could not do its work.
+        The exit status: 0; 1 if a check found damage, or gradients that are not exact; 2 if the
+        command could not do its work.
 
     Raises:
         SystemExit: After `--help`, or if the arguments cannot be understood.
@@ -43,11 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has seen enough. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stop_printing()
         return 0
     except (GhostError, OSError) as error:
-        print(f"ghost: {_one_line(error)}", file=sys.stderr)
+        print(f"ghost: {one_line(error)}", file=sys.stderr)
         return 2
     return status
 
@@ -60,7 +62,7 @@ def plugins() -> int:
     terminal, many offers of one kind are counted instead.
     """
     shown = _counted if sys.stdout.isatty() else ", ".join
-    _print_table(
+    print_table(
         ("plugin", "version", "offers", "status"),
         (
             (plugin.name, plugin.version, shown(plugin.offers) or "-", plugin.status)
@@ -88,12 +90,12 @@ def store(path: Path, /, verify: bool = False) -> int:
         for problem in str(error).splitlines():
             print(f"damaged: {problem}")
         return 1
-    _print_table(("property", "value"), _described(opened))
+    print_table(("property", "value"), _described(opened))
     layers = opened.manifest.engine.get("layers")
     if isinstance(layers, list) and layers and all(isinstance(layer, dict) for layer in layers):
         titles = list(dict.fromkeys(title for layer in layers for title in layer))
         print()
-        _print_table(titles, ([_cell(layer.get(key)) for key in titles] for layer in layers))
+        print_table(titles, ([_cell(layer.get(key)) for key in titles] for layer in layers))
     if verify:
         print("\nverified: every shard fits its hash")
     return 0
@@ -138,24 +140,3 @@ def _cell(value: Any) -> str:
             return "×".join(map(str, value))
         case _:
             return str(value).removeprefix("torch.")
-
-
-def _print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print aligned columns for a person, or fields separated by tabs for a program."""
-    table = [titles, *([_one_line(cell) for cell in row] for row in rows)]
-    if not sys.stdout.isatty():
-        for row in table:
-            print("\t".join(row))
-        return
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

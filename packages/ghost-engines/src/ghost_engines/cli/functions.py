@@ -1,0 +1,86 @@
+"""Finds and calls what a user named as `module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from ghost_core import GhostError
+from ghost_engines.cli.errors import CommandError
+
+
+@contextmanager
+def importable_from_here() -> Iterator[None]:
+    """Let modules in the current directory be imported, as `python -m` does."""
+    before = list(sys.path)
+    sys.path.insert(0, str(Path.cwd()))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def find_function(text: str, option: str) -> Callable[..., Any]:
+    """Import what an option names.
+
+    Args:
+        text: `module:function`, both possibly dotted.
+        option: The option, for errors.
+
+    Returns:
+        The function; exceptions that it raises become errors of one line.
+
+    Raises:
+        CommandError: If there is no such module or function, or it cannot be imported.
+    """
+    name, _, path = text.partition(":")
+    if not all(part.isidentifier() for part in [*name.split("."), *path.split(".")]):
+        raise CommandError(f"{option}: {text!r} is not of the form module:function")
+    try:
+        module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
+            raise CommandError(
+                f"{option}: there is no module {missing!r}, neither in the current directory nor "
+                "among the installed ones"
+            ) from error
+        raise CommandError(f"{option}: {_raised(f'importing {name}', error)}") from error
+    try:
+        function = reduce(getattr, path.split("."), module)
+    except AttributeError as error:
+        raise CommandError(f"{option}: {name} has no {path!r}") from error
+    if not callable(function):
+        raise CommandError(
+            f"{option}: {text} is no function, but of type {type(function).__name__}"
+        )
+    return reporting(function, f"{option}: {text}")
+
+
+def reporting(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """Let a function's exceptions, other than those of ghost, become errors of one line.
+
+    Args:
+        function: The function.
+        what: What it is, for the error.
+    """
+
+    def called(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except GhostError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise CommandError(_raised(what, error)) from error
+
+    return called
+
+
+def _raised(what: str, error: BaseException) -> str:
+    return f"{what} raised {type(error).__name__}: {error}"

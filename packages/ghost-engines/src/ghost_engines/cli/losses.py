@@ -1,0 +1,66 @@
+"""The loss that language models are verified with, unless another one is given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghost_engines.cli.errors import CommandError
+
+
+def next_token_losses(model: nn.Module, batch: Any) -> Tensor:
+    """Return the mean cross-entropy of each sample's next tokens, `[N]`, without padding.
+
+    Logits are widened to float32, or float64 if they are. A sample without a token to predict has
+    a loss of zero. Encoder-decoder models read the same tokens on both sides.
+
+    Args:
+        model: Maps token ids `[N, T]` to logits `[N, T, vocabulary]`, or to an object or tuple
+            that holds them.
+        batch: Token ids, or a mapping with `input_ids` and perhaps `attention_mask`.
+
+    Raises:
+        CommandError: If batch or output are of another kind.
+    """
+    ids, mask = _tokens(batch)
+    logits = _logits(model, ids, mask)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    each = nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
+    predicted = mask[:, 1:] * mask[:, :-1]
+    # A padded position may hold anything, also NaN.
+    total = torch.where(predicted != 0, each, 0.0).sum(1)
+    return total / predicted.sum(1).clamp(min=1)
+
+
+def _tokens(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask, `[N, T]` each."""
+    given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        raise CommandError(
+            "the batch has no token ids [N, T]: give a loss for it, --loss module:function"
+        )
+    return ids.long(), torch.ones_like(ids) if mask is None else mask.long()
+
+
+def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Call a model with the inputs that it takes."""
+    offered = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    taken = inspect.signature(model.forward).parameters
+    if "input_ids" in taken:
+        output = model(**{name: value for name, value in offered.items() if name in taken})
+    else:
+        output = model(ids)
+    logits = getattr(output, "logits", output)
+    logits = logits[0] if isinstance(logits, tuple | list) and logits else logits
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids.shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise CommandError(
+            f"the model returned no logits {(*ids.shape, 'vocabulary')}, but {found}: give a loss "
+            "for it, --loss module:function"
+        )
+    return logits

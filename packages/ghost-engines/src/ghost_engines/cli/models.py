@@ -1,0 +1,118 @@
+"""Loads the model to verify: a checkpoint of transformers, or what a function returns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ghost_core import MissingExtraError
+from ghost_engines.cli.errors import CommandError
+from ghost_engines.cli.functions import find_function
+
+
+def load_model(text: str) -> nn.Module:
+    """Load a model from a folder, or call a function that returns one.
+
+    Args:
+        text: A folder with `config.json` and weights, or `module:function`.
+
+    Raises:
+        CommandError: If neither gives a model.
+        MissingExtraError: If transformers is needed and not installed.
+    """
+    if is_folder(text):
+        return _load_checkpoint(Path(text))
+    if ":" not in text:
+        raise CommandError(f"MODEL: {text} is neither a folder nor module:function")
+    model = find_function(text, "MODEL")()
+    if not isinstance(model, nn.Module):
+        raise CommandError(f"MODEL: {text} returned a {type(model).__name__}, no torch.nn.Module")
+    return model
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a checkpoint's tokenizer, which can pad.
+
+    Raises:
+        CommandError: If there is none, or it has no token to pad with.
+        MissingExtraError: If transformers is not installed.
+    """
+    transformers = _transformers("a tokenizer")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise CommandError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+    # Where its files are missing, transformers makes one that knows no word.
+    files = list(tokenizer.vocab_files_names.values())
+    if files and not any((folder / name).is_file() for name in files):
+        raise CommandError(
+            f"{folder} has no tokenizer that can be loaded: no file {' or '.join(files)}"
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise CommandError(
+                f"the tokenizer of {folder} has no token to pad with: give token ids instead"
+            )
+        tokenizer.pad_token = tokenizer.eos_token  # the attention mask tells them apart
+    return tokenizer
+
+
+def is_folder(text: str) -> bool:
+    """Tell whether a model is given as a folder."""
+    return Path(text).is_dir()
+
+
+def _load_checkpoint(folder: Path) -> nn.Module:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CommandError(f"MODEL: {folder} has no config.json, so it is no checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        (name,) = config["architectures"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"MODEL: {path} does not name one class in 'architectures'") from error
+    transformers = _transformers("a checkpoint")
+    kind = getattr(transformers, str(name), None)
+    if kind is None or "auto_map" in config:
+        raise CommandError(
+            f"MODEL: the class {name} of {folder} is not one of transformers "
+            f"{transformers.__version__}: write a function that loads it, and give module:function"
+        )
+    with _bars_at_a_terminal(transformers):
+        try:
+            model: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
+        except Exception as error:
+            raise CommandError(f"MODEL: {folder} cannot be loaded: {error}") from error
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model
+
+
+def _transformers(purpose: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "ghost-engines[transformers]", purpose) from error
+    return transformers
+
+
+@contextmanager
+def _bars_at_a_terminal(transformers: Any) -> Iterator[None]:
+    """Let transformers show its progress bars at a terminal only."""
+    logging = transformers.utils.logging
+    hide = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()

@@ -1,0 +1,44 @@
+"""Prints tables and single lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print aligned columns for a person, or fields separated by tabs for a program."""
+    table = [titles, *([one_line(cell) for cell in row] for row in rows)]
+    if not sys.stdout.isatty():
+        for row in table:
+            print("\t".join(row))
+        return
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def one_line(value: object) -> str:
+    """Return a value as text without line breaks or tabs."""
+    return " ".join(str(value).split())
+
+
+def stop_printing() -> None:
+    """Drop what is printed from now on, because the reader has seen enough.
+
+    Python would complain again when it flushes at exit.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def while_read() -> Iterator[None]:
+    """Print what is printed inside, and go on where nobody reads it any more."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        stop_printing()
