@@ -60,11 +60,12 @@ class EmbeddingSampler(GradientSampler):
         Returns:
             `[N, T]`, zero for padding; None stands for ones.
         """
-        padding = module.padding_idx
+        padding: int | None = module.padding_idx
         if padding is None:
             return None
         # One that was set later may be counted from the end, as torch takes it.
-        return index != (padding if padding >= 0 else module.num_embeddings + padding)
+        kept: Tensor = index != padding % module.num_embeddings
+        return kept
 
     def gradients(
         self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]

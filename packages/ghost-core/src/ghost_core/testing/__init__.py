@@ -3,6 +3,16 @@
 It needs nothing but ghost-core, and no test framework: checks raise `AssertionError`.
 """
 
+from ghost_core.testing.cases import (
+    LAYERS,
+    VARIANTS,
+    LayerExample,
+    check_example,
+    check_layer,
+    of_class,
+    of_family,
+    semantic_key,
+)
 from ghost_core.testing.engines import check_engine
 from ghost_core.testing.holder import GradientHolder, Held, Use
 from ghost_core.testing.operations import Gradients, check_operations
@@ -18,10 +28,13 @@ from ghost_core.testing.samplers import REDUCED_PRECISION, check_sampler
 from ghost_core.testing.tiny import TinyTransformer, next_token_losses
 
 __all__ = [
+    "LAYERS",
     "REDUCED_PRECISION",
+    "VARIANTS",
     "GradientHolder",
     "Gradients",
     "Held",
+    "LayerExample",
     "PlainEmbedding",
     "PlainLayerNorm",
     "PlainLinear",
@@ -30,10 +43,15 @@ __all__ = [
     "agreeing_gradients",
     "assert_within",
     "check_engine",
+    "check_example",
+    "check_layer",
     "check_operations",
     "check_projection",
     "check_sampler",
     "next_token_losses",
+    "of_class",
+    "of_family",
     "per_sample_gradients",
     "plain_registry",
+    "semantic_key",
 ]
