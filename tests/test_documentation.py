@@ -29,6 +29,9 @@ INSIDE_THE_LOOP = {"Gradient accumulation"}
 HEAD_ONLY = {"Validation directions"}
 """Sections whose code gives directions for the head alone, which then is all that is tracked."""
 
+SEEING = "Where the samples are"
+"""The section whose model has an encoder and sees images."""
+
 NOT_RUN: dict[str, str] = {}
 """Reasons by section whose code cannot be run."""
 
@@ -81,6 +84,19 @@ class Model(nn.Module):
         return self.head(torch.relu(self.mlp(torch.tanh(self.attn(inputs)))))
 
 
+class Seeing(Model):
+    """Has an encoder, and sees four images, of the samples that the page tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.vision = nn.Sequential(nn.Linear(6, 6)), nn.Sequential(nn.Linear(5, 6))
+
+    def forward(self, inputs):
+        seen = self.vision(torch.linspace(-1, 1, 20).reshape(4, 5))
+        owner = torch.tensor([0, 0, 1, 3])
+        return super().forward(self.encoder(inputs).index_add(0, owner, seen))
+
+
 def per_sample_loss(model, batch):
     """Return `[N]`; a batch holds features and, in the last column, labels."""
     return cross_entropy(model(batch[:, :-1]), batch[:, -1].long(), reduction="none")
@@ -97,7 +113,7 @@ def draw(n):
 def prepared(section):
     """Return the names that a reader who is in the middle of a program has."""
     torch.manual_seed(0)
-    model, val_batch = Model(), draw(16)
+    model, val_batch = Seeing() if section == SEEING else Model(), draw(16)
     engines = {
         name: DotProductEngine(model, layers="head" if section in HEAD_ONLY else "*")
         for name in ("engine", "dots")
@@ -116,6 +132,7 @@ def prepared(section):
         "per_sample_loss": per_sample_loss,
         "projections": ProjectionEngine(model, dim=16),
         "val_batch": val_batch,
+        "torch": torch,
         "w": torch.randn(3, 8),
         **engines,
     }
