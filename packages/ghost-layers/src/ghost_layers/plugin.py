@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from ghost_core import GradientSampler, hookimpl
+from ghost_layers.attention import MultiheadAttentionSampler
 from ghost_layers.convolution import ConvolutionSampler
 from ghost_layers.embedding import EmbeddingBagSampler, EmbeddingSampler
+from ghost_layers.generic import GenericSampler
 from ghost_layers.linear import Conv1DSampler, FalconLinearSampler, LinearSampler
 from ghost_layers.normalization import (
     BatchNormSampler,
@@ -17,8 +19,10 @@ from ghost_layers.normalization import (
     LayerNormSampler,
     RMSNormSampler,
 )
+from ghost_layers.recurrent import RecurrentCellSampler, RecurrentSampler
 from ghost_layers.transformers_embeddings import TRANSFORMERS_EMBEDDINGS
 from ghost_layers.transformers_norms import TRANSFORMERS_NORMS
+from ghost_layers.transformers_replays import TRANSFORMERS_REPLAYS
 
 
 @hookimpl
@@ -41,8 +45,17 @@ def ghost_samplers() -> Mapping[str | type[nn.Module], type[GradientSampler]]:
         nn.BatchNorm2d: BatchNormSampler,
         nn.BatchNorm3d: BatchNormSampler,
         nn.SyncBatchNorm: BatchNormSampler,
+        nn.MultiheadAttention: MultiheadAttentionSampler,
+        nn.RNN: RecurrentSampler,
+        nn.LSTM: RecurrentSampler,
+        nn.GRU: RecurrentSampler,
+        nn.RNNCell: RecurrentCellSampler,
+        nn.LSTMCell: RecurrentCellSampler,
+        nn.GRUCell: RecurrentCellSampler,
+        nn.Module: GenericSampler,  # whatever nothing else is for
         "transformers.pytorch_utils.Conv1D": Conv1DSampler,
         "transformers.models.falcon.modeling_falcon.FalconLinear": FalconLinearSampler,
         **TRANSFORMERS_EMBEDDINGS,  # Embedding(index) * embed_scale
+        **TRANSFORMERS_REPLAYS,  # Mamba's mixers and T5's relative biases
         **TRANSFORMERS_NORMS,  # root-mean-square norms and bias-free layer norms
     }

@@ -1,0 +1,67 @@
+"""The sampler for `torch.nn.MultiheadAttention`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ghost_core import Call
+from ghost_layers.generic import ReplaySampler
+from ghost_layers.replay import Leaf
+from ghost_layers.surroundings import RefusalError
+
+
+class MultiheadAttentionSampler(ReplaySampler):
+    """Per-sample gradients of `MultiheadAttention`, its output projection included.
+
+    Queries, keys and values are `[N, T, d]`, or `[T, N, d]` without `batch_first`. A padding mask
+    `[N, S]` and an attention mask `[N·heads, T, S]` belong to samples; samples share an attention
+    mask `[T, S]`, also where it has as many rows as there are samples.
+    """
+
+    parameters = (
+        "in_proj_weight",
+        "in_proj_bias",
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+        "bias_k",
+        "bias_v",
+        "out_proj.weight",
+        "out_proj.bias",
+    )
+
+    def batch_dims(self, module: nn.Module, outputs: int) -> tuple[int, ...]:
+        """Attention weights are `[N, T, S]` or `[N, heads, T, S]` in any case."""
+        attention: Any = module
+        return (0 if attention.batch_first else 1, 0)[:outputs]
+
+    def sides(self, call: Call) -> Mapping[int, Leaf]:
+        """Find the samples of the inputs and masks.
+
+        Raises:
+            RefusalError: If there is no axis for samples.
+        """
+        module: Any = call.module
+        sides: dict[int, Leaf] = {}
+        for at, name in enumerate(("query", "key", "value")):
+            value: Tensor = call.argument(at, name)
+            if value.dim() != 3:
+                raise RefusalError(
+                    f"its {name} has the shape {tuple(value.shape)}, without an axis for samples",
+                    "give it inputs with three axes",
+                )
+            sides[id(value)] = Leaf(own=True, axis=0 if module.batch_first else 1)
+        padding, mask = _given(call, 3, "key_padding_mask"), _given(call, 5, "attn_mask")
+        if padding is not None:
+            sides[id(padding)] = Leaf(own=True)
+        if mask is not None:
+            sides[id(mask)] = Leaf(own=mask.dim() == 3, fold=mask.dim() == 3)
+        return sides
+
+
+def _given(call: Call, position: int, name: str) -> Tensor | None:
+    value: Tensor | None = call.kwargs.get(name)
+    return call.args[position] if position < len(call.args) else value

@@ -1,0 +1,118 @@
+"""Samplers for the recurrent layers of torch: `RNN`, `LSTM`, `GRU` and their cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
+
+from ghost_core import Call, PerSampleGradient, Record
+from ghost_layers.generic import ReplaySampler
+from ghost_layers.replay import Forward, Leaf, Plan, Replay, Way
+from ghost_layers.surroundings import RefusalError
+from ghost_layers.unrolled import Unrolled, differentiate, unroll
+
+
+class RecurrentSampler(ReplaySampler):
+    """Per-sample gradients of `RNN`, `LSTM` and `GRU`.
+
+    Inputs are `[T, N, d]`, or `[N, T, d]` with `batch_first`; states are `[layers, N, p]` always.
+
+    The layer runs again step by step, for all samples at once, which gives the gradients of the
+    results of its linear maps; with their inputs, these are the weights' gradients, never built.
+    Where that does not return what the layer did, as with cuDNN's dropout, or weights are
+    parametrised, it runs again as any module does.
+    """
+
+    def batch_dims(self, module: nn.Module, outputs: int) -> tuple[int, ...]:
+        """Only the first output depends on `batch_first`."""
+        layer: Any = module
+        return (0 if layer.batch_first else 1, 1, 1)[:outputs]
+
+    def sides(self, call: Call) -> Mapping[int, Leaf]:
+        """Find the samples of the inputs and states.
+
+        Raises:
+            RefusalError: If there is no axis for samples, or sequences are packed.
+        """
+        layer: Any = call.module
+        inputs = call.argument(0, "input")
+        if isinstance(inputs, PackedSequence):
+            raise RefusalError(
+                "it got a PackedSequence, whose rows are steps of several samples",
+                "give it padded tensors, and mask the loss",
+            )
+        if inputs.dim() != 3:
+            raise RefusalError(
+                f"its input has the shape {tuple(inputs.shape)}, without an axis for samples",
+                "give it an input with three axes",
+            )
+        states = call.args[1:] or (call.kwargs.get("hx"),)
+        sides = {
+            id(state): Leaf(own=True, axis=1)
+            for state in tree_leaves(states)
+            if isinstance(state, Tensor)
+        }
+        return {**sides, id(inputs): Leaf(own=True, axis=0 if layer.batch_first else 1)}
+
+    def rewritten(self, module: nn.Module, count: int) -> Forward | None:
+        """Run it step by step, where nothing stands behind its weights."""
+        layer: Any = module
+        plain = all(name in layer._parameters for name in layer._flat_weights_names)
+        return _outputs if plain else None
+
+    def gradients(
+        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+    ) -> Mapping[str, PerSampleGradient]:
+        """Run the layer again and differentiate it."""
+        plan: Plan = call.static
+        (replay,) = records.values()
+        assert isinstance(replay, Replay)
+        if plan.way is not Way.REWRITTEN:
+            return super().gradients(call, records, grads)
+        wanted = {
+            plan.wanted[local]: replay.values[plan.wanted[local]].detach().requires_grad_()
+            for local in call.shapes
+        }
+        with torch.enable_grad(), plan.surroundings():
+            inputs = plan.whole(replay.inputs)
+            unrolled: Unrolled = plan.called(_unrolled, replay.values | wanted, inputs)
+            outputs, slopes = plan.sloped(unrolled.outputs, replay, grads)
+            made = differentiate(outputs, slopes, unrolled.maps, call.shapes)
+        if replay.rows is None:
+            return made
+        return {local: gradient.narrow(replay.rows) for local, gradient in made.items()}
+
+
+def _unrolled(module: nn.Module, input: Tensor, hx: Any = None) -> Unrolled:
+    assert isinstance(module, nn.RNNBase)
+    return unroll(module, input, hx)
+
+
+def _outputs(module: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
+    return _unrolled(module, *args, **kwargs).outputs
+
+
+class RecurrentCellSampler(ReplaySampler):
+    """Per-sample gradients of `RNNCell`, `LSTMCell` and `GRUCell`, for inputs `[N, d]`."""
+
+    parameters = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+    def sides(self, call: Call) -> Mapping[int, Leaf]:
+        """Find the samples of the input and the states.
+
+        Raises:
+            RefusalError: If there is no axis for samples.
+        """
+        tensors = [value for value in tree_leaves((call.args, call.kwargs)) if value is not None]
+        for value in tensors:
+            if value.dim() != 2:
+                raise RefusalError(
+                    f"it got a tensor of shape {tuple(value.shape)}, without an axis for samples",
+                    "give it inputs with two axes",
+                )
+        return {id(value): Leaf(own=True) for value in tensors}

@@ -1,0 +1,50 @@
+"""Every layer configuration of the public table: all operations are exact, or it is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from ghost_core.testing.cases import LAYERS, VARIANTS, check_example
+
+REFUSED = {
+    "batch norm 1d in training",
+    "batch norm 2d in training",
+    "batch norm without running statistics",
+    "centred over the batch",
+    "contrasted over the batch",
+    "conv1d, unbatched",
+    "conv2d, unbatched",
+    "embedding bag, max",
+    "embedding bag, offsets",
+    "embedding bag, scaled by frequency",
+    "embedding, scaled by frequency",
+    "gradients disabled",
+    "instance norm, unbatched",
+    "layer norm, unbatched",
+    "linear, behind a batch norm in training",
+    "linear, unbatched",
+    "normalised by its own code",
+    "one row multiplied",
+    "packed sequence",
+    "forward that holds the layer",
+    "generator of the program",
+    "recomputed by reentrant checkpointing",
+    "recursive",
+    "sequence first, undeclared",
+    "sequence first, undeclared, as many tokens as samples",
+    "sorted",
+    "spectral norm, by a hook",
+    "weight norm, by a hook",
+    "weight used outside",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", [*LAYERS, *VARIANTS])
+def test_all_operations_are_exact_or_refused(name: str) -> None:
+    check_example(LAYERS.get(name) or VARIANTS[name])
+
+
+def test_refused_are_these_and_no_others() -> None:
+    assert {name for name, example in LAYERS.items() if example.refusal is not None} == REFUSED
+    assert len(REFUSED) <= 30
