@@ -281,7 +281,7 @@ class IgnoresCompression(PlainLinear):
     ("sampler", "message"),
     [
         (Narrow, r"Linear\.weight, materialize: .* entries are off"),
-        (SwappedInput, r"Linear\.weight, materialize: RuntimeError: "),
+        (SwappedInput, r"SwappedInput in the backward pass: RuntimeError: "),
         (Swapped, r"Swapped in the backward pass: CaptureError: Swapped returned 3 gradients"),
         (SumTimesSumEverywhere, r"Linear\.weight, materialize: .* entries are off"),
         (AlwaysWeight, r"AlwaysWeight in the forward pass with only bias trainable: KeyError"),

@@ -108,9 +108,12 @@ class Arrival:
         self, pass_: Pass, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}
+        self.verifier.check_reached(self.tracked, self.layout.is_folded(pass_.n))
         with full_precision(_device(grads)):
-            for view in self.views:
+            for at, view in enumerate(self.views):
                 for site, local, gradient in self._gradients(pass_, view, saved, grads):
+                    if self.batch.balance is not None and not at:
+                        self.batch.balance.add(site.parameter, gradient, view.whole)
                     for listener in view.listeners:
                         still_open = listener in self.batch.listeners
                         if still_open and site.parameter in listener.tracking.names:

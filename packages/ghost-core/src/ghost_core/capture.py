@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ghost_core.balance import Balance
 from ghost_core.errors import CaptureError
 from ghost_core.factors import Record
 from ghost_core.gradients import PerSampleGradient
@@ -42,6 +43,11 @@ class Listener(Protocol):
     tracking: Tracking
     verifies: bool
 
+    @property
+    def balanced(self) -> bool:
+        """Whether contributions must add up to autograd's gradients."""
+        ...
+
     def on_input(self, site: Site, record: Record) -> Record:
         """Keep or compress a record in the forward pass."""
         ...
@@ -65,6 +71,7 @@ class BatchCapture:
         unseen: Names of those called with gradients disabled.
         arrived: Whether any gradient arrived.
         closed: Whether it is over.
+        balance: Compares contributions with autograd's gradients; None where nothing is compared.
         verified: Whether every pass so far is verified, as far as engines verify.
     """
 
@@ -77,6 +84,7 @@ class BatchCapture:
     unseen: set[str] = field(default_factory=set)
     arrived: bool = False
     closed: bool = False
+    balance: Balance | None = None
     verified: bool = True
 
     def begin(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> Pass:

@@ -241,6 +241,7 @@ class _Receiver(Engine[None]):
         dtypes: Floating dtypes that were seen of casts, inputs and gradients, by parameter.
     """
 
+    balanced = False
     owners: Mapping[str, Tensor]
     receive: Callable[[Pass, Site, PerSampleGradient], None]
     dtypes: dict[str, set[torch.dtype]]

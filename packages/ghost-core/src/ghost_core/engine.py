@@ -19,6 +19,7 @@ from ghost_core.errors import CaptureError, UnknownOptionError
 from ghost_core.factors import Record
 from ghost_core.freeze import Freeze
 from ghost_core.gradients import PerSampleGradient
+from ghost_core.hooks import Hook
 from ghost_core.recorder import Recorder
 from ghost_core.registry import SamplerRegistry
 from ghost_core.tracking import Patterns, Selection, Site, Tracking, track
@@ -81,6 +82,9 @@ class Engine(ABC, Generic[ResultT]):
 
     freeze: ClassVar[Freeze] = Freeze.NEVER
     """What happens to weight gradients while the engine is attached by `with engine:`."""
+
+    balanced: ClassVar[bool] = True
+    """Whether contributions must add up to autograd's gradients, where these are made."""
 
     def __new__(cls, *_: object, **options: object) -> Self:
         """Refuse unknown options before `__init__` does, with a list of those that exist."""
@@ -355,14 +359,15 @@ class Engine(ABC, Generic[ResultT]):
 
     def _check_flags(self) -> None:
         """Refuse parameters frozen or unfrozen since: scores would not be those of the training."""
-        if self._recorder is None or self._recorder.flags:
-            return
         for site in self.sites:
-            if self.model.get_parameter(site.parameter)._backward_hooks:
+            hooks = self.model.get_parameter(site.parameter)._backward_hooks or {}
+            if any(not isinstance(hook, Hook) for hook in hooks.values()):
                 raise CaptureError(
                     f"{site.parameter} has a hook on its gradient, which contributions do not pass "
                     "through: remove the hook, or leave the parameter out with exclude=..."
                 )
+        if self._recorder is None or self._recorder.flags:
+            return
         changed = {
             name: parameter.requires_grad
             for name, parameter in self.model.named_parameters()

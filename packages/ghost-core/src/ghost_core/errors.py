@@ -31,6 +31,10 @@ class WrongSplitError(GhostError):
     """The rows that reach a module cannot be told apart by sample."""
 
 
+class UnbalancedError(WrongSplitError):
+    """The contributions of all samples do not add up to the gradient that autograd made."""
+
+
 class UnsupportedLayerError(GhostError):
     """A selected parameter belongs to a module that no sampler handles."""
 

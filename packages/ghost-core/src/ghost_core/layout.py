@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ghost_core.errors import WrongSplitError
-from ghost_core.rows import Fold
 from ghost_core.sampler import Call
 from ghost_core.tracking import TrackedModule
 
@@ -43,15 +42,26 @@ class Layout:
         """Tell whether n samples have several rows each, in an order to be found out."""
         return self.owner is None and self.rows != n
 
-    def folds(self, rows: Sequence[int], sample: int, n: int) -> set[Fold]:
-        """Return the orders in which all of some rows belong to one sample."""
-        return {fold for fold in Fold if (fold.owners(n, self.rows)[rows] == sample).all()}
+    def outer_sizes(self, rows: Sequence[int], sample: int, n: int) -> set[int]:
+        """Return the orders in which all of some rows belong to one sample.
+
+        Rows may be `[A, N, B]` flattened; the result has each A for which that fits. A is 1 where
+        rows are sample-major, and `rows / n` where they are sample-minor.
+        """
+        each, index = self.rows // n, torch.tensor(rows)
+        return {
+            outer
+            for outer in range(1, each + 1)
+            if each % outer == 0 and (index // (each // outer) % n == sample).all()
+        }
 
     def are_of(self, rows: Sequence[int], sample: int, n: int) -> bool:
         """Tell whether rows can all belong to one sample."""
         if self.owner is not None:
             return bool((self.owner[rows] == sample).all())
-        return bool(self.folds(rows, sample, n)) if self.is_folded(n) else list(rows) == [sample]
+        if self.is_folded(n):
+            return bool(self.outer_sizes(rows, sample, n) & {1, self.rows // n})
+        return list(rows) == [sample]
 
 
 def samples_first(value: Any, dim: int) -> Any:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from ghost_core.arrival import Arrival, keep
+from ghost_core.balance import Balance
 from ghost_core.capture import BatchCapture, Listener, Pass
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.freeze import Freeze, Running, is_differentiable
@@ -26,7 +27,7 @@ from ghost_core.hooks import Hook, in_backward
 from ghost_core.layout import describe, expanded, lay_out
 from ghost_core.numerics import full_precision
 from ghost_core.tap import Tap
-from ghost_core.tracking import TrackedModule, owner_of
+from ghost_core.tracking import TrackedModule, owner_of, parameter_of
 from ghost_core.verification import Receive, Verifier
 
 
@@ -41,6 +42,7 @@ class Recorder:
         self._tracked: dict[str, TrackedModule] = {}
         self._handles: list[RemovableHandle] = []
         self._first_hooks: set[int] = set()
+        self._last_hooks: set[int] = set()
         self._flags: dict[nn.Parameter, bool] = {}
         with torch.inference_mode(False):
             self._seed = torch.zeros((), requires_grad=True)
@@ -171,10 +173,14 @@ class Recorder:
             yield batch
             self._verifier.finish()
             batch.check_complete()
+            if batch.balance is not None:
+                batch.balance.check()
         finally:
             batch.listeners.remove(listener)
             if not batch.listeners:
                 batch.closed = True
+                if batch.balance is not None:
+                    batch.balance.close()
                 self._batch = None
                 self._abandon()
 
@@ -208,6 +214,7 @@ class Recorder:
             handle.remove()
         self._handles.clear()
         self._first_hooks.clear()
+        self._last_hooks.clear()
         self._tracked.clear()
         for listener, _ in self._attached.values():
             for tracked in listener.tracking.modules:
@@ -225,7 +232,9 @@ class Recorder:
         add(root.register_forward_pre_hook(Hook(self._before_root), with_kwargs=True))
         for tracked in self._tracked.values():
             module = tracked.module
-            add(module.register_forward_pre_hook(Hook(partial(self._before_call, tracked))))
+            last = module.register_forward_pre_hook(Hook(partial(self._before_call, tracked)))
+            add(last)
+            self._last_hooks.add(last.id)
             # First among the module's hooks: a user's hook may change the output.
             first = module.register_forward_hook(
                 Hook(partial(self._after_call, tracked)),
@@ -252,6 +261,9 @@ class Recorder:
         self._told_apart = False
         if self._verifying:
             self._verifier.start(self._pass.n, self._owned, bool(self._flags))
+            balanced = all(each.balanced for each in batch.listeners)
+            if balanced and batch.balance is None and not self._flags and not self.makes_gradients:
+                batch.balance = Balance(self._balanced(), self._counts)
 
     def _after_root(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._listens(module, self._model) or in_backward() or self._pass is None:
@@ -280,6 +292,11 @@ class Recorder:
                 f"a forward hook on {tracked.label} runs before ghost's and may change the output: "
                 "register it before the engine is attached, and no global forward hooks"
             )
+        if next(reversed(module._forward_pre_hooks)) not in self._last_hooks:
+            raise CaptureError(
+                f"a forward pre-hook on {tracked.label} runs after ghost's and may use parameters: "
+                "register it before the engine is attached"
+            )
         if any(running.tracked is tracked for running in self._running):
             raise CaptureError(
                 f"{tracked.label} called itself, which cannot be captured: exclude it"
@@ -298,7 +315,7 @@ class Recorder:
             with self.silence():
                 running.before = tracked.sampler.prepare(module)
             for local in self._made(tracked):
-                running.withhold(module.get_parameter(local))
+                running.withhold(parameter_of(module, local))
 
     def _after_call(
         self, tracked: TrackedModule, module: nn.Module, args: Any, kwargs: Any, output: Any
@@ -388,7 +405,7 @@ class Recorder:
                 records = {local: record.expand(layout.rows) for local, record in records.items()}
             views, saved = keep(batch.listeners, tracked, records)
         made = self._made(tracked)
-        parameters = [tracked.module.get_parameter(local) for local in made]
+        parameters = [parameter_of(tracked.module, local) for local in made]
         # Inputs and outputs live as long as the graph needs them, not as long as the call.
         call.module, call.args, call.kwargs, call.outputs, call.before = None, (), {}, (), None
         arrival = Arrival(
@@ -416,6 +433,21 @@ class Recorder:
             if self._attached[id(listener)][1] is Freeze.CALL:
                 names |= listener.tracking.names
         return tuple(local for local, site in tracked.sites.items() if site.parameter in names)
+
+    def _counts(self) -> bool:
+        """Tell whether gradients of the backward pass that runs are those of the batch."""
+        return not self._paused and self._verifier.probe is None and self._verifier.is_training
+
+    def _balanced(self) -> dict[str, nn.Parameter]:
+        """Return parameters to compare: all while verifying, those without a formula always."""
+        names = {
+            site.parameter
+            for tracked in self._tracked.values()
+            for local, site in tracked.sites.items()
+            if self._verifier.watching or tracked.sampler.generic or "." in local
+        }
+        parameters = dict(self._model.named_parameters())
+        return {name: parameters[name] for name in names if name in parameters}
 
     def _owned(self) -> frozenset[str]:
         """Return the parameters that may be used now: those of all modules that are running."""

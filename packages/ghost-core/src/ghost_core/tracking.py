@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Size, nn
+from torch.nn.parameter import is_lazy
 
 from ghost_core.errors import CaptureError, UnknownNameError, UnsupportedLayerError
 from ghost_core.registry import SamplerRegistry, dotted_name
@@ -172,6 +173,8 @@ def track(
     _refuse_compiled(model)
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_lazy(parameter):
+            raise CaptureError(f"{name} has no shape yet: run the model once before")
         names[parameter].append(name)
     selected = _select(names.values(), selection.layers)
     excluded = _select(names.values(), selection.exclude)
@@ -208,13 +211,13 @@ def _find_owners(
     for name, module in model.named_modules():
         if sites.keys().isdisjoint(module.parameters()):
             continue
-        wanted = {local for local in own_parameters(module) if module.get_parameter(local) in sites}
+        wanted = {local for local in own_parameters(module) if parameter_of(module, local) in sites}
         found = selection.registry.find(module, wanted, generic=selection.generic)
         own = {
             local: sites[parameter]
             for local in (own_parameters(module) if isinstance(found, str) else found.owns(module))
             if owner_of(module, local) not in taken
-            and (parameter := module.get_parameter(local)) in sites
+            and (parameter := parameter_of(module, local)) in sites
         }
         if not own:
             continue
@@ -233,6 +236,14 @@ def owner_of(module: nn.Module, local: str) -> tuple[nn.Module, str]:
     """Return the module inside that owns a parameter, and its name there."""
     path, _, name = local.rpartition(".")
     return module.get_submodule(path), name
+
+
+def parameter_of(module: nn.Module, local: str) -> nn.Parameter:
+    """Return a parameter by its local name, whatever attribute its module shows under it."""
+    owner, name = owner_of(module, local)
+    parameter = owner._parameters[name]
+    assert parameter is not None
+    return parameter
 
 
 ValueT = TypeVar("ValueT")

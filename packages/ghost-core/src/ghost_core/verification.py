@@ -70,6 +70,7 @@ class Verifier:
         self._seed_node = view.next_functions[0][0]
         self._verified: dict[tuple[object, ...], set[Kind]] = {}
         self._folds: dict[str, Fold] = {}
+        self._unreached: set[Kind] = set()
         self._unwatched: set[tuple[object, ...]] = set()
         self._expandable: set[str] = set()
         self.receive: Receive | None = None
@@ -123,6 +124,25 @@ class Verifier:
         self._usage = UsageMode({name: parameters[name] for name in names}, owned, frozen)
         self._usage.__enter__()
 
+    def check_reached(self, tracked: TrackedModule, folded: bool) -> None:
+        """Raise if a gradient arrives where no probe did, so that nothing is known of its rows.
+
+        Args:
+            tracked: The module.
+            folded: Whether its rows are folded.
+
+        Raises:
+            WrongSplitError: If no output of the model depended on it when that was verified.
+        """
+        if (tracked.name, folded) in self._unreached:
+            raise WrongSplitError(
+                f"gradients cannot be split by sample: the loss depends on {tracked.label}, on "
+                "which the model's output did not depend when it was verified\n"
+                "Reason: nothing shows which sample is in which of its rows.\n"
+                "Remedy: let the model return what the loss is computed from, or leave the module "
+                "out with exclude=..."
+            )
+
     def fold(self, name: str) -> Fold | None:
         """Return how a module's rows are folded, as far as a probe told."""
         return self._folds.get(name)
@@ -168,7 +188,7 @@ class Verifier:
 
     def _restore_hooks(self) -> None:
         for hooks, found in self._hooks:
-            hooks.update(found)
+            hooks.update({key: hook for key, hook in found.items() if key in hooks})
         self._hooks.clear()
 
     def _shield_backward_hooks(self) -> None:
@@ -221,6 +241,9 @@ class Verifier:
         reached = {kind for probe in probes for kind in probe.reached}
         if unreached := called - reached:
             self._check_unreached(output, n, unreached)
+        self._unreached -= reached
+        if n > 1:
+            self._unreached |= unreached - verified
         self._folds |= self._find_folds(probes, n)
         new = sorted({name for name, _ in called - verified})
         check_leaks(self._model, differentiable(output), self._tracked, new)
@@ -253,16 +276,21 @@ class Verifier:
         Raises:
             WrongSplitError: If there is none, or more than one.
         """
-        possible: dict[str, set[Fold]] = {}
+        possible: dict[tuple[str, int], set[int]] = {}
         for probe in probes:
             for name, layout, rows in probe.hits:
                 if n > 1 and layout.is_folded(n):
-                    folds = layout.folds(rows, probe.sample, n)
-                    possible[name] = possible.get(name, set(Fold)) & folds
-        for name, folds in possible.items():
-            if len(folds) != 1:
-                raise unclear_fold(self._tracked[name], bool(folds))
-        return {name: folds.pop() for name, folds in possible.items()}
+                    sizes = layout.outer_sizes(rows, probe.sample, n)
+                    possible[name, layout.rows] = possible.get((name, layout.rows), sizes) & sizes
+        folds: dict[str, Fold] = {}
+        for (name, count), sizes in possible.items():
+            known = {1: Fold.SAMPLE_MAJOR, count // n: Fold.SAMPLE_MINOR}
+            if len(sizes) != 1 or not sizes <= known.keys():
+                raise unclear_fold(self._tracked[name], len(sizes) > 1)
+            fold = known[sizes.pop()]
+            if folds.setdefault(name, fold) is not fold:
+                raise unclear_fold(self._tracked[name], False)
+        return folds
 
     def _check_unreached(self, output: Any, n: int, unreached: set[Kind]) -> None:
         """Raise if modules that no probe reached matter for outputs without one row per sample."""
@@ -282,7 +310,14 @@ class Verifier:
             )
 
     def _backward(self, probe: Probe, outputs: list[Tensor], gradients: list[Tensor]) -> None:
+        # What is recomputed under checkpointing may write buffers: of copies.
+        buffers = [(module, dict(module._buffers)) for module in self._modules if module._buffers]
         try:
+            for module, found in buffers:
+                module._buffers |= {
+                    name: None if buffer is None else buffer.clone()
+                    for name, buffer in found.items()
+                }
             self._probe = probe
             with torch.autograd.set_detect_anomaly(False):  # which takes NaN for a mistake
                 torch.autograd.grad(
@@ -297,6 +332,8 @@ class Verifier:
             raise
         finally:
             self._probe = None
+            for module, found in buffers:
+                module._buffers |= found
 
 
 def wrong_split(
