@@ -450,7 +450,10 @@ class Recorder:
         return {name: parameters[name] for name in names if name in parameters}
 
     def _owned(self) -> frozenset[str]:
-        """Return the parameters that may be used now: those of all modules that are running."""
+        """Return the parameters that may be used now: those of modules that run, or are let be."""
+        running = [each.tracked for each in self._running]
         return frozenset(
-            site.parameter for running in self._running for site in running.tracked.sites.values()
+            site.parameter
+            for tracked in (self._tracked.values() if self._paused else running)
+            for site in tracked.sites.values()
         )
