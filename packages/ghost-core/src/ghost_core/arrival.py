@@ -113,7 +113,9 @@ class Arrival:
             for at, view in enumerate(self.views):
                 for site, local, gradient in self._gradients(pass_, view, saved, grads):
                     if self.batch.balance is not None and not at:
-                        self.batch.balance.add(site.parameter, gradient, view.whole)
+                        self.batch.balance.add(
+                            site.parameter, gradient, self.call.autocast, view.whole
+                        )
                     for listener in view.listeners:
                         still_open = listener in self.batch.listeners
                         if still_open and site.parameter in listener.tracking.names:

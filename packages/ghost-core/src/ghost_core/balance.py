@@ -20,6 +20,9 @@ from ghost_core.errors import UnbalancedError
 from ghost_core.gradients import PerSampleGradient
 from ghost_core.hooks import Hook
 
+_INSIDE = 1e-5
+"""Error allowed at least, since layers may compute in float32 inside, as norms do."""
+
 
 @dataclass
 class _Account:
@@ -64,12 +67,15 @@ class Balance:
             for name, parameter in self._parameters.items()
         ]
 
-    def add(self, name: str, gradient: PerSampleGradient, whole: bool) -> None:
+    def add(
+        self, name: str, gradient: PerSampleGradient, autocast: torch.dtype | None, whole: bool
+    ) -> None:
         """Note what arrived for a parameter.
 
         Args:
             name: The parameter.
             gradient: The gradients of one use.
+            autocast: Dtype of the autocast region that it was used in; None outside of one.
             whole: Whether these are the gradients themselves; nothing is compared if they were
                 compressed in the forward pass.
         """
@@ -81,7 +87,7 @@ class Balance:
         account, total = self._accounts[name], gradient.sum()
         account.arrived = total if account.arrived is None else account.arrived + total
         account.scale += float(gradient.paired(gradient).clamp(min=0).sqrt().sum())
-        account.dtypes.update(floating_dtypes(gradient))
+        account.dtypes.update(floating_dtypes(gradient), () if autocast is None else (autocast,))
 
     def check(self) -> None:
         """Raise if something is missing.
@@ -99,7 +105,7 @@ class Balance:
             )
             scale = max(account.scale, precision.floor * whole)
             # Overflow is for the scores to tell; where nothing arrived at all, any gradient is off.
-            if account.off > precision.tolerance * scale:
+            if account.off > max(precision.tolerance, _INSIDE) * scale:
                 wrong[name] = account.off / scale if scale else float("inf")
         if wrong:
             worst = max(wrong, key=lambda name: wrong[name])
