@@ -112,7 +112,7 @@ def test_conformance(uses: int) -> None:
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_masks(batch_first: bool, dropout: float, need_weights: bool) -> None:
+def test_masks(batch_first: bool, dropout: float, need_weights: bool, ways: list[Way]) -> None:
     options = {"batch_first": batch_first, "dropout": dropout}
     inputs, shown = doubles(3, 4, 4), {"need_weights": need_weights}
     check(Attends(**options).double(), inputs, **shown)
@@ -121,6 +121,7 @@ def test_masks(batch_first: bool, dropout: float, need_weights: bool) -> None:
     check(Attends(**options).double(), inputs, attn_mask=doubles(6, 4, 4), **shown)
     both = {"attn_mask": doubles(6, 4, 4), "key_padding_mask": doubles(3, 4)}
     check(Attends(**options).double(), inputs, **both, **shown)
+    assert ways == [Way.VMAP] * 5
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,18 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from ghost_core import SamplerRegistry, UnsupportedLayerError, WrongSplitError
+from ghost_core import (
+    Call,
+    Record,
+    SamplerRegistry,
+    UnsupportedLayerError,
+    WrongSplitError,
+    full_precision,
+)
 from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import GradientHolder, assert_within, check_sampler, per_sample_gradients
 from ghost_core.testing.snapshots import live_tensors
+from ghost_layers import replay_gradients
 from ghost_layers.generic import GenericSampler
 from ghost_layers.plugin import ghost_samplers
 from ghost_layers.replay import Way
@@ -200,6 +208,7 @@ class Experts(nn.Module):
     def __init__(self, capacity: int | None = None) -> None:
         super().__init__()
         self.weight, self.gate = nn.Parameter(torch.randn(3, 4, 4)), nn.Parameter(torch.randn(3, 4))
+        self.unused = nn.Parameter(torch.randn(2))
         self.capacity = capacity
 
     def forward(self, x: Tensor) -> Tensor:
@@ -332,6 +341,76 @@ def test_later_batches_are_run_in_the_same_way(ways: list[Way]) -> None:
     assert ways == [Way.VMAP]
 
 
+def test_later_batch_that_needs_another_way(ways: list[Way]) -> None:
+    # At first, no expert has more than it takes.
+    model = Behind(Experts(capacity=2)).double()
+    engine = GradientHolder(model, registry=registry())
+    with engine:
+        for tokens in (1, 4):
+            inputs = doubles(2, tokens, 4)
+            expected = per_sample_gradients(model, losses(model(inputs)))
+            with engine.batch(range(2)) as batch:
+                losses(model(inputs)).sum().backward()
+            for name, held in batch.result.materialize().items():
+                assert_within(held, expected[name], expected[name].norm())
+    assert ways == [Way.LOOP, Way.BATCH]
+
+
+def test_way_that_depends_on_parameters(ways: list[Way]) -> None:
+    # With other parameters, samples would be by themselves.
+    def mix(module: Scaled, x: Tensor) -> Tensor:
+        if module.scale.abs().max() < 1e-3:
+            return x + module.scale * x.detach().mean(0)
+        return x + module.scale * x
+
+    model = Behind(Scaled(mix)).double()
+    nn.init.constant_(model.module.scale, 1e-4)
+    check(model, doubles(4, 4))
+    assert ways == [Way.BATCH]
+
+
+def test_parameters_that_cannot_be_others(ways: list[Way]) -> None:
+    def blow_up(module: Scaled, x: Tensor) -> Tensor:
+        return x + module.scale * x.detach().mean(0) / (module.scale == 0)
+
+    check(Behind(Zero(blow_up)).double(), doubles(4, 4))
+    assert ways == [Way.BATCH]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_row_that_samples_share(n: int, noisy: bool, ways: list[Way]) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor | None = None) -> Any:
+            row = self.table.sin().unsqueeze(0)
+            if x is None:
+                return row
+            if noisy:  # in another order than sample by sample
+                x = x * torch.rand(3, len(x), 4, dtype=x.dtype).transpose(0, 1)
+            return x * self.table, row
+
+    class Adds(nn.Module):
+        def __init__(self, beside: bool) -> None:
+            super().__init__()
+            self.positions, self.linear, self.beside = Positions(), nn.Linear(4, 4), beside
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x)
+            if not self.beside:
+                return x + self.positions()
+            scaled, row = self.positions(x)
+            out: Tensor = scaled * x + row
+            return out
+
+    check(Adds(beside=False).double(), doubles(n, 3, 4))
+    check(Adds(beside=True).double(), doubles(n, 3, 4))
+    assert ways == [Way.BATCH, Way.BATCH if noisy or n == 1 else Way.VMAP]
+
+
 def test_several_parameters_in_a_tied_module() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -418,6 +497,24 @@ def test_checkpointing(training: bool) -> None:
     check(Behind(Inside(0.1)).double().train(training), doubles(3, 2, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("width", [4, 160])
+def test_recurrent_layer_inside(dtype: torch.dtype, width: int, ways: list[Way]) -> None:
+    # In float32, its kernel asks whether it is to be differentiated.
+    class Recurs(Gated):
+        def __init__(self) -> None:
+            super().__init__(0.1)
+            self.layer = nn.LSTM(4, width, num_layers=2, dropout=0.5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gate[:3].sum() * self.layer(x)[0].sum(-1, keepdim=True)
+
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    model = Behind(Recurs()).to(dtype)
+    check(model, torch.randn(3, 5, 4, dtype=dtype), layers="*gate,linear", tolerance=tolerance)
+    assert ways == [Way.BATCH]
+
+
 def test_hooks_on_saved_tensors() -> None:
     with torch.autograd.graph.save_on_cpu():
         check(Behind(Gated(0.1)).double(), doubles(3, 2, 4))
@@ -431,6 +528,56 @@ def test_derivatives_in_the_forward_pass(ways: list[Way]) -> None:
 
     check(Behind(Scaled(slope)).double(), doubles(3, 4))
     assert ways == [Way.LOOP]
+
+
+def recorded(module: nn.Module, x: Tensor) -> tuple[Call, Mapping[str, Record], Tensor]:
+    """Run a module and record the call as the recorder does; also return a gradient for it."""
+    sampler = GenericSampler()
+    before = sampler.prepare(module)
+    output = module(x)
+    names = sampler.owns(module)
+    shapes = {name: module.get_parameter(name).shape for name in names}
+    call = Call("", module, (x,), {}, (output.detach(),), shapes, before=before)
+    with full_precision(x.device):
+        records = sampler.record(call)
+    slope = torch.randn_like(output)
+    return call, records, slope
+
+
+NARROWED: dict[str, Callable[[], nn.Module]] = {
+    "VMAP": lambda: Gated(0.5, dropout=0.0),
+    "VMAP with random numbers": lambda: Gated(0.5),
+    "LOOP": Experts,
+    "BATCH": lambda: Experts(capacity=2),
+}
+
+
+@pytest.mark.parametrize("way", NARROWED)
+@pytest.mark.parametrize("samples", [slice(1, 3), torch.tensor([3, 0])])
+def test_some_of_the_samples(way: str, samples: slice | Tensor, ways: list[Way]) -> None:
+    call, records, slope = recorded(NARROWED[way]().double(), doubles(4, 3, 4))
+    assert [each.name for each in ways] == way.split()[:1]
+    with full_precision(slope.device):
+        whole = GenericSampler().gradients(call, records, [slope])
+        narrow = {name: record.narrow(samples) for name, record in records.items()}
+        part = GenericSampler().gradients(call, narrow, [slope[samples]])
+    for name, gradient in part.items():
+        torch.testing.assert_close(gradient.materialize(), whole[name].materialize()[samples])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_backward_pass_that_cannot_be_vectorised(dropout: float, monkeypatch: Patch) -> None:
+    call, records, slope = recorded(Gated(0.5, dropout).double(), doubles(4, 3, 4))
+    with full_precision(slope.device):
+        expected = GenericSampler().gradients(call, records, [slope])
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("no batching rule")
+
+        monkeypatch.setattr(replay_gradients, "_vectorised", fail)
+        made = GenericSampler().gradients(call, records, [slope])
+    for name, gradient in made.items():
+        torch.testing.assert_close(gradient.materialize(), expected[name].materialize())
 
 
 # The state of the module
@@ -645,10 +792,7 @@ def test_state_with_a_graph_is_refused() -> None:
         model(doubles(3, 4))
 
 
-def test_nested_tensors_and_caches_are_refused() -> None:
-    class Cache:
-        pass
-
+def test_nested_tensors_are_refused() -> None:
     class Takes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -661,7 +805,6 @@ def test_nested_tensors_and_caches_are_refused() -> None:
     values = {
         r"nested or sparse": torch.eye(3).to_sparse(),
         r"PackedSequence": lengths,
-        r"(?s)cache.*use_cache=False": Cache(),
     }
     model = Behind(Takes()).double()
     for reason, value in values.items():

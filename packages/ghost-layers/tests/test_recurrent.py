@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
-from ghost_core import Outer, SamplerRegistry, WrongSplitError
+from ghost_core import Call, Outer, SamplerRegistry, WrongSplitError, full_precision
 from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import GradientHolder, assert_within, check_sampler, per_sample_gradients
 from ghost_layers.linear import LinearSampler
@@ -199,22 +198,48 @@ def test_lower_precision(kind: type[nn.RNNBase], dtype: torch.dtype, tolerance: 
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("n", [1, 3])
-def test_autocast(kind: type[nn.RNNBase], n: int) -> None:
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_autocast(kind: type[nn.RNNBase], n: int, parametrized: bool, ways: list[Way]) -> None:
     # The kernel behind an LSTM under autocast can be differentiated once only.
     layer = kind(3, 4, num_layers=2, dropout=0.5)
+    if parametrized:
+        parametrizations.weight_norm(layer, "weight_hh_l1")
     model, inputs = Recurs(layer, only="output"), torch.randn(n, 5, 3)
-    plain = copy.deepcopy(model)
-    for each in (plain, model):
-        engine = GradientHolder(each, registry=REGISTRY)
+    expected: list[dict[str, Tensor]] = []
+    for sample in range(n):
         torch.manual_seed(1)
-        with engine, engine.batch(range(n)) as batch:
-            with torch.autocast("cpu", torch.bfloat16):
-                outputs = each(inputs)
-            losses(outputs).sum().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(inputs)
+        model.zero_grad()
+        losses(outputs)[sample].backward()
+        expected.append({name: p.grad.double() for name, p in model.named_parameters()})
+    engine = GradientHolder(model, registry=REGISTRY)
+    torch.manual_seed(1)
+    with engine, engine.batch(range(n)) as batch:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(inputs)
+        losses(outputs).sum().backward()
     for name, held in batch.result.materialize().items():
-        gradient = plain.get_parameter(name).grad
-        assert gradient is not None
-        assert_within(held.sum(0), gradient, gradient.norm(), 5e-2)
+        gradients = torch.stack([each[name] for each in expected])
+        assert_within(held, gradients, gradients.norm(), 5e-2)
+    assert ways == [Way.BATCH if n == 1 or parametrized else Way.REWRITTEN]
+
+
+def test_some_of_the_samples() -> None:
+    layer, sampler = nn.LSTM(3, 4, batch_first=True).double(), RecurrentSampler()
+    before, inputs = sampler.prepare(layer), doubles(4, 5, 3)
+    outputs = tree_leaves(layer(inputs))
+    moved = tuple(outputs[:1] + [state.transpose(0, 1) for state in outputs[1:]])
+    shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
+    call = Call("", layer, (inputs,), {}, moved, shapes, before=before)
+    slopes, some = [torch.randn_like(each) for each in moved], torch.tensor([2, 0])
+    with full_precision(inputs.device):
+        records = sampler.record(call)
+        whole = sampler.gradients(call, records, slopes)
+        narrow = {name: record.narrow(some) for name, record in records.items()}
+        part = sampler.gradients(call, narrow, [each[some] for each in slopes])
+    for name, gradient in part.items():
+        torch.testing.assert_close(gradient.materialize(), whole[name].materialize()[some])
 
 
 def test_the_layer_is_as_it_was() -> None:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ghost_core import Call, Dense, GradientSampler, PerSampleGradient, Record, WrongSplitError
 from ghost_core.registry import dotted_name
@@ -152,7 +152,16 @@ class ReplaySampler(GradientSampler):
         trained = {key: value.requires_grad for key, value in parameters.items()}
         search = Search(plan, replay, call.outputs, axes, trained, flexible=sides is None)
         signature = (_signature(call, plan, inputs), tuple(trained.values()))
-        return _remembered(module, plan, search, signature), replay
+        try:
+            return _remembered(module, plan, search, signature), replay
+        except RefusalError as refusal:
+            caches = [value for value in tree_leaves((call.args, call.kwargs)) if _is_cache(value)]
+            if not caches:
+                raise
+            raise RefusalError(
+                f"it got a cache, {dotted_name(type(caches[0]))}, and without it: {refusal.reason}",
+                "call the model with use_cache=False",
+            ) from refusal
 
     def _axes(self, call: Call, module: nn.Module) -> tuple[int | None, ...]:
         """Return where the module has the rows of its outputs; None for scalars."""
@@ -190,7 +199,9 @@ def _taken_apart(
     for value in flat:
         _check_kind(value)
         if not isinstance(value, Tensor):
-            slots.append(value)
+            # The call wrote to a cache. It runs again without one, which is the same if it was
+            # empty; if not, what it returns differs.
+            slots.append(None if _is_cache(value) else value)
             continue
         # Modules ask whether query, key and value are the same.
         view = value.untyped_storage().data_ptr(), value.storage_offset(), value.dtype
@@ -219,11 +230,12 @@ def _check_kind(value: object) -> None:
         raise RefusalError("it got a PackedSequence", "give it padded tensors")
     if isinstance(value, Tensor) and (value.is_nested or value.layout is not torch.strided):
         raise RefusalError("it got a nested or sparse tensor", "give it padded, dense tensors")
-    if any(kind.__name__ == "Cache" for kind in type(value).__mro__):
-        raise RefusalError(
-            f"it got a cache, {dotted_name(type(value))}, which the call writes to",
-            "call the model with use_cache=False",
-        )
+
+
+def _is_cache(value: object) -> bool:
+    """Tell a cache of transformers, which is never imported here, by its class."""
+    name = "transformers.cache_utils.Cache"
+    return any(dotted_name(kind) == name for kind in type(value).__mro__)
 
 
 def _signature(call: Call, plan: Plan, inputs: Sequence[Tensor]) -> object:

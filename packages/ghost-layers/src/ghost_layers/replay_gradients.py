@@ -89,29 +89,20 @@ def _by_backward_passes(
     plan: Plan, replay: Replay, grads: list[Tensor], wanted: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     leaves = _leaves(wanted)
-    values, outputs = _with(plan, replay, leaves), None
+    outputs = plan.run_whole(_with(plan, replay, leaves), replay.inputs)
     rows = [0] * len(grads[0]) if plan.count == 1 else replay.positions.tolist()
-    made: list[list[Tensor]] = []
-    while len(made) < len(rows):
-        n, again = len(made), outputs is not None
-        if outputs is None:
-            with plan.surroundings():
-                outputs = plan.run_whole(values, replay.inputs)
-        # The samples may share the only row.
+    made = []
+    for n, row in enumerate(rows):
         slopes = [
-            _in_row(grad[n], value, output.axis, rows[n])
+            _in_row(grad[n], value, output.axis, row)
             for grad, value, output in zip(grads, outputs, plan.outputs, strict=True)
         ]
-        try:
-            made.append(_differentiated(outputs, slopes, leaves))
-        except RuntimeError:
-            if not again:
-                raise
-            outputs = None  # some kernels can be differentiated once only
+        made.append(_differentiated(outputs, slopes, leaves))
     return _stacked(made, leaves)
 
 
 def _in_row(grad: Tensor, output: Tensor, axis: int, row: int) -> Tensor:
+    """Give one sample's gradient zeros in all other rows, unless samples share the only one."""
     if output.shape[axis] == 1:
         return grad.unsqueeze(axis)
     slope = torch.zeros_like(output)

@@ -243,14 +243,25 @@ class Search:
         Inputs without a gradient may be tables that have as many rows as there are samples by
         chance; nothing that is tracked depends on whether they are.
         """
-        alone = sum(leaf.own for leaf in plan.leaves) == 1
+        if not self.flexible:  # the layer itself defines what belongs to samples
+            return
+        # A kernel of recurrent layers cannot be differentiated unless its weights require grad.
+        values = {
+            key: value.detach().requires_grad_(key in self.parameters and value.is_floating_point())
+            for key, value in values.items()
+        }
+        own = [value for leaf, value in self._pairs(plan) if leaf.own]
+        if len(own) == 1 and not own[0].requires_grad:
+            # Its code may rely on that, and set the flag of what it makes of it.
+            self._check_unmixed_by_value(plan, values)
+            return
         given, rows = [], []
-        for leaf, value in zip(plan.leaves, self.replay.inputs, strict=True):
-            mine = leaf.own and value.is_floating_point() and (alone or value.requires_grad)
+        for leaf, value in self._pairs(plan):
+            mine = leaf.own and value.is_floating_point() and value.requires_grad
             given.append(value.detach().requires_grad_(mine))
             rows += given[-1:] if mine else []
         for row in {0, plan.count - 1} if rows else ():
-            with self._watched(plan):
+            with self._watched(plan, self._guard({}, differentiable=True)):
                 outputs = plan.run_whole(values, given)
                 chosen = [
                     value.select(each.axis, row)
@@ -260,13 +271,31 @@ class Search:
                 if not chosen:
                     return
                 slopes = [_away(torch.zeros_like(value), 1.0, 0) for value in chosen]
-                found = torch.autograd.grad(chosen, rows, slopes, allow_unused=True)
+                try:
+                    found = torch.autograd.grad(chosen, rows, slopes, allow_unused=True)
+                except RuntimeError as error:
+                    raise RefusalError(
+                        f"whether it mixes samples cannot be told: {error}"
+                    ) from error
             if any(each is not None and _reaches_others(each, row) for each in found):
-                raise RefusalError(
-                    "a sample's output depends on other samples, as where something normalises "
-                    "over the batch",
-                    "put BatchNorm layers into evaluation mode",
-                )
+                raise _mixed()
+
+    def _check_unmixed_by_value(self, plan: Plan, values: Mapping[str, Tensor]) -> None:
+        """Assert the same by giving all samples the inputs of one."""
+        reference = self._run(plan, values)
+        for row in (0, plan.count - 1):
+            one = slice(row, row + 1)
+            inputs = [
+                value.detach()[one].expand_as(value).clone() if leaf.own else value.detach()
+                for leaf, value in self._pairs(plan)
+            ]
+            with self._watched(plan):
+                outputs = [value.detach()[one] for value in plan.run(values, inputs)]
+            if not self._matches(outputs, [value[one] for value in reference], exact=True):
+                raise _mixed()
+
+    def _pairs(self, plan: Plan) -> Iterator[tuple[Leaf, Tensor]]:
+        return zip(plan.leaves, self.replay.inputs, strict=True)
 
     # Running and comparing
 
@@ -276,9 +305,9 @@ class Search:
             inputs = [value.detach() for value in self.replay.inputs]
             return [value.detach() for value in plan.run(values, inputs)]
 
-    def _guard(self, aliases: Mapping[str, Tensor]) -> Guard:
+    def _guard(self, aliases: Mapping[str, Tensor], *, differentiable: bool = False) -> Guard:
         real = {name: self._real[key] for name, key in self.plan.wanted.items()}
-        return Guard(real, aliases)
+        return Guard(real, aliases, differentiable=differentiable)
 
     def _watched(self, plan: Plan, guard: Guard | None = None) -> ExitStack:
         """Return a context to run a call in."""
@@ -312,6 +341,13 @@ class Search:
         return all(
             _is_close(value, other, tolerance) for value, other in zip(got, expected, strict=True)
         )
+
+
+def _mixed() -> RefusalError:
+    return RefusalError(
+        "a sample's output depends on other samples, as where something normalises over the batch",
+        "put BatchNorm layers into evaluation mode",
+    )
 
 
 def _is_close(got: Tensor, expected: Tensor, tolerance: float) -> bool:

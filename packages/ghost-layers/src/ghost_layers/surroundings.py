@@ -195,10 +195,19 @@ class Guard(TorchDispatchMode):
     Args:
         parameters: The parameters that copies were given for, by name.
         aliases: The copies given to modules inside that share these parameters, by name.
+        differentiable: Whether what runs is to be differentiated, which a kernel of recurrent
+            layers asks for.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], aliases: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        aliases: Mapping[str, Tensor],
+        *,
+        differentiable: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._differentiable = differentiable
         self._names = {_address(tensor): name for name, tensor in parameters.items()}
         self._aliases = {_address(tensor): name for name, tensor in aliases.items()}
         self._made: set[int] = {0}
@@ -225,7 +234,8 @@ class Guard(TorchDispatchMode):
         if func._schema.is_mutable:
             self._check_writes(func, args, kwargs)
         # Modes below are for the user's own passes; autograd is done with the operation.
-        with torch.no_grad():
+        kernel = self._differentiable and func is torch.ops.aten.mkldnn_rnn_layer.default
+        with torch.set_grad_enabled(kernel):
             result = func(*args, **kwargs)
         made = {_address(value) for value in tree_leaves(result)}
         self._made |= made if func is torch.ops.aten.lift_fresh.default else made - given

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from ghost_core.hooks import Hook
 from ghost_core.registry import dotted_name
 
 _HOOKS = {name: value for name, value in vars(nn.Module()).items() if "hook" in name}
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _OLD_NORMS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
 
 
@@ -132,24 +130,13 @@ def _own(value: Any, copies: dict[int, Any]) -> Any:
     if isinstance(value, Tensor):
         # Keeping it would keep its graph, and so the one before, and so on.
         return value if value.grad_fn is None else _Stale()
-    if isinstance(value, dict) and type(value) in _CONTAINERS:
-        twin: Any = copy.copy(value)
-        copies[id(value)] = twin
-        twin.update({key: _own(each, copies) for key, each in value.items()})
-        return twin
-    if type(value) in _CONTAINERS:
-        twin = copy.copy(value)
-        copies[id(value)] = twin
-        twin.clear()
-        (twin.update if isinstance(value, set) else twin.extend)(
-            [_own(each, copies) for each in value]
-        )
-        return twin
+    if type(value) is set:
+        return {_own(each, copies) for each in value}
     if isinstance(value, torch.Generator):
         return copies.setdefault(id(value), value.clone_state())
     if isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random"):
         return copies.setdefault(id(value), copy.deepcopy(value))
-    leaves, spec = tree_flatten(value)  # tuples, and what libraries return from their models
+    leaves, spec = tree_flatten(value)  # containers, and what libraries return from their models
     if len(leaves) == 1 and leaves[0] is value:
         return value
     return tree_unflatten([_own(leaf, copies) for leaf in leaves], spec)
