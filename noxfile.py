@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -21,14 +22,14 @@ PACKAGES = ["ghost-core", "ghost-layers", "ghost-engines", "ghost-examples"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
-def install(session: nox.Session, *requirements: str, group: str | None = None) -> None:
+def install(session: nox.Session, *requirements: str, groups: Sequence[str] = ()) -> None:
     """Install requirements under the workspace constraints."""
-    extra = nox.project.dependency_groups(PROJECT, group) if group else ()
+    extra = nox.project.dependency_groups(PROJECT, *groups) if groups else ()
     # --no-compile: byte-compiling all of torch takes longer than installing it.
     session.install("--no-compile", "-c", str(ROOT / "constraints.txt"), *requirements, *extra)
 
 
-def install_in_place(session: nox.Session, group: str | None = None) -> None:
+def install_in_place(session: nox.Session, *groups: str) -> None:
     """Install every package so that it runs from its source."""
     # Built without isolation, four packages take one environment instead of five.
     install(session, "hatchling", "editables")
@@ -36,14 +37,14 @@ def install_in_place(session: nox.Session, group: str | None = None) -> None:
         session,
         "--no-build-isolation",
         *(f"-epackages/{package}" for package in PACKAGES),
-        group=group,
+        groups=groups,
     )
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting. Pass `-- --fix` to repair."""
-    install(session, group="lint")
+    install(session, groups=["lint"])
     fix = "--fix" in session.posargs
     session.run("ruff", "check", *(["--fix"] if fix else []))
     session.run("ruff", "format", *([] if fix else ["--check"]))
@@ -52,21 +53,21 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check the types of every package."""
-    install_in_place(session, group="typecheck")
+    install_in_place(session, "typecheck")
     session.run("mypy", *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test but the stress tests, on the packages in place."""
-    install_in_place(session, group="test")
+    install_in_place(session, "test", "models")
     session.run("pytest", *session.posargs)
 
 
 @nox.session
 def stress(session: nox.Session) -> None:
     """Run the stress tests: many kills, many rows, long loops."""
-    install_in_place(session, group="test")
+    install_in_place(session, "test", "models")
     session.run("pytest", "-m", "stress", *session.posargs)
 
 
@@ -80,7 +81,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation, or serve it: `nox -s docs -- serve`."""
-    install(session, group="docs")
+    install(session, groups=["docs"])
     session.run(
         "mkdocs",
         *(session.posargs or ["build", "--strict"]),
@@ -122,7 +123,7 @@ def build(session: nox.Session) -> None:
 @nox.session(requires=["build"], reuse_venv=False)
 def wheels(session: nox.Session) -> None:
     """Install the built wheels and a third-party plugin, then test them together."""
-    install(session, *map(str, sorted(DIST.glob("*.whl"))), group="test")
+    install(session, *map(str, sorted(DIST.glob("*.whl"))), groups=["test", "models"])
     install(session, "tests/plugins/ghost-plugin-sample")
     session.run("pytest", "tests", *session.posargs)
 
@@ -142,5 +143,5 @@ def isolated(session: nox.Session, package: str) -> None:
     install(session, "-c", str(siblings), package)
     # Once before pytest is there, which would bring pluggy and others along.
     session.run("python", "-c", f"import {package.replace('-', '_')}")
-    install(session, group="test")
+    install(session, groups=["test"])
     session.run("pytest", f"packages/{package}", *session.posargs)
