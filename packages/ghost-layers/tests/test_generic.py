@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -865,3 +867,38 @@ def test_loss_of_a_scalar_output_is_refused() -> None:
         with pytest.raises(WrongSplitError, match=r"scalar"):
             (output.sum() + penalty).backward()
         losses(model(doubles(3, 4))).sum().backward()
+
+
+def test_objects_of_the_users_are_not_written_to() -> None:
+    class Writes(nn.Module):
+        """Counts its calls in what it has and in what it is given."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(4))
+            self.seen, self.counter = SimpleNamespace(calls=0), Counter()
+            self.numbers = np.zeros(1)
+            self.method = self.scaled
+
+        def scaled(self, x: Tensor) -> Tensor:
+            self.seen.calls += 1
+            return x * self.scale
+
+        def forward(self, x: Tensor, context: SimpleNamespace) -> Tensor:
+            context.calls += 1
+            context.inner.append(1)
+            self.counter["calls"] += 1
+            self.numbers[0] += 1
+            return self.method(x)
+
+    model, x = Behind(Writes()).double(), doubles(3, 4)
+    engine = GradientHolder(model, registry=registry())
+    context = SimpleNamespace(calls=0, inner=[])
+    expected = per_sample_gradients(model, model(x, SimpleNamespace(calls=0, inner=[])).sum(1))
+    with engine, engine.batch(range(3)) as batch:
+        model(x, context).sum().backward()
+    for name, gradient in batch.result.materialize().items():
+        torch.testing.assert_close(gradient, expected[name])
+    written = next(module for module in model.modules() if isinstance(module, Writes))
+    assert (context.calls, context.inner) == (1, [1])
+    assert (written.seen.calls, written.counter["calls"], written.numbers[0]) == (2, 2, 2)

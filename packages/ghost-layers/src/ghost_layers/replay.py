@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from ghost_core import Record
 from ghost_layers.surroundings import RandomState, surroundings
-from ghost_layers.twin import Template
+from ghost_layers.twin import Template, own_copy
 
 
 class Way(Enum):
@@ -170,7 +170,11 @@ class Plan:
         """
         own = {key: values[key].clone() for key in self.written}
         twin = self.template.fill({**values, **own})
-        leaves = [inputs[slot.at] if isinstance(slot, Place) else slot for slot in self.slots]
+        copies: dict[int, Any] = {}
+        leaves = [
+            inputs[slot.at] if isinstance(slot, Place) else own_copy(slot, copies)
+            for slot in self.slots
+        ]
         args, kwargs = tree_unflatten(leaves, self.spec)
         device, dtype = self.autocast
         with torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False):

@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -113,16 +114,16 @@ def _imitate(module: nn.Module) -> nn.Module:
             if name in ("_parameters", "_buffers"):
                 twin[name] = dict(value)
             else:
-                twin[name] = copy.copy(_HOOKS[name]) if name in _HOOKS else _own(value, copies)
+                twin[name] = copy.copy(_HOOKS[name]) if name in _HOOKS else own_copy(value, copies)
     twins: nn.Module = copies[id(module)]
     return twins
 
 
-def _own(value: Any, copies: dict[int, Any]) -> Any:
-    """Return what a copy has in place of an attribute's value.
+def own_copy(value: Any, copies: dict[int, Any]) -> Any:
+    """Return what a copy has in place of a value: of whatever can be written to, another one.
 
     Args:
-        value: The value.
+        value: The value of an attribute, or an argument that is no tensor.
         copies: Copies by the identity of what they are copies of.
     """
     if id(value) in copies:
@@ -131,15 +132,35 @@ def _own(value: Any, copies: dict[int, Any]) -> Any:
         # Keeping it would keep its graph, and so the one before, and so on.
         return value if value.grad_fn is None else _Stale()
     if type(value) is set:
-        return {_own(each, copies) for each in value}
+        return {own_copy(each, copies) for each in value}
     if isinstance(value, torch.Generator):
         return copies.setdefault(id(value), value.clone_state())
     if isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random"):
         return copies.setdefault(id(value), copy.deepcopy(value))
+    if isinstance(value, MethodType) and id(value.__self__) in copies:
+        return MethodType(value.__func__, copies[id(value.__self__)])
     leaves, spec = tree_flatten(value)  # containers, and what libraries return from their models
     if len(leaves) == 1 and leaves[0] is value:
+        return _copied_object(value, copies)
+    return tree_unflatten([own_copy(leaf, copies) for leaf in leaves], spec)
+
+
+def _copied_object(value: Any, copies: dict[int, Any]) -> Any:
+    """Copy an object that is no container known to torch, with the attributes it has."""
+    if isinstance(value, type | ModuleType) or callable(value):
         return value
-    return tree_unflatten([_own(leaf, copies) for leaf in leaves], spec)
+    attributes = getattr(value, "__dict__", None)
+    if attributes is None and not hasattr(value, "__setitem__"):
+        return value
+    try:
+        twin = copy.copy(value)
+    except (TypeError, ValueError):  # locks, files and the like
+        return value
+    if twin is not value:
+        copies[id(value)] = twin
+        if attributes is not None:
+            vars(twin).update({name: own_copy(each, copies) for name, each in attributes.items()})
+    return twin
 
 
 def _flatten(module: nn.RNNBase) -> None:
