@@ -329,6 +329,43 @@ def test_a_scalar_output_is_refused_once_a_gradient_arrives(assert_held, x) -> N
         model(x)
 
 
+@pytest.mark.parametrize("n", [1, N])
+def test_a_part_of_a_parameter_is_returned(assert_held, n) -> None:
+    class Places(nn.Module):
+        """A table of positions, which its owner returns as it is."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, 2 * T, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table[:, : x.shape[1]]
+
+    class PlacesSampler(GradientSampler):
+        parameters = ("table",)
+
+        def record(self, call: Call) -> Mapping[str, Record]:
+            return {}
+
+        def gradients(
+            self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        ) -> Mapping[str, PerSampleGradient]:
+            rows = torch.nn.functional.pad(grads[0], (0, 0, 0, T))
+            return {"table": Dense(rows[:, None, None])}
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.head = Places(), nn.Linear(D, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x + self.places(x)).tanh())
+
+    model, x = Root().double(), torch.randn(n, T, D, dtype=torch.float64)
+    engine = GradientHolder(model, registry=registry((Places, PlacesSampler)))
+    assert_exact(assert_held, engine, model, x)
+
+
 @pytest.mark.parametrize("where", ["attribute", "argument"])
 def test_a_way_past_the_outputs_is_refused(x, where) -> None:
     class Leaks(nn.Linear):

@@ -24,7 +24,7 @@ from ghost_core.capture import BatchCapture, Listener, Pass
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.freeze import Freeze, Running, is_differentiable
 from ghost_core.hooks import Hook, in_backward
-from ghost_core.layout import describe, expanded, lay_out
+from ghost_core.layout import Layout, describe, expanded, lay_out
 from ghost_core.numerics import full_precision
 from ghost_core.tap import Tap
 from ghost_core.tracking import TrackedModule, owner_of, parameter_of
@@ -388,20 +388,10 @@ class Recorder:
             for output, dim in zip(outputs, layout.dims, strict=True)
         )
         call = describe(tracked, layout.rows_first(outputs), args, kwargs, before)
-        given = outputs
-        outputs = [
-            expanded(output, dim, layout.rows)
-            for output, dim in zip(outputs, layout.dims, strict=True)
-        ]
-        if self._verifier.watching:
-            # Memory of its own: an operation in place must come as far as being found.
-            outputs = [
-                output if output.shape == was.shape else output.clone()
-                for output, was in zip(outputs, given, strict=True)
-            ]
+        given, outputs = outputs, self._expanded(tracked, outputs, layout)
         with full_precision(outputs[0].device), self.silence():
             records = dict(tracked.sampler.record(call))
-            if outputs[0] is not given[0]:
+            if outputs[0].shape != given[0].shape:
                 records = {local: record.expand(layout.rows) for local, record in records.items()}
             views, saved = keep(batch.listeners, tracked, records)
         made = self._made(tracked)
@@ -418,6 +408,30 @@ class Recorder:
             if output.shape != was.shape and self._verifying:  # expanded from one row
                 self._verifier.watch(output, tracked)
         return tapped
+
+    def _expanded(
+        self, tracked: TrackedModule, outputs: list[Tensor], layout: Layout
+    ) -> list[Tensor]:
+        """Return outputs with all their rows.
+
+        While the pass is watched, what was expanded has memory of its own, so that an operation in
+        place comes as far as being found; and so has a part of a parameter that a module returns,
+        which is no use of the parameter from there on.
+        """
+        with self.silence():
+            rows = [
+                expanded(output, dim, layout.rows)
+                for output, dim in zip(outputs, layout.dims, strict=True)
+            ]
+            if not self._verifier.watching:
+                return rows
+            memory = {p.untyped_storage().data_ptr() for p in tracked.module.parameters()}
+            return [
+                row.clone()
+                if row.shape != was.shape or row.untyped_storage().data_ptr() in memory
+                else row
+                for row, was in zip(rows, outputs, strict=True)
+            ]
 
     # State
 
