@@ -217,9 +217,11 @@ def test_wrong_owners_are_refused(hold) -> None:
         with engine, engine.batch(range(N), owners=owners):
             model(text, pictures).sum().backward()
 
-    with pytest.raises(WrongSplitError, match=r"in another order than the samples"):
+    with pytest.raises(WrongSplitError, match=r"to the samples that .picture_owner. tells"):
         run({"picture_owner": model.owner.flip(0)})
-    with pytest.raises(WrongSplitError, match=r"eye .* returned 6 rows for 5 samples"):
+    with pytest.raises(
+        WrongSplitError, match=r"eye .* returned 6 rows, and 'picture_owner'.*of 5:"
+    ):
         run({"picture_owner": model.owner[:5]})
     with pytest.raises(CaptureError, match=r"no tensor 'picture_owner' that tells the sample"):
         run({})
@@ -228,6 +230,38 @@ def test_wrong_owners_are_refused(hold) -> None:
     beyond = pytest.raises(CaptureError, match=r"positions of samples, from 0 to 3")
     with engine, beyond, engine.batch(range(N)):
         model(text, pictures, picture_owner=model.owner + 1)
+
+
+@pytest.mark.parametrize("swapped", [(0, 1), (1, 3), (4, 5)])
+def test_every_owner_is_verified(hold, swapped) -> None:
+    model = Pictures()
+    model.owner = torch.tensor([0, 1, 2, 3, 4, 5])
+    given = model.owner.clone()
+    given[list(swapped)] = model.owner[list(reversed(swapped))]
+    engine = hold(model, row_owner={"eye": "rows"})
+    wrong = pytest.raises(WrongSplitError, match=r"samples that 'rows' tells")
+    with engine, wrong, engine.batch(range(6), owners={"rows": given}):
+        model(torch.randn(6, D), torch.randn(6, D))
+
+
+def test_options_of_the_wrong_type_are_refused(hold) -> None:
+    for options in ({"batch_dim": 1}, {"batch_dim": {"*": "1"}}, {"row_owner": "eye"}):
+        with pytest.raises(CaptureError, match=r"batch_dim|row_owner"):
+            hold(Pictures(), **options)
+
+
+def test_a_sequence_first_model_that_returns_one_row_per_sample(hold, assert_held) -> None:
+    class Pooled(SequenceFirst):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids).mean(0)
+
+    model, ids = Pooled().double(), torch.randint(0, 7, (T, N))
+    engine = hold(model, batch_dim={"*": 1})
+    expected = per_sample_gradients(model, losses_of(model(ids)))
+    with engine, engine.batch(range(N)) as batch:
+        losses_of(model(ids)).sum().backward()
+    assert batch.verified
+    assert_held(batch.result, expected)
 
 
 def test_a_row_for_all_that_meets_other_rows(hold, assert_held) -> None:

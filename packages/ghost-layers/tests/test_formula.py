@@ -13,6 +13,7 @@ from ghost_core import GradientSampler, SamplerRegistry, UnsupportedLayerError
 from ghost_core.registry import dotted_name
 from ghost_core.testing import GradientHolder
 from ghost_layers import formula
+from ghost_layers.generic import ReplaySampler
 from ghost_layers.plugin import ghost_samplers
 
 LLAMA = "transformers.models.llama.modeling_llama.LlamaRMSNorm"
@@ -272,6 +273,10 @@ def test_large_tables_are_cut_down(
 
 
 def test_claims_by_name_of_a_known_formula_are_checked() -> None:
-    by_name = {name: sampler for name, sampler in ghost_samplers().items() if isinstance(name, str)}
+    by_name = {
+        name: sampler
+        for name, sampler in ghost_samplers().items()
+        if isinstance(name, str) and not issubclass(sampler, ReplaySampler)  # proven in each call
+    }
     assert dotted_name(called(Norm, LLAMA)) in by_name
     assert all(issubclass(sampler, formula.FormulaChecked) for sampler in by_name.values())

@@ -22,7 +22,7 @@ from ghost_core.gradients import Dense, Outer, PerSampleGradient, matrix_shape
 from ghost_core.hookspecs import hookimpl
 from ghost_core.numerics import accumulation_dtype, full_precision
 from ghost_core.projection import Projection
-from ghost_core.registry import SamplerRegistry
+from ghost_core.registry import Claim, SamplerRegistry
 from ghost_core.rows import Owned
 from ghost_core.sampler import Call, GradientSampler, as_tokens
 from ghost_core.tracking import Patterns, Site
@@ -31,6 +31,7 @@ __all__ = [
     "Batch",
     "Call",
     "CaptureError",
+    "Claim",
     "Dense",
     "Engine",
     "EngineOptions",

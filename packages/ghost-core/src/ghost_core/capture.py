@@ -196,10 +196,14 @@ def find_owner(
         CaptureError: If there is no such tensor or it does not hold positions of samples.
     """
     owner = given[key] if key in given else inputs.get(key)
-    if not isinstance(owner, Tensor):
+    if owner is not None and not isinstance(owner, Tensor):
+        raise CaptureError(f"row_owner: {key!r} is a {type(owner).__name__}: give a tensor")
+    if owner is None:
+        listed = ", ".join(map(repr, given)) or "none"
         raise CaptureError(
             f"row_owner: there is no tensor {key!r} that tells the sample of each row, neither in "
-            f"engine.batch(ids, owners={{{key!r}: ...}}) nor among the model's keyword inputs"
+            f"engine.batch(ids, owners={{{key!r}: ...}}), or verify(..., owners=...), which has "
+            f"{listed}, nor among the model's keyword inputs"
         )
     if owner.dim() != 1 or owner.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         raise CaptureError(

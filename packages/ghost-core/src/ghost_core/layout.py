@@ -97,6 +97,12 @@ def lay_out(
         WrongSplitError: If an output has neither one row nor the rows of the samples.
     """
     dims = tracked.output_dims(len(outputs))
+    if tracked.sampler.batch_dims(tracked.module, len(outputs)) is None:
+        # A module that is sequence-first inside may return one row per sample all the same.
+        dims = tuple(
+            0 if not _has(output, dim, n) and _has(output, 0, n) else dim
+            for output, dim in zip(outputs, dims, strict=True)
+        )
     sizes = {
         output.shape[dim] for output, dim in zip(outputs, dims, strict=True) if output.dim() > dim
     }
@@ -110,8 +116,18 @@ def lay_out(
     if owner is None and foldable and len(several) == 1 and n and not max(several) % n:
         rows = max(rows, *several)
     if wrong := sizes - {1, rows}:
-        raise wrong_rows(tracked, min(wrong), rows if owner is not None else n)
+        if owner is not None:
+            raise WrongSplitError(
+                f"{tracked.label} returned {min(wrong)} rows, and {tracked.row_owner!r}, which "
+                f"row_owner names for it, tells the samples of {rows}: give one entry per row, "
+                f"positions of samples from 0 to {n - 1}"
+            )
+        raise wrong_rows(tracked, min(wrong), n)
     return Layout(dims, rows, owner)
+
+
+def _has(output: Tensor, dim: int, n: int) -> bool:
+    return output.dim() > dim and output.shape[dim] in (1, n)
 
 
 def expanded(output: Tensor, dim: int, rows: int) -> Tensor:

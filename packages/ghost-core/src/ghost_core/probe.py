@@ -75,9 +75,15 @@ def differentiable(outputs: Any) -> list[Tensor]:
     ]
 
 
-def has_samples(output: Tensor, n: int, dim: int) -> bool:
-    """Tell whether an output has one entry per sample on an axis."""
-    return output.dim() > dim and output.shape[dim] == n
+def samples_axis(output: Tensor, n: int, dim: int) -> int | None:
+    """Return the axis of an output with one entry per sample: the one expected, or the first.
+
+    A model that is sequence-first inside may return one row per sample all the same.
+    """
+    for axis in (dim, 0):
+        if output.dim() > axis and output.shape[axis] == n:
+            return axis
+    return None
 
 
 def outputs_by_sample(outputs: Any, n: int, dim: int) -> list[Tensor]:
@@ -87,15 +93,16 @@ def outputs_by_sample(outputs: Any, n: int, dim: int) -> list[Tensor]:
         WrongSplitError: If there is none.
     """
     leaves = differentiable(outputs)
-    found = [leaf for leaf in leaves if has_samples(leaf, n, dim)]
+    found = [leaf for leaf in leaves if samples_axis(leaf, n, dim) is not None]
     if not found:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or type(outputs).__name__
         expected = ", ".join([*[":"] * dim, str(n), "..."])
         raise WrongSplitError(
             f"the model's output does not tell {n} samples apart: no tensor of shape [{expected}] "
             f"that requires a gradient, only {shapes}. Let the model return its outputs and "
-            "compute the loss outside of it; say which axis holds the samples, as in "
-            "batch_dim={'': 1}; or pass verify=False, which every result records."
+            "compute the loss outside of it"
+            + ("" if dim else "; say which axis holds the samples, as in batch_dim={'': 1}")
+            + "; or pass verify=False, which every result records."
         )
     return found
 

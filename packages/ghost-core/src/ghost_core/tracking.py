@@ -228,7 +228,7 @@ def _find_owners(
             taken |= {owner_of(module, local) for local in own if "." in local}
         else:
             unhandled.append((name, own, found))
-    _check_handled(modules, unhandled)
+    _check_handled(modules, unhandled, selection.generic)
     return modules
 
 
@@ -255,6 +255,14 @@ def _by_module(model: nn.Module, option: str, given: Mapping[str, ValueT]) -> di
     Raises:
         UnknownNameError: If a glob matches no module.
     """
+    if not isinstance(given, Mapping):
+        raise CaptureError(
+            f"{option} is a mapping of globs over names of modules, such as {{'*': ...}}, not "
+            f"{given!r}"
+        )
+    kind = int if option == "batch_dim" else str
+    if wrong := [value for value in given.values() if type(value) is not kind]:
+        raise CaptureError(f"values of {option} are of type {kind.__name__}, not {wrong[0]!r}")
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     values: dict[str, ValueT] = {}
     for pattern, value in given.items():
@@ -266,7 +274,9 @@ def _by_module(model: nn.Module, option: str, given: Mapping[str, ValueT]) -> di
 
 
 def _check_handled(
-    modules: Iterable[TrackedModule], unhandled: Iterable[tuple[str, dict[str, Site], str]]
+    modules: Iterable[TrackedModule],
+    unhandled: Iterable[tuple[str, dict[str, Site], str]],
+    generic: bool,
 ) -> None:
     """Raise if a parameter has no owner with a sampler.
 
@@ -284,8 +294,9 @@ def _check_handled(
         raise UnsupportedLayerError(
             "no per-sample gradients for these modules:\n"
             + "\n".join(problems)
-            + f"\nLeave them out with exclude={','.join(parameters)!r}, or register a sampler for "
-            "them as a plugin."
+            + f"\nLeave them out with exclude={','.join(dict.fromkeys(parameters))!r}, "
+            + ("" if generic else "let modules be replayed, without generic=False, ")
+            + "or register a sampler for them as a plugin."
         )
 
 

@@ -28,11 +28,11 @@ from ghost_core.probe import (
     Kind,
     Probe,
     differentiable,
-    has_samples,
     nan_in,
     numbers_in,
     outputs_by_sample,
     probed_samples,
+    samples_axis,
 )
 from ghost_core.rows import Fold
 from ghost_core.tracking import Site, TrackedModule
@@ -237,7 +237,10 @@ class Verifier:
             return signature not in self._unwatched
         if self._usage is None:
             self._unwatched.add(signature)
-        probes = [self._run_probe(output, sample, n) for sample in probed_samples(n)]
+        # Owners that were given may be wrong for any sample.
+        owned = any(self._tracked[name].row_owner for name, _ in called)
+        chosen = range(n) if owned else probed_samples(n)
+        probes = [self._run_probe(output, sample, n) for sample in chosen]
         reached = {kind for probe in probes for kind in probe.reached}
         if unreached := called - reached:
             self._check_unreached(output, n, unreached)
@@ -258,17 +261,24 @@ class Verifier:
         """Probe one sample and return what was seen."""
         outputs = outputs_by_sample(output, n, self._dim)
         probe = Probe(sample, n)
-        self._backward(probe, outputs, [nan_in(leaf, sample, self._dim) for leaf in outputs])
+        self._backward(
+            probe, outputs, [nan_in(leaf, sample, self._axis(leaf, n)) for leaf in outputs]
+        )
         if probe.mixed and probe.half and sample > 0:
             # Half-precision kernels of some CPUs load the head of the next row behind the tail of
             # a row, times zero. NaN leaks to the row before; numbers do not, and row 0 has none.
             reached, probe = probe.reached, Probe(sample, n)
-            numbers = [numbers_in(leaf, sample, self._dim) for leaf in outputs]
+            numbers = [numbers_in(leaf, sample, self._axis(leaf, n)) for leaf in outputs]
             self._backward(probe, outputs, numbers)
             probe.reached |= reached
         if probe.mixed:
             raise wrong_split(self._model, probe, self._tracked)
         return probe
+
+    def _axis(self, output: Tensor, n: int) -> int:
+        axis = samples_axis(output, n, self._dim)
+        assert axis is not None
+        return axis
 
     def _find_folds(self, probes: Sequence[Probe], n: int) -> dict[str, Fold]:
         """Return the order of folded rows that all probes allow, by name of the module.
@@ -294,7 +304,9 @@ class Verifier:
 
     def _check_unreached(self, output: Any, n: int, unreached: set[Kind]) -> None:
         """Raise if modules that no probe reached matter for outputs without one row per sample."""
-        others = [leaf for leaf in differentiable(output) if not has_samples(leaf, n, self._dim)]
+        others = [
+            leaf for leaf in differentiable(output) if samples_axis(leaf, n, self._dim) is None
+        ]
         if not others:
             return
         probe = Probe(0, n)
@@ -360,6 +372,15 @@ def wrong_split(
             "depends on all others."
         )
         remedy = "Put BatchNorm layers into evaluation mode, or use GroupNorm."
+    elif owned := [name for name in probe.mixed if tracked[name].row_owner]:
+        reason = (
+            f"the rows of {owned[0]} do not belong to the samples that "
+            f"{tracked[owned[0]].row_owner!r} tells."
+        )
+        remedy = (
+            "Give the position in the batch of each row's sample, or leave these modules out with "
+            "exclude=..."
+        )
     elif probe.scalars:
         reason = "the model's output depends on a scalar that a module computes from all samples."
         remedy = "Leave the module out with exclude=..."

@@ -54,10 +54,15 @@ class HoldingEngine(Engine[ResultT]):
         self,
         model: nn.Module,
         *,
-        loss_weights: LossWeights,
+        loss_weights: LossWeights | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         super().__init__(model, **options)
+        if loss_weights is None:
+            raise CaptureError(
+                f"{type(self).__name__} needs loss_weights, the weight of each sample's own loss "
+                "in the backpropagated one: 'sum', 'mean' or 'given'; there is no default"
+            )
         if not isinstance(loss_weights, str):
             raise CaptureError(
                 "weights belong to a batch: make the engine with loss_weights='given', and open "

@@ -346,7 +346,7 @@ class Search:
 def _mixed() -> RefusalError:
     return RefusalError(
         "a sample's output depends on other samples, as where something normalises over the batch",
-        "put BatchNorm layers into evaluation mode",
+        "put BatchNorm layers into evaluation mode, or say where the samples are, with batch_dim",
     )
 
 
