@@ -140,6 +140,7 @@ def expanded(output: Tensor, dim: int, rows: int) -> Tensor:
 def describe(
     tracked: TrackedModule,
     outputs: Sequence[Tensor],
+    layout: Layout,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     before: object,
@@ -149,13 +150,14 @@ def describe(
     Args:
         tracked: The module.
         outputs: Its differentiable outputs, rows first.
+        layout: Where they had their rows.
         args: Positional inputs.
         kwargs: Keyword inputs.
         before: What the sampler kept before the call.
     """
     # A sampler that knows the axes of the outputs knows those of the inputs.
     knows = tracked.sampler.batch_dims(tracked.module, len(outputs)) is not None
-    dim = 0 if knows else tracked.batch_dim
+    dim = tracked.batch_dim if any(layout.dims) and not knows else 0
     device = outputs[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return Call(

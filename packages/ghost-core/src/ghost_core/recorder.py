@@ -387,7 +387,7 @@ class Recorder:
             output.dim() > dim and output.shape[dim] == layout.rows
             for output, dim in zip(outputs, layout.dims, strict=True)
         )
-        call = describe(tracked, layout.rows_first(outputs), args, kwargs, before)
+        call = describe(tracked, layout.rows_first(outputs), layout, args, kwargs, before)
         given, outputs = outputs, self._expanded(tracked, outputs, layout)
         with full_precision(outputs[0].device), self.silence():
             records = dict(tracked.sampler.record(call))

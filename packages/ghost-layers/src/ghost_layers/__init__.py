@@ -4,8 +4,10 @@
 of related layers.
 """
 
+from ghost_layers.attention import MultiheadAttentionSampler
 from ghost_layers.convolution import ConvolutionSampler, Geometry, Patches
 from ghost_layers.embedding import EmbeddingBagSampler, EmbeddingSampler
+from ghost_layers.generic import GenericSampler, ReplaySampler
 from ghost_layers.linear import Conv1DSampler, FalconLinearSampler, LinearSampler
 from ghost_layers.normalization import (
     BatchNormSampler,
@@ -18,6 +20,7 @@ from ghost_layers.normalization import (
     ScaleSampler,
     Standardized,
 )
+from ghost_layers.recurrent import RecurrentCellSampler, RecurrentSampler
 
 __all__ = [
     "BatchNormSampler",
@@ -27,14 +30,19 @@ __all__ = [
     "EmbeddingBagSampler",
     "EmbeddingSampler",
     "FalconLinearSampler",
+    "GenericSampler",
     "Geometry",
     "GroupNormSampler",
     "InstanceNormSampler",
     "LayerNormSampler",
     "LinearSampler",
+    "MultiheadAttentionSampler",
     "Normalized",
     "Patches",
     "RMSNormSampler",
+    "RecurrentCellSampler",
+    "RecurrentSampler",
+    "ReplaySampler",
     "ScaleSampler",
     "Standardized",
 ]
