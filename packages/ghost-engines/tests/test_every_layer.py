@@ -18,7 +18,12 @@ Directions = Mapping[str, Mapping[str, Tensor]]
 EXACT = {n: example for n, example in (LAYERS | VARIANTS).items() if example.refusal is None}
 
 
-@pytest.fixture(params=EXACT)
+def marked(name: str) -> object:
+    """Leave what is replayed to the stress tests: engines get it in one form, and it takes long."""
+    return pytest.param(name, marks=pytest.mark.stress if EXACT[name].generic else ())
+
+
+@pytest.fixture(params=map(marked, EXACT))
 def example(request: pytest.FixtureRequest) -> LayerExample:
     return EXACT[request.param]
 
