@@ -902,3 +902,53 @@ def test_objects_of_the_users_are_not_written_to() -> None:
     written = next(module for module in model.modules() if isinstance(module, Writes))
     assert (context.calls, context.inner) == (1, [1])
     assert (written.seen.calls, written.counter["calls"], written.numbers[0]) == (2, 2, 2)
+
+
+def test_random_numbers_beside_large_values_are_those_of_the_call() -> None:
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter((torch.randn(8) * 0.02).bfloat16())
+
+        def forward(self, x: Tensor) -> Tensor:
+            scaled = functional.layer_norm(x, (8,)) * self.scale
+            return x + functional.dropout(scaled, 0.1, self.training)
+
+    model = nn.Sequential(Drops())
+    x = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[..., 0] *= 200
+    slope = torch.linspace(-1, 1, x.numel()).reshape(x.shape).double()
+    for options in ({"batch_dim": {"*": 1}}, {}):
+        n, axes = (4, (0, 2)) if options else (6, (1, 2))
+        engine = GradientHolder(model, registry=registry(), **options)
+        torch.manual_seed(1)
+        expected = per_sample_gradients(model, (model(x).double() * slope).sum(axes))
+        torch.manual_seed(1)
+        with engine.frozen(), engine.batch(range(n)) as batch:
+            (model(x).double() * slope).sum(axes).sum().backward()
+        for name, gradient in batch.result.materialize().items():
+            error = (gradient - expected[name].double()).norm() / expected[name].double().norm()
+            assert error < 2e-2, f"{name} {options}"
+
+
+@pytest.mark.parametrize("how", ["hook", "batch size"])
+def test_gradients_that_are_others_for_one_sample_are_those_of_the_call(how: str) -> None:
+    class Unlike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if how == "batch size":
+                return x * (self.scale if len(x) > 1 else self.scale.detach())
+            scaled = x * self.scale
+            if scaled.requires_grad:
+                scaled.register_hook(lambda grad: grad / len(grad))
+            return scaled
+
+    model, x = Behind(Unlike()).double(), doubles(5, 4)
+    engine = GradientHolder(model, registry=registry())
+    expected = per_sample_gradients(model, model(x).sin().sum(1), ["module.scale"])
+    with engine.frozen(), engine.batch(range(5)) as batch:
+        model(x).sin().sum().backward()
+    torch.testing.assert_close(batch.result.materialize()["module.scale"], expected["module.scale"])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from ghost_layers.proof import same_gradients
 from ghost_layers.replay import Leaf, Output, Plan, Replay, Way, floating, forward
 from ghost_layers.surroundings import Guard, RefusalError
 
@@ -83,7 +84,9 @@ class Search:
         moved, reference = self._moved(plan)
         if moved is not self._values and plan.count > 1:
             for other in self._candidates(plan):
-                if self._holds(other, moved, reference):
+                if self._holds(other, moved, reference) and same_gradients(
+                    plan, other, replace(self.replay, values=moved), self.recorded
+                ):
                     if self._shares_gradients(plan, other):
                         self._check_unmixed(plan, moved)
                     return other
