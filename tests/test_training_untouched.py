@@ -280,6 +280,7 @@ def live_tensors():
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
 def test_nothing_stays_after_two_hundred_steps(frozen, gpt2):
     gpt2.transformer.wpe.weight.requires_grad_(False)

@@ -42,6 +42,7 @@ def test_as_many_samples_as_tokens(name):
     compare(FAMILIES[name].case(square, square))
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("name", EXACT)
 def test_one_sample(name):
     compare(FAMILIES[name].case(1))
