@@ -6,6 +6,8 @@ import torch
 from ghost_core import SamplerRegistry
 from ghost_core.registry import Claim, dotted_name
 from ghost_layers.plugin import ghost_samplers
+from ghost_layers.replay import Plan, Way
+from ghost_layers.search import Search
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +24,18 @@ def registry() -> SamplerRegistry:
         Claim(kind if isinstance(kind, str) else dotted_name(kind), sampler, "ghost-layers:layers")
         for kind, sampler in ghost_samplers().items()
     )
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
+    """The ways to run calls again that were found, in order."""
+    found: list[Way] = []
+    find = Search.find
+
+    def find_and_note(self: Search) -> Plan:
+        plan = find(self)
+        found.append(plan.way)
+        return plan
+
+    monkeypatch.setattr(Search, "find", find_and_note)
+    return found

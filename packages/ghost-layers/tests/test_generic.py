@@ -30,7 +30,6 @@ from ghost_layers import replay_gradients
 from ghost_layers.generic import GenericSampler
 from ghost_layers.plugin import ghost_samplers
 from ghost_layers.replay import Way
-from ghost_layers.search import Search
 
 Patch = pytest.MonkeyPatch
 
@@ -80,21 +79,6 @@ def check(
         scale = rows.norm(dim=1).clamp(min=1e-6).reshape(-1, *[1] * (gradient.dim() - 1))
         assert_within(gradient, expected[name], scale, tolerance, name)
     return engine
-
-
-@pytest.fixture
-def ways(monkeypatch: Patch) -> list[Way]:
-    """The ways that were found, in order."""
-    found: list[Way] = []
-    find = Search.find
-
-    def find_and_note(self: Search) -> Any:
-        plan = find(self)
-        found.append(plan.way)
-        return plan
-
-    monkeypatch.setattr(Search, "find", find_and_note)
-    return found
 
 
 def doubles(*shape: int) -> Tensor:

@@ -15,7 +15,6 @@ from ghost_core.testing import GradientHolder, assert_within, check_sampler, per
 from ghost_layers.linear import LinearSampler
 from ghost_layers.recurrent import RecurrentCellSampler, RecurrentSampler
 from ghost_layers.replay import Way
-from ghost_layers.search import Search
 
 LAYERS = [nn.RNN, nn.LSTM, nn.GRU]
 CELLS = [nn.RNNCell, nn.LSTMCell, nn.GRUCell]
@@ -85,21 +84,6 @@ def check(
 
 def doubles(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
-
-
-@pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
-    """The ways that were found, in order."""
-    found: list[Way] = []
-    find = Search.find
-
-    def find_and_note(self: Search) -> Any:
-        plan = find(self)
-        found.append(plan.way)
-        return plan
-
-    monkeypatch.setattr(Search, "find", find_and_note)
-    return found
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -12,7 +12,6 @@ from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import GradientHolder, assert_within, per_sample_gradients
 from ghost_layers.plugin import ghost_samplers
 from ghost_layers.replay import Way
-from ghost_layers.search import Search
 from ghost_layers.transformers_replays import TRANSFORMERS_REPLAYS
 
 transformers = pytest.importorskip("transformers")
@@ -147,21 +146,6 @@ def shaken(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         parameter.data.copy_(0.3 * torch.randn_like(parameter))
     return module.double()
-
-
-@pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
-    """The ways that were found, in order."""
-    found: list[Way] = []
-    find = Search.find
-
-    def find_and_note(self: Search) -> Any:
-        plan = find(self)
-        found.append(plan.way)
-        return plan
-
-    monkeypatch.setattr(Search, "find", find_and_note)
-    return found
 
 
 @pytest.mark.parametrize("training", [False, True])

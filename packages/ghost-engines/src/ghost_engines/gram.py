@@ -10,8 +10,9 @@ from types import MappingProxyType
 from torch import Tensor
 
 from ghost_core import Batch, CaptureError, SampleIds
-from ghost_engines.held import HeldGradients, by_layer, cosines
+from ghost_engines.held import HeldGradients, cosines
 from ghost_engines.holding import HoldingEngine
+from ghost_engines.scores import by_layer
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -232,18 +232,6 @@ class HeldGradients:
         for uses in self._uses[site.parameter].values():
             for gradient in uses.summands():
                 yield uses.rows, gradient
-
-
-def by_layer(by_parameter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sum over the parameters that one module owns.
-
-    A parameter shared by modules counts for the first of them.
-    """
-    layers: dict[str, Tensor] = {}
-    for name, values in by_parameter.items():
-        layer = name.rpartition(".")[0]
-        layers[layer] = layers[layer] + values if layer in layers else values
-    return layers
 
 
 def cosines(products: Tensor, squared: Tensor, others: Tensor) -> Tensor:

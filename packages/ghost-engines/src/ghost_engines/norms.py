@@ -13,9 +13,9 @@ from torch import Tensor
 from ghost_core import Batch, Pass, PerSampleGradient, SampleIds, Site
 from ghost_core.gradients import as_rows
 from ghost_engines.dot_product import DotProductEngine
-from ghost_engines.held import HeldGradients, by_layer, cosines
+from ghost_engines.held import HeldGradients, cosines
 from ghost_engines.holding import HoldingEngine
-from ghost_engines.scores import ScoredBatch, Scores
+from ghost_engines.scores import ScoredBatch, Scores, by_layer
 
 
 @dataclass(frozen=True)

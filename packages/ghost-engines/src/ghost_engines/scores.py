@@ -76,11 +76,7 @@ class Scores:
 
         A parameter shared by modules counts for the first of them.
         """
-        layers: dict[str, Tensor] = {}
-        for name, dots in self.by_parameter.items():
-            layer = name.rpartition(".")[0]
-            layers[layer] = layers[layer] + dots if layer in layers else dots
-        return layers
+        return by_layer(self.by_parameter)
 
     @property
     def by_token(self) -> Tensor:
@@ -169,6 +165,18 @@ class ScoreObserver(Protocol):
     def scored(self, scores: Scores) -> None:
         """A batch was scored."""
         ...
+
+
+def by_layer(by_parameter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum over the parameters that one module owns.
+
+    A parameter shared by modules counts for the first of them.
+    """
+    layers: dict[str, Tensor] = {}
+    for name, values in by_parameter.items():
+        layer = name.rpartition(".")[0]
+        layers[layer] = layers[layer] + values if layer in layers else values
+    return layers
 
 
 class TokenSum:

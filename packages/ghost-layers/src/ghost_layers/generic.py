@@ -102,18 +102,8 @@ class ReplaySampler(GradientSampler):
         self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Run the call again and differentiate it for each sample."""
-        plan: Plan = call.static
-        (replay,) = records.values()
-        assert isinstance(replay, Replay)
+        plan, replay = kept(call, records)
         slopes = {index: grad for index, grad in enumerate(grads) if grad is not None}
-        if scalars := slopes.keys() - {output.index for output in plan.outputs}:
-            raise WrongSplitError(
-                f"gradients cannot be split by sample: the loss depends on output "
-                f"{scalars.pop()} of {call.name or '(root)'}, a scalar\n"
-                "Reason: a scalar belongs to all samples.\n"
-                "Remedy: compute the loss from outputs with one row per sample, or leave the "
-                "module out with exclude=..."
-            )
         made = gradients(plan, replay, slopes, call.shapes)
         return {local: Dense(gradient.unsqueeze(1)) for local, gradient in made.items()}
 
@@ -180,6 +170,14 @@ class GenericSampler(ReplaySampler):
 
     generic = True
     methods = ()
+
+
+def kept(call: Call, records: Mapping[str, Record]) -> tuple[Plan, Replay]:
+    """Return what a `ReplaySampler` kept of a call."""
+    plan: Plan = call.static
+    (replay,) = records.values()
+    assert isinstance(replay, Replay)
+    return plan, replay
 
 
 def _drawn(before: Before) -> RandomState | None:

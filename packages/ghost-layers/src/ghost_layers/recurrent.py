@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from ghost_core import Call, PerSampleGradient, Record
-from ghost_layers.generic import ReplaySampler
-from ghost_layers.replay import Forward, Leaf, Plan, Replay, Way
+from ghost_layers.generic import ReplaySampler, kept
+from ghost_layers.replay import Forward, Leaf, Way
 from ghost_layers.surroundings import RefusalError
 from ghost_layers.unrolled import Unrolled, differentiate, unroll
 
@@ -69,9 +69,7 @@ class RecurrentSampler(ReplaySampler):
         self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Run the layer again and differentiate it."""
-        plan: Plan = call.static
-        (replay,) = records.values()
-        assert isinstance(replay, Replay)
+        plan, replay = kept(call, records)
         if plan.way is not Way.REWRITTEN:
             return super().gradients(call, records, grads)
         wanted = {

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ghost_core import Call, Dense, GradientSampler, PerSampleGradient, Record
 from ghost_core.sampler import own_parameters
-from ghost_layers.generic import ReplaySampler
-from ghost_layers.replay import Forward, Plan, Replay, Way, floating
+from ghost_layers.generic import ReplaySampler, kept
+from ghost_layers.replay import Forward, Way, floating
 from ghost_layers.transformers_names import class_names
 
 _TABLE = "relative_attention_bias.weight"
@@ -50,9 +50,7 @@ class RelativeBiasSampler(ReplaySampler):
         self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Run the module again, and differentiate what was looked up, then the table."""
-        plan: Plan = call.static
-        (replay,) = records.values()
-        assert isinstance(replay, Replay)
+        plan, replay = kept(call, records)
         if plan.rewritten is None or plan.way is not Way.REWRITTEN:
             return super().gradients(call, records, grads)
         ((local, shape),) = call.shapes.items()
