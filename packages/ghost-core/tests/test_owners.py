@@ -18,6 +18,7 @@ from ghost_core import (
     PerSampleGradient,
     Record,
     SamplerRegistry,
+    UnbalancedError,
     UnsupportedLayerError,
     WrongSplitError,
 )
@@ -387,7 +388,7 @@ def test_a_way_past_the_outputs_is_refused(x, where) -> None:
             return output + (self.layer.left if where == "attribute" else self.cache["left"])
 
     engine = GradientHolder(model := Root().double(), registry=registry((nn.Module, Replays)))
-    past = pytest.raises(WrongSplitError, match=r"layer\.weight matters .* not pass the outputs")
+    past = pytest.raises(UnbalancedError, match=r"do not add up .* of layer\.(weight|bias)")
     with engine, past, engine.batch(range(N)):
         losses_of(model(x)).sum().backward()
 

@@ -1,4 +1,4 @@
-"""`engine.verify`, with a function and with the losses of an open batch."""
+"""`engine.verify`, whatever the engine is and whether it is attached."""
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from ghost_core.testing import (
     PlainLinear,
     TinyTransformer,
     next_token_losses,
-    per_sample_gradients,
     plain_registry,
 )
 
@@ -59,47 +58,27 @@ def test_a_function(hold, model, tokens):
         assert {check.parameter for check in found.parameters} == engine.tracking.names
 
 
-def test_losses_of_an_open_batch(hold, assert_held, model, tokens):
-    engine = hold(model)
-    expected = per_sample_gradients(model, next_token_losses(model(tokens), tokens))
-    with engine, engine.batch(range(N)) as batch:
-        losses = next_token_losses(model(tokens), tokens)
-        found = engine.verify(losses)
-        assert all(parameter.grad is None for parameter in model.parameters())
-        losses.sum().backward()
-    assert found.ok
-    assert found.verified
-    assert "exact: the gradients of 6 of 6 samples agree" in found.verdict
-    assert {check.parameter for check in found.parameters} == set(expected)
-    assert_held(batch.result, expected)  # what was compared is not counted
-
-
-def test_a_wrong_sampler_is_found_in_an_open_batch(tokens):
+def test_a_wrong_sampler_is_found() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     known = SamplerRegistry([Claim(dotted_name(nn.Linear), Doubles, "test")])
     engine = GradientHolder(model, registry=known, verify=False)
     x = torch.randn(N, 4, dtype=torch.float64)
-    with engine, engine.batch(range(N)):
-        losses = model(x).sin().sum(1)
-        found = engine.verify(losses)
-        losses.sum().backward()
+    found = engine.verify(lambda: model(x).sin().sum(1))
     assert not found.ok
     assert {check.sample for check in found.wrong} == {N - 1}
-    with pytest.raises(
-        WrongSplitError, match=r"wrong: (.|\n)*Doubles(.|\n)*outside of engine\.batch"
-    ):
+    with pytest.raises(WrongSplitError, match=r"wrong: (.|\n)*Doubles"):
         found.raise_if_wrong()
 
 
-def test_a_coupled_loss_is_found_in_an_open_batch(hold, model, tokens):
-    engine = hold(model)
-    with engine, engine.batch(range(N)):
-        losses = next_token_losses(model(tokens), tokens)
-        assert not engine.verify(losses / losses.max()).ok
-        losses.sum().backward()
+def test_a_coupled_loss_is_found(hold, model, tokens):
+    def losses():
+        values = next_token_losses(model(tokens), tokens)
+        return values / values.max()
+
+    assert not hold(model).verify(losses).ok
 
 
-def test_engines_that_make_gradients_are_not_asked_for_them(model, tokens):
+def test_engines_that_make_gradients_are_verified_too(model, tokens):
     class Fused(GradientHolder):
         freeze = Freeze.CALL
 
@@ -108,12 +87,14 @@ def test_engines_that_make_gradients_are_not_asked_for_them(model, tokens):
             return gradient.sum()
 
     engine = Fused(model, registry=plain_registry())
-    with engine, engine.batch(range(N)):
-        losses = next_token_losses(model(tokens), tokens)
-        making = pytest.raises(CaptureError, match=r"makes the weight gradients")
-        with making:
-            engine.verify(losses)
-        losses.sum().backward()
+    with engine:
+        assert engine.verify(lambda: next_token_losses(model(tokens), tokens)).ok
+
+
+def test_engines_that_compress_inputs_are_verified_too(hold, model, tokens):
+    engine = Compresses(model, registry=hold(model).selection.registry)
+    with engine:
+        assert engine.verify(lambda: next_token_losses(model(tokens), tokens)).ok
 
 
 def test_what_cannot_be_compared(hold, model, tokens):
@@ -122,25 +103,15 @@ def test_what_cannot_be_compared(hold, model, tokens):
     def losses():
         return next_token_losses(model(tokens), tokens)
 
-    with pytest.raises(CaptureError, match=r"call verify\(\) inside of engine\.batch"):
+    function = pytest.raises(CaptureError, match=r"takes a function that computes the losses, not")
+    with function:
         engine.verify(losses())
-    frozen = pytest.raises(CaptureError, match=r"parameters are frozen")
-    with engine.frozen(), frozen, engine.batch(range(N)):
+    with engine, function, engine.batch(range(N)):
         engine.verify(losses())
-    with engine, engine.batch(range(2 * N)):
-        first, second = losses(), losses()
-        with pytest.raises(CaptureError, match=r"losses are \[12\], and a pass of 6 samples"):
-            engine.verify(torch.cat([first, second]))
-        with pytest.raises(CaptureError, match=r"give owners to engine\.batch"):
-            engine.verify(first, owners={"rows": tokens})
-        with pytest.raises(CaptureError, match=r"tolerance must be between 0 and 1"):
-            engine.verify(first, tolerance=2)
-        (first + second).sum().backward()
-    compressing = Compresses(model, registry=engine.selection.registry)
-    with compressing, compressing.batch(range(N)):
-        computed = losses()
-        with pytest.raises(CaptureError, match=r"compressed in the forward pass: give"):
-            compressing.verify(computed)
-        computed.sum().backward()
+    open_batch = pytest.raises(CaptureError, match=r"while a batch is open")
+    with engine, open_batch, engine.batch(range(N)):
+        engine.verify(losses)
+    with pytest.raises(CaptureError, match=r"tolerance must be between 0 and 1"):
+        engine.verify(losses, tolerance=2)
     with engine:  # the hooks are as before
         assert engine.verify(losses).ok

@@ -18,7 +18,7 @@ from ghost_core.numerics import full_precision
 from ghost_core.rows import Fold, Owned
 from ghost_core.sampler import Call
 from ghost_core.tracking import Site, TrackedModule
-from ghost_core.verification import Receive, Verifier, unclear_fold
+from ghost_core.verification import Verifier, unclear_fold
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Arrival:
         if self.verifier.probe is not None:
             self.verifier.probe.see(self.call.name, self.layout, self.layout.rows_first(grads))
             return [None] * len(self.made)
-        if self.verifier.receive is None and not self.verifier.is_training:
+        if not self.verifier.is_training:
             return [None] * len(self.made)
         if self.pass_ is None:
             raise CaptureError(
@@ -95,9 +95,6 @@ class Arrival:
                 f"a gradient reached {self.call.name} after its batch was closed: run backward() "
                 "inside engine.batch()"
             )
-        if self.verifier.receive is not None:
-            self._compare(self.verifier.receive, self.pass_, saved, grads)
-            return [None] * len(self.made)
         self.batch.arrived = True
         made = self._deliver(self.pass_, saved, grads)
         if missing := set(self.made) - set(made):
@@ -123,20 +120,6 @@ class Arrival:
                             if result is not None:
                                 made[local] = result.to(site.dtype)
         return made
-
-    def _compare(
-        self, receive: Receive, pass_: Pass, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> None:
-        """Hand the gradients to a comparison in place of the engines."""
-        whole = next((view for view in self.views if view.whole), None)
-        if whole is None:
-            raise CaptureError(
-                f"the inputs of {self.call.name} were compressed in the forward pass: give "
-                "verify() a function that computes the losses, outside of engine.batch()"
-            )
-        with full_precision(_device(grads)):
-            for site, _, gradient in self._gradients(pass_, whole, saved, grads):
-                receive(pass_, site, gradient)
 
     def _gradients(
         self,

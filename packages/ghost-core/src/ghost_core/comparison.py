@@ -14,7 +14,6 @@ They are powers of two, which scale numbers without rounding.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -42,7 +41,7 @@ from ghost_core.gradients import PerSampleGradient
 from ghost_core.isolation import untouched
 from ghost_core.numerics import chunks
 from ghost_core.recorder import Recorder
-from ghost_core.tracking import Site, Tracking
+from ghost_core.tracking import Site
 
 Losses = Callable[[], Tensor]
 """Runs the model on a batch and returns one loss per sample, floating `[N]`; the same each time."""
@@ -88,7 +87,13 @@ def compare(
         WrongSplitError: If the split by sample is refused.
         UnsupportedLayerError: If a selected parameter belongs to a module without a sampler.
     """
-    _check_tolerance(tolerance)
+    if not callable(losses):
+        raise CaptureError(
+            f"verify() takes a function that computes the losses, not a {type(losses).__name__}: "
+            "engine.verify(lambda: per_sample_loss(model, batch))"
+        )
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise CaptureError(f"tolerance must be between 0 and 1, not {tolerance}")
     engine = _Receiver(model, **options)
     engine.owners = owners
     parameters = {site.parameter: model.get_parameter(site.parameter) for site in engine.sites}
@@ -115,76 +120,6 @@ def compare(
         if found.ok:
             return found
         return replace(found, reason=_reason(engine, losses, expected, found))
-
-
-def compare_open(
-    model: nn.Module,
-    tracking: Tracking,
-    recorder: Recorder,
-    losses: Tensor,
-    samples: int = 8,
-    tolerance: float | None = None,
-) -> Verification:
-    """Compare gradients of losses that were computed in an open batch; see `Engine.verify`.
-
-    The graph stays as it is, and the engines see nothing of it.
-
-    Args:
-        model: The model.
-        tracking: What is tracked.
-        recorder: Captures the batch.
-        losses: One loss per sample, floating `[N]`, of the only pass in the batch.
-        samples: How many samples to compare.
-        tolerance: Error allowed, between 0 and 1; by default that of `PRECISIONS`.
-
-    Returns:
-        The errors by parameter.
-
-    Raises:
-        CaptureError: If parameters are frozen or an engine compresses inputs, so that there is
-            nothing to compare; or an option or the losses do not fit.
-    """
-    _check_tolerance(tolerance)
-    if recorder.flags:
-        raise CaptureError(
-            "parameters are frozen, so that autograd has no gradients to compare with: give "
-            "verify() a function that computes the losses, outside of engine.batch()"
-        )
-    if recorder.makes_gradients:
-        raise CaptureError(
-            "an engine makes the weight gradients of this batch, so that autograd has none to "
-            "compare with: give verify() a function, outside of engine.batch()"
-        )
-    values = check_losses(losses)
-    n = len(values)
-    rows, weights = choose_samples(n, samples), _weights(n)
-    dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
-    parameters = {site.parameter: model.get_parameter(site.parameter) for site in tracking.sites}
-    remainder = Remainder.of(values, parameters, rows)
-
-    def receive(pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
-        if pass_.n != n or pass_.start:
-            raise CaptureError(
-                f"losses are [{n}], and a pass of {pass_.n} samples contributed to them: compare "
-                "the losses of the only pass in a batch"
-            )
-        if site.parameter in tracking.names:
-            dtypes[site.parameter].update(floating_dtypes(gradient))
-            _subtract(remainder, weights, pass_, site, gradient)
-
-    recorder.compare((values * weights.to(values)).sum(), receive)
-    checks = check_parameters([remainder], tracking.modules, dtypes, tolerance)
-    found = Verification(n, rows, checks, verified=recorder.verified)
-    reason = (
-        "Give verify() a function that computes the losses, outside of engine.batch(), and it "
-        "looks for the reason."
-    )
-    return found if found.ok else replace(found, reason=reason)
-
-
-def _check_tolerance(tolerance: float | None) -> None:
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise CaptureError(f"tolerance must be between 0 and 1, not {tolerance}")
 
 
 def choose_samples(n: int, samples: int) -> tuple[int, ...]:

@@ -211,7 +211,7 @@ class Engine(ABC, Generic[ResultT]):
 
     def verify(
         self,
-        losses: Callable[[], Tensor] | Tensor,
+        losses: Callable[[], Tensor],
         *,
         samples: int = 8,
         tolerance: float | None = None,
@@ -219,18 +219,16 @@ class Engine(ABC, Generic[ResultT]):
     ) -> Verification:
         """Compare ghost's gradients of some samples with one autograd call per sample.
 
-        Either give a function, outside of a batch, which leaves no trace and serves every engine:
+        It leaves no trace, and is called outside of a batch:
 
             engine.verify(lambda: per_sample_loss(model, batch)).raise_if_wrong()
 
-        Or, inside of `batch`, losses of the model's one pass there, before they are backpropagated.
-
         Args:
-            losses: One loss per sample, floating `[N]`, or a function that runs the model and
-                returns them; see `ghost_core.comparison.compare`.
+            losses: A function that runs the model and returns one loss per sample, floating `[N]`;
+                see `ghost_core.comparison.compare`.
             samples: How many samples to compare, spread over the batch, first and last included.
             tolerance: Error allowed relative to a sample's gradient; by default by dtype.
-            owners: With a function: tensors that `row_owner` names, as `batch` takes them.
+            owners: Tensors that `row_owner` names, as `batch` takes them.
 
         Returns:
             The errors by parameter: `table()`, `verdict`, `ok`, `raise_if_wrong()`.
@@ -241,17 +239,6 @@ class Engine(ABC, Generic[ResultT]):
         """
         from ghost_core import comparison  # built on engines
 
-        if isinstance(losses, Tensor):
-            if self._recorder is None or not self._open:
-                raise CaptureError(
-                    "losses belong to an open batch: call verify() inside of engine.batch(ids), "
-                    "or give it a function that computes them"
-                )
-            if owners:
-                raise CaptureError("the batch is open: give owners to engine.batch()")
-            return comparison.compare_open(
-                self.model, self.tracking, self._recorder, losses, samples, tolerance
-            )
         if difference := self.tracking.difference(self._track()):
             raise CaptureError(
                 f"the model changed since the engine was made ({difference}): make a new engine"

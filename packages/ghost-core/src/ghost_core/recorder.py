@@ -28,7 +28,7 @@ from ghost_core.layout import Layout, describe, expanded, lay_out
 from ghost_core.numerics import full_precision
 from ghost_core.tap import Tap
 from ghost_core.tracking import TrackedModule, owner_of, parameter_of
-from ghost_core.verification import Receive, Verifier
+from ghost_core.verification import Verifier
 
 
 class Recorder:
@@ -129,20 +129,6 @@ class Recorder:
     def attached(self) -> bool:
         """Whether any engine is attached."""
         return bool(self._attached)
-
-    @property
-    def verified(self) -> bool:
-        """Whether the passes of the open batch are verified, all of them so far."""
-        return self._batch is not None and self._verifying and self._batch.verified
-
-    def compare(self, loss: Tensor, receive: Receive) -> None:
-        """Backpropagate a loss of the open batch, for somebody else than the engines.
-
-        Args:
-            loss: A scalar.
-            receive: Takes the gradients that arrive.
-        """
-        self._verifier.compare(loss, receive)
 
     @contextmanager
     def silence(self) -> Iterator[None]:

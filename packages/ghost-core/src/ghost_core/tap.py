@@ -66,12 +66,3 @@ class Tap(torch.autograd.Function):
         passed = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         n_saved = len(ctx.needs_input_grad) - _FIXED_INPUTS - len(passed) - len(made)
         return (*[None] * _FIXED_INPUTS, *passed, *made, *[None] * n_saved)
-
-
-def receiver_of(node: object) -> Receiver | None:
-    """Return the receiver of a Tap's node in the graph; None for any other node."""
-    # The node of a custom function is the context that its forward filled.
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
-        return None
-    receiver: Receiver | None = getattr(node, "receiver", None)
-    return receiver if hasattr(receiver, "arrive") else None

@@ -20,10 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ghost_core.capture import Pass
 from ghost_core.errors import CaptureError, WrongSplitError
-from ghost_core.gradients import PerSampleGradient
-from ghost_core.leaks import check_leaks
 from ghost_core.probe import (
     Kind,
     Probe,
@@ -35,11 +32,8 @@ from ghost_core.probe import (
     samples_axis,
 )
 from ghost_core.rows import Fold
-from ghost_core.tracking import Site, TrackedModule
+from ghost_core.tracking import TrackedModule
 from ghost_core.usage import UsageMode
-
-Receive = Callable[[Pass, Site, PerSampleGradient], None]
-"""Takes gradients in place of the engines."""
 
 
 class Verifier:
@@ -73,8 +67,6 @@ class Verifier:
         self._unreached: set[Kind] = set()
         self._unwatched: set[tuple[object, ...]] = set()
         self._expandable: set[str] = set()
-        self.receive: Receive | None = None
-        """Who takes the gradients that arrive; None for the engines."""
         self._usage: UsageMode | None = None
         self._probe: Probe | None = None
         self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
@@ -94,19 +86,6 @@ class Verifier:
             return bool(torch._C._will_engine_execute_node(self._seed_node))
         except RuntimeError:  # it was given leaves to reach
             return False
-
-    def compare(self, loss: Tensor, receive: Receive) -> None:
-        """Backpropagate a loss of the open batch, for somebody else than the engines.
-
-        Args:
-            loss: A scalar.
-            receive: Takes the gradients that arrive.
-        """
-        self.receive = receive
-        try:
-            torch.autograd.grad(loss, [self._seed], retain_graph=True, allow_unused=True)
-        finally:
-            self.receive = None
 
     def start(self, n: int, owned: Callable[[], frozenset[str]], frozen: bool) -> None:
         """Watch from now on to the end of the batch, if passes like it are not verified yet."""
@@ -248,8 +227,6 @@ class Verifier:
         if n > 1:
             self._unreached |= unreached - verified
         self._folds |= self._find_folds(probes, n)
-        new = sorted({name for name, _ in called - verified})
-        check_leaks(self._model, differentiable(output), self._tracked, new)
         self._verified[signature] = verified | called
         return self._usage is not None
 
