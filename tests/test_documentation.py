@@ -238,4 +238,4 @@ def test_every_public_name_is_in_the_reference(package):
     ]
     assert not missing, f"docs/reference does not show {', '.join(missing)}"
     assert not documented("NoSuchName", "ghost_core", "ghost_core.nowhere")
-    assert not documented("BatchCapture", "", "ghost_core.capture")
+    assert not documented("BatchCapture", "", "ghost_core.capture.batch")

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ghost_core import CaptureError, SamplerRegistry, UnbalancedError, WrongSplitError
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import GradientHolder, PlainLinear, per_sample_gradients, plain_registry
+from ghost_core.tracking import Claim, dotted_name
 
 N, D = 5, 3
 

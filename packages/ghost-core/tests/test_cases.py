@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import Call, Dense, GradientSampler, PerSampleGradient, Record, SamplerRegistry
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import PlainEmbedding, PlainLinear, cases, plain_registry
 from ghost_core.testing.cases import (
     LAYERS,
@@ -29,6 +28,7 @@ from ghost_core.testing.cases import (
     of_family,
     semantic_key,
 )
+from ghost_core.tracking import Claim, dotted_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 

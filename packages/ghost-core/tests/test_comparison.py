@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from ghost_core import CaptureError, Dense, Outer, SamplerRegistry, WrongSplitError, comparison
-from ghost_core.comparison import check_losses, choose_samples, compare
-from ghost_core.deviation import PRECISIONS
-from ghost_core.registry import Claim, dotted_name
+from ghost_core import CaptureError, Dense, Outer, SamplerRegistry, WrongSplitError
+from ghost_core.algebra import PRECISIONS
+from ghost_core.compare import check_losses, choose_samples, compare, comparison
 from ghost_core.testing import (
     GradientHolder,
     PlainEmbedding,
@@ -23,6 +22,7 @@ from ghost_core.testing import (
     plain_registry,
 )
 from ghost_core.testing.snapshots import assert_untouched, random_state, traces
+from ghost_core.tracking import Claim, dotted_name
 
 N, T, D = 6, 5, 4
 

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Size, Tensor
 
-import ghost_core.gradients
+import ghost_core.algebra.gradients
 from ghost_core import Dense, Outer, PerSampleGradient, Rows, Tokens
-from ghost_core.gradients import gram_of_uses, matrix_shape, paired_of_uses
-from ghost_core.numerics import chunks
+from ghost_core.algebra import chunks, gram_of_uses, matrix_shape, paired_of_uses
 from ghost_core.testing import Gradients, assert_within, check_operations
 
 N, M = 4, 3
@@ -109,7 +108,7 @@ def test_every_operation_adds_up_over_uses(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_do_not_change_results(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ghost_core.gradients, "chunks", partial(chunks, limit=1))
+    monkeypatch.setattr(ghost_core.algebra.gradients, "chunks", partial(chunks, limit=1))
     make = CASES[case]
     check_operations(of(make(N)), of(make(M)), what=case)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghost_core.isolation import untouched
+from ghost_core.state import untouched
 
 
 class Counting(nn.Module):

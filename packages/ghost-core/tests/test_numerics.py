@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ghost_core.numerics import accumulation_dtype, chunks, full_precision
+from ghost_core.algebra import accumulation_dtype, chunks, full_precision
 
 CPU = torch.device("cpu")
 

@@ -22,9 +22,9 @@ from ghost_core import (
     UnsupportedLayerError,
     WrongSplitError,
 )
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.sampler import Call
 from ghost_core.testing import GradientHolder, PlainLinear, per_sample_gradients
+from ghost_core.tracking import Claim, dotted_name
 
 N, T, D = 4, 3, 5
 

@@ -19,13 +19,13 @@ from ghost_core import (
     Tokens,
     as_tokens,
 )
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import (
     GradientHolder,
     TinyTransformer,
     next_token_losses,
     per_sample_gradients,
 )
+from ghost_core.tracking import Claim, dotted_name
 
 N, T, D = 4, 3, 6
 Hold = Callable[..., GradientHolder]

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import GradientSampler, PluginConflictError, SamplerRegistry
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import PlainEmbedding, PlainLayerNorm, PlainLinear
+from ghost_core.tracking import Claim, dotted_name
 
 
 class SameLinear(nn.Linear):

@@ -5,7 +5,8 @@ import torch
 from torch import Size, Tensor
 
 from ghost_core import Dense, Outer, PerSampleGradient, Rows, Tokens
-from ghost_core.rows import Fold, Owned
+from ghost_core.algebra import Owned
+from ghost_core.split import Fold
 from ghost_core.testing import Gradients, assert_within, check_operations
 
 N, K = 3, 2
@@ -63,7 +64,9 @@ def test_rows_are_built_in_parts(monkeypatch) -> None:
     owner = OWNERS["unequal"]
     rows = linear(len(owner))
     expected = added(rows, owner)
-    monkeypatch.setattr("ghost_core.rows.chunks", lambda n, size: [slice(0, 2), slice(2, n)])
+    monkeypatch.setattr(
+        "ghost_core.algebra.owned.chunks", lambda n, size: [slice(0, 2), slice(2, n)]
+    )
     assert_within(Owned(rows, owner, N).materialize(), expected, 10.0)
 
 

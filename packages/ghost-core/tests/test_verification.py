@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import SamplerRegistry, UnsupportedLayerError, WrongSplitError
-from ghost_core.probe import probed_samples
-from ghost_core.registry import Claim, dotted_name
+from ghost_core.split import probed_samples
 from ghost_core.testing import (
     GradientHolder,
     PlainLinear,
@@ -17,6 +16,7 @@ from ghost_core.testing import (
     next_token_losses,
     per_sample_gradients,
 )
+from ghost_core.tracking import Claim, dotted_name
 
 N, T, D = 4, 3, 8
 Hold = Callable[..., GradientHolder]

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from ghost_core import CaptureError, Freeze, SamplerRegistry, Tokens, Verification, WrongSplitError
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import (
     GradientHolder,
     PlainLinear,
@@ -13,6 +12,7 @@ from ghost_core.testing import (
     next_token_losses,
     plain_registry,
 )
+from ghost_core.tracking import Claim, dotted_name
 
 N, T = 6, 5
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ghost_core import CaptureError, Site
-from ghost_engines.layout import Block, arrange
+from ghost_engines.blocks import Block, arrange
 
 SHAPES = {
     "a.bias": (7,),

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from ghost_core import CaptureError, Dense, Outer, SamplerRegistry, Tokens
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import PlainLinear, assert_within, per_sample_gradients
+from ghost_core.tracking import Claim, dotted_name
 from ghost_engines import DotProductEngine, InRunValues
 
 VOCABULARY, WIDTH = 11, 4

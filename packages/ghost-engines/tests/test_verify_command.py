@@ -182,7 +182,7 @@ def test_a_refusal_is_no_success(capsys):
 
 
 def test_a_layer_that_nobody_handles_is_a_refusal(capsys, monkeypatch):
-    monkeypatch.setattr("ghost_core.registry.SamplerRegistry.find", lambda *_, **__: "unknown")
+    monkeypatch.setattr("ghost_core.tracking.SamplerRegistry.find", lambda *_, **__: "unknown")
     assert verify(*MLP) == 1
     assert "\nrefused: no per-sample gradients for these modules:\n" in capsys.readouterr().out
 

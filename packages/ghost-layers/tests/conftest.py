@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from ghost_core import SamplerRegistry
-from ghost_core.registry import Claim, dotted_name
+from ghost_core.tracking import Claim, dotted_name
 from ghost_layers.plugin import ghost_samplers
-from ghost_layers.replay import Plan, Way
-from ghost_layers.search import Search
+from ghost_layers.replay import Plan, Search, Way
 
 
 @pytest.fixture(autouse=True)

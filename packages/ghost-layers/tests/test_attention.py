@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import SamplerRegistry, WrongSplitError
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import GradientHolder, assert_within, check_sampler, per_sample_gradients
+from ghost_core.tracking import Claim, dotted_name
 from ghost_layers.attention import MultiheadAttentionSampler
 from ghost_layers.linear import LinearSampler
 from ghost_layers.replay import Way

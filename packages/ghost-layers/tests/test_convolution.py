@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from ghost_core import Call, Dense, Outer, SamplerRegistry, WrongSplitError
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import GradientHolder, assert_within, check_sampler
+from ghost_core.tracking import Claim, dotted_name
 from ghost_layers import ConvolutionSampler, Geometry, Patches
 
 ONE, TWO, THREE = (3, 4, 7), (3, 4, 6, 5), (3, 2, 4, 3, 5)

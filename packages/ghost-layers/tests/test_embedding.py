@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import CaptureError, SamplerRegistry, UnsupportedLayerError
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import GradientHolder, check_sampler
+from ghost_core.tracking import Claim, dotted_name
 from ghost_layers import EmbeddingBagSampler, EmbeddingSampler
 
 

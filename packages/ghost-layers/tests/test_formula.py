@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ghost_core import GradientSampler, SamplerRegistry, UnsupportedLayerError
-from ghost_core.registry import dotted_name
 from ghost_core.testing import GradientHolder
-from ghost_layers import formula
-from ghost_layers.generic import ReplaySampler
+from ghost_core.tracking import dotted_name
 from ghost_layers.plugin import ghost_samplers
+from ghost_layers.replay import ReplaySampler
+from ghost_layers.transformers import formula
 
 LLAMA = "transformers.models.llama.modeling_llama.LlamaRMSNorm"
 BART = "transformers.models.bart.modeling_bart.BartScaledWordEmbedding"
@@ -182,7 +182,7 @@ def test_genuine_classes_pass(registry: SamplerRegistry, name: str, dtype: torch
 def test_every_listed_norm_passes_in_every_dtype(
     registry: SamplerRegistry, dtype: torch.dtype
 ) -> None:
-    from ghost_layers.transformers_norms import TRANSFORMERS_NORMS
+    from ghost_layers.transformers import TRANSFORMERS_NORMS
 
     pytest.importorskip("transformers")
     refused = {}

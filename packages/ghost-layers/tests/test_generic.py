@@ -23,13 +23,12 @@ from ghost_core import (
     WrongSplitError,
     full_precision,
 )
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import GradientHolder, assert_within, check_sampler, per_sample_gradients
 from ghost_core.testing.snapshots import live_tensors
-from ghost_layers import replay_gradients
-from ghost_layers.generic import GenericSampler
+from ghost_core.tracking import Claim, dotted_name
 from ghost_layers.plugin import ghost_samplers
-from ghost_layers.replay import Way
+from ghost_layers.replay import GenericSampler, Way
+from ghost_layers.replay import gradients as replay_gradients
 
 Patch = pytest.MonkeyPatch
 

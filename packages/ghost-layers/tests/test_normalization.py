@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from ghost_core import GradientSampler, SamplerRegistry, WrongSplitError
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import (
     GradientHolder,
     assert_within,
     check_sampler,
     per_sample_gradients,
 )
+from ghost_core.tracking import Claim, dotted_name
 from ghost_layers import (
     BatchNormSampler,
     GroupNormSampler,

@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 from ghost_core import Call, Outer, SamplerRegistry, WrongSplitError, full_precision
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import GradientHolder, assert_within, check_sampler, per_sample_gradients
+from ghost_core.tracking import Claim, dotted_name
 from ghost_layers.linear import LinearSampler
 from ghost_layers.recurrent import RecurrentCellSampler, RecurrentSampler
 from ghost_layers.replay import Way

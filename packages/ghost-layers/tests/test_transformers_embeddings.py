@@ -8,7 +8,7 @@ from torch import nn
 
 from ghost_core import SamplerRegistry
 from ghost_core.testing import GradientHolder, check_sampler
-from ghost_layers.transformers_embeddings import TRANSFORMERS_EMBEDDINGS
+from ghost_layers.transformers import TRANSFORMERS_EMBEDDINGS
 
 pytest.importorskip("transformers")
 

@@ -8,15 +8,14 @@ import torch
 from torch import nn
 
 from ghost_core import SamplerRegistry
-from ghost_core.registry import Claim
 from ghost_core.testing import (
     GradientHolder,
     assert_within,
     check_sampler,
     per_sample_gradients,
 )
-from ghost_layers.transformers_names import class_names
-from ghost_layers.transformers_norms import TRANSFORMERS_NORMS
+from ghost_core.tracking import Claim
+from ghost_layers.transformers import TRANSFORMERS_NORMS, class_names
 
 pytest.importorskip("transformers")
 

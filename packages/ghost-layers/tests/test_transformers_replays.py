@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import SamplerRegistry
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing import GradientHolder, assert_within, per_sample_gradients
+from ghost_core.tracking import Claim, dotted_name
 from ghost_layers.plugin import ghost_samplers
 from ghost_layers.replay import Way
-from ghost_layers.transformers_replays import TRANSFORMERS_REPLAYS
+from ghost_layers.transformers import TRANSFORMERS_REPLAYS
 
 transformers = pytest.importorskip("transformers")
 

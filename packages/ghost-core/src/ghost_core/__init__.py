@@ -1,8 +1,21 @@
 """Per-sample gradient algebra, the sampler and engine interfaces, and the plugin system."""
 
+from ghost_core.algebra import (
+    Dense,
+    InputFactor,
+    Outer,
+    Owned,
+    PerSampleGradient,
+    Record,
+    Rows,
+    Tokens,
+    accumulation_dtype,
+    full_precision,
+    matrix_shape,
+)
 from ghost_core.batch import Batch, SampleIds
-from ghost_core.capture import Pass
-from ghost_core.deviation import ParameterCheck, Verification
+from ghost_core.capture import Freeze, Pass
+from ghost_core.compare import ParameterCheck, Verification
 from ghost_core.engine import Engine, EngineOptions
 from ghost_core.errors import (
     CaptureError,
@@ -16,16 +29,10 @@ from ghost_core.errors import (
     UnsupportedLayerError,
     WrongSplitError,
 )
-from ghost_core.factors import InputFactor, Record, Rows, Tokens
-from ghost_core.freeze import Freeze
-from ghost_core.gradients import Dense, Outer, PerSampleGradient, matrix_shape
-from ghost_core.hookspecs import hookimpl
-from ghost_core.numerics import accumulation_dtype, full_precision
+from ghost_core.plugins import hookimpl
 from ghost_core.projection import Projection
-from ghost_core.registry import Claim, SamplerRegistry
-from ghost_core.rows import Owned
 from ghost_core.sampler import Call, GradientSampler, as_tokens
-from ghost_core.tracking import Patterns, Site
+from ghost_core.tracking import Claim, Patterns, SamplerRegistry, Site
 
 __all__ = [
     "Batch",

@@ -13,19 +13,15 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
+from ghost_core.algebra import PerSampleGradient, Record
 from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
-from ghost_core.capture import Pass
+from ghost_core.capture import Freeze, Pass, Recorder
 from ghost_core.errors import CaptureError, UnknownOptionError
-from ghost_core.factors import Record
-from ghost_core.freeze import Freeze
-from ghost_core.gradients import PerSampleGradient
 from ghost_core.hooks import Hook
-from ghost_core.recorder import Recorder
-from ghost_core.registry import SamplerRegistry
-from ghost_core.tracking import Patterns, Selection, Site, Tracking, track
+from ghost_core.tracking import Patterns, SamplerRegistry, Selection, Site, Tracking, track
 
 if TYPE_CHECKING:
-    from ghost_core.deviation import Verification
+    from ghost_core.compare import Verification
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +221,7 @@ class Engine(ABC, Generic[ResultT]):
 
         Args:
             losses: A function that runs the model and returns one loss per sample, floating `[N]`;
-                see `ghost_core.comparison.compare`.
+                see `ghost_core.compare.compare`.
             samples: How many samples to compare, spread over the batch, first and last included.
             tolerance: Error allowed relative to a sample's gradient; by default by dtype.
             owners: Tensors that `row_owner` names, as `batch` takes them.
@@ -237,14 +233,14 @@ class Engine(ABC, Generic[ResultT]):
             CaptureError: If an option does not fit, or there is nothing to compare.
             WrongSplitError: If the split by sample is refused.
         """
-        from ghost_core import comparison  # built on engines
+        from ghost_core.compare import compare  # built on engines
 
         if difference := self.tracking.difference(self._track()):
             raise CaptureError(
                 f"the model changed since the engine was made ({difference}): make a new engine"
             )
         chosen = self.selection
-        return comparison.compare(
+        return compare(
             self.model,
             losses,
             samples=samples,

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Size, Tensor, nn
 
+from ghost_core.algebra import PerSampleGradient, Record
 from ghost_core.errors import CaptureError
-from ghost_core.factors import Record
-from ghost_core.gradients import PerSampleGradient
 
 
 @dataclass

@@ -1,11 +1,11 @@
 """Engines that use per-sample gradients: dot products, norms, projections; a store, its search."""
 
+from ghost_engines.blocks import Block
 from ghost_engines.digest import model_digest
 from ghost_engines.dot_product import DotProductEngine
 from ghost_engines.gram import Between, Gram, GramEngine
 from ghost_engines.holding import HoldingEngine, LossWeights
 from ghost_engines.in_run import InRunValues
-from ghost_engines.layout import Block
 from ghost_engines.norms import CosineBatch, CosineEngine, Cosines, NormEngine, Norms
 from ghost_engines.projection import ProjectedRows, ProjectionEngine
 from ghost_engines.scores import ScoredBatch, Scores, SegmentScores

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import CaptureError, Site, UnknownNameError
-from ghost_core.isolation import untouched
-from ghost_core.numerics import accumulation_dtype
+from ghost_core.algebra import accumulation_dtype
+from ghost_core.state import untouched
 
 Closure = Callable[[], Tensor]
 """Computes a scalar loss with the model; called with the model in evaluation mode."""

@@ -21,7 +21,7 @@ from ghost_core import (
     Site,
     UnknownNameError,
 )
-from ghost_core.numerics import accumulation_dtype
+from ghost_core.algebra import accumulation_dtype
 from ghost_engines.directions import Closure, Direction, given
 from ghost_engines.scores import ScoredBatch, ScoreObserver, Scores, TokenSum
 

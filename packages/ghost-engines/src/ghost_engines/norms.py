@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ghost_core import Batch, Pass, PerSampleGradient, SampleIds, Site
-from ghost_core.gradients import as_rows
+from ghost_core.algebra import as_rows
 from ghost_engines.dot_product import DotProductEngine
 from ghost_engines.held import HeldGradients, cosines
 from ghost_engines.holding import HoldingEngine

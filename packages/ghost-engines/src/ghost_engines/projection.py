@@ -23,11 +23,10 @@ from ghost_core import (
     Site,
     UnknownNameError,
 )
-from ghost_core.gradients import matrix_shape
-from ghost_core.numerics import accumulation_dtype
+from ghost_core.algebra import accumulation_dtype, matrix_shape
 from ghost_core.plugins import installed
-from ghost_engines.dtypes import STORAGE_DTYPES
-from ghost_engines.layout import Block, arrange
+from ghost_engines.blocks import Block, arrange
+from ghost_engines.store.dtypes import STORAGE_DTYPES
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ of related layers.
 from ghost_layers.attention import MultiheadAttentionSampler
 from ghost_layers.convolution import ConvolutionSampler, Geometry, Patches
 from ghost_layers.embedding import EmbeddingBagSampler, EmbeddingSampler
-from ghost_layers.generic import GenericSampler, ReplaySampler
 from ghost_layers.linear import Conv1DSampler, FalconLinearSampler, LinearSampler
 from ghost_layers.normalization import (
     BatchNormSampler,
@@ -21,6 +20,7 @@ from ghost_layers.normalization import (
     Standardized,
 )
 from ghost_layers.recurrent import RecurrentCellSampler, RecurrentSampler
+from ghost_layers.replay import GenericSampler, ReplaySampler
 
 __all__ = [
     "BatchNormSampler",

@@ -8,9 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghost_core import Call
-from ghost_layers.generic import ReplaySampler
-from ghost_layers.replay import Leaf
-from ghost_layers.surroundings import RefusalError
+from ghost_layers.replay import Leaf, RefusalError, ReplaySampler
 
 
 class MultiheadAttentionSampler(ReplaySampler):

@@ -19,7 +19,7 @@ from ghost_core import (
     Record,
 )
 from ghost_layers.affine import AffineSampler
-from ghost_layers.layout import channels_last, check_samples, only_input
+from ghost_layers.shapes import channels_last, check_samples, only_input
 
 _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 

@@ -19,8 +19,8 @@ from ghost_core import (
     Rows,
     as_tokens,
 )
-from ghost_core.numerics import accumulation_dtype
-from ghost_layers.layout import check_samples, only_input
+from ghost_core.algebra import accumulation_dtype
+from ghost_layers.shapes import check_samples, only_input
 
 
 class EmbeddingSampler(GradientSampler):

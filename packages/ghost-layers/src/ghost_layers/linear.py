@@ -18,8 +18,8 @@ from ghost_core import (
     as_tokens,
 )
 from ghost_layers.affine import AffineSampler
-from ghost_layers.formula import FormulaChecked, Random
-from ghost_layers.layout import check_samples, only_input
+from ghost_layers.shapes import check_samples, only_input
+from ghost_layers.transformers import FormulaChecked, Random
 
 
 class LinearSampler(AffineSampler):

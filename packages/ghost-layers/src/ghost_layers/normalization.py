@@ -19,9 +19,9 @@ from ghost_core import (
     Record,
     WrongSplitError,
 )
-from ghost_core.numerics import accumulation_dtype
+from ghost_core.algebra import accumulation_dtype
 from ghost_layers.affine import AffineSampler
-from ghost_layers.layout import channels_last, check_samples, only_input
+from ghost_layers.shapes import channels_last, check_samples, only_input
 
 _EPSILON_OF_INPUT = TorchVersion(torch.__version__) < "2.7"
 """Whether `RMSNorm(eps=None)` means the epsilon of the input's dtype; later it is float32's."""

@@ -10,7 +10,6 @@ from ghost_core import GradientSampler, hookimpl
 from ghost_layers.attention import MultiheadAttentionSampler
 from ghost_layers.convolution import ConvolutionSampler
 from ghost_layers.embedding import EmbeddingBagSampler, EmbeddingSampler
-from ghost_layers.generic import GenericSampler
 from ghost_layers.linear import Conv1DSampler, FalconLinearSampler, LinearSampler
 from ghost_layers.normalization import (
     BatchNormSampler,
@@ -20,9 +19,12 @@ from ghost_layers.normalization import (
     RMSNormSampler,
 )
 from ghost_layers.recurrent import RecurrentCellSampler, RecurrentSampler
-from ghost_layers.transformers_embeddings import TRANSFORMERS_EMBEDDINGS
-from ghost_layers.transformers_norms import TRANSFORMERS_NORMS
-from ghost_layers.transformers_replays import TRANSFORMERS_REPLAYS
+from ghost_layers.replay import GenericSampler
+from ghost_layers.transformers import (
+    TRANSFORMERS_EMBEDDINGS,
+    TRANSFORMERS_NORMS,
+    TRANSFORMERS_REPLAYS,
+)
 
 
 @hookimpl

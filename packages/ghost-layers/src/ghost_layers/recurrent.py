@@ -11,9 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from ghost_core import Call, PerSampleGradient, Record
-from ghost_layers.generic import ReplaySampler, kept
-from ghost_layers.replay import Forward, Leaf, Way
-from ghost_layers.surroundings import RefusalError
+from ghost_layers.replay import Forward, Leaf, RefusalError, ReplaySampler, Way, kept
 from ghost_layers.unrolled import Unrolled, differentiate, unroll
 
 

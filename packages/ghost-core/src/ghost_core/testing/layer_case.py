@@ -13,10 +13,10 @@ from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ghost_core import GradientSampler, SamplerRegistry, UnbalancedError
-from ghost_core.registry import Claim, dotted_name
 from ghost_core.testing.holder import GradientHolder, Held
 from ghost_core.testing.operations import Gradients, failing_as
 from ghost_core.testing.oracle import norms, per_sample_gradients
+from ghost_core.tracking import Claim, dotted_name
 
 HolderT = TypeVar("HolderT", bound=GradientHolder)
 

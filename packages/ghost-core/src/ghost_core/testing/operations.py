@@ -11,8 +11,8 @@ from operator import methodcaller
 import torch
 from torch import Generator, Size, Tensor
 
+from ghost_core.algebra import PerSampleGradient, gram_of_uses, matrix_shape, paired_of_uses
 from ghost_core.errors import WrongSplitError
-from ghost_core.gradients import PerSampleGradient, gram_of_uses, matrix_shape, paired_of_uses
 from ghost_core.testing.oracle import assert_within, norms, per_row
 
 

@@ -19,8 +19,8 @@ from ghost_core import (
     Tokens,
     as_tokens,
 )
-from ghost_core.numerics import accumulation_dtype
-from ghost_core.registry import Claim, dotted_name
+from ghost_core.algebra import accumulation_dtype
+from ghost_core.tracking import Claim, dotted_name
 
 
 class PlainLinear(GradientSampler):

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ghost_core import GradientSampler, InputFactor, Record, Site, Tokens
-from ghost_core.gradients import matrix_shape
+from ghost_core.algebra import matrix_shape
 from ghost_core.testing.holder import GradientHolder
 from ghost_core.testing.layer_case import LayerCase, LayerRun, leading_size
 from ghost_core.testing.operations import check_operations, draw_projections, failing_as, project

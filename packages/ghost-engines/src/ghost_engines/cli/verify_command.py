@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from ghost_core import UnsupportedLayerError, WrongSplitError
-from ghost_core.comparison import compare
-from ghost_core.deviation import Verification
+from ghost_core.compare import Verification, compare
 from ghost_engines.cli.batches import load_batch
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import find_function, importable_from_here, reporting

@@ -3,7 +3,7 @@
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.format import StoredRows
 from ghost_engines.store.manifest import Manifest
-from ghost_engines.store.search import Neighbours
+from ghost_engines.store.neighbours import Neighbours
 from ghost_engines.store.store import GradientStore
 
 __all__ = [

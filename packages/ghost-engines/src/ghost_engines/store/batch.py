@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ghost_engines.dtypes import STORAGE_DTYPES
+from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import StoreError
 from ghost_engines.store.format import StoredRows
 from ghost_engines.store.manifest import Manifest

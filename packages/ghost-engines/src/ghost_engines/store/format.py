@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ghost_engines.dtypes import STORAGE_DTYPES
+from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.durable import remove_temporaries, write_atomically
 from ghost_engines.store.errors import DamagedStoreError
 from ghost_engines.store.manifest import Manifest

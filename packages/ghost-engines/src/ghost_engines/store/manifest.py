@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from ghost_engines.dtypes import STORAGE_DTYPES
+from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.durable import write_atomically
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 

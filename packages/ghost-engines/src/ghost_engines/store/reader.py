@@ -19,8 +19,8 @@ from ghost_engines.store.format import (
     shard_path,
 )
 from ghost_engines.store.manifest import Manifest
+from ghost_engines.store.neighbours import Neighbours, search
 from ghost_engines.store.progress import Progress
-from ghost_engines.store.search import Neighbours, search
 from ghost_engines.store.tail import Tail
 
 

@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ghost_core.errors import GhostError, UnbalancedError
-from ghost_core.registry import Claim, SamplerRegistry, dotted_name
 from ghost_core.sampler import GradientSampler
 from ghost_core.testing.cases.example import Draw, Inputs, LayerExample, losses
 from ghost_core.testing.holder import GradientHolder
 from ghost_core.testing.operations import Gradients, check_operations
 from ghost_core.testing.oracle import per_sample_gradients
 from ghost_core.testing.samplers import check_sampler
+from ghost_core.tracking import Claim, SamplerRegistry, dotted_name
 
 
 def check_example(

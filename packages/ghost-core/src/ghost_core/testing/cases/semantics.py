@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ghost_core.registry import dotted_name
 from ghost_core.testing.cases.example import LayerExample, losses
+from ghost_core.tracking import dotted_name
 
 _SIZES = {
     "in_features", "out_features", "in1_features", "in2_features", "in_channels", "out_channels",

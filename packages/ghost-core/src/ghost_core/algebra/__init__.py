@@ -1,0 +1,36 @@
+"""What a per-sample gradient is and what can be asked of it; knows no module and no model."""
+
+from ghost_core.algebra.factors import InputFactor, Record, Rows, Tokens
+from ghost_core.algebra.gradients import (
+    Dense,
+    Outer,
+    PerSampleGradient,
+    as_rows,
+    gram_of_uses,
+    matrix_shape,
+    paired_of_uses,
+)
+from ghost_core.algebra.numerics import accumulation_dtype, chunks, full_precision
+from ghost_core.algebra.owned import Owned
+from ghost_core.algebra.precision import PRECISIONS, Precision, floating_dtypes
+
+__all__ = [
+    "PRECISIONS",
+    "Dense",
+    "InputFactor",
+    "Outer",
+    "Owned",
+    "PerSampleGradient",
+    "Precision",
+    "Record",
+    "Rows",
+    "Tokens",
+    "accumulation_dtype",
+    "as_rows",
+    "chunks",
+    "floating_dtypes",
+    "full_precision",
+    "gram_of_uses",
+    "matrix_shape",
+    "paired_of_uses",
+]

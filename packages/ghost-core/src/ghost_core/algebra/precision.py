@@ -1,0 +1,48 @@
+"""What can be asked of gradients that are computed in some dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghost_core.algebra.factors import Record
+from ghost_core.algebra.gradients import PerSampleGradient
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What can be asked of gradients that are computed in some dtype.
+
+    Attributes:
+        tolerance: Error allowed, relative to the norm of the gradient.
+        floor: Share of a sample's whole gradient. A parameter's gradient that is smaller is
+            measured against this instead of its own norm: where larger numbers cancel, as they do
+            for the bias of attention's keys, what is left is rounding.
+    """
+
+    tolerance: float
+    floor: float
+
+
+PRECISIONS = {
+    torch.float64: Precision(1e-9, 1e-4),
+    torch.float32: Precision(1e-4, 1e-3),
+    torch.bfloat16: Precision(5e-2, 1e-2),
+    torch.float16: Precision(5e-2, 1e-2),
+}
+"""Precision by the narrowest dtype of a module's parameters, casts of these, inputs and gradients.
+
+Below float64 the tolerance includes what the backward pass of the layer itself loses.
+"""
+
+
+def floating_dtypes(kept: Record | PerSampleGradient) -> Iterator[torch.dtype]:
+    """Yield the floating dtypes of the tensors in a record or gradient."""
+    for value in vars(kept).values():
+        if isinstance(value, Record | PerSampleGradient):
+            yield from floating_dtypes(value)
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            yield value.dtype

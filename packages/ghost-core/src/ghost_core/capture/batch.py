@@ -1,0 +1,179 @@
+"""What happens between opening and closing a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ghost_core.algebra import PerSampleGradient, Record
+from ghost_core.errors import CaptureError
+from ghost_core.split import Balance, find_owner
+from ghost_core.tracking import Site, Tracking
+
+
+@dataclass
+class Pass:
+    """One call of the root module: one batch of samples.
+
+    Attributes:
+        n: Number of samples in it.
+        start: Row of its first sample in the engine's batch.
+        owners: For modules whose rows are not samples: the sample of each row, by key.
+    """
+
+    n: int
+    start: int
+    owners: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> slice:
+        """Rows of its samples in the engine's batch."""
+        return slice(self.start, self.start + self.n)
+
+
+class Listener(Protocol):
+    """What a recorder needs from an engine."""
+
+    tracking: Tracking
+    verifies: bool
+
+    @property
+    def balanced(self) -> bool:
+        """Whether contributions must add up to autograd's gradients."""
+        ...
+
+    def on_input(self, site: Site, record: Record) -> Record:
+        """Keep or compress a record in the forward pass."""
+        ...
+
+    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
+        """Use the gradients of one use; with `Freeze.CALL`, return the parameter's gradient."""
+        ...
+
+
+@dataclass
+class BatchCapture:
+    """What happens between opening and closing a batch.
+
+    Attributes:
+        n: Number of samples that the engines expect.
+        listeners: Engines that take part.
+        passes: Calls of the root module so far.
+        owners: What the batch was opened with for modules whose rows are not samples, by key.
+        seen: Names of tracked modules that were called with gradients enabled.
+        kinds: The same, with whether their rows are folded.
+        unseen: Names of those called with gradients disabled.
+        arrived: Whether any gradient arrived.
+        closed: Whether it is over.
+        balance: Compares contributions with autograd's gradients; None where nothing is compared.
+        verified: Whether every pass so far is verified, as far as engines verify.
+    """
+
+    n: int
+    listeners: list[Listener]
+    passes: list[Pass] = field(default_factory=list)
+    owners: dict[str, Tensor] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    kinds: set[tuple[str, bool]] = field(default_factory=set)
+    unseen: set[str] = field(default_factory=set)
+    arrived: bool = False
+    closed: bool = False
+    balance: Balance | None = None
+    verified: bool = True
+
+    def begin(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> Pass:
+        """Begin a pass.
+
+        Args:
+            args: The model's positional inputs.
+            kwargs: The model's keyword inputs.
+            dim: Axis of the samples in them.
+            keys: Keys of the tensors that tell the sample of each row of some modules.
+
+        Raises:
+            CaptureError: If the inputs do not tell how many samples there are, the batch was
+                opened for others, or a tensor of owners is missing or wrong.
+        """
+        n = self._count(args, kwargs, dim)
+        started = Pass(n, self.next_start(n))
+        for key in sorted(keys):
+            started.owners[key] = find_owner(key, self.owners, kwargs, started.rows)
+        self.passes.append(started)
+        return started
+
+    def _count(self, args: Any, kwargs: Mapping[str, Any], dim: int) -> int:
+        """Return the number of samples that the model is called on."""
+        sizes = {
+            leaf.shape[dim]
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor) and leaf.dim() > dim
+        }
+        if self.n in sizes or not sizes:
+            return self.n
+        candidates = {size for size in sizes if self._owners_fit(size, sizes)}
+        candidates = candidates - {1} or candidates
+        if len(candidates) != 1:
+            raise CaptureError(
+                f"cannot tell how many samples the model is called on: its inputs have "
+                f"{sorted(sizes)} rows, the batch was opened for {self.n}"
+            )
+        return candidates.pop()
+
+    def _owners_fit(self, n: int, sizes: Collection[int]) -> bool:
+        """Tell whether tensors of owners have as many rows for the next n samples as inputs do."""
+        start = sum(pass_.n for pass_ in self.passes)
+        return all(
+            start + n <= self.n and int(((owner >= start) & (owner < start + n)).sum()) in sizes
+            for owner in self.owners.values()
+        )
+
+    def next_start(self, n: int) -> int:
+        """Return the first row of a new pass.
+
+        Passes as long as the batch are uses of the same samples; shorter ones are micro-batches
+        that follow one another.
+        """
+        covered = sum(pass_.n for pass_ in self.passes)
+        if n == self.n:
+            if any(pass_.n != n for pass_ in self.passes):
+                raise CaptureError(f"a pass of {n} samples follows micro-batches of other sizes")
+            return 0
+        if n > self.n or covered + n > self.n:
+            raise CaptureError(
+                f"the model was called on {n} samples"
+                + (f" after {covered} others" if covered else "")
+                + f", but the batch was opened for {self.n}: give engine.batch() one id per "
+                "sample, and evaluate outside of it"
+            )
+        return covered
+
+    def check_complete(self) -> None:
+        """Raise if the passes do not make up the batch."""
+        if not self.passes:
+            raise CaptureError(
+                "the model was not called with gradients enabled inside engine.batch(). If it is "
+                "compiled, attach the engine before torch.compile; if you call it through another "
+                "object, give the engine the module that is called."
+            )
+        covered = sum(pass_.n for pass_ in self.passes)
+        if covered % max(self.n, 1):
+            raise CaptureError(
+                f"{covered} of {self.n} samples went through the model: run all of them before the "
+                "batch is closed, or give engine.batch() fewer ids"
+            )
+        if missing := self.unseen - self.seen:
+            raise CaptureError(
+                f"{', '.join(sorted(missing))} ran only with gradients disabled, so their "
+                "gradients cannot be seen. With activation checkpointing, use "
+                "use_reentrant=False; under torch.no_grad(), exclude these modules."
+            )
+        if self.n and not self.arrived:
+            raise CaptureError(
+                "no gradient arrived: run loss.backward() inside engine.batch(), on a loss that "
+                "depends on the selected parameters. Gradients of autograd.grad() and of "
+                "backward(inputs=...) do not count"
+            )

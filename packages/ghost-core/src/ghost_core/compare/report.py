@@ -1,0 +1,327 @@
+"""How far ghost's gradients are from those of autograd, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ghost_core.algebra import (
+    PRECISIONS,
+    PerSampleGradient,
+    Precision,
+    accumulation_dtype,
+    as_rows,
+    matrix_shape,
+)
+from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.tracking import TrackedModule
+
+
+@dataclass(frozen=True)
+class ParameterCheck:
+    """How far ghost's gradients of one parameter are from those of autograd.
+
+    Attributes:
+        parameter: Its name.
+        module: Class of the module that owns it; several where modules share it.
+        sampler: Class of its sampler; several where these differ.
+        shape: Its shape.
+        error: Largest `‖got − expected‖` of a sample, relative to `‖expected‖` or to the floor
+            (see `Precision`), whichever is larger. Infinite where `got` is not finite.
+        sample: Row of that sample in the batch.
+        tolerance: Error allowed.
+        norm: Largest `‖expected‖` of a sample.
+        tested: Whether a gradient of zero would have been found wrong. It would not where the
+            expected one is zero, or too small to be told from rounding, for all samples compared.
+    """
+
+    parameter: str
+    module: str
+    sampler: str
+    shape: tuple[int, ...]
+    error: float
+    sample: int
+    tolerance: float
+    norm: float
+    tested: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The check as text, under the titles of `Verification.rows`."""
+        return (
+            self.parameter,
+            self.module,
+            self.sampler,
+            "×".join(map(str, self.shape)) or "-",
+            f"{self.error:.1e}",
+            str(self.sample),
+            f"{self.tolerance:.0e}",
+            "WRONG" if not self.ok else "yes" if self.tested else "too small to tell",
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a comparison with autograd found.
+
+    Attributes:
+        n: Number of samples N in the batch.
+        samples: Rows of the samples that were compared.
+        parameters: One check per tracked parameter, worst first.
+        verified: Whether the split by sample was verified too, as it is in every batch by default.
+        reason: What was found out about wrong numbers; empty if there are none.
+    """
+
+    n: int
+    samples: tuple[int, ...]
+    parameters: tuple[ParameterCheck, ...]
+    verified: bool
+    reason: str = ""
+
+    @property
+    def wrong(self) -> tuple[ParameterCheck, ...]:
+        """The parameters whose gradients are wrong, worst first."""
+        return tuple(check for check in self.parameters if not check.ok)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all errors are within their tolerances."""
+        return not self.wrong
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in one sentence."""
+        worst, count = self.parameters[0], len(self.parameters)
+        compared = f"the gradients of {len(self.samples)} of {self.n} samples"
+        most = (
+            f"{worst.error:.1e} of the norm, at {worst.parameter}, sample {worst.sample} "
+            f"(tolerance {worst.tolerance:.0e})"
+        )
+        if not self.ok:
+            return (
+                f"wrong: {compared} differ from one autograd call each at {len(self.wrong)} of "
+                f"{count} parameters, at most by {most}"
+            )
+        small = sum(not check.tested for check in self.parameters)
+        besides = f" ({small} of them too small to tell)" if small else ""
+        return (
+            f"exact: {compared} agree with one autograd call each at all {count} parameters"
+            f"{besides}; the largest error is {most}"
+        )
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the checks as text, worst first, below a row of titles."""
+        titles = ("parameter", "class", "sampler", "shape", "error", "sample", "tolerance", "ok")
+        return [titles, *(check.cells for check in self.parameters)]
+
+    def table(self) -> str:
+        """Return the checks as an aligned table, worst first."""
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+    def raise_if_wrong(self) -> None:
+        """Do nothing if all is well.
+
+        Raises:
+            WrongSplitError: With the verdict, the worst parameters and the reason, if it is not.
+        """
+        if self.ok:
+            return
+        listed = [
+            f"  {check.parameter} ({check.module}, {check.sampler}): error {check.error:.1e}, "
+            f"sample {check.sample}"
+            for check in self.wrong
+        ]
+        more = [f"  and {len(listed) - 10} more"] if len(listed) > 10 else []
+        raise WrongSplitError("\n".join([self.verdict, *listed[:10], *more, self.reason]).rstrip())
+
+
+@dataclass
+class Remainder:
+    """What is left of the expected gradients once ghost's are taken away.
+
+    Attributes:
+        rows: Rows of the K samples in the batch.
+        left: `[K, *shape]` by parameter.
+        norms: Norms of what was there at first, float64 `[K]` by parameter.
+        strays: How far ghost's operations are from ghost's own gradients, float64 `[K]` by
+            parameter.
+    """
+
+    rows: tuple[int, ...]
+    left: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    strays: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.strays = {name: torch.zeros_like(norm) for name, norm in self.norms.items()}
+
+    @classmethod
+    def of(
+        cls,
+        losses: Tensor,
+        parameters: dict[str, nn.Parameter],
+        rows: Sequence[int],
+        progress: Callable[[int], object] | None = None,
+    ) -> Remainder:
+        """Ask autograd for the gradients of some samples, one call each.
+
+        Args:
+            losses: One loss per sample, `[N]`.
+            parameters: The tracked parameters by name.
+            rows: Rows of the samples.
+            progress: Called with 1 after each sample.
+
+        Raises:
+            CaptureError: If a gradient is not finite.
+        """
+        left = {
+            name: torch.zeros(
+                len(rows),
+                *parameter.shape,
+                dtype=accumulation_dtype(parameter),
+                device=parameter.device,
+            )
+            for name, parameter in parameters.items()
+        }
+        for at, row in enumerate(rows):
+            gradients = torch.autograd.grad(
+                losses[row], list(parameters.values()), retain_graph=True, allow_unused=True
+            )
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    left[name][at] = gradient.to_dense()
+            if progress is not None:
+                progress(1)
+        norms = {name: _norms(values) for name, values in left.items()}
+        for name, norm in norms.items():
+            if not norm.isfinite().all():
+                raise CaptureError(
+                    f"the gradient of {name} is not finite for a sample, also without ghost: there "
+                    "is nothing to compare with"
+                )
+        return cls(tuple(rows), left, norms)
+
+    def subtract(
+        self, parameter: str, start: int, gradient: PerSampleGradient, weights: Tensor
+    ) -> None:
+        """Take away one use's gradients.
+
+        Args:
+            parameter: The parameter.
+            start: Row of the first sample in the batch.
+            gradient: The gradients of consecutive samples.
+            weights: Factor in each sample's gradient, `[N]`.
+        """
+        for at, row in enumerate(self.rows):
+            if start <= row < start + gradient.n:
+                weight = float(weights[row])
+                one = gradient.narrow(slice(row - start, row - start + 1))
+                values = one.materialize()
+                self.left[parameter][at] -= values[0] / weight
+                self.strays[parameter][at] += _stray(one, values) / weight
+
+
+def check_parameters(
+    remainders: Sequence[Remainder],
+    modules: Iterable[TrackedModule],
+    dtypes: Mapping[str, Iterable[torch.dtype]],
+    tolerance: float | None = None,
+) -> tuple[ParameterCheck, ...]:
+    """Turn what is left of gradients into errors, worst first.
+
+    Args:
+        remainders: What is left for each group of samples.
+        modules: The tracked modules.
+        dtypes: Dtypes that were seen besides the parameter's own, by parameter.
+        tolerance: Error allowed; by default that of `PRECISIONS`.
+
+    Raises:
+        CaptureError: If all expected gradients are zero, and those found are.
+    """
+    owners: dict[str, list[TrackedModule]] = {}
+    for tracked in modules:
+        for site in tracked.sites.values():
+            owners.setdefault(site.parameter, []).append(tracked)
+    rows = [row for remainder in remainders for row in remainder.rows]
+    norms = {name: _joined(each.norms[name] for each in remainders) for name in owners}
+    whole = torch.stack(list(norms.values())).square().sum(0).sqrt()
+    checks = []
+    for name, owned in owners.items():
+        precision = _precision(owned, dtypes)
+        allowed = precision.tolerance if tolerance is None else tolerance
+        scale = torch.maximum(norms[name], precision.floor * whole)
+        off = _joined(_norms(each.left[name]) + each.strays[name] for each in remainders)
+        errors = torch.where(off == 0, off, off / scale).nan_to_num(torch.inf, torch.inf)
+        worst = int(errors.argmax())
+        checks.append(
+            ParameterCheck(
+                parameter=name,
+                module=_listed(type(tracked.module) for tracked in owned),
+                sampler=_listed(type(tracked.sampler) for tracked in owned),
+                shape=tuple(remainders[0].left[name].shape[1:]),
+                error=float(errors[worst]),
+                sample=rows[worst],
+                tolerance=allowed,
+                norm=float(norms[name].max()),
+                tested=bool((norms[name] > allowed * scale).any()),
+            )
+        )
+    if all(check.ok and not check.tested for check in checks):
+        raise CaptureError(
+            "the gradients of all samples compared are zero at the tracked parameters: there is "
+            "nothing to compare"
+        )
+    return tuple(sorted(checks, key=lambda check: -check.error / check.tolerance))
+
+
+def _stray(gradient: PerSampleGradient, values: Tensor) -> Tensor:
+    """Return how far dots and projections of one sample are from its gradient `[1, *shape]`.
+
+    They take other ways through a layer than building the gradient does.
+    """
+    norm = _norms(values)[0]
+    dot = gradient.dot(values)[0, 0]
+    off = (dot - norm.square()).abs() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    matrix = values.reshape(matrix_shape(gradient.shape))
+    left, right = (torch.arange(side).to(values).cos()[None] for side in matrix.shape)
+    left, right = left / left.norm(), right / right.norm()
+    projected = gradient.project(left, right)[0] - left @ matrix @ right.mT
+    stray: Tensor = torch.where(norm == 0, dot.double().abs(), off) + projected.norm().double()
+    return stray
+
+
+def _precision(
+    owners: Iterable[TrackedModule], dtypes: Mapping[str, Iterable[torch.dtype]]
+) -> Precision:
+    """Return what can be asked of a parameter, given the modules that own it."""
+    sites = [site for tracked in owners for site in tracked.sites.values()]
+    seen = {site.dtype for site in sites}.union(*(dtypes.get(site.parameter, ()) for site in sites))
+    narrowest = max(seen, key=lambda dtype: torch.finfo(dtype).eps)
+    return PRECISIONS.get(narrowest, PRECISIONS[torch.bfloat16])
+
+
+def _norms(values: Tensor) -> Tensor:
+    """Return the norm of each row, `[K, *shape]` to float64 `[K]`."""
+    norms: Tensor = torch.linalg.vector_norm(as_rows(values), dim=1, dtype=torch.float64)
+    return norms
+
+
+def _joined(values: Iterable[Tensor]) -> Tensor:
+    return torch.cat([each.cpu() for each in values])
+
+
+def _listed(kinds: Iterable[type]) -> str:
+    return ", ".join(dict.fromkeys(kind.__name__ for kind in kinds))

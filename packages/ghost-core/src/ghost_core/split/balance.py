@@ -1,0 +1,137 @@
+"""Compares the sum of all contributions with the gradients that autograd makes.
+
+That they agree proves no split, but that they differ proves something missing: a result that a
+module left in an attribute and the loss used, a layer that does not compute what its sampler takes
+it for, a call that could not be run again as it was.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ghost_core.algebra import PRECISIONS, PerSampleGradient, floating_dtypes
+from ghost_core.errors import UnbalancedError
+from ghost_core.hooks import Hook
+
+_INSIDE = 1e-5
+"""Error allowed at least, since layers may compute in float32 inside, as norms do."""
+
+
+@dataclass
+class _Account:
+    """What became of one parameter in a batch.
+
+    Attributes:
+        made: The gradient that autograd made; None if it made none.
+        arrived: The sum of all contributions.
+        scale: Sum of the norms of all contributions.
+        dtypes: Floating dtypes that were seen.
+    """
+
+    made: Tensor | None = None
+    arrived: Tensor | None = None
+    scale: float = 0
+    dtypes: set[torch.dtype] = field(default_factory=set)
+
+    @property
+    def off(self) -> float:
+        """How far the sums are from each other; zero where there is nothing to compare."""
+        if self.made is None:
+            return 0
+        difference = self.made if self.arrived is None else self.made - self.arrived
+        return float(torch.linalg.vector_norm(difference))
+
+
+class Balance:
+    """Compares sums of contributions with autograd's gradients, for one batch.
+
+    Args:
+        parameters: The parameters by name.
+        counts: Whether a backward pass that runs is one whose gradients count.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], counts: Callable[[], bool]) -> None:
+        self._counts = counts
+        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._accounts: dict[str, _Account] = defaultdict(_Account)
+        self._without = [p for p in self._parameters.values() if p._backward_hooks is None]
+        self._handles = [
+            parameter.register_hook(Hook(partial(self._see, name)))
+            for name, parameter in self._parameters.items()
+        ]
+
+    def add(
+        self, name: str, gradient: PerSampleGradient, autocast: torch.dtype | None, whole: bool
+    ) -> None:
+        """Note what arrived for a parameter.
+
+        Args:
+            name: The parameter.
+            gradient: The gradients of one use.
+            autocast: Dtype of the autocast region that it was used in; None outside of one.
+            whole: Whether these are the gradients themselves; nothing is compared if they were
+                compressed in the forward pass.
+        """
+        if name not in self._parameters:
+            return
+        if not whole:
+            del self._parameters[name]
+            return
+        account, total = self._accounts[name], gradient.sum()
+        account.arrived = total if account.arrived is None else account.arrived + total
+        account.scale += float(gradient.paired(gradient).clamp(min=0).sqrt().sum())
+        account.dtypes.update(floating_dtypes(gradient), () if autocast is None else (autocast,))
+
+    def check(self) -> None:
+        """Raise if something is missing.
+
+        Raises:
+            UnbalancedError: Naming the worst parameter.
+        """
+        accounts = {n: self._accounts[n] for n in self._parameters if n in self._accounts}
+        whole = sum(account.scale**2 for account in accounts.values()) ** 0.5
+        wrong: dict[str, float] = {}
+        for name, account in accounts.items():
+            seen = {self._parameters[name].dtype, *account.dtypes}
+            precision = PRECISIONS.get(
+                max(seen, key=lambda dtype: torch.finfo(dtype).eps), PRECISIONS[torch.bfloat16]
+            )
+            scale = max(account.scale, precision.floor * whole)
+            # Overflow is for the scores to tell; where nothing arrived at all, any gradient is off.
+            if account.off > max(precision.tolerance, _INSIDE) * scale:
+                wrong[name] = account.off / scale if scale else float("inf")
+        if wrong:
+            worst = max(wrong, key=lambda name: wrong[name])
+            raise UnbalancedError(
+                f"the contributions of all samples do not add up to the gradient of {worst}: they "
+                f"are {wrong[worst]:.1e} of their norms apart, and so are those of "
+                f"{len(wrong) - 1} other parameters\n"
+                "Reason: a part of it does not come through the outputs of the modules that own "
+                "it, as where a result is left in an attribute or a penalty is computed on "
+                "parameters, or a module computes something else in the backward pass than its "
+                "sampler takes it for.\n"
+                f"Remedy: return what the loss is computed from, compute penalties outside of "
+                f"engine.batch(), or leave parameters out with exclude={','.join(wrong)!r}"
+            )
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._without:
+            if not parameter._backward_hooks:
+                parameter._backward_hooks = None
+        self._handles.clear()
+        self._accounts.clear()
+
+    def _see(self, name: str, grad: Tensor) -> None:
+        if self._counts():
+            account = self._accounts[name]
+            made = grad.detach().to_dense() if grad.layout is not torch.strided else grad.detach()
+            account.made = made.clone() if account.made is None else account.made + made

@@ -1,0 +1,343 @@
+"""Which parameters are tracked, under which names, and who computes their gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from types import MappingProxyType
+from typing import TypeVar
+
+import torch
+from torch import Size, nn
+from torch.nn.parameter import is_lazy
+
+from ghost_core.errors import CaptureError, UnknownNameError, UnsupportedLayerError
+from ghost_core.sampler import GradientSampler, own_parameters
+from ghost_core.tracking.registry import SamplerRegistry, dotted_name
+
+Patterns = str | Sequence[str]
+"""Globs over dotted names: one, several separated by commas, or a sequence."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tracked parameter.
+
+    Attributes:
+        parameter: Its first dotted name in `model.named_parameters()`.
+        aliases: All its dotted names; several where modules share it.
+        shape: Its shape.
+        dtype: Its dtype.
+        device: Its device.
+    """
+
+    parameter: str
+    aliases: tuple[str, ...]
+    shape: Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def kind(self) -> str:
+        """Shape, dtype and device, for messages."""
+        return f"{str(self.dtype).removeprefix('torch.')} {tuple(self.shape)} on {self.device}"
+
+
+@dataclass(frozen=True)
+class TrackedModule:
+    """A module whose calls are captured.
+
+    Attributes:
+        name: Dotted name; the first, where the module stands in several places.
+        module: The module.
+        sampler: Its sampler.
+        sites: The tracked parameters by local name; dotted for those of modules inside.
+        batch_dim: Axis on which it has its samples.
+        row_owner: Key of the batch that says which sample each of its rows belongs to; None where
+            it has one row per sample.
+    """
+
+    name: str
+    module: nn.Module
+    sampler: GradientSampler
+    sites: dict[str, Site]
+    batch_dim: int = 0
+    row_owner: str | None = None
+
+    def joined(self, other: TrackedModule) -> TrackedModule:
+        """Return the module with what another engine tracks of it too.
+
+        Raises:
+            CaptureError: If the engines capture it in different ways.
+        """
+        mine = (self.module, type(self.sampler), self.batch_dim, self.row_owner)
+        if mine != (other.module, type(other.sampler), other.batch_dim, other.row_owner):
+            raise CaptureError(
+                "engines on one model must agree on batch_dim, row_owner and the sampler of "
+                f"{self.label}"
+            )
+        return replace(self, sites={**self.sites, **other.sites})
+
+    def output_dims(self, outputs: int) -> tuple[int, ...]:
+        """Return the axis of the samples in each of its outputs."""
+        own = self.sampler.batch_dims(self.module, outputs)
+        return (self.batch_dim,) * outputs if own is None else own
+
+    @property
+    def label(self) -> str:
+        """Name and tracked parameters, for messages."""
+        return f"{self.name or '(root)'} [{', '.join(s.parameter for s in self.sites.values())}]"
+
+    @property
+    def shapes(self) -> dict[str, Size]:
+        """Shapes of the tracked parameters by local name."""
+        return {local: site.shape for local, site in self.sites.items()}
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """The tracked parameters in order of their names, and their modules in the model's order."""
+
+    sites: tuple[Site, ...]
+    modules: tuple[TrackedModule, ...]
+    batch_dim: int = 0
+    """Axis on which the model's inputs and outputs have their samples."""
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of the tracked parameters."""
+        return frozenset(site.parameter for site in self.sites)
+
+    def difference(self, other: Tracking) -> str:
+        """Say what is first found to differ; nothing if all is equal."""
+        mine = {site.parameter: site for site in self.sites}
+        theirs = {site.parameter: site for site in other.sites}
+        for name in sorted(mine.keys() | theirs.keys()):
+            if name not in theirs:
+                return f"{name} is not there or not trainable any more"
+            if name not in mine:
+                return f"{name} is new or trainable now"
+            if mine[name] != theirs[name]:
+                return f"{name}: {mine[name].kind} before, {theirs[name].kind} now"
+        for before, after in zip(self.modules, other.modules, strict=False):
+            if before != after:
+                return f"{before.name or 'the root'} is another module now"
+        return "" if len(self.modules) == len(other.modules) else "modules were added or removed"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What an engine is to track, and how.
+
+    Attributes:
+        registry: Where samplers are found.
+        layers: Globs over dotted names of modules or parameters: what to track.
+        exclude: Globs: what to leave out of it.
+        generic: Whether samplers that handle any module may be used.
+        batch_dim: Axis of the samples by glob over names of modules, `""` for the model itself;
+            later ones win.
+        row_owner: Key of the batch by glob over names of modules.
+    """
+
+    registry: SamplerRegistry
+    layers: Patterns = "*"
+    exclude: Patterns = ()
+    generic: bool = True
+    batch_dim: Mapping[str, int] = field(default_factory=dict)
+    row_owner: Mapping[str, str] = field(default_factory=dict)
+
+
+def track(
+    model: nn.Module,
+    selection: Selection,
+    flags: Mapping[nn.Parameter, bool] = MappingProxyType({}),
+) -> Tracking:
+    """Find the selected trainable parameters and a sampler for each module that owns one.
+
+    A pattern selects a parameter if it matches one of its dotted names or the dotted name of a
+    module around it, so `h.0.attn` and `*attn*` both take all parameters inside.
+
+    Args:
+        model: The root module.
+        selection: What to track, and how.
+        flags: `requires_grad` of parameters that are frozen for the time being.
+
+    Raises:
+        UnknownNameError: If a pattern matches nothing.
+        CaptureError: If no trainable parameter is selected, or a module has been compiled.
+        UnsupportedLayerError: If no sampler handles an owner of a selected parameter.
+    """
+    _refuse_compiled(model)
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_lazy(parameter):
+            raise CaptureError(f"{name} has no shape yet: run the model once before")
+        names[parameter].append(name)
+    selected = _select(names.values(), selection.layers)
+    excluded = _select(names.values(), selection.exclude)
+    sites = {
+        parameter: Site(
+            aliases[0], tuple(aliases), parameter.shape, parameter.dtype, parameter.device
+        )
+        for parameter, aliases in names.items()
+        if flags.get(parameter, parameter.requires_grad)
+        and aliases[0] in selected
+        and aliases[0] not in excluded
+    }
+    if not sites:
+        trainable = sum(flags.get(parameter, parameter.requires_grad) for parameter in names)
+        raise CaptureError(
+            f"no trainable parameter is selected: {trainable} of {len(names)} parameters require "
+            f"gradients, layers={selection.layers!r}, exclude={selection.exclude!r}"
+        )
+    modules = _find_owners(model, sites, selection)
+    ordered = tuple(sorted(sites.values(), key=lambda site: site.parameter))
+    axes = _by_module(model, "batch_dim", selection.batch_dim)
+    return Tracking(ordered, tuple(modules), axes.get("", 0))
+
+
+def _find_owners(
+    model: nn.Module, sites: Mapping[nn.Parameter, Site], selection: Selection
+) -> list[TrackedModule]:
+    """Find the modules that own the tracked parameters, outer ones first, and their samplers."""
+    axes = _by_module(model, "batch_dim", selection.batch_dim)
+    owners = _by_module(model, "row_owner", selection.row_owner)
+    modules: list[TrackedModule] = []
+    unhandled: list[tuple[str, dict[str, Site], str]] = []
+    taken: set[tuple[nn.Module, str]] = set()
+    for name, module in model.named_modules():
+        if sites.keys().isdisjoint(module.parameters()):
+            continue
+        wanted = {local for local in own_parameters(module) if parameter_of(module, local) in sites}
+        found = selection.registry.find(module, wanted, generic=selection.generic)
+        own = {
+            local: sites[parameter]
+            for local in (own_parameters(module) if isinstance(found, str) else found.owns(module))
+            if owner_of(module, local) not in taken
+            and (parameter := parameter_of(module, local)) in sites
+        }
+        if not own:
+            continue
+        if isinstance(found, GradientSampler):
+            modules.append(
+                TrackedModule(name, module, found, own, axes.get(name, 0), owners.get(name))
+            )
+            taken |= {owner_of(module, local) for local in own if "." in local}
+        else:
+            unhandled.append((name, own, found))
+    _check_handled(modules, unhandled, selection.generic)
+    return modules
+
+
+def owner_of(module: nn.Module, local: str) -> tuple[nn.Module, str]:
+    """Return the module inside that owns a parameter, and its name there."""
+    path, _, name = local.rpartition(".")
+    return module.get_submodule(path), name
+
+
+def parameter_of(module: nn.Module, local: str) -> nn.Parameter:
+    """Return a parameter by its local name, whatever attribute its module shows under it."""
+    owner, name = owner_of(module, local)
+    parameter = owner._parameters[name]
+    assert parameter is not None
+    return parameter
+
+
+ValueT = TypeVar("ValueT")
+
+
+def _by_module(model: nn.Module, option: str, given: Mapping[str, ValueT]) -> dict[str, ValueT]:
+    """Resolve an option given by globs over names of modules; later ones win.
+
+    Raises:
+        UnknownNameError: If a glob matches no module.
+    """
+    if not isinstance(given, Mapping):
+        raise CaptureError(
+            f"{option} is a mapping of globs over names of modules, such as {{'*': ...}}, not "
+            f"{given!r}"
+        )
+    kind = int if option == "batch_dim" else str
+    if wrong := [value for value in given.values() if type(value) is not kind]:
+        raise CaptureError(f"values of {option} are of type {kind.__name__}, not {wrong[0]!r}")
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    values: dict[str, ValueT] = {}
+    for pattern, value in given.items():
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise UnknownNameError(f"module in {option}", pattern, names)
+        values |= dict.fromkeys(matching, value)
+    return values
+
+
+def _check_handled(
+    modules: Iterable[TrackedModule],
+    unhandled: Iterable[tuple[str, dict[str, Site], str]],
+    generic: bool,
+) -> None:
+    """Raise if a parameter has no owner with a sampler.
+
+    A module that only holds what another one uses, such as the bias of BERT's head, needs none;
+    that it does not use it is for the verification to find.
+    """
+    handled = {site for tracked in modules for site in tracked.sites.values()}
+    problems: list[str] = []
+    parameters: list[str] = []
+    for name, own, reason in unhandled:
+        if missing := [site.parameter for site in own.values() if site not in handled]:
+            problems.append(f"  {name or '(root)'} [{', '.join(missing)}]: {reason}")
+            parameters += missing
+    if problems:
+        raise UnsupportedLayerError(
+            "no per-sample gradients for these modules:\n"
+            + "\n".join(problems)
+            + f"\nLeave them out with exclude={','.join(dict.fromkeys(parameters))!r}, "
+            + ("" if generic else "let modules be replayed, without generic=False, ")
+            + "or register a sampler for them as a plugin."
+        )
+
+
+def as_patterns(patterns: Patterns) -> tuple[str, ...]:
+    """Split comma-separated globs."""
+    given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    return tuple(part.strip() for text in given for part in text.split(",") if part.strip())
+
+
+def _select(names: Iterable[list[str]], patterns: Patterns) -> set[str]:
+    """Return the first names of the parameters that match one of the patterns."""
+    groups = list(names)
+    chosen: set[str] = set()
+    for pattern in as_patterns(patterns):
+        found = {
+            aliases[0] for aliases in groups if any(_matches(pattern, alias) for alias in aliases)
+        }
+        if not found:
+            known = {prefix for aliases in groups for alias in aliases for prefix in _paths(alias)}
+            hint = "Patterns are globs over names of modules and parameters, as in '*attn*'."
+            raise UnknownNameError("layer", pattern, known, hint)
+        chosen |= found
+    return chosen
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return any(fnmatchcase(path, pattern) for path in _paths(name))
+
+
+def _paths(name: str) -> list[str]:
+    """Return a dotted name and all its prefixes: `a.b.c` gives `a`, `a.b` and `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        original = getattr(module, "_orig_mod", None)
+        if isinstance(original, nn.Module) or getattr(module, "_compiled_call_impl", None):
+            raise CaptureError(
+                f"{name or 'the model'} ({dotted_name(type(module))}) is compiled, and a compiled "
+                "module ignores hooks added later. Give the engine the uncompiled model and "
+                "attach it before torch.compile."
+            )

@@ -1,0 +1,199 @@
+"""Copies of modules to run a call again on: the user's own are never run, nor changed."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ghost_core.hooks import Hook
+from ghost_core.tracking import dotted_name
+
+_HOOKS = {name: value for name, value in vars(nn.Module()).items() if "hook" in name}
+_OLD_NORMS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+
+
+class _Stale:
+    """Stands for a tensor that an earlier call left behind with its graph. Any use is an error."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter or buffer goes.
+
+    Attributes:
+        module: Position among `modules()`.
+        kind: `_parameters` or `_buffers`.
+        name: Its name there.
+        key: Its first dotted name.
+    """
+
+    module: int
+    kind: str
+    name: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Template:
+    """A module as it was at some time, modules inside included, without parameters and buffers.
+
+    Modes, attributes, containers and generators are those of that time, whatever happens to the
+    module later. Hooks are left out.
+
+    Attributes:
+        module: The copy.
+        slots: Where its tensors go.
+    """
+
+    module: nn.Module
+    slots: tuple[Slot, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Template:
+        """Copy a module as it is now."""
+        slots: list[Slot] = []
+        hollow = _imitate(module)
+        for at, (path, twin) in enumerate(hollow.named_modules()):
+            for kind in ("_parameters", "_buffers"):
+                tensors: dict[str, Tensor | None] = vars(twin)[kind]
+                for name, value in tensors.items():
+                    if value is not None:
+                        slots.append(Slot(at, kind, name, f"{path}.{name}" if path else name))
+                        tensors[name] = None
+        return cls(hollow, tuple(slots))
+
+    def fill(self, values: Mapping[str, Tensor]) -> nn.Module:
+        """Return a module that runs with the parameters and buffers given, by first dotted name."""
+        twin = _imitate(self.module)
+        modules = list(twin.modules())
+        for slot in self.slots:
+            vars(modules[slot.module])[slot.kind][slot.name] = values[slot.key]
+        for module in modules:
+            if isinstance(module, nn.RNNBase):
+                _flatten(module)
+        return twin
+
+    def tensors(self, module: nn.Module, kind: str) -> dict[str, Tensor]:
+        """Return the parameters or buffers that a module like it has now, by first dotted name.
+
+        A parameter that several modules share has the name of every one of them.
+        """
+        modules = list(module.modules())
+        slots = [slot for slot in self.slots if slot.kind == kind and slot.module < len(modules)]
+        found = {slot.key: vars(modules[slot.module])[kind].get(slot.name) for slot in slots}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    def key(self, module: nn.Module, local: str) -> str:
+        """Return the first dotted name of a parameter that may have several."""
+        path, _, name = local.rpartition(".")
+        owner = module.get_submodule(path)
+        first = next(found for found, inside in module.named_modules() if inside is owner)
+        return f"{first}.{name}" if first else name
+
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """Whether each module inside is in training."""
+        return tuple(module.training for module in self.module.modules())
+
+
+def _imitate(module: nn.Module) -> nn.Module:
+    """Copy a module, the modules inside and their containers, but no tensors and no hooks."""
+    originals = list(module.modules())
+    copies: dict[int, Any] = {id(each): object.__new__(type(each)) for each in originals}
+    for each in originals:
+        twin = vars(copies[id(each)])
+        for name, value in vars(each).items():
+            if name in ("_parameters", "_buffers"):
+                twin[name] = dict(value)
+            else:
+                twin[name] = copy.copy(_HOOKS[name]) if name in _HOOKS else own_copy(value, copies)
+    twins: nn.Module = copies[id(module)]
+    return twins
+
+
+def own_copy(value: Any, copies: dict[int, Any]) -> Any:
+    """Return what a copy has in place of a value: of whatever can be written to, another one.
+
+    Args:
+        value: The value of an attribute, or an argument that is no tensor.
+        copies: Copies by the identity of what they are copies of.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, Tensor):
+        # Keeping it would keep its graph, and so the one before, and so on.
+        return value if value.grad_fn is None else _Stale()
+    if type(value) is set:
+        return {own_copy(each, copies) for each in value}
+    if isinstance(value, torch.Generator):
+        return copies.setdefault(id(value), value.clone_state())
+    if isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random"):
+        return copies.setdefault(id(value), copy.deepcopy(value))
+    if isinstance(value, MethodType) and id(value.__self__) in copies:
+        return MethodType(value.__func__, copies[id(value.__self__)])
+    leaves, spec = tree_flatten(value)  # containers, and what libraries return from their models
+    if len(leaves) == 1 and leaves[0] is value:
+        return _copied_object(value, copies)
+    return tree_unflatten([own_copy(leaf, copies) for leaf in leaves], spec)
+
+
+def _copied_object(value: Any, copies: dict[int, Any]) -> Any:
+    """Copy an object that is no container known to torch, with the attributes it has."""
+    if isinstance(value, type | ModuleType) or callable(value):
+        return value
+    attributes = getattr(value, "__dict__", None)
+    if attributes is None and not hasattr(value, "__setitem__"):
+        return value
+    try:
+        twin = copy.copy(value)
+    except (TypeError, ValueError):  # locks, files and the like
+        return value
+    if twin is not value:
+        copies[id(value)] = twin
+        if attributes is not None:
+            vars(twin).update({name: own_copy(each, copies) for name, each in attributes.items()})
+    return twin
+
+
+def _flatten(module: nn.RNNBase) -> None:
+    """Tell a recurrent layer, which keeps a list of its weights, that they are others now."""
+    names = module._flat_weights_names
+    if all(name in module._parameters for name in names):
+        state: dict[str, Any] = vars(module)
+        state["_flat_weights"] = [module._parameters[name] for name in names]
+        state["_flat_weight_refs"] = [None] * len(names)
+
+
+def why_not_copied(module: nn.Module) -> str | None:
+    """Say why a copy of a module would compute something else, and what to do; else None.
+
+    Ghost's own hooks do not count, and neither do hooks of the module itself that run after it.
+    """
+    for name, inside in module.named_modules():
+        what = f"{name} ({dotted_name(type(inside))})" if name else dotted_name(type(inside))
+        if isinstance(inside, torch.jit.ScriptModule):
+            return f"{what} is a script, which cannot be run with other parameters: exclude it"
+        hooks = [*inside._forward_pre_hooks.values()]
+        if inside is not module:
+            hooks += inside._forward_hooks.values()
+            hooks += inside._backward_hooks.values()
+            hooks += inside._backward_pre_hooks.values()
+        for hook in hooks:
+            if isinstance(hook, Hook):
+                continue
+            kind = type(hook) if not hasattr(hook, "__qualname__") else hook
+            label = f"{kind.__module__}.{kind.__qualname__}"
+            remedy = "remove the hook, or exclude the module"
+            if label.startswith(_OLD_NORMS):
+                norm = label.split(".")[3]
+                remedy = f"use torch.nn.utils.parametrizations.{norm} instead"
+            return f"{what} has a hook, {label}, which may change what is computed: {remedy}"
+    return None

@@ -1,0 +1,306 @@
+"""Runs a recorded call again, as it was or sample by sample, and differentiates it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+
+from ghost_core import Record
+from ghost_layers.replay.before import RandomState, surroundings
+from ghost_layers.replay.module_copy import Template, own_copy
+
+
+class Way(Enum):
+    """How a call is run again."""
+
+    VMAP = "all samples at once, each by itself"
+    LOOP = "one sample after the other"
+    REWRITTEN = "as it was, with a sampler's own code"
+    BATCH = "as it was, with one backward pass for each sample"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Where a tensor among the inputs has its samples.
+
+    Attributes:
+        own: Whether the samples have a row each; else they share all of it.
+        axis: Axis that the module expects where the tensor is kept with its axis 0.
+        fold: Whether the module expects the first two axes, `[N, k, ...]`, folded to `[N·k, ...]`.
+    """
+
+    own: bool
+    axis: int = 0
+    fold: bool = False
+
+    def first(self, value: Tensor, count: int) -> Tensor:
+        """Lay out a tensor that the module got with the samples on its axis 0."""
+        return value.unflatten(0, (count, -1)) if self.fold else value.movedim(self.axis, 0)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """Lay out a tensor as the module got it."""
+        if self.fold:
+            return value.flatten(0, 1)
+        return value.movedim(0, self.axis) if self.axis else value
+
+    def single(self, value: Tensor) -> Tensor:
+        """Make one sample's row a batch of one."""
+        return value if self.fold else value.unsqueeze(self.axis)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Stands for a tensor among the inputs.
+
+    Attributes:
+        at: Its position among the different ones.
+    """
+
+    at: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output tensor with rows.
+
+    Attributes:
+        index: Position among the recorded outputs.
+        at: Position among all floating tensors that the module returns.
+        axis: Where the module has its rows.
+        dtype: Dtype that one sample's rows are to have; None where it is that of the call. Under
+            autocast, some batching rules add biases in another dtype than the call did.
+    """
+
+    index: int
+    at: int
+    axis: int
+    dtype: torch.dtype | None = None
+
+    def row(self, value: Tensor) -> Tensor:
+        """Return the row of an output for one sample.
+
+        Raises:
+            ReplayError: If it does not have exactly one.
+        """
+        if value.dim() <= self.axis or value.shape[self.axis] != 1:
+            raise ReplayError(f"an output of shape {tuple(value.shape)} for one sample")
+        row = value.select(self.axis, 0)
+        return row if self.dtype is None else row.to(self.dtype)
+
+
+Forward = Callable[..., Any]
+"""Takes a module and its arguments."""
+
+
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a module without its hooks."""
+    return module.forward(*args, **kwargs)
+
+
+def floating(output: Any) -> list[Tensor]:
+    """Return the tensors in what a module returned that can have a gradient."""
+    return [
+        leaf
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+
+
+class ReplayError(Exception):
+    """A call that runs again does something else."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run a call again: everything about it that is no tensor.
+
+    Attributes:
+        template: The module as it was before the call.
+        wanted: First dotted name of each parameter asked for, by local name.
+        written: Buffers that the call writes.
+        spec: Structure of the inputs.
+        slots: Their leaves, a `Place` for each tensor.
+        leaves: Where the tensors have their samples.
+        outputs: The outputs with rows.
+        count: Number of rows R of the recorded outputs.
+        way: How to run it.
+        random: State of the generators before the call; None if nothing was drawn.
+        devices: Where the module's tensors are.
+        autocast: Device type, and dtype of the autocast region, if there was one.
+        recurrent: Whether a recurrent layer of torch is inside.
+        rewritten: Computes what the module does, in code of the sampler's; None if it has none.
+    """
+
+    template: Template
+    wanted: dict[str, str]
+    written: frozenset[str]
+    spec: TreeSpec
+    slots: tuple[Any, ...]
+    leaves: tuple[Leaf, ...]
+    outputs: tuple[Output, ...]
+    count: int
+    way: Way
+    random: RandomState | None
+    devices: frozenset[torch.device]
+    autocast: tuple[str, torch.dtype | None]
+    recurrent: bool
+    rewritten: Forward | None = None
+
+    def surroundings(self) -> Any:
+        """Return a context in which the call runs as it did."""
+        cudnn = self.way is Way.BATCH or not self.recurrent
+        return surroundings(self.random, self.devices, cudnn=cudnn)
+
+    def called(
+        self, function: Forward, values: Mapping[str, Tensor], inputs: Sequence[Tensor]
+    ) -> Any:
+        """Call a function with the module and its arguments.
+
+        Args:
+            function: Takes the module first.
+            values: Parameters and buffers.
+            inputs: The different input tensors, laid out for the module.
+        """
+        own = {key: values[key].clone() for key in self.written}
+        twin = self.template.fill({**values, **own})
+        copies: dict[int, Any] = {}
+        leaves = [
+            inputs[slot.at] if isinstance(slot, Place) else own_copy(slot, copies)
+            for slot in self.slots
+        ]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        device, dtype = self.autocast
+        with torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False):
+            return function(twin, *args, **kwargs)
+
+    def returned(self, values: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run the module and return its floating tensors; see `called`."""
+        rewritten = self.rewritten if self.way is Way.REWRITTEN else None
+        return floating(self.called(rewritten or forward, values, inputs))
+
+    def whole(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Lay out the input tensors as the module got them."""
+        return [leaf.whole(value) for leaf, value in zip(self.leaves, inputs, strict=True)]
+
+    def run_whole(self, values: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs of the whole call, as the module lays them out."""
+        returned = self.returned(values, self.whole(inputs))
+        return [returned[output.at] for output in self.outputs]
+
+    def run_one(
+        self, values: Mapping[str, Tensor], inputs: Sequence[Tensor], own: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the rows of one sample.
+
+        Args:
+            values: Parameters and buffers.
+            inputs: All input tensors, samples first.
+            own: The sample's own part of those that have one.
+        """
+        rest = iter(own)
+        given = [
+            leaf.single(next(rest)) if leaf.own else leaf.whole(value)
+            for leaf, value in zip(self.leaves, inputs, strict=True)
+        ]
+        returned = self.returned(values, given)
+        return [output.row(returned[output.at]) for output in self.outputs]
+
+    def run(self, values: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run the call in its way and return the outputs, rows first."""
+        if self.way in (Way.BATCH, Way.REWRITTEN):
+            outputs = self.run_whole(values, inputs)
+            rewritten = self.way is Way.REWRITTEN
+            return [
+                value.movedim(each.axis, 0).to(each.dtype if rewritten else None)
+                for value, each in zip(outputs, self.outputs, strict=True)
+            ]
+        own = self.own(inputs)
+        if self.way is Way.LOOP:
+            rows = [
+                self.run_one(values, inputs, [value[n] for value in own]) for n in range(self.count)
+            ]
+            return [torch.stack(each) for each in zip(*rows, strict=True)]
+        one = partial(self.run_one, values, inputs)
+        return list(torch.vmap(one, randomness=self.randomness)(own))
+
+    def sloped(
+        self, returned: Sequence[Tensor], replay: Replay, grads: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the outputs that the loss depends on, and its gradients, laid out as these.
+
+        Args:
+            returned: All floating tensors that the whole call returned.
+            replay: The call.
+            grads: Gradients of the loss for each recorded output, rows first.
+        """
+        outputs, slopes = [], []
+        for output in self.outputs:
+            if (grad := grads[output.index]) is not None:
+                value = returned[output.at]
+                outputs.append(value)
+                slopes.append(replay.in_rows(grad).movedim(0, output.axis).to(value.dtype))
+        return outputs, slopes
+
+    def own(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the input tensors that have a row for each sample."""
+        return [value for value, leaf in zip(inputs, self.leaves, strict=True) if leaf.own]
+
+    @property
+    def randomness(self) -> str:
+        """What vmap is to do where random numbers are drawn."""
+        return "error" if self.random is None else "different"
+
+
+@dataclass(frozen=True)
+class Replay(Record):
+    """What a call needs to run again.
+
+    Attributes:
+        inputs: Its different input tensors, samples first.
+        values: The module's parameters and buffers by first dotted name.
+        count: Number of rows R of its outputs.
+        rows: Rows of the call that are asked for; None for all.
+    """
+
+    inputs: tuple[Tensor, ...]
+    values: dict[str, Tensor]
+    count: int
+    rows: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name."""
+        named = {f"input.{at}": value for at, value in enumerate(self.inputs)}
+        return named | {f"value.{key}": value for key, value in self.values.items()}
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some tensors or fields changed."""
+        inputs = [changes.pop(f"input.{at}", value) for at, value in enumerate(self.inputs)]
+        values = {key: changes.pop(f"value.{key}", value) for key, value in self.values.items()}
+        return replace(self, **{"inputs": tuple(inputs), "values": values, **changes})
+
+    def expand(self, n: int) -> Self:
+        """Return it as it is: a call with one row is run once, whatever the number of samples."""
+        return self
+
+    def narrow(self, samples: slice | Tensor) -> Self:
+        """Ask for some of the rows only; the call as a whole stays what it was."""
+        return replace(self, rows=self.positions[samples])
+
+    def in_rows(self, grad: Tensor) -> Tensor:
+        """Give the gradient of the rows that are asked for zeros in all others."""
+        if self.rows is None:
+            return grad
+        whole = grad.new_zeros(self.count, *grad.shape[1:])
+        return whole.index_copy_(0, self.rows.to(grad.device), grad)
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the rows that are asked for."""
+        return torch.arange(self.count) if self.rows is None else self.rows
