@@ -1,13 +1,23 @@
 """What subclasses of Engine may do, and what batches are made of."""
 
 from collections.abc import Callable
+from typing import Unpack
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ghost_core import Batch, CaptureError, Engine, Freeze, Pass, PerSampleGradient, Site
+from ghost_core import (
+    Batch,
+    CaptureError,
+    Engine,
+    EngineOptions,
+    Freeze,
+    Pass,
+    PerSampleGradient,
+    Site,
+)
 from ghost_core.batch import as_ids
 from ghost_core.testing import GradientHolder
 from ghost_core.testing.snapshots import assert_untouched, traces
@@ -102,3 +112,37 @@ def test_ids_are_copied() -> None:
 def test_an_unknown_option_lists_what_exists(registry) -> None:
     with pytest.raises(TypeError, match=r"did you mean 'exclude'.*Available: .*layers"):
         GradientHolder(nn.Linear(2, 2), registry=registry, exclud="a")
+
+
+# What it says of itself
+
+
+class WithOptions(Nothing):
+    """Has an option of its own besides those of all engines."""
+
+    def __init__(self, model: nn.Module, *, depth: int = 3, **options: Unpack[EngineOptions]):
+        super().__init__(model, **options)
+
+
+def test_an_engine_says_what_it_is(registry, model: nn.Module, x: Tensor) -> None:
+    engine = WithOptions(model, depth=3, registry=registry)
+    kind, n = type(model).__name__, len(engine.sites)
+    start = f"<WithOptions: {kind}, {n} parameters, registry="
+    assert repr(engine).startswith(start)
+    assert repr(engine).endswith(", detached>")
+    with engine:
+        assert repr(engine).endswith(", attached>")
+        with engine.batch(range(N)):
+            assert repr(engine).endswith(", open>")
+            loss(model(x)).backward()
+        assert repr(engine).endswith(", attached>")
+    assert repr(engine).endswith(", detached>")
+
+
+def test_an_engine_names_the_options_that_are_not_the_defaults(registry, model: nn.Module) -> None:
+    engine = WithOptions(
+        model, layers="first", exclude=(), batch_dim={}, verify=False, depth=4, registry=registry
+    )
+    assert f"{len(engine.sites)} parameters, layers='first', verify=False, depth=4," in repr(engine)
+    long = WithOptions(model, layers=["first"] * 9, registry=registry)
+    assert "layers=['first', 'first', 'first', 'first', 'first', 'first', ...]" in repr(long)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -82,16 +83,22 @@ class Engine(ABC, Generic[ResultT]):
     balanced: ClassVar[bool] = True
     """Whether contributions must add up to autograd's gradients, where these are made."""
 
+    _given: Mapping[str, object]
+    """The options that it was made with, but for those that are the defaults."""
+
     def __new__(cls, *_: object, **options: object) -> Self:
         """Refuse unknown options before `__init__` does, with a list of those that exist."""
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        known = {each.name for each in parameters if each.kind is not each.VAR_KEYWORD} - {"self"}
-        if any(each.kind is each.VAR_KEYWORD for each in parameters):
-            known |= EngineOptions.__annotations__.keys()
+        defaults = _defaults(cls)
         for name in options:
-            if name not in known:
-                raise UnknownOptionError(f"option of {cls.__name__}", name, known)
-        return super().__new__(cls)
+            if name not in defaults:
+                raise UnknownOptionError(f"option of {cls.__name__}", name, defaults)
+        engine = super().__new__(cls)
+        engine._given = {
+            name: value
+            for name, value in options.items()
+            if name != "model" and str(value) != str(defaults[name])
+        }
+        return engine
 
     def __init__(
         self,
@@ -121,6 +128,13 @@ class Engine(ABC, Generic[ResultT]):
         self._recorder: Recorder | None = None
         self._batch: Batch[ResultT] | None = None
         self._open = False
+
+    def __repr__(self) -> str:
+        """Say what it is, what it was made with, and whether it is at work."""
+        state = "open" if self._open else "attached" if self._recorder else "detached"
+        kind, model = type(self).__name__, type(self.model).__name__
+        given = [f"{name}={reprlib.repr(value)}" for name, value in self._given.items()]
+        return f"<{', '.join([f'{kind}: {model}, {len(self.sites)} parameters', *given, state])}>"
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -362,3 +376,15 @@ class Engine(ABC, Generic[ResultT]):
                 for name, flag in changed.items()
             )
             raise CaptureError(f"since the engine was made, {listed}: make a new engine")
+
+
+def _defaults(kind: type[Engine[Any]]) -> dict[str, object]:
+    """Return the options that an engine takes, with their defaults."""
+    own = dict(inspect.signature(kind.__init__).parameters)
+    if any(each.kind is each.VAR_KEYWORD for each in own.values()):
+        own = {**inspect.signature(Engine.__init__).parameters, **own}
+    return {
+        name: each.default
+        for name, each in own.items()
+        if name != "self" and each.kind is not each.VAR_KEYWORD
+    }
