@@ -2,7 +2,15 @@
 
 import pickle
 
-from ghost_core import GhostError, MissingExtraError, UnknownNameError, errors
+from ghost_core import (
+    CaptureError,
+    GhostError,
+    MissingExtraError,
+    UnbalancedError,
+    UnknownNameError,
+    WrongSplitError,
+    errors,
+)
 
 
 def test_every_error_is_a_ghost_error() -> None:
@@ -32,12 +40,22 @@ def test_a_missing_extra_says_how_to_get_it() -> None:
     assert isinstance(error, ImportError)
 
 
+def test_what_reason_and_remedy_take_a_line_each() -> None:
+    error = WrongSplitError("It is wrong", reason="it is so.", remedy="mend it")
+    assert str(error) == "It is wrong\nReason: it is so.\nRemedy: mend it"
+    assert (error.reason, error.remedy) == ("it is so.", "mend it")
+    assert str(CaptureError("It is wrong", remedy="mend it")) == "It is wrong\nRemedy: mend it"
+    assert str(UnbalancedError("It is wrong", reason="why")) == "It is wrong\nReason: why."
+
+
 def test_errors_cross_processes() -> None:
     for error in (
         GhostError("a"),
+        UnbalancedError("a", reason="b", remedy="c"),
         UnknownNameError("layer", "a", ["b"]),
         MissingExtraError("a", "b", "c"),
     ):
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error)
         assert str(copy) == str(error)
+        assert (copy.reason, copy.remedy) == (error.reason, error.remedy)

@@ -7,15 +7,33 @@ from collections.abc import Callable, Iterable
 
 
 class GhostError(Exception):
-    """Base class of all ghost errors. They can be pickled, to cross processes."""
+    """Base class of all ghost errors. They can be pickled, to cross processes.
 
-    def __reduce__(self) -> tuple[Callable[..., GhostError], tuple[type[GhostError], str]]:
-        return _rebuild, (type(self), str(self))
+    Its text has up to three parts, a line each: `what`, `Reason: ...` and `Remedy: ...`.
+
+    Args:
+        what: What is wrong, and where.
+        reason: Why it is.
+        remedy: What to do about it.
+
+    Attributes:
+        reason: Why it is; empty where `what` says all.
+        remedy: What to do about it; empty where `what` says all.
+    """
+
+    def __init__(self, what: str = "", *, reason: str = "", remedy: str = "") -> None:
+        self.reason, self.remedy = reason, remedy
+        because = f"Reason: {reason.rstrip('.')}." if reason else ""
+        instead = f"Remedy: {remedy}" if remedy else ""
+        super().__init__("\n".join(filter(None, (what, because, instead))))
+
+    def __reduce__(self) -> tuple[Callable[..., GhostError], tuple[object, ...]]:
+        return _rebuild, (type(self), str(self), self.reason, self.remedy)
 
 
-def _rebuild(kind: type[GhostError], message: str) -> GhostError:
+def _rebuild(kind: type[GhostError], text: str, reason: str, remedy: str) -> GhostError:
     error = kind.__new__(kind)
-    error.args = (message,)
+    error.args, error.reason, error.remedy = (text,), reason, remedy
     return error
 
 

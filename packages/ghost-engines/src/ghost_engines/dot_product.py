@@ -194,8 +194,8 @@ class DotProductEngine(Engine[Scores]):
         """Refuse rows whose samples are known, but not their positions."""
         if owned := [tracked.name for tracked in self.tracking.modules if tracked.row_owner]:
             raise CaptureError(
-                f"gradients cannot be split by token: row_owner is given for {', '.join(owned)}\n"
-                "Reason: it tells the sample of each row, but not its position.\n"
-                f"Remedy: leave them out with exclude={','.join(owned)!r}, or make the engine "
-                "without per_token=True"
+                f"gradients cannot be split by token: row_owner is given for {', '.join(owned)}",
+                reason="it tells the sample of each row, but not its position",
+                remedy=f"leave them out with exclude={','.join(owned)!r}, or make the engine "
+                "without per_token=True",
             )

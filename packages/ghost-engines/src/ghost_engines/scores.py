@@ -207,14 +207,14 @@ class TokenSum:
         """
         for _, seen in self._passes:
             if len(seen) > 1:
-                raise CaptureError(_different_tokens(seen))
+                raise _different_tokens(seen)
         lengths = sorted({tokens for _, seen in self._passes for tokens in seen})
         if len(lengths) > 1:
             raise CaptureError(
                 "gradients cannot be split by token: the passes of this batch had different "
-                f"numbers of tokens, {', '.join(map(str, lengths))}\n"
-                "Reason: position t of one need not be position t of another.\n"
-                "Remedy: pad them to one length, or open a batch for each pass"
+                f"numbers of tokens, {', '.join(map(str, lengths))}",
+                reason="position t of one need not be position t of another",
+                remedy="pad them to one length, or open a batch for each pass",
             )
         return self._sum
 
@@ -227,19 +227,19 @@ class TokenSum:
         return self._passes[-1][1]
 
 
-def _different_tokens(seen: Mapping[int, Mapping[str, None]]) -> str:
+def _different_tokens(seen: Mapping[int, Mapping[str, None]]) -> CaptureError:
     """Say which parameters have another number of tokens than most have."""
     usual = max(seen, key=lambda tokens: (tokens > 1, len(seen[tokens]), tokens))
     others = {tokens: sorted(names) for tokens, names in sorted(seen.items()) if tokens != usual}
     counts = ", ".join(f"{_listed(names)}: {tokens}" for tokens, names in others.items())
     left_out = sorted({name for names in others.values() for name in names})
-    return (
+    return CaptureError(
         f"gradients cannot be split by token: most parameters have {usual} tokens, such as "
-        f"{min(seen[usual])}, but not these: {counts}\n"
-        "Reason: a parameter that was used once for a whole sample (1 token), in a layer that "
-        "cannot tell tokens apart (1), or at other positions has no part at each token.\n"
-        f"Remedy: leave them out with exclude={','.join(left_out)!r}, or make the engine without "
-        "per_token=True"
+        f"{min(seen[usual])}, but not these: {counts}",
+        reason="a parameter that was used once for a whole sample (1 token), in a layer that "
+        "cannot tell tokens apart (1), or at other positions has no part at each token",
+        remedy=f"leave them out with exclude={','.join(left_out)!r}, or make the engine without "
+        "per_token=True",
     )
 
 

@@ -180,10 +180,10 @@ class BatchNormSampler(ChannelScaleSampler):
         module: Any = call.module
         if module.training or module.running_mean is None:
             raise WrongSplitError(
-                f"gradients cannot be split by sample: {call.name} normalises over the batch\n"
-                "Reason: every sample's output depends on all others.\n"
-                "Remedy: put BatchNorm layers with running statistics into evaluation mode, or use "
-                "GroupNorm."
+                f"gradients cannot be split by sample: {call.name} normalises over the batch",
+                reason="every sample's output depends on all others",
+                remedy="put BatchNorm layers with running statistics into evaluation mode, or use "
+                "GroupNorm",
             )
         return super().record(call)
 

@@ -144,10 +144,10 @@ class Arrival:
         if any(grad is not None and not grad.dim() for grad in grads):
             raise WrongSplitError(
                 f"gradients cannot be split by sample: the loss depends on a scalar that "
-                f"{self.tracked.label} returned\n"
-                "Reason: a scalar belongs to all samples.\n"
-                "Remedy: compute the loss from outputs with one row per sample, or leave the "
-                "module out with exclude=..."
+                f"{self.tracked.label} returned",
+                reason="a scalar belongs to all samples",
+                remedy="compute the loss from outputs with one row per sample, or leave the "
+                "module out with exclude=...",
             )
         if not self.layout.is_folded(n):
             return self.layout.owner

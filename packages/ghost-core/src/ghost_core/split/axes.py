@@ -182,10 +182,10 @@ def wrong_rows(tracked: TrackedModule, rows: int, n: int) -> WrongSplitError:
     axis = f"axis {tracked.batch_dim}" if tracked.batch_dim else "the first axis"
     return WrongSplitError(
         f"gradients cannot be split by sample: {tracked.label} returned "
-        f"{rows} rows for {n} samples{folded}\n"
-        f"Reason: {axis} of its output is not the samples.\n"
-        "Remedy: keep one row per sample, [N, ..., features]; give what is computed once for all "
+        f"{rows} rows for {n} samples{folded}",
+        reason=f"{axis} of its output is not the samples",
+        remedy="keep one row per sample, [N, ..., features]; give what is computed once for all "
         f"samples, as positions are, one row, [1, ...]; say where the samples are, with batch_dim="
         f"{{{name!r}: axis}}, or which sample each row belongs to, with row_owner={{{name!r}: "
-        "key}; or leave the module out with exclude=..."
+        "key}; or leave the module out with exclude=...",
     )

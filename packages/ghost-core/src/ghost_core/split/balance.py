@@ -111,13 +111,13 @@ class Balance:
             raise UnbalancedError(
                 f"the contributions of all samples do not add up to the gradient of {worst}: they "
                 f"are {wrong[worst]:.1e} of their norms apart, and so are those of "
-                f"{len(wrong) - 1} other parameters\n"
-                "Reason: a part of it does not come through the outputs of the modules that own "
+                f"{len(wrong) - 1} other parameters",
+                reason="a part of it does not come through the outputs of the modules that own "
                 "it, as where a result is left in an attribute or a penalty is computed on "
                 "parameters, or a module computes something else in the backward pass than its "
-                "sampler takes it for.\n"
-                f"Remedy: return what the loss is computed from, compute penalties outside of "
-                f"engine.batch(), or leave parameters out with exclude={','.join(wrong)!r}"
+                "sampler takes it for",
+                remedy="return what the loss is computed from, compute penalties outside of "
+                f"engine.batch(), or leave parameters out with exclude={','.join(wrong)!r}",
             )
 
     def close(self) -> None:

@@ -98,11 +98,12 @@ def outputs_by_sample(outputs: Any, n: int, dim: int) -> list[Tensor]:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or type(outputs).__name__
         expected = ", ".join([*[":"] * dim, str(n), "..."])
         raise WrongSplitError(
-            f"the model's output does not tell {n} samples apart: no tensor of shape [{expected}] "
-            f"that requires a gradient, only {shapes}. Let the model return its outputs and "
-            "compute the loss outside of it"
+            f"the model's output does not tell {n} samples apart",
+            reason=f"there is no tensor of shape [{expected}] that requires a gradient, only "
+            f"{shapes}",
+            remedy="let the model return its outputs and compute the loss outside of it"
             + ("" if dim else "; say which axis holds the samples, as in batch_dim={'': 1}")
-            + "; or pass verify=False, which every result records."
+            + "; or pass verify=False, which every result records",
         )
     return found
 

@@ -65,7 +65,9 @@ def wrong_split(
         )
     return WrongSplitError(
         f"gradients cannot be split by sample: changing the gradient of sample {probe.sample}'s "
-        f"output alone changes other rows at\n{modules}\nReason: {reason}\nRemedy: {remedy}"
+        f"output alone changes other rows at\n{modules}",
+        reason=reason,
+        remedy=remedy,
     )
 
 
@@ -78,9 +80,10 @@ def unclear_fold(tracked: TrackedModule, several: bool) -> WrongSplitError:
     )
     return WrongSplitError(
         f"gradients cannot be split by sample: {tracked.label} has more rows than there are "
-        f"samples\nReason: {reason}.\n"
-        f"Remedy: say which sample each row belongs to, with row_owner={{{tracked.name!r}: key}}, "
-        "or leave the module out with exclude=..."
+        "samples",
+        reason=reason,
+        remedy=f"say which sample each row belongs to, with row_owner={{{tracked.name!r}: key}}, "
+        "or leave the module out with exclude=...",
     )
 
 

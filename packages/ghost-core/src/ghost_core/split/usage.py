@@ -156,30 +156,30 @@ class UsageMode(TorchDispatchMode):
             uses = "\n".join(f"  {label}: {operation}" for label, operation in self.shared.items())
             raise WrongSplitError(
                 "these modules compute one row for all samples, and their output is not just "
-                f"added once to a value of one row per sample:\n{uses}\n"
-                "Reason: the part of each sample in their gradient cannot be told.\n"
-                "Remedy: expand their input to one row per sample, or leave them out with "
-                "exclude=..."
+                f"added once to a value of one row per sample:\n{uses}",
+                reason="the part of each sample in their gradient cannot be told",
+                remedy="expand their input to one row per sample, or leave them out with "
+                "exclude=...",
             )
         if not self.outside:
             return
         uses = "\n".join(f"  {name}: {operation}" for name, operation in self.outside.items())
         raise WrongSplitError(
-            "parameters are used outside the modules that own them, where their per-sample "
-            f"gradients cannot be seen:\n{uses}\n"
-            f"Leave them out with exclude={','.join(self.outside)!r}, call the owning module "
-            "inside the model instead of using its parameter, or compute penalties on parameters "
-            "outside of engine.batch()."
+            f"parameters are used outside the modules that own them:\n{uses}",
+            reason="their per-sample gradients cannot be seen there",
+            remedy=f"leave them out with exclude={','.join(self.outside)!r}, call the owning "
+            "module inside the model instead of using its parameter, or compute penalties on "
+            "parameters outside of engine.batch()",
         )
 
 
 def _does_not_fit(tracked: TrackedModule, func: Any) -> WrongSplitError:
     return WrongSplitError(
         f"{tracked.label} computed one row for all samples, which does not fit what {func} "
-        "combines it with once there is one for each sample\n"
-        "Reason: rows there are not samples.\n"
-        "Remedy: say which sample each row belongs to, with "
-        f"row_owner={{{tracked.name!r}: key}}, or leave the module out with exclude=..."
+        "combines it with once there is one for each sample",
+        reason="rows there are not samples",
+        remedy="say which sample each row belongs to, with "
+        f"row_owner={{{tracked.name!r}: key}}, or leave the module out with exclude=...",
     )
 
 

@@ -116,10 +116,10 @@ class Verifier:
         if (tracked.name, folded) in self._unreached:
             raise WrongSplitError(
                 f"gradients cannot be split by sample: the loss depends on {tracked.label}, on "
-                "which the model's output did not depend when it was verified\n"
-                "Reason: nothing shows which sample is in which of its rows.\n"
-                "Remedy: let the model return what the loss is computed from, or leave the module "
-                "out with exclude=..."
+                "which the model's output did not depend when it was verified",
+                reason="nothing shows which sample is in which of its rows",
+                remedy="let the model return what the loss is computed from, or leave the module "
+                "out with exclude=...",
             )
 
     def fold(self, name: str) -> Fold | None:
@@ -143,10 +143,10 @@ class Verifier:
         elif tracked.name not in self._expandable:
             raise WrongSplitError(
                 f"{tracked.label} returned one row for all samples, which it did not when the "
-                "model was verified\n"
-                "Reason: what becomes of that row has not been checked.\n"
-                "Remedy: return one row per sample always, or one row from the first batch on, or "
-                "leave the module out with exclude=..."
+                "model was verified",
+                reason="what becomes of that row has not been checked",
+                remedy="return one row per sample always, or one row from the first batch on, or "
+                "leave the module out with exclude=...",
             )
 
     def finish(self) -> None:
@@ -292,10 +292,10 @@ class Verifier:
             modules = "\n".join(f"  {self._tracked[name].label}" for name, _ in found)
             raise WrongSplitError(
                 "gradients cannot be split by sample: these modules matter only for outputs of the "
-                f"model that do not have one row per sample:\n{modules}\n"
-                "Reason: nothing shows which sample is in which of their rows.\n"
-                "Remedy: let the model return what the loss is computed from, or leave them out "
-                "with exclude=..."
+                f"model that do not have one row per sample:\n{modules}",
+                reason="nothing shows which sample is in which of their rows",
+                remedy="let the model return what the loss is computed from, or leave them out "
+                "with exclude=...",
             )
 
     def _backward(self, probe: Probe, outputs: list[Tensor], gradients: list[Tensor]) -> None:
