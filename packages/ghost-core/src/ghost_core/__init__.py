@@ -15,7 +15,7 @@ from ghost_core.algebra import (
 )
 from ghost_core.batch import Batch, SampleIds
 from ghost_core.capture import Freeze, Pass
-from ghost_core.compare import ParameterCheck, Verification
+from ghost_core.compare import Comparison, ParameterCheck
 from ghost_core.engine import Engine, EngineOptions
 from ghost_core.errors import (
     CaptureError,
@@ -39,6 +39,7 @@ __all__ = [
     "Call",
     "CaptureError",
     "Claim",
+    "Comparison",
     "Dense",
     "Engine",
     "EngineOptions",
@@ -66,7 +67,6 @@ __all__ = [
     "UnknownNameError",
     "UnknownOptionError",
     "UnsupportedLayerError",
-    "Verification",
     "WrongSplitError",
     "accumulation_dtype",
     "as_tokens",

@@ -5,24 +5,22 @@ from __future__ import annotations
 import inspect
 import logging
 import reprlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypedDict
+from typing import Any, ClassVar, Generic, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from ghost_core.algebra import PerSampleGradient, Record
 from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
-from ghost_core.capture import Freeze, Pass, Recorder
+from ghost_core.capture import Freeze, Listener, Recorder
+from ghost_core.compare import Comparison, compare
 from ghost_core.errors import CaptureError, UnknownOptionError
 from ghost_core.hooks import Hook
-from ghost_core.tracking import Patterns, SamplerRegistry, Selection, Site, Tracking, track
-
-if TYPE_CHECKING:
-    from ghost_core.compare import Verification
+from ghost_core.plugins import select
+from ghost_core.tracking import Patterns, SamplerRegistry, Site, Tracking, track
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ class EngineOptions(TypedDict, total=False):
     registry: SamplerRegistry | None
 
 
-class Engine(ABC, Generic[ResultT]):
+class Engine(Listener, Generic[ResultT]):
     """Consumes per-sample gradients while the user's own forward and backward passes run.
 
     A subclass writes `on_gradient` and `on_end`. It is a context manager: entering puts hooks on
@@ -80,9 +78,6 @@ class Engine(ABC, Generic[ResultT]):
     freeze: ClassVar[Freeze] = Freeze.NEVER
     """What happens to weight gradients while the engine is attached by `with engine:`."""
 
-    balanced: ClassVar[bool] = True
-    """Whether contributions must add up to autograd's gradients, where these are made."""
-
     _given: Mapping[str, object]
     """The options that it was made with, but for those that are the defaults."""
 
@@ -113,16 +108,19 @@ class Engine(ABC, Generic[ResultT]):
         row_owner: Mapping[str, str] = MappingProxyType({}),
         registry: SamplerRegistry | None = None,
     ) -> None:
-        if registry is None:
-            from ghost_core.plugins import installed  # plugins offer engines
-
-            registry = installed().samplers
         self.model = model
         self.verifies = verify
         self.loss_scale = 1.0
         """What the loss of the open batch was multiplied with, by the gradient scaler."""
         self._grad_scaler = grad_scaler
-        self.selection = Selection(registry, layers, exclude, generic, batch_dim, row_owner)
+        self.selection = select(
+            layers,
+            exclude,
+            generic=generic,
+            batch_dim=batch_dim,
+            row_owner=row_owner,
+            registry=registry,
+        )
         self.tracking: Tracking = self._track()
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._recorder: Recorder | None = None
@@ -226,7 +224,7 @@ class Engine(ABC, Generic[ResultT]):
         samples: int = 8,
         tolerance: float | None = None,
         owners: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> Verification:
+    ) -> Comparison:
         """Compare ghost's gradients of some samples with one autograd call per sample.
 
         It leaves no trace, and is called outside of a batch:
@@ -247,26 +245,18 @@ class Engine(ABC, Generic[ResultT]):
             CaptureError: If an option does not fit, or there is nothing to compare.
             WrongSplitError: If the split by sample is refused.
         """
-        from ghost_core.compare import compare  # built on engines
-
         if difference := self.tracking.difference(self._track()):
             raise CaptureError(
                 f"the model changed since the engine was made ({difference}): make a new engine"
             )
-        chosen = self.selection
         return compare(
             self.model,
             losses,
+            self.selection,
+            verify=self.verifies,
             samples=samples,
             tolerance=tolerance,
             owners=owners,
-            verify=self.verifies,
-            layers=chosen.layers,
-            exclude=chosen.exclude,
-            generic=chosen.generic,
-            batch_dim=chosen.batch_dim,
-            row_owner=chosen.row_owner,
-            registry=chosen.registry,
         )
 
     @contextmanager
@@ -300,33 +290,6 @@ class Engine(ABC, Generic[ResultT]):
 
     def on_start(self, batch: Batch[ResultT]) -> None:
         """Prepare for a batch."""
-
-    def on_input(self, site: Site, record: Record) -> Record:
-        """Keep a record in the forward pass, or compress it if it is an `InputFactor`.
-
-        Args:
-            site: The parameter.
-            record: What its sampler keeps of the call.
-
-        Returns:
-            What is kept instead. By default the record itself.
-        """
-        return record
-
-    @abstractmethod
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
-        """Use the per-sample gradients of one use of a parameter, during the backward pass.
-
-        A parameter that is used several times arrives several times; its gradient is the sum.
-
-        Args:
-            pass_: The call of the model that it belongs to; `pass_.rows` are its rows in the batch.
-            site: The parameter.
-            gradient: The gradients of the pass's samples.
-
-        Returns:
-            None; with `Freeze.CALL`, the gradient that the parameter gets, of its shape.
-        """
 
     @abstractmethod
     def on_end(self, batch: Batch[ResultT]) -> ResultT:

@@ -1,5 +1,6 @@
 """The comparison with autograd finds wrong gradients, says where, and leaves no trace."""
 
+import inspect
 import random
 import re
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import nn
 from ghost_core import CaptureError, Dense, Outer, SamplerRegistry, WrongSplitError
 from ghost_core.algebra import PRECISIONS
 from ghost_core.compare import check_losses, choose_samples, compare, comparison
+from ghost_core.plugins import select
 from ghost_core.testing import (
     GradientHolder,
     PlainEmbedding,
@@ -56,7 +58,10 @@ def own(outputs):
 
 
 def check(model, losses, **options):
-    return compare(model, losses, **{"registry": plain_registry(), **options})
+    known = set(inspect.signature(select).parameters)
+    chosen = {name: options.pop(name) for name in known & options.keys()}
+    selection = select(**{"registry": plain_registry(), **chosen})
+    return compare(model, losses, selection, **options)
 
 
 def registry_with(linear):

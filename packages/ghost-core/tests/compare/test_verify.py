@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghost_core import CaptureError, Freeze, SamplerRegistry, Tokens, Verification, WrongSplitError
+from ghost_core import CaptureError, Comparison, Freeze, SamplerRegistry, Tokens, WrongSplitError
 from ghost_core.testing import (
     GradientHolder,
     PlainLinear,
@@ -51,7 +51,7 @@ def test_a_function(hold, model, tokens):
         else:
             with context:
                 found = engine.verify(lambda: next_token_losses(model(tokens), tokens), samples=3)
-        assert isinstance(found, Verification)
+        assert isinstance(found, Comparison)
         assert found.ok
         assert found.verified
         assert found.samples == (0, 2, N - 1) or found.samples == (0, 3, N - 1)

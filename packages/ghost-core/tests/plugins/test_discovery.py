@@ -135,11 +135,11 @@ BROKEN = {
     ),
     "offers an instance": (
         "@hookimpl\ndef ghost_samplers():\n    return {nn.Conv1d: PlainLinear()}",
-        "not a GradientSampler class",
+        "no class of GradientSampler",
     ),
     "offers another kind": (
         "@hookimpl\ndef ghost_engines():\n    return {'linear': PlainLinear}",
-        "not a Engine class",
+        "no class of Engine",
     ),
     "offers under no name": (
         "@hookimpl\ndef ghost_engines():\n    return {3: GradientHolder}",

@@ -4,55 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ghost_core.algebra import PerSampleGradient, Record
+from ghost_core.capture.listener import Listener, Pass
 from ghost_core.errors import CaptureError
 from ghost_core.split import Balance, find_owner
-from ghost_core.tracking import Site, Tracking
-
-
-@dataclass
-class Pass:
-    """One call of the root module: one batch of samples.
-
-    Attributes:
-        n: Number of samples in it.
-        start: Row of its first sample in the engine's batch.
-        owners: For modules whose rows are not samples: the sample of each row, by key.
-    """
-
-    n: int
-    start: int
-    owners: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> slice:
-        """Rows of its samples in the engine's batch."""
-        return slice(self.start, self.start + self.n)
-
-
-class Listener(Protocol):
-    """What a recorder needs from an engine."""
-
-    tracking: Tracking
-    verifies: bool
-
-    @property
-    def balanced(self) -> bool:
-        """Whether contributions must add up to autograd's gradients."""
-        ...
-
-    def on_input(self, site: Site, record: Record) -> Record:
-        """Keep or compress a record in the forward pass."""
-        ...
-
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
-        """Use the gradients of one use; with `Freeze.CALL`, return the parameter's gradient."""
-        ...
 
 
 @dataclass

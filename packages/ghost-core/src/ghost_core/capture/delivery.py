@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ghost_core.algebra import Owned, PerSampleGradient, Record, full_precision
-from ghost_core.capture.batch import BatchCapture, Listener, Pass
+from ghost_core.capture.batch import BatchCapture
+from ghost_core.capture.listener import Listener, Pass
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.sampler import Call
 from ghost_core.split import Fold, Layout, Verifier, unclear_fold

@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from ghost_core.algebra import full_precision
-from ghost_core.capture.batch import BatchCapture, Listener, Pass
+from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.delivery import Arrival, keep
 from ghost_core.capture.freeze import Freeze, Running, is_differentiable
+from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.tap import Tap
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.hooks import Hook, in_backward

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ghost_core.algebra import (
     PRECISIONS,
-    PerSampleGradient,
     Precision,
-    accumulation_dtype,
-    as_rows,
-    matrix_shape,
 )
+from ghost_core.compare.remainder import Remainder
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.tracking import TrackedModule
 
@@ -55,7 +52,7 @@ class ParameterCheck:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The check as text, under the titles of `Verification.rows`."""
+        """The check as text, under the titles of `Comparison.rows`."""
         return (
             self.parameter,
             self.module,
@@ -69,7 +66,7 @@ class ParameterCheck:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Comparison:
     """What a comparison with autograd found.
 
     Attributes:
@@ -148,92 +145,6 @@ class Verification:
         raise WrongSplitError("\n".join([self.verdict, *listed[:10], *more, self.reason]).rstrip())
 
 
-@dataclass
-class Remainder:
-    """What is left of the expected gradients once ghost's are taken away.
-
-    Attributes:
-        rows: Rows of the K samples in the batch.
-        left: `[K, *shape]` by parameter.
-        norms: Norms of what was there at first, float64 `[K]` by parameter.
-        strays: How far ghost's operations are from ghost's own gradients, float64 `[K]` by
-            parameter.
-    """
-
-    rows: tuple[int, ...]
-    left: dict[str, Tensor]
-    norms: dict[str, Tensor]
-    strays: dict[str, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.strays = {name: torch.zeros_like(norm) for name, norm in self.norms.items()}
-
-    @classmethod
-    def of(
-        cls,
-        losses: Tensor,
-        parameters: dict[str, nn.Parameter],
-        rows: Sequence[int],
-        progress: Callable[[int], object] | None = None,
-    ) -> Remainder:
-        """Ask autograd for the gradients of some samples, one call each.
-
-        Args:
-            losses: One loss per sample, `[N]`.
-            parameters: The tracked parameters by name.
-            rows: Rows of the samples.
-            progress: Called with 1 after each sample.
-
-        Raises:
-            CaptureError: If a gradient is not finite.
-        """
-        left = {
-            name: torch.zeros(
-                len(rows),
-                *parameter.shape,
-                dtype=accumulation_dtype(parameter),
-                device=parameter.device,
-            )
-            for name, parameter in parameters.items()
-        }
-        for at, row in enumerate(rows):
-            gradients = torch.autograd.grad(
-                losses[row], list(parameters.values()), retain_graph=True, allow_unused=True
-            )
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    left[name][at] = gradient.to_dense()
-            if progress is not None:
-                progress(1)
-        norms = {name: _norms(values) for name, values in left.items()}
-        for name, norm in norms.items():
-            if not norm.isfinite().all():
-                raise CaptureError(
-                    f"the gradient of {name} is not finite for a sample, also without ghost: there "
-                    "is nothing to compare with"
-                )
-        return cls(tuple(rows), left, norms)
-
-    def subtract(
-        self, parameter: str, start: int, gradient: PerSampleGradient, weights: Tensor
-    ) -> None:
-        """Take away one use's gradients.
-
-        Args:
-            parameter: The parameter.
-            start: Row of the first sample in the batch.
-            gradient: The gradients of consecutive samples.
-            weights: Factor in each sample's gradient, `[N]`.
-        """
-        for at, row in enumerate(self.rows):
-            if start <= row < start + gradient.n:
-                weight = float(weights[row])
-                one = gradient.narrow(slice(row - start, row - start + 1))
-                values = one.materialize()
-                self.left[parameter][at] -= values[0] / weight
-                self.strays[parameter][at] += _stray(one, values) / weight
-
-
 def check_parameters(
     remainders: Sequence[Remainder],
     modules: Iterable[TrackedModule],
@@ -263,7 +174,7 @@ def check_parameters(
         precision = _precision(owned, dtypes)
         allowed = precision.tolerance if tolerance is None else tolerance
         scale = torch.maximum(norms[name], precision.floor * whole)
-        off = _joined(_norms(each.left[name]) + each.strays[name] for each in remainders)
+        off = _joined(each.off(name) for each in remainders)
         errors = torch.where(off == 0, off, off / scale).nan_to_num(torch.inf, torch.inf)
         worst = int(errors.argmax())
         checks.append(
@@ -287,22 +198,6 @@ def check_parameters(
     return tuple(sorted(checks, key=lambda check: -check.error / check.tolerance))
 
 
-def _stray(gradient: PerSampleGradient, values: Tensor) -> Tensor:
-    """Return how far dots and projections of one sample are from its gradient `[1, *shape]`.
-
-    They take other ways through a layer than building the gradient does.
-    """
-    norm = _norms(values)[0]
-    dot = gradient.dot(values)[0, 0]
-    off = (dot - norm.square()).abs() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-    matrix = values.reshape(matrix_shape(gradient.shape))
-    left, right = (torch.arange(side).to(values).cos()[None] for side in matrix.shape)
-    left, right = left / left.norm(), right / right.norm()
-    projected = gradient.project(left, right)[0] - left @ matrix @ right.mT
-    stray: Tensor = torch.where(norm == 0, dot.double().abs(), off) + projected.norm().double()
-    return stray
-
-
 def _precision(
     owners: Iterable[TrackedModule], dtypes: Mapping[str, Iterable[torch.dtype]]
 ) -> Precision:
@@ -311,12 +206,6 @@ def _precision(
     seen = {site.dtype for site in sites}.union(*(dtypes.get(site.parameter, ()) for site in sites))
     narrowest = max(seen, key=lambda dtype: torch.finfo(dtype).eps)
     return PRECISIONS.get(narrowest, PRECISIONS[torch.bfloat16])
-
-
-def _norms(values: Tensor) -> Tensor:
-    """Return the norm of each row, `[K, *shape]` to float64 `[K]`."""
-    norms: Tensor = torch.linalg.vector_norm(as_rows(values), dim=1, dtype=torch.float64)
-    return norms
 
 
 def _joined(values: Iterable[Tensor]) -> Tensor:

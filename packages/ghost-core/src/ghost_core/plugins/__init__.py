@@ -6,6 +6,7 @@ from ghost_core.plugins.discovery import (
     Plugin,
     collect,
     installed,
+    select,
 )
 from ghost_core.plugins.hookspecs import hookimpl
 
@@ -16,4 +17,5 @@ __all__ = [
     "collect",
     "hookimpl",
     "installed",
+    "select",
 ]

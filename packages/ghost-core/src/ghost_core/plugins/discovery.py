@@ -14,19 +14,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, distributions
+from types import MappingProxyType
 from typing import Any
 
 import pluggy
 from torch import nn
 
-from ghost_core.engine import Engine
+from ghost_core.capture import Listener
 from ghost_core.errors import PluginError, UnknownNameError
 from ghost_core.plugins import hookspecs
 from ghost_core.projection import Projection
 from ghost_core.sampler import GradientSampler
-from ghost_core.tracking import Claim, SamplerRegistry, dotted_name
+from ghost_core.tracking import Claim, Patterns, SamplerRegistry, Selection, dotted_name
 
 logger = logging.getLogger(__name__)
+
+_BASES = {"sampler": "GradientSampler", "engine": "Engine", "projection": "Projection"}
 
 DISABLED_VARIABLE = "GHOST_DISABLED_PLUGINS"
 """Environment variable: names of distributions, separated by commas, whose plugins are skipped."""
@@ -71,7 +74,7 @@ class Contributions:
 
     plugins: tuple[Plugin, ...]
     samplers: SamplerRegistry
-    engines: Mapping[str, type[Engine[Any]]]
+    engines: Mapping[str, type[Listener]]
     projections: Mapping[str, type[Projection]]
 
     def projection(self, name: str) -> type[Projection]:
@@ -83,6 +86,29 @@ class Contributions:
         if name not in self.projections:
             raise UnknownNameError("projection", name, self.projections, failure_note(self.plugins))
         return self.projections[name]
+
+
+def select(
+    layers: Patterns = "*",
+    exclude: Patterns = (),
+    *,
+    generic: bool = True,
+    batch_dim: Mapping[str, int] = MappingProxyType({}),
+    row_owner: Mapping[str, str] = MappingProxyType({}),
+    registry: SamplerRegistry | None = None,
+) -> Selection:
+    """Say what to track, and how; `ghost_core.Engine` describes the options.
+
+    Args:
+        layers: Globs over dotted names of modules or parameters: what to track.
+        exclude: Globs over dotted names: what to leave out of it.
+        generic: Whether layers without a sampler of their own may be replayed.
+        batch_dim: Axis of the samples, by glob over names of modules.
+        row_owner: Key of the batch that tells the sample of each row, by glob.
+        registry: Where samplers are found; by default those of all installed plugins.
+    """
+    known = installed().samplers if registry is None else registry
+    return Selection(known, layers, exclude, generic, batch_dim, row_owner)
 
 
 @functools.cache
@@ -115,7 +141,7 @@ def collect(entries: list[tuple[Distribution, EntryPoint]]) -> Contributions:
             _load(manager, plugin, entry)
     offers = _Offers(plugins)
     samplers = offers.gather(manager, "sampler", GradientSampler)
-    engines = offers.gather(manager, "engine", Engine)
+    engines = offers.gather(manager, "engine", Listener)
     projections = offers.gather(manager, "projection", Projection)
     for plugin in plugins.values():
         if plugin.problems:
@@ -208,7 +234,9 @@ def _checked(offered: Any, kind: str, base: type[Any]) -> dict[str, type[Any]]:
         if not isinstance(key, str) and not (kind == "sampler" and is_layer):
             raise PluginError(f"ghost_{kind}s has the key {key!r}, not a name")
         if not (isinstance(value, type) and issubclass(value, base)):
-            raise PluginError(f"ghost_{kind}s offers {value!r}, not a {base.__name__} class")
+            raise PluginError(
+                f"ghost_{kind}s offers {value!r}, which is no class of {_BASES[kind]}"
+            )
         if missing := getattr(value, "__abstractmethods__", None):
             raise PluginError(f"{value.__name__} does not implement {', '.join(sorted(missing))}")
         name = key if isinstance(key, str) else dotted_name(key)

@@ -7,16 +7,13 @@ the group `ghost`. Each hook takes nothing and returns a mapping of what the plu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import pluggy
 from torch import nn
 
+from ghost_core.capture import Listener
 from ghost_core.projection import Projection
 from ghost_core.sampler import GradientSampler
-
-if TYPE_CHECKING:
-    from ghost_core.engine import Engine
 
 GROUP = "ghost"
 
@@ -35,11 +32,11 @@ def ghost_samplers() -> Mapping[str | type[nn.Module], type[GradientSampler]]:  
 
 
 @hookspec
-def ghost_engines() -> Mapping[str, type[Engine[object]]]:  # type: ignore[empty-body]
+def ghost_engines() -> Mapping[str, type[Listener]]:  # type: ignore[empty-body]
     """Offer engines.
 
     Returns:
-        Engine classes by name.
+        Subclasses of `ghost_core.Engine` by name.
     """
 
 

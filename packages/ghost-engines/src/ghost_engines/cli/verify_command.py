@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from ghost_core import UnsupportedLayerError, WrongSplitError
-from ghost_core.compare import Verification, compare
+from ghost_core.compare import Comparison, compare
+from ghost_core.plugins import select
 from ghost_engines.cli.batches import load_batch
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import find_function, importable_from_here, reporting
@@ -88,10 +89,9 @@ def verify(
                 found = compare(
                     subject.model,
                     subject.losses,
+                    select(layers, exclude),
                     samples=samples,
                     tolerance=tolerance,
-                    layers=layers,
-                    exclude=exclude,
                     progress=bar.update,
                 )
         except (UnsupportedLayerError, WrongSplitError) as error:
@@ -173,7 +173,7 @@ def _moved(leaf: Any, device: str, dtype: torch.dtype | None) -> Any:
     return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
 
 
-def _print_findings(model: nn.Module, found: Verification) -> None:
+def _print_findings(model: nn.Module, found: Comparison) -> None:
     trainable = [each for each in model.parameters() if each.requires_grad]
     frozen = sum(not each.requires_grad for each in model.parameters())
     numbers: dict[tuple[str, str], list[int]] = defaultdict(list)

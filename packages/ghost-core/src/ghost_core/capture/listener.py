@@ -1,0 +1,73 @@
+"""What a recorder serves: whoever wants the gradients of a batch, above all engines."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from ghost_core.algebra import PerSampleGradient, Record
+from ghost_core.tracking import Site, Tracking
+
+
+@dataclass
+class Pass:
+    """One call of the root module: one batch of samples.
+
+    Attributes:
+        n: Number of samples in it.
+        start: Row of its first sample in the engine's batch.
+        owners: For modules whose rows are not samples: the sample of each row, by key.
+    """
+
+    n: int
+    start: int
+    owners: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> slice:
+        """Rows of its samples in the engine's batch."""
+        return slice(self.start, self.start + self.n)
+
+
+class Listener(ABC):
+    """Gets the records and gradients of what it tracks, in every batch that it opens.
+
+    Attributes:
+        tracking: What it tracks.
+        verifies: Whether its batches are verified.
+    """
+
+    tracking: Tracking
+    verifies: bool
+    balanced: ClassVar[bool] = True
+    """Whether contributions must add up to autograd's gradients, where these are made."""
+
+    def on_input(self, site: Site, record: Record) -> Record:
+        """Keep a record in the forward pass, or compress it if it is an `InputFactor`.
+
+        Args:
+            site: The parameter.
+            record: What its sampler keeps of the call.
+
+        Returns:
+            What is kept instead. By default the record itself.
+        """
+        return record
+
+    @abstractmethod
+    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
+        """Use the per-sample gradients of one use of a parameter, during the backward pass.
+
+        A parameter that is used several times arrives several times; its gradient is the sum.
+
+        Args:
+            pass_: The call of the model that it belongs to; `pass_.rows` are its rows in the batch.
+            site: The parameter.
+            gradient: The gradients of the pass's samples.
+
+        Returns:
+            None; with `Freeze.CALL`, the gradient that the parameter gets, of its shape.
+        """
