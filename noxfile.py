@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -41,6 +42,18 @@ def install_in_place(session: nox.Session, *groups: str) -> None:
     )
 
 
+def run_tests(session: nox.Session, *arguments: str) -> None:
+    """Run pytest with a process on each core. `-- -n 0` runs everything in one."""
+    # Counted here: pytest-xdist counts cores that belong to others, too.
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    processes = min(cores, 8)  # each takes seconds to start and a gigabyte
+    session.run(
+        *("pytest", "--numprocesses=auto", "--dist=worksteal", *arguments, *session.posargs),
+        env={"PYTEST_XDIST_AUTO_NUM_WORKERS": str(processes)},
+    )
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting. Pass `-- --fix` to repair."""
@@ -61,14 +74,14 @@ def typecheck(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run every test but the stress tests, on the packages in place."""
     install_in_place(session, "test", "models")
-    session.run("pytest", *session.posargs)
+    run_tests(session)
 
 
 @nox.session
 def stress(session: nox.Session) -> None:
     """Run the stress tests: many kills, many rows, long loops."""
     install_in_place(session, "test", "models")
-    session.run("pytest", "-m", "stress", *session.posargs)
+    run_tests(session, "-m", "stress")
 
 
 @nox.session
@@ -125,7 +138,7 @@ def wheels(session: nox.Session) -> None:
     """Install the built wheels and a third-party plugin, then test them together."""
     install(session, *map(str, sorted(DIST.glob("*.whl"))), groups=["test", "models"])
     install(session, "tests/plugins/ghost-plugin-sample")
-    session.run("pytest", "tests", *session.posargs)
+    run_tests(session, "tests")
 
 
 @nox.session(requires=["build"], reuse_venv=False)
@@ -144,4 +157,4 @@ def isolated(session: nox.Session, package: str) -> None:
     # Once before pytest is there, which would bring pluggy and others along.
     session.run("python", "-c", f"import {package.replace('-', '_')}")
     install(session, groups=["test"])
-    session.run("pytest", f"packages/{package}", *session.posargs)
+    run_tests(session, f"packages/{package}")

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ghost_core.testing import agreeing_gradients, assert_within
 from ghost_engines import DotProductEngine, ProjectionEngine
 
-torch.set_num_threads(1)  # the tensors here are tiny, and other processes share the cores
-
 
 @dataclass(frozen=True)
 class Task:

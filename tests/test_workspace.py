@@ -3,11 +3,13 @@
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["ghost-core", "ghost-layers", "ghost-engines", "ghost-examples"]
@@ -65,6 +67,13 @@ def readme_commands() -> list[str]:
     blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", (ROOT / "README.md").read_text(), re.M | re.S)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if "pip install nox" in line]
+
+
+def test_tests_compute_on_one_thread():
+    assert torch.get_num_threads() == 1
+    count = "import torch; print(torch.get_num_threads())"
+    run = [sys.executable, "-c", count]
+    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout == "1\n"
 
 
 def test_no_package_is_left_out():

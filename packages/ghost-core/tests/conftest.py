@@ -17,8 +17,6 @@ from ghost_core.testing import (
     plain_registry,
 )
 
-torch.set_num_threads(1)  # the tensors are tiny, and other processes share the cores
-
 
 class Model(nn.Module):
     """Two layers; raises between them on demand."""

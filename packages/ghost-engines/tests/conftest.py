@@ -15,8 +15,6 @@ from ghost_engines import ProjectedRows, ProjectionEngine, Scores
 
 Gradients = Mapping[str, Tensor]
 
-torch.set_num_threads(1)  # the tensors here are tiny, and other processes share the cores
-
 
 def check_scores(scores: Scores, gradients: Gradients, directions: Mapping[str, Gradients]) -> None:
     """Assert that scores are the dots of per-sample gradients with directions.

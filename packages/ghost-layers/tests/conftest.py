@@ -12,8 +12,6 @@ from ghost_layers.replay import Plan, Search, Way
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-    # The tensors are tiny: threads would only wait for each other.
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
