@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 
 class Hook:
     """A hook that stays behind when the model is copied or pickled."""
@@ -31,8 +29,3 @@ def _ignore(*_: object) -> None:
 
 def _get_ignore() -> Callable[..., None]:
     return _ignore
-
-
-def in_backward() -> bool:
-    """Tell whether autograd is running: then a forward pass is a recomputation."""
-    return bool(torch._C._current_graph_task_id() != -1)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ghost_core._torch import direct_buffers
+
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
@@ -22,7 +24,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in direct_buffers(module).items()
     ]
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     # Lookups with max_norm renormalise rows of the table in place.
@@ -52,7 +54,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, value in buffers:
                 if buffer is not None and value is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)
-                module._buffers[name] = buffer
+                direct_buffers(module)[name] = buffer
 
 
 def _devices(model: nn.Module) -> list[torch.device]:

@@ -18,6 +18,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from ghost_core._torch import in_backward
 from ghost_core.algebra import full_precision
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.delivery import Arrival, keep
@@ -25,7 +26,7 @@ from ghost_core.capture.freeze import Freeze, Running, is_differentiable
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.tap import Tap
 from ghost_core.errors import CaptureError, WrongSplitError
-from ghost_core.hooks import Hook, in_backward
+from ghost_core.hooks import Hook
 from ghost_core.split import Balance, Layout, Verifier, describe, expanded, lay_out
 from ghost_core.tracking import TrackedModule, owner_of, parameter_of
 

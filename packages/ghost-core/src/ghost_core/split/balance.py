@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ghost_core._torch import gradient_hooks, tidy_gradient_hooks
 from ghost_core.algebra import PRECISIONS, PerSampleGradient, floating_dtypes
 from ghost_core.errors import UnbalancedError
 from ghost_core.hooks import Hook
@@ -60,7 +61,7 @@ class Balance:
         self._counts = counts
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._accounts: dict[str, _Account] = defaultdict(_Account)
-        self._without = [p for p in self._parameters.values() if p._backward_hooks is None]
+        self._without = [p for p in self._parameters.values() if not gradient_hooks(p)]
         self._handles = [
             parameter.register_hook(Hook(partial(self._see, name)))
             for name, parameter in self._parameters.items()
@@ -125,8 +126,7 @@ class Balance:
         for handle in self._handles:
             handle.remove()
         for parameter in self._without:
-            if not parameter._backward_hooks:
-                parameter._backward_hooks = None
+            tidy_gradient_hooks(parameter)
         self._handles.clear()
         self._accounts.clear()
 

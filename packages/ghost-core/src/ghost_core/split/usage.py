@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ghost_core._torch import DispatchMode, address, in_backward
 from ghost_core.errors import WrongSplitError
-from ghost_core.hooks import in_backward
 from ghost_core.tracking import TrackedModule
+
+_CAST = torch.ops.aten._to_copy.default
 
 _BROADCASTING = {
     torch.ops.aten.add.Tensor,
@@ -27,11 +28,15 @@ _BROADCASTING = {
 """Operations whose result is the same whether one row is broadcast or expanded before."""
 
 
-class UsageMode(TorchDispatchMode):
+class UsageMode(DispatchMode):
     """Reports operations that make per-sample gradients, or the training itself, wrong.
 
     These are operations on a tracked parameter outside a module that owns it, and operations on an
-    output of one row, expanded to N, other than to combine it with a value of N rows.
+    output of one row, expanded to N, other than to combine it once with a value of N rows:
+
+        h + p[None]        p is `[1, T, d]` expanded to `[N, T, d]`: the sum is the same
+        (p * p)[None] + h  the product is not: its gradient is summed in another order
+        h + p; h - p       nor are two uses, for the same reason
 
     Args:
         parameters: The tracked parameters by name.
@@ -52,99 +57,83 @@ class UsageMode(TorchDispatchMode):
         self._names: dict[int, list[tuple[range, str]]] = {}
         for name, parameter in parameters.items():
             self._know(parameter, name)
-        self._casts: list[Tensor] = []  # kept, so that their addresses are not given away
+        self._expanded: dict[int, TrackedModule] = {}
+        self._used: set[int] = set()
+        self._alive: list[Tensor] = []  # so that their addresses are not given away
         self.outside: dict[str, str] = {}
         """Operation by name of the parameter that it used outside."""
         self.shared: dict[str, str] = {}
         """Operation by label of the module whose single row it used."""
-        self._expanded: dict[int, TrackedModule] = {}
-        self._uses: dict[int, int] = {}
 
     def watch(self, output: Tensor, tracked: TrackedModule) -> None:
         """Watch what becomes of a module's output that was expanded from one row."""
-        self._expanded[_address(output)] = tracked
-        self._uses[_address(output)] = 0
-        self._casts.append(output)
+        self._expanded[address(output)] = tracked
+        self._alive.append(output)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it touched."""
+        kwargs = kwargs or {}
+        given = [value for value in tree_leaves((args, kwargs)) if address(value)]
         try:
-            result = func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs)
         except RuntimeError as error:
-            for value in self._expanded_among((args, kwargs)):
-                raise _does_not_fit(self._expanded[_address(value)], func) from error
+            for value in given:
+                if tracked := self._expanded.get(address(value)):
+                    raise _does_not_fit(tracked, func) from error
             raise
-        if not torch.is_grad_enabled() or in_backward():
-            return result
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor) and value.layout is torch.strided:
-                self._touch(value, func, result)
-                source = self._expanded.get(_address(value))
-                if source is not None and not self._is_broadcast(value, func, args, result):
-                    self.shared.setdefault(source.label, str(func))
+        if torch.is_grad_enabled() and not in_backward():
+            for value in given:
+                self._see_parameter(value, func, result)
+                self._see_expanded(value, func, given, result)
         return result
 
-    def _expanded_among(self, values: Any) -> list[Tensor]:
-        return [
-            value
-            for value in tree_leaves(values)
-            if isinstance(value, Tensor)
-            and value.layout is torch.strided
-            and _address(value) in self._expanded
-        ]
-
-    def _is_broadcast(self, value: Tensor, func: Any, args: Any, result: Any) -> bool:
-        """Tell whether an operation combines an expanded row with a value of as many rows.
-
-        Just one may: gradients of several would be summed in another order than without ghost.
-        """
-        self._uses[_address(value)] += 1
-        if self._uses[_address(value)] > 1:
-            return False
-        if func is torch.ops.aten._to_copy.default:
-            tracked = self._expanded[_address(value)]
-            self.watch(result, tracked)
-            return True
-        others = [
-            other
-            for other in tree_leaves(args)
-            if isinstance(other, Tensor)
-            and other.layout is torch.strided
-            and _address(other) not in self._expanded
-        ]
-        return func in _BROADCASTING and any(
-            other.dim() == result.dim() and other.shape[0] == len(result) for other in others
-        )
-
-    def _know(self, parameter: Tensor, name: str) -> None:
-        if parameter.numel():
-            address = _address(parameter)
-            self._names.setdefault(address, []).append((_extent(parameter), name))
-
-    def _touch(self, value: Tensor, func: Any, result: Any) -> None:
-        known = self._names.get(_address(value))
-        if known is None or not value.numel() or not (value.requires_grad or self._frozen):
-            return
-        if func is torch.ops.aten.detach.default:  # what is detached has no gradient to miss
+    def _see_parameter(self, value: Tensor, func: Any, result: Any) -> None:
+        """Note an operation on a parameter, or a part of one, outside of its modules."""
+        # What is detached has no gradient to miss.
+        if func is torch.ops.aten.detach.default or not (value.requires_grad or self._frozen):
             return
         extent = _extent(value)  # parameters may be parts of one buffer
         names = [
-            name for other, name in known if extent.start < other.stop and other.start < extent.stop
+            name
+            for other, name in self._names.get(address(value), ())
+            if extent.start < other.stop and other.start < extent.stop
         ]
         if names and self._owned().isdisjoint(names):
             self.outside.setdefault(names[0], str(func))
-        if func is torch.ops.aten._to_copy.default:  # autocast uses a copy in place of the weight
-            self._casts.append(result)
+        if names and func is _CAST:  # autocast uses a copy in place of the weight
+            self._alive.append(result)
             for name in names:
                 self._know(result, name)
+
+    def _see_expanded(self, value: Tensor, func: Any, given: list[Tensor], result: Any) -> None:
+        """Note an operation on an expanded row that would differ without the expansion."""
+        at = address(value)
+        if (tracked := self._expanded.get(at)) is None:
+            return
+        first = at not in self._used
+        self._used.add(at)
+        if first and func is _CAST:
+            self.watch(result, tracked)
+        elif not first or not self._is_broadcast(func, given, result):
+            self.shared.setdefault(tracked.label, str(func))
+
+    def _is_broadcast(self, func: Any, given: list[Tensor], result: Any) -> bool:
+        """Tell whether an operation combines expanded rows with a value of as many rows."""
+        return func in _BROADCASTING and any(
+            other.dim() == result.dim() and other.shape[0] == len(result)
+            for other in given
+            if address(other) not in self._expanded
+        )
+
+    def _know(self, parameter: Tensor, name: str) -> None:
+        if at := address(parameter):
+            self._names.setdefault(at, []).append((_extent(parameter), name))
 
     def check_returned(self, output: Any) -> None:
         """Note values of one row for all samples that the model returns."""
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-                source = self._expanded.get(_address(leaf))
-                if source is not None:
-                    self.shared.setdefault(source.label, "returned by the model")
+            if (tracked := self._expanded.get(address(leaf))) is not None:
+                self.shared.setdefault(tracked.label, "returned by the model")
 
     def check(self) -> None:
         """Raise if there is anything to report.
@@ -181,10 +170,6 @@ def _does_not_fit(tracked: TrackedModule, func: Any) -> WrongSplitError:
         remedy="say which sample each row belongs to, with "
         f"row_owner={{{tracked.name!r}: key}}, or leave the module out with exclude=...",
     )
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _extent(tensor: Tensor) -> range:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghost_core._torch import backward_hooks, direct_buffers, will_reach
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.split.owners import Fold
 from ghost_core.split.probe import (
@@ -58,10 +59,8 @@ class Verifier:
         self._tracked = tracked
         self._seed = seed
         self._dim = batch_dim
-        # Only a function's node leads to the one that collects a leaf's gradient.
-        with torch.inference_mode(False), torch.enable_grad():
-            view: Any = seed.view_as(seed).grad_fn
-        self._seed_node = view.next_functions[0][0]
+        with torch.inference_mode(False):
+            self._seed_node = torch.autograd.graph.get_gradient_edge(seed).node
         self._verified: dict[tuple[object, ...], set[Kind]] = {}
         self._folds: dict[str, Fold] = {}
         self._unreached: set[Kind] = set()
@@ -82,10 +81,7 @@ class Verifier:
 
         Gradients of `autograd.grad(loss, inputs)` never become parameters' gradients.
         """
-        try:
-            return bool(torch._C._will_engine_execute_node(self._seed_node))
-        except RuntimeError:  # it was given leaves to reach
-            return False
+        return will_reach(self._seed_node)
 
     def start(self, n: int, owned: Callable[[], frozenset[str]], frozen: bool) -> None:
         """Watch from now on to the end of the batch, if passes like it are not verified yet."""
@@ -177,7 +173,7 @@ class Verifier:
         that do nothing while a probe runs.
         """
         for module in self._modules:
-            for hooks in (module._backward_hooks, module._backward_pre_hooks):
+            for hooks in backward_hooks(module):
                 if hooks:
                     self._hooks.append((hooks, dict(hooks)))
                     hooks.update({key: self._unless_probing(hook) for key, hook in hooks.items()})
@@ -300,13 +296,12 @@ class Verifier:
 
     def _backward(self, probe: Probe, outputs: list[Tensor], gradients: list[Tensor]) -> None:
         # What is recomputed under checkpointing may write buffers: of copies.
-        buffers = [(module, dict(module._buffers)) for module in self._modules if module._buffers]
+        tables = [direct_buffers(module) for module in self._modules]
+        buffers = [(table, dict(table)) for table in tables if table]
         try:
-            for module, found in buffers:
-                module._buffers |= {
-                    name: None if buffer is None else buffer.clone()
-                    for name, buffer in found.items()
-                }
+            for table, found in buffers:
+                for name, buffer in found.items():
+                    table[name] = None if buffer is None else buffer.clone()
             self._probe = probe
             with torch.autograd.set_detect_anomaly(False):  # which takes NaN for a mistake
                 torch.autograd.grad(
@@ -321,5 +316,5 @@ class Verifier:
             raise
         finally:
             self._probe = None
-            for module, found in buffers:
-                module._buffers |= found
+            for table, found in buffers:
+                table |= found

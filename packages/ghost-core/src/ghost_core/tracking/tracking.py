@@ -14,6 +14,7 @@ import torch
 from torch import Size, nn
 from torch.nn.parameter import is_lazy
 
+from ghost_core._torch import direct_parameters, is_compiled
 from ghost_core.errors import CaptureError, UnknownNameError, UnsupportedLayerError
 from ghost_core.sampler import GradientSampler, own_parameters
 from ghost_core.tracking.registry import SamplerRegistry, dotted_name
@@ -241,7 +242,7 @@ def owner_of(module: nn.Module, local: str) -> tuple[nn.Module, str]:
 def parameter_of(module: nn.Module, local: str) -> nn.Parameter:
     """Return a parameter by its local name, whatever attribute its module shows under it."""
     owner, name = owner_of(module, local)
-    parameter = owner._parameters[name]
+    parameter = direct_parameters(owner)[name]
     assert parameter is not None
     return parameter
 
@@ -334,8 +335,7 @@ def _paths(name: str) -> list[str]:
 
 def _refuse_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        original = getattr(module, "_orig_mod", None)
-        if isinstance(original, nn.Module) or getattr(module, "_compiled_call_impl", None):
+        if is_compiled(module):
             raise CaptureError(
                 f"{name or 'the model'} ({dotted_name(type(module))}) is compiled, and a compiled "
                 "module ignores hooks added later. Give the engine the uncompiled model and "

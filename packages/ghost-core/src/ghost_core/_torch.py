@@ -1,0 +1,140 @@
+"""The names of torch that ghost uses though they are private, each behind a function of its own.
+
+Each tells where it was seen. What torch 2.5 has, the oldest that ghost supports, is there in all
+versions up to 2.13 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Hooks = dict[int, Callable[..., Any]]
+"""Hooks by the id of their handle, in the order in which they run; writing changes what runs."""
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode that sees every operation and does not import torch's compiler to do so.
+
+    `TorchDispatchMode` is in torch 2.5. From about 2.8 on it wraps `__torch_dispatch__` to keep the
+    compiler from compiling it, which imports all of the compiler, for seconds, at the first
+    operation; unless `_should_skip_dynamo` says no. A compiled model runs uncompiled under a mode.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+# Autograd
+
+
+def in_backward() -> bool:
+    """Tell whether autograd is running: then a forward pass is a recomputation. Torch 2.5."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def will_reach(node: torch.autograd.graph.Node) -> bool:
+    """Tell whether the backward pass that runs goes on to a node of the graph. Torch 2.5.
+
+    It is an error to ask for the node of a leaf where leaves were named, as in
+    `autograd.grad(loss, inputs)`: such a pass reaches no other.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return False
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; zero where torch does not count. Torch 2.5."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def address(value: object) -> int:
+    """Return where a tensor's memory starts; 0 for what has none. Torch 2.5."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or not value.numel():
+        return 0
+    return value.untyped_storage().data_ptr()
+
+
+# Hooks
+
+
+def forward_hooks(module: nn.Module) -> Hooks:
+    """Return the hooks that run after a module. Torch 2.5."""
+    return module._forward_hooks
+
+
+def forward_pre_hooks(module: nn.Module) -> Hooks:
+    """Return the hooks that run before a module. Torch 2.5."""
+    return module._forward_pre_hooks
+
+
+def backward_hooks(module: nn.Module) -> tuple[Hooks, Hooks]:
+    """Return the hooks that run after and before the backward pass of a module. Torch 2.5."""
+    return module._backward_hooks, module._backward_pre_hooks
+
+
+def has_global_forward_hooks() -> bool:
+    """Tell whether hooks run after all modules. Torch 2.5."""
+    return bool(_module._global_forward_hooks)
+
+
+def gradient_hooks(tensor: Tensor) -> Hooks:
+    """Return the hooks on a tensor's gradient; what is written is lost. Torch 2.5."""
+    return dict(tensor._backward_hooks or {})
+
+
+def accumulation_hooks(tensor: Tensor) -> Hooks:
+    """Return the hooks that run when a gradient is there; what is written is lost. Torch 2.5."""
+    return dict(tensor._post_accumulate_grad_hooks or {})
+
+
+def tidy_gradient_hooks(tensor: Tensor) -> None:
+    """Let a tensor without hooks on its gradient be as if there never were any. Torch 2.5."""
+    if not tensor._backward_hooks:
+        tensor._backward_hooks = None
+
+
+# Modules
+
+
+def direct_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's parameters without those inside; writing changes them. Torch 2.5."""
+    return module._parameters
+
+
+def direct_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's buffers without those inside; writing changes them. Torch 2.5."""
+    return module._buffers
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module was compiled, by `torch.compile` or in place. Torch 2.5."""
+    original = getattr(module, "_orig_mod", None)
+    return isinstance(original, nn.Module) or bool(getattr(module, "_compiled_call_impl", None))
+
+
+def flat_weights(layer: nn.RNNBase) -> list[Tensor] | None:
+    """Return a recurrent layer's weights, in its order; None if some are computed. Torch 2.5."""
+    found = direct_parameters(layer)
+    names = layer._flat_weights_names
+    return [found[name] for name in names] if found.keys() >= set(names) else None  # type: ignore[misc]
+
+
+@contextmanager
+def parametrizations_computed() -> Iterator[None]:
+    """Compute parametrised values anew at each use, also in `parametrize.cached()`. Torch 2.5."""
+    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
