@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.errors import CaptureError
-from ghost_core.split import Balance, find_owner
+from ghost_core.split import find_owner
 
 
 @dataclass
@@ -28,7 +28,6 @@ class BatchCapture:
         unseen: Names of those called with gradients disabled.
         arrived: Whether any gradient arrived.
         closed: Whether it is over.
-        balance: Compares contributions with autograd's gradients; None where nothing is compared.
         verified: Whether every pass so far is verified, as far as engines verify.
     """
 
@@ -41,7 +40,6 @@ class BatchCapture:
     unseen: set[str] = field(default_factory=set)
     arrived: bool = False
     closed: bool = False
-    balance: Balance | None = None
     verified: bool = True
 
     def begin(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> Pass:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum
-
-from torch import Tensor, nn
-
-from ghost_core.tracking import TrackedModule
 
 
 class Freeze(Enum):
@@ -20,36 +15,3 @@ class Freeze(Enum):
     Tap returns their gradient, so that accumulation and tied weights keep working."""
     PASS = "pass"
     """Nobody makes them: all parameters are frozen while attached. For corpus passes."""
-
-
-@dataclass
-class Running:
-    """A tracked module's call on its way.
-
-    Attributes:
-        tracked: The module.
-        before: What its sampler kept before the call.
-        withheld: The parameters withheld from autograd meanwhile.
-    """
-
-    tracked: TrackedModule
-    before: object = None
-    withheld: list[nn.Parameter] = field(default_factory=list)
-
-    def withhold(self, parameter: nn.Parameter) -> None:
-        """Keep autograd from making a parameter's gradient."""
-        if parameter.requires_grad:
-            self.withheld.append(parameter)
-            parameter.requires_grad_(False)
-
-    def restore(self) -> None:
-        """Give withheld parameters back."""
-        for parameter in self.withheld:
-            parameter.requires_grad_(True)
-
-
-def is_differentiable(leaf: object, frozen: bool) -> bool:
-    """Tell whether gradients can arrive at an output; frozen ones get a graph from their Tap."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return False
-    return leaf.requires_grad or frozen

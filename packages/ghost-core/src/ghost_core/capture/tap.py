@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_FIXED_INPUTS = 4  # receiver, seed, output count, parameter count
+Deliver = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None]]
+"""Takes what was saved and the gradients of a call's outputs; returns those of parameters."""
 
-
-class Receiver(Protocol):
-    """Takes the gradients that reach one tracked call."""
-
-    @property
-    def name(self) -> str:
-        """Name of the module."""
-        ...
-
-    def arrive(
-        self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
-        """Use the gradients of the outputs and return those of the parameters given to the Tap."""
-        ...
+_FIXED_INPUTS = 4  # deliver, seed, output count, parameter count
 
 
 class Tap(torch.autograd.Function):
@@ -35,22 +23,22 @@ class Tap(torch.autograd.Function):
     What the backward needs is saved by autograd, never held from Python, so that its lifetime,
     recomputation and version checks are those of any activation.
 
-    Inputs are: the receiver; a scalar that requires grad, so that the node is part of the graph
-    even where nothing before it requires grad; how many outputs and parameters follow; the
-    outputs; the parameters whose gradient the receiver makes; the tensors to save.
+    Inputs are: who takes the gradients; a scalar that requires grad, so that the node is part of
+    the graph even where nothing before it requires grad; how many outputs and parameters follow;
+    the outputs; the parameters whose gradient `deliver` returns; the tensors to save.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        receiver: Receiver,
+        deliver: Deliver,
         seed: Tensor,
         n_outputs: int,
         n_parameters: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         """Save the records and return the outputs."""
-        ctx.receiver, ctx.n_outputs, ctx.n_parameters = receiver, n_outputs, n_parameters
+        ctx.deliver, ctx.n_outputs, ctx.n_parameters = deliver, n_outputs, n_parameters
         ctx.save_for_backward(*tensors[n_outputs + n_parameters :])
         ctx.set_materialize_grads(False)
         return tuple(output.detach() for output in tensors[:n_outputs])
@@ -61,7 +49,7 @@ class Tap(torch.autograd.Function):
         """Hand the gradients over and pass them on."""
         made: Sequence[Tensor | None] = [None] * ctx.n_parameters
         if any(grad is not None for grad in grads):
-            made = ctx.receiver.arrive(ctx.saved_tensors, grads)
+            made = ctx.deliver(ctx.saved_tensors, grads)
         wanted = ctx.needs_input_grad[_FIXED_INPUTS:][: ctx.n_outputs]
         passed = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         n_saved = len(ctx.needs_input_grad) - _FIXED_INPUTS - len(passed) - len(made)

@@ -1,0 +1,211 @@
+"""The hooks on a tracked module: they guard its calls, record them, and put a Tap behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from ghost_core._torch import in_backward
+from ghost_core.algebra import full_precision
+from ghost_core.capture.delivery import Delivery, keep
+from ghost_core.capture.state import CaptureState, Running
+from ghost_core.capture.tap import Tap
+from ghost_core.errors import CaptureError
+from ghost_core.hooks import Hook
+from ghost_core.split import Layout, describe, expanded, lay_out
+from ghost_core.tracking import TrackedModule, owner_of, parameter_of
+
+
+@dataclass
+class CallHooks:
+    """The hooks on one tracked module.
+
+    Attributes:
+        tracked: The module.
+        state: What all hooks on the model share.
+    """
+
+    tracked: TrackedModule
+    state: CaptureState
+    _first: RemovableHandle = field(init=False)
+    _last: RemovableHandle = field(init=False)
+
+    def install(self) -> tuple[RemovableHandle, RemovableHandle]:
+        """Put them on the module."""
+        module = self.tracked.module
+        self._last = module.register_forward_pre_hook(Hook(self._before))
+        # First among the module's hooks: a user's hook may change the output.
+        self._first = module.register_forward_hook(
+            Hook(self._after), prepend=True, with_kwargs=True, always_call=True
+        )
+        return self._last, self._first
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        if not self.state.listens(module, self.tracked.module):
+            return
+        self._guard(module)
+        running = Running(self.tracked)
+        self.state.running.append(running)
+        if torch.is_grad_enabled():
+            with self.state.silence():
+                running.before = self.tracked.sampler.prepare(module)
+            for local in self.state.made(self.tracked):
+                running.withhold(parameter_of(module, local))
+
+    def _guard(self, module: nn.Module) -> None:
+        """Refuse calls that the hooks would not see as they are."""
+        label = self.tracked.label
+        if (
+            next(iter(module._forward_hooks), None) != self._first.id
+            or nn_module._global_forward_hooks
+        ):
+            raise CaptureError(
+                f"a forward hook on {label} runs before ghost's and may change the output: "
+                "register it before the engine is attached, and no global forward hooks"
+            )
+        if next(reversed(module._forward_pre_hooks)) != self._last.id:
+            raise CaptureError(
+                f"a forward pre-hook on {label} runs after ghost's and may use parameters: "
+                "register it before the engine is attached"
+            )
+        if any(running.tracked is self.tracked for running in self.state.running):
+            raise CaptureError(f"{label} called itself, which cannot be captured: exclude it")
+        for local in self.tracked.sites:
+            owner, name = owner_of(module, local)
+            parameter = owner._parameters.get(name)
+            if parameter is not None and not parameter.is_leaf:
+                raise CaptureError(
+                    f"{label} was called with another value for its {local} (by "
+                    "torch.func.functional_call?), whose gradient is not the parameter's"
+                )
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return what a module returned with a Tap behind it; None to leave it as it is."""
+        if not self.state.listens(module, self.tracked.module):
+            return None
+        try:
+            before = self._finished()
+            return None if output is None else self._tapped(args, kwargs, output, before)
+        except BaseException:
+            # The root's own hooks go on, whoever failed: there is nothing left to verify.
+            pass_, batch = self.state.pass_, self.state.batch
+            if module is self.state.model and pass_ is not None and batch is not None:
+                batch.passes.remove(pass_)
+                self.state.pass_ = None
+            raise
+
+    def _finished(self) -> object:
+        """End the call, and return what the sampler kept before it."""
+        running = self.state.running
+        if not running or running[-1].tracked is not self.tracked:
+            return None
+        ended = running.pop()
+        ended.restore()
+        return ended.before
+
+    def _tapped(self, args: Any, kwargs: Any, output: Any, before: object) -> Any:
+        """Put a Tap behind the tensors of an output that gradients can reach."""
+        batch = self.state.batch
+        assert batch is not None
+        name = self.tracked.name
+        if not torch.is_grad_enabled():
+            if self.state.pass_ is not None:
+                batch.unseen.add(name)
+            return None
+        if self.state.pass_ is None and not in_backward():
+            raise CaptureError(
+                f"{name} was called outside a call of the model: call the module that the "
+                "engine was made for, or close the batch first"
+            )
+        leaves, structure = tree_flatten(output)
+        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
+            raise CaptureError(f"{self.tracked.label} returned complex numbers: exclude it")
+        # Where parameters are frozen, outputs get a graph from their Tap.
+        frozen = bool(self.state.flags) or bool(self.state.made(self.tracked))
+        taken = [at for at, leaf in enumerate(leaves) if _is_differentiable(leaf, frozen)]
+        if not taken:
+            batch.unseen.add(name)
+            return None
+        batch.seen.add(name)
+        tapped = self._record(args, kwargs, [leaves[at] for at in taken], before)
+        for at, value in zip(taken, tapped, strict=True):
+            leaves[at] = value
+        return tree_unflatten(leaves, structure)
+
+    def _record(
+        self, args: Any, kwargs: Any, outputs: list[Tensor], before: object
+    ) -> tuple[Tensor, ...]:
+        """Record a call and return its outputs with a Tap behind them."""
+        batch, verifier, tracked = self.state.batch, self.state.verifier, self.tracked
+        assert batch is not None
+        # A recomputation belongs to the last pass, or fails on the sizes of what it recomputes.
+        pass_ = self.state.pass_ or batch.passes[-1]
+        owner = pass_.owners[tracked.row_owner] if tracked.row_owner else None
+        layout = lay_out(tracked, outputs, pass_.n, owner, foldable=self.state.verifying)
+        batch.kinds.add((tracked.name, layout.is_folded(pass_.n)))
+        self.state.told_apart |= any(
+            output.dim() > dim and output.shape[dim] == layout.rows
+            for output, dim in zip(outputs, layout.dims, strict=True)
+        )
+        call = describe(tracked, layout.rows_first(outputs), layout, args, kwargs, before)
+        given, outputs = outputs, self._expanded(outputs, layout)
+        with full_precision(outputs[0].device), self.state.silence():
+            records = dict(tracked.sampler.record(call))
+            if outputs[0].shape != given[0].shape:
+                records = {local: record.expand(layout.rows) for local, record in records.items()}
+            kept, saved = keep(batch.listeners, tracked, records)
+        made = self.state.made(tracked)
+        parameters = [parameter_of(tracked.module, local) for local in made]
+        # Inputs and outputs live as long as the graph needs them, not as long as the call.
+        call.module, call.args, call.kwargs, call.outputs, call.before = None, (), {}, (), None
+        delivery = Delivery(self.state, batch, self.state.pass_, tracked, call, layout, kept, made)
+        tapped: tuple[Tensor, ...] = Tap.apply(  # type: ignore[no-untyped-call]
+            delivery.deliver,
+            self.state.seed,
+            len(outputs),
+            len(made),
+            *outputs,
+            *parameters,
+            *saved,
+        )
+        for output, was in zip(tapped, given, strict=True):
+            if output.shape != was.shape and self.state.verifying:  # expanded from one row
+                verifier.watch(output, tracked)
+        return tapped
+
+    def _expanded(self, outputs: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+        """Return outputs with all their rows.
+
+        While the pass is watched, what was expanded has memory of its own, so that an operation in
+        place comes as far as being found; and so has a part of a parameter that a module returns,
+        which is no use of the parameter from there on.
+        """
+        with self.state.silence():
+            rows = [
+                expanded(output, dim, layout.rows)
+                for output, dim in zip(outputs, layout.dims, strict=True)
+            ]
+            if not self.state.verifier.watching:
+                return rows
+            parameters = self.tracked.module.parameters()
+            memory = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+            return [
+                row.clone()
+                if row.shape != was.shape or row.untyped_storage().data_ptr() in memory
+                else row
+                for row, was in zip(rows, outputs, strict=True)
+            ]
+
+
+def _is_differentiable(leaf: object, frozen: bool) -> bool:
+    """Tell whether gradients can arrive at an output; frozen ones get a graph from their Tap."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return False
+    return leaf.requires_grad or frozen

@@ -1,0 +1,138 @@
+"""What the hooks on one model share while engines are attached to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import Tensor, nn
+
+from ghost_core.capture.batch import BatchCapture
+from ghost_core.capture.freeze import Freeze
+from ghost_core.capture.listener import Listener, Pass
+from ghost_core.split import Balance, Verifier
+from ghost_core.tracking import TrackedModule
+
+
+class Audience(Enum):
+    """Who the gradients of the backward pass that runs are for."""
+
+    ENGINES = "engines"
+    """The loss is backpropagated, and gradients become those of parameters."""
+    PROBE = "probe"
+    """The verification looks at which rows gradients reach."""
+    NOBODY = "nobody"
+    """They never become parameters' gradients, or are none of the batch's."""
+
+
+@dataclass
+class Running:
+    """A tracked module's call on its way.
+
+    Attributes:
+        tracked: The module.
+        before: What its sampler kept before the call.
+        withheld: The parameters that do not require gradients meanwhile, since an engine makes
+            these.
+    """
+
+    tracked: TrackedModule
+    before: object = None
+    withheld: list[nn.Parameter] = field(default_factory=list)
+
+    def withhold(self, parameter: nn.Parameter) -> None:
+        """Keep autograd from making a parameter's gradient."""
+        if parameter.requires_grad:
+            self.withheld.append(parameter)
+            parameter.requires_grad_(False)
+
+    def restore(self) -> None:
+        """Give withheld parameters back."""
+        for parameter in self.withheld:
+            parameter.requires_grad_(True)
+
+
+@dataclass
+class CaptureState:
+    """What the hooks on one model share.
+
+    Attributes:
+        model: The root module.
+        seed: A scalar that requires grad, which every Tap takes.
+        attached: Listeners and what they do to weight gradients, in order of attachment.
+        tracked: The modules that any of them tracks, by name.
+        flags: What `requires_grad` was before parameters were frozen; empty if they are not.
+        verifier: Proves the split by sample.
+        balance: Compares contributions with autograd's gradients; None where nothing is compared.
+        batch: The open batch.
+        pass_: The call of the root that is on its way.
+        running: Calls of tracked modules that are on their way, the innermost last.
+        told_apart: Whether a module in this pass had a row for each sample.
+        paused: Whether hooks let everything pass.
+    """
+
+    model: nn.Module
+    seed: Tensor
+    verifier: Verifier
+    attached: list[tuple[Listener, Freeze]] = field(default_factory=list)
+    tracked: dict[str, TrackedModule] = field(default_factory=dict)
+    flags: dict[nn.Parameter, bool] = field(default_factory=dict)
+    balance: Balance | None = None
+    batch: BatchCapture | None = None
+    pass_: Pass | None = None
+    running: list[Running] = field(default_factory=list)
+    told_apart: bool = False
+    paused: bool = False
+
+    @property
+    def audience(self) -> Audience:
+        """Who the gradients of the backward pass that runs are for."""
+        if self.verifier.probe is not None:
+            return Audience.PROBE
+        if self.paused or not self.verifier.is_training:
+            return Audience.NOBODY
+        return Audience.ENGINES
+
+    @property
+    def verifying(self) -> bool:
+        """Whether the open batch is to be verified."""
+        return self.batch is not None and any(each.verifies for each in self.batch.listeners)
+
+    def listens(self, module: nn.Module, expected: nn.Module) -> bool:
+        """Tell whether a hook is to look at a call: not of a copy, nor where it is paused."""
+        return module is expected and self.batch is not None and not self.paused
+
+    def made(self, tracked: TrackedModule) -> tuple[str, ...]:
+        """Return the parameters whose gradients an engine makes in the open batch, local names."""
+        assert self.batch is not None
+        makers = [each for each, freeze in self.attached if freeze is Freeze.CALL]
+        names = {
+            name for each in makers if each in self.batch.listeners for name in each.tracking.names
+        }
+        return tuple(local for local, site in tracked.sites.items() if site.parameter in names)
+
+    def usable(self) -> frozenset[str]:
+        """Return the parameters that may be used now: those of modules that run, or are let be."""
+        running = [each.tracked for each in self.running]
+        return frozenset(
+            site.parameter
+            for tracked in (self.tracked.values() if self.paused else running)
+            for site in tracked.sites.values()
+        )
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Let calls of modules pass for a while: a sampler runs them."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def forget_pass(self) -> None:
+        """Forget a pass that an exception cut short, and give back what its calls withheld."""
+        self.pass_ = None
+        while self.running:
+            self.running.pop().restore()
