@@ -62,10 +62,8 @@ class CallHooks:
     def _guard(self, module: nn.Module) -> None:
         """Refuse calls that the hooks would not see as they are."""
         label = self.tracked.label
-        if (
-            next(iter(module._forward_hooks), None) != self._first.id
-            or nn_module._global_forward_hooks
-        ):
+        first = next(iter(module._forward_hooks), None)
+        if first != self._first.id or nn_module._global_forward_hooks:
             raise CaptureError(
                 f"a forward hook on {label} runs before ghost's and may change the output: "
                 "register it before the engine is attached, and no global forward hooks"
@@ -143,41 +141,35 @@ class CallHooks:
         self, args: Any, kwargs: Any, outputs: list[Tensor], before: object
     ) -> tuple[Tensor, ...]:
         """Record a call and return its outputs with a Tap behind them."""
-        batch, verifier, tracked = self.state.batch, self.state.verifier, self.tracked
+        state, tracked, batch = self.state, self.tracked, self.state.batch
         assert batch is not None
         # A recomputation belongs to the last pass, or fails on the sizes of what it recomputes.
-        pass_ = self.state.pass_ or batch.passes[-1]
+        pass_ = state.pass_ or batch.passes[-1]
         owner = pass_.owners[tracked.row_owner] if tracked.row_owner else None
-        layout = lay_out(tracked, outputs, pass_.n, owner, foldable=self.state.verifying)
+        layout = lay_out(tracked, outputs, pass_.n, owner, foldable=state.verifying)
         batch.kinds.add((tracked.name, layout.is_folded(pass_.n)))
-        self.state.told_apart |= any(
+        state.told_apart |= any(
             output.dim() > dim and output.shape[dim] == layout.rows
             for output, dim in zip(outputs, layout.dims, strict=True)
         )
         call = describe(tracked, layout.rows_first(outputs), layout, args, kwargs, before)
         given, outputs = outputs, self._expanded(outputs, layout)
-        with full_precision(outputs[0].device), self.state.silence():
+        with full_precision(outputs[0].device), state.silence():
             records = dict(tracked.sampler.record(call))
             if outputs[0].shape != given[0].shape:
                 records = {local: record.expand(layout.rows) for local, record in records.items()}
             kept, saved = keep(batch.listeners, tracked, records)
-        made = self.state.made(tracked)
+        made = state.made(tracked)
         parameters = [parameter_of(tracked.module, local) for local in made]
         # Inputs and outputs live as long as the graph needs them, not as long as the call.
         call.module, call.args, call.kwargs, call.outputs, call.before = None, (), {}, (), None
-        delivery = Delivery(self.state, batch, self.state.pass_, tracked, call, layout, kept, made)
+        delivery = Delivery(state, batch, state.pass_, tracked, call, layout, kept, made)
         tapped: tuple[Tensor, ...] = Tap.apply(  # type: ignore[no-untyped-call]
-            delivery.deliver,
-            self.state.seed,
-            len(outputs),
-            len(made),
-            *outputs,
-            *parameters,
-            *saved,
+            delivery.deliver, state.seed, len(outputs), len(made), *outputs, *parameters, *saved
         )
         for output, was in zip(tapped, given, strict=True):
-            if output.shape != was.shape and self.state.verifying:  # expanded from one row
-                verifier.watch(output, tracked)
+            if output.shape != was.shape and state.verifying:  # expanded from one row
+                state.verifier.watch(output, tracked)
         return tapped
 
     def _expanded(self, outputs: Sequence[Tensor], layout: Layout) -> list[Tensor]:

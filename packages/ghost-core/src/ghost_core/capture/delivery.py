@@ -159,7 +159,8 @@ class Delivery:
         n, sampler = self.layout.rows, type(self.tracked.sampler).__name__
         if gradients.keys() != self.call.shapes.keys():
             raise CaptureError(
-                f"{sampler} returned gradients of {sorted(gradients)} for {sorted(self.call.shapes)}"
+                f"{sampler} returned gradients of {sorted(gradients)} for "
+                f"{sorted(self.call.shapes)}"
             )
         for local, gradient in gradients.items():
             if gradient.n != n or gradient.shape != self.call.shapes[local]:

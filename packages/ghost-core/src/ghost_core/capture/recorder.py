@@ -235,9 +235,8 @@ class Recorder:
         state = self._state
         if not state.listens(module, state.model) or in_backward() or state.pass_ is None:
             return
-        pass_, state.pass_ = state.pass_, None
-        state.running.clear()
-        batch = state.batch
+        pass_, batch = state.pass_, state.batch
+        state.forget_pass()
         assert batch is not None
         if output is None:  # the forward pass failed
             batch.passes.remove(pass_)

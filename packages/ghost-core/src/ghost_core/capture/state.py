@@ -107,10 +107,10 @@ class CaptureState:
     def made(self, tracked: TrackedModule) -> tuple[str, ...]:
         """Return the parameters whose gradients an engine makes in the open batch, local names."""
         assert self.batch is not None
-        makers = [each for each, freeze in self.attached if freeze is Freeze.CALL]
-        names = {
-            name for each in makers if each in self.batch.listeners for name in each.tracking.names
-        }
+        names: set[str] = set()
+        for listener, freeze in self.attached:
+            if freeze is Freeze.CALL and listener in self.batch.listeners:
+                names |= listener.tracking.names
         return tuple(local for local, site in tracked.sites.items() if site.parameter in names)
 
     def usable(self) -> frozenset[str]:
