@@ -13,7 +13,7 @@ import torch
 from ghost_core.plugins import Plugin
 from ghost_engines import ProjectionEngine, cli
 from ghost_engines.store import GradientStore, StoredRows
-from ghost_engines.store.format import shard_path
+from ghost_engines.store.shards import shard_path
 
 
 def ghost(*arguments: object) -> subprocess.CompletedProcess[str]:

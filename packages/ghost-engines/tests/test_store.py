@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ghost_core import GhostError
 from ghost_engines import ProjectionEngine
-from ghost_engines.store import DamagedStoreError, GradientStore, StoreError
-from ghost_engines.store.format import StoredRows, shard_path
+from ghost_engines.store import DamagedStoreError, GradientStore, StoredRows, StoreError
+from ghost_engines.store.shards import shard_path
 
 K = 6
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -302,7 +302,7 @@ def test_a_shard_that_is_replaced_while_it_is_opened_is_read_again(tmp_path, mon
         opened.append(path)
         return file
 
-    monkeypatch.setattr("ghost_engines.store.format.safe_open", replaced_once)
+    monkeypatch.setattr("ghost_engines.store.shards.safe_open", replaced_once)
     assert torch.equal(reader.rows(), batch(0, 2).rows)
     assert len(opened) == 2
     store.close()

@@ -26,7 +26,7 @@ from ghost_core import (
 from ghost_core.algebra import accumulation_dtype, matrix_shape
 from ghost_core.plugins import installed
 from ghost_engines.blocks import Block, arrange
-from ghost_engines.store.dtypes import STORAGE_DTYPES
+from ghost_engines.store import STORAGE_DTYPES
 
 
 @dataclass(frozen=True)

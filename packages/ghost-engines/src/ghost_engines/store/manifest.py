@@ -14,8 +14,8 @@ from typing import Any, Protocol, Self
 import torch
 
 from ghost_engines.store.dtypes import STORAGE_DTYPES
-from ghost_engines.store.durable import write_atomically
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.files import write_atomically
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

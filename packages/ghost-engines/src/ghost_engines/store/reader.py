@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from ghost_engines.store.errors import DamagedStoreError, StoreError
-from ghost_engines.store.format import (
+from ghost_engines.store.manifest import Manifest
+from ghost_engines.store.neighbours import Neighbours, search
+from ghost_engines.store.progress import Progress
+from ghost_engines.store.rows import StoredRows, Tail, concatenate
+from ghost_engines.store.shards import (
     Shard,
-    StoredRows,
     check_contents,
-    concatenate,
     read_ids,
     read_shard,
     shard_path,
 )
-from ghost_engines.store.manifest import Manifest
-from ghost_engines.store.neighbours import Neighbours, search
-from ghost_engines.store.progress import Progress
-from ghost_engines.store.tail import Tail
 
 
 class StoreReader:

@@ -11,10 +11,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ghost_engines.store.batch import RowBatch, checked
-from ghost_engines.store.durable import make_root
 from ghost_engines.store.errors import DamagedStoreError, StoreError
-from ghost_engines.store.format import (
+from ghost_engines.store.files import WriterLock, make_root
+from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
+from ghost_engines.store.reader import StoreReader
+from ghost_engines.store.rows import RowBatch, checked
+from ghost_engines.store.shards import (
     Shard,
     check_contents,
     clean,
@@ -22,9 +24,6 @@ from ghost_engines.store.format import (
     has_shards,
     write_shard,
 )
-from ghost_engines.store.lock import WriterLock
-from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
-from ghost_engines.store.reader import StoreReader
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ names. The last shard may be partial; a fuller version of it takes its place.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +19,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ghost_engines.store.dtypes import STORAGE_DTYPES
-from ghost_engines.store.durable import remove_temporaries, write_atomically
 from ghost_engines.store.errors import DamagedStoreError
+from ghost_engines.store.files import remove_temporaries, write_atomically
 from ghost_engines.store.manifest import Manifest
+from ghost_engines.store.rows import StoredRows
 
 SHARDS = "shards"
 _PER_FOLDER = 1000
@@ -39,40 +40,6 @@ ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
-class StoredRows:
-    """Consecutive rows of a store.
-
-    Attributes:
-        ids: Sample ids, int64 `[n]`.
-        rows: `[n, k_total]`.
-        loss: The samples' losses `[n]`, if they were stored.
-    """
-
-    ids: Tensor
-    rows: Tensor
-    loss: Tensor | None
-
-    def __len__(self) -> int:
-        """Return the number of rows n."""
-        return len(self.ids)
-
-    def __getitem__(self, part: slice) -> Self:
-        """Return some of the rows, as views."""
-        loss = None if self.loss is None else self.loss[part]
-        return type(self)(self.ids[part], self.rows[part], loss)
-
-    def copy(self) -> Self:
-        """Return them in memory of their own."""
-        loss = None if self.loss is None else self.loss.clone()
-        return type(self)(self.ids.clone(), self.rows.clone(), loss)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what a shard holds, by name."""
-        tensors = {"g": self.rows, "ids": self.ids}
-        return tensors if self.loss is None else {**tensors, "loss": self.loss}
-
-
-@dataclass(frozen=True)
 class Shard:
     """A shard that is on disk.
 
@@ -83,18 +50,6 @@ class Shard:
 
     n: int
     loss_dtype: torch.dtype | None
-
-
-def concatenate(parts: Sequence[StoredRows]) -> StoredRows:
-    """Return one or more runs of rows as one; a single run as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    losses = [part.loss for part in parts if part.loss is not None]
-    return StoredRows(
-        torch.cat([part.ids for part in parts]),
-        torch.cat([part.rows for part in parts]),
-        torch.cat(losses) if losses else None,
-    )
 
 
 def shard_path(root: Path, unit: int) -> Path:

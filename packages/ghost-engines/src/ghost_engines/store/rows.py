@@ -1,0 +1,157 @@
+"""Rows in memory: what a caller appends, what a shard holds, and the tail that is not full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from ghost_engines.store.dtypes import STORAGE_DTYPES
+from ghost_engines.store.errors import StoreError
+from ghost_engines.store.manifest import Manifest
+
+
+class RowBatch(Protocol):
+    """Rows with the ids of their samples."""
+
+    @property
+    def ids(self) -> Tensor:
+        """Sample ids, int64 `[N]`."""
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows `[N, k_total]` in the store's dtype."""
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Consecutive rows of a store.
+
+    Attributes:
+        ids: Sample ids, int64 `[n]`.
+        rows: `[n, k_total]`.
+        loss: The samples' losses `[n]`, if they were stored.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    loss: Tensor | None
+
+    def __len__(self) -> int:
+        """Return the number of rows n."""
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Self:
+        """Return some of the rows, as views."""
+        loss = None if self.loss is None else self.loss[part]
+        return type(self)(self.ids[part], self.rows[part], loss)
+
+    def copy(self) -> Self:
+        """Return them in memory of their own."""
+        loss = None if self.loss is None else self.loss.clone()
+        return type(self)(self.ids.clone(), self.rows.clone(), loss)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a shard holds, by name."""
+        tensors = {"g": self.rows, "ids": self.ids}
+        return tensors if self.loss is None else {**tensors, "loss": self.loss}
+
+
+def concatenate(parts: Sequence[StoredRows]) -> StoredRows:
+    """Return one or more runs of rows as one; a single run as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    losses = [part.loss for part in parts if part.loss is not None]
+    return StoredRows(
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.rows for part in parts]),
+        torch.cat(losses) if losses else None,
+    )
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What comes after the units that are full on disk.
+
+    It is never changed, only replaced, by one assignment: an interrupt finds the state before or
+    after a step, and a step that is repeated writes the same shard again.
+
+    Attributes:
+        unit: The unit that the first of the rows opens.
+        length: Number of rows.
+        written: How many of them are on disk.
+        parts: The rows as they were appended; nothing if all are on disk and no writer needs them.
+    """
+
+    unit: int
+    length: int = 0
+    written: int = 0
+    parts: tuple[StoredRows, ...] = ()
+
+    def with_rows(self, rows: StoredRows) -> Self:
+        """Return it with rows added."""
+        length = self.length + len(rows)
+        return type(self)(self.unit, length, self.written, (*self.parts, rows))
+
+    def written_out(self) -> Self:
+        """Return it without the rows that are not on disk, and nothing in memory."""
+        return type(self)(self.unit, self.written, self.written)
+
+    def split(self, unit_size: int) -> tuple[StoredRows, Self]:
+        """Return the rows of its unit, and what it is once these are on disk."""
+        rows = concatenate(self.parts)
+        head, rest = rows[:unit_size], rows[unit_size:]
+        if len(head) < unit_size:
+            return head, type(self)(self.unit, len(head), len(head), (head,))
+        if len(rest) < unit_size:
+            rest = rest.copy()  # a view would keep the whole unit in memory
+        return head, type(self)(self.unit + 1, len(rest), 0, (rest,) if len(rest) else ())
+
+
+def checked(batch: RowBatch, loss: Tensor | None, manifest: Manifest) -> StoredRows:
+    """Return a copy of a batch on the CPU.
+
+    Args:
+        batch: The batch, on any device.
+        loss: Losses `[N]`, floating point.
+        manifest: What the store holds.
+
+    Raises:
+        StoreError: If a shape or a dtype does not fit, or a row is not finite.
+    """
+    ids, rows = batch.ids, batch.rows
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise StoreError(f"ids must be int64 [N], not {_kind(ids)}")
+    if rows.shape != (len(ids), manifest.k_total):
+        raise StoreError(
+            f"rows must be [{len(ids)}, {manifest.k_total}] for {len(ids)} ids, not {_kind(rows)}"
+        )
+    if rows.dtype != manifest.torch_dtype:
+        raise StoreError(
+            f"rows must be {manifest.torch_dtype} as in the store, not {rows.dtype}: nothing is "
+            "cast here; make the engine with that dtype"
+        )
+    if loss is not None and (loss.shape != ids.shape or loss.dtype not in STORAGE_DTYPES.values()):
+        raise StoreError(
+            f"loss must be [{len(ids)}], of dtype {', '.join(STORAGE_DTYPES)}, not {_kind(loss)}"
+        )
+    finite = rows.detach().isfinite().all(dim=1).cpu()
+    if not finite.all():
+        bad = ids.cpu()[~finite].tolist()
+        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise StoreError(
+            f"the rows of samples {', '.join(map(str, bad[:20]))}{more} are not finite; no row of "
+            "the batch was stored"
+        )
+    return StoredRows(_copied(ids), _copied(rows), None if loss is None else _copied(loss))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {list(tensor.shape)}"
