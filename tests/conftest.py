@@ -72,15 +72,17 @@ def check_dots(
     with engine, engine.batch(range(task.n)) as batch:
         task.all_losses().sum().backward()
     task.model.zero_grad()
-    assert batch.by_parameter.keys() == reference.keys()
+    assert batch.result.by_parameter.keys() == reference.keys()
     total = bound = torch.zeros(())
     for name, gradient in reference.items():
         rows = gradient.flatten(1)
         vectors = torch.stack([direction[name].flatten(), drawn[name].flatten()], 1)
         scale = rows.norm(dim=1)[:, None] * vectors.norm(dim=0)
-        assert_within(batch.by_parameter[name], rows @ vectors, scale, what=f"dots of {name}")
+        assert_within(
+            batch.result.by_parameter[name], rows @ vectors, scale, what=f"dots of {name}"
+        )
         total, bound = total + rows @ vectors, bound + scale
-    assert_within(batch.scores, total, bound, what="total")
+    assert_within(batch.result.total, total, bound, what="total")
 
 
 def check_rows(

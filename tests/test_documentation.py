@@ -152,9 +152,9 @@ def test_quickstart_runs_as_it_is():
     with torch.random.fork_rng(devices=[]):
         for block in found:
             run(block, namespace)
-    scored = namespace["scored"]
-    assert scored.scores.shape == (8, 1)
-    torch.testing.assert_close(sum(scored.by_layer.values()), scored.scores)
+    scores = namespace["scored"].result
+    assert scores.total.shape == (8, 1)
+    torch.testing.assert_close(sum(scores.by_layer.values()), scores.total)
     assert namespace["neighbours"].ids.shape == (16, 3)
 
 
@@ -183,7 +183,7 @@ def test_code_runs_in_a_program(block):
     if "neighbours" in namespace:
         assert namespace["neighbours"].ids.shape == (32, 10)
     if "scored" in namespace:
-        assert namespace["scored"].scores.shape == (32, 1)
+        assert namespace["scored"].result.total.shape == (32, 1)
     if "projected" in namespace:
         assert namespace["projected"].result.rows.shape == (32, namespace["projections"].k_total)
 

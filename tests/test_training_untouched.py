@@ -148,7 +148,7 @@ def test_scores_of_a_batch_sum_to_the_dot_of_its_gradient(gpt2):
     with engine, engine.batch(range(MICRO_BATCHES * N)) as batch:
         for part in range(MICRO_BATCHES):
             (loss_of(gpt2, *draw(N, part)) / MICRO_BATCHES).backward()
-    for name, dots in batch.by_parameter.items():
+    for name, dots in batch.result.by_parameter.items():
         grad = gpt2.get_parameter(name).grad.double()
         bound = 1e-5 * dots.double().norm() + 1e-6 * grad.norm() * direction[name].norm()
         expected = (grad * direction[name]).sum()

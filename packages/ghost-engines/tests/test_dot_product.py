@@ -71,10 +71,10 @@ def test_language_model_with_all_kinds_of_directions(
         next_token_losses(transformer(tokens), tokens).sum().backward()
     assert_scores(batch.result, expected, directions)
     assert torch.equal(batch.ids, tokens[:, 0])
-    assert torch.equal(batch.scores, engine.collect().total)
-    assert batch.by_layer.keys() == engine.collect().by_layer.keys()
+    assert torch.equal(batch.result.total, engine.collect().total)
+    assert batch.result.by_layer.keys() == engine.collect().by_layer.keys()
     assert torch.equal(
-        batch.by_parameter["leave.bias"], engine.collect().by_parameter["leave.bias"]
+        batch.result.by_parameter["leave.bias"], engine.collect().by_parameter["leave.bias"]
     )
     assert engine.collect().verified
 
@@ -166,7 +166,7 @@ def test_token_mean_loss_with_padding(transformer, tokens, draw_directions, asse
         token_mean().backward()
     assert_scores(batch.result, expected, directions)
     for at, direction in enumerate(directions.values()):
-        for name, dots in batch.by_parameter.items():
+        for name, dots in batch.result.by_parameter.items():
             grad = transformer.get_parameter(name).grad
             bound = grad.norm() * direction[name].norm() * 10
             assert_within(dots[:, at].sum(), (grad * direction[name]).sum(), bound, what=name)
@@ -462,7 +462,7 @@ def test_closure_is_left_alone_by_other_engines(mlp, inputs, engine, assert_scor
     with engine, renewed, engine.batch(range(4)) as first, renewed.batch(range(4)) as second:
         squares(mlp(inputs)).sum().backward()
     assert_scores(second.result, expected, {"loss": direction})
-    assert torch.equal(first.scores, train(engine, mlp, inputs).total)
+    assert torch.equal(first.result.total, train(engine, mlp, inputs).total)
 
 
 # Loss scaling
@@ -524,7 +524,7 @@ def test_overflow_gives_scores_that_are_not_finite(mlp, inputs, draw_directions)
         scaler.scale((100 * squares(mlp(inputs.float()))).sum()).backward()
     scaler.step(optimizer)
     assert torch.equal(mlp[0].weight, before)
-    assert not batch.scores.isfinite().any()
+    assert not batch.result.total.isfinite().any()
 
 
 # Refusals
@@ -683,7 +683,7 @@ def test_attaching_twice_is_refused_and_harmless(mlp, inputs, engine, assert_sco
             pass
         with engine.batch(range(4)) as batch:
             squares(mlp(inputs)).sum().backward()
-    assert torch.equal(batch.scores, train(engine, mlp, inputs).total)
+    assert torch.equal(batch.result.total, train(engine, mlp, inputs).total)
     assert not any(module._forward_hooks for module in mlp.modules())
 
 
@@ -693,13 +693,13 @@ def test_opening_a_batch_twice_is_refused(mlp, inputs, engine):
             with pytest.raises(CaptureError, match="open already"), engine.batch(range(4)):
                 pass
             squares(mlp(inputs)).sum().backward()
-        assert torch.equal(outer.scores, train_attached(engine, mlp, inputs))
+        assert torch.equal(outer.result.total, train_attached(engine, mlp, inputs))
 
 
 def train_attached(engine, model, inputs):
     with engine.batch(range(len(inputs))) as batch:
         squares(model(inputs)).sum().backward()
-    return batch.scores
+    return batch.result.total
 
 
 def test_parameter_frozen_after_attaching_is_refused(mlp, inputs, engine):
@@ -790,13 +790,13 @@ def test_result_of_an_open_or_failed_batch_is_refused(mlp, inputs, engine):
     with engine:
         with engine.batch(range(4)) as batch:
             squares(mlp(inputs)).sum().backward()
-            for read in (lambda: batch.scores, lambda: batch.by_layer, engine.collect):
+            for read in (lambda: batch.result, engine.collect):
                 with pytest.raises(CaptureError, match="no result"):
                     read()
-        assert batch.scores.any()
+        assert batch.result.total.any()
         with pytest.raises(ZeroDivisionError), engine.batch(range(4)) as failed:
             fail_after(squares(mlp(inputs)).sum())
-        for read in (lambda: failed.scores, lambda: failed.by_parameter, engine.collect):
+        for read in (lambda: failed.result, engine.collect):
             with pytest.raises(CaptureError, match="no result"):
                 read()
 

@@ -10,8 +10,8 @@ from torch.nn import functional
 from ghost_core import CaptureError, UnknownOptionError
 from ghost_core.testing import assert_within, check_engine, next_token_losses, per_sample_gradients
 from ghost_core.testing.snapshots import Watched
+from ghost_engines import NormEngine
 from ghost_engines.gram import GramEngine
-from ghost_engines.norms import NormEngine
 
 
 def squares(outputs):
@@ -66,11 +66,14 @@ def check_gram(gram, gradients, reference=None, tolerance=1e-9):
         assert gram.reference is None
         return
     others, other_layers = rows(reference), by_layer(reference)
-    check_products(gram.between, whole, others, tolerance, "between")
-    check_cosines(gram.between_cosine, whole, others, tolerance, "between_cosine")
-    assert gram.between_by_layer.keys() == layers.keys()
+    check_products(gram.between.total, whole, others, tolerance, "between")
+    assert gram.between.by_parameter.keys() == reference.keys()
+    assert gram.between.verified == gram.verified
+    assert torch.equal(gram.between.ids, gram.ids)
+    check_cosines(gram.between.cosine, whole, others, tolerance, "between_cosine")
+    assert gram.between.by_layer.keys() == layers.keys()
     for name, layer in layers.items():
-        got, right = gram.between_by_layer[name], other_layers[name]
+        got, right = gram.between.by_layer[name], other_layers[name]
         check_products(got, layer, right, tolerance, f"{name}, between")
 
 
@@ -430,7 +433,7 @@ def test_reference_of_another_size(m, n, reference_tokens, mlp):
             squares(mlp(inputs)).mean().backward()
     check_gram(kept.result, of_reference)
     check_gram(batch.result, expected, of_reference)
-    assert batch.result.reference_ids.tolist() == list(range(100, 100 + m))
+    assert batch.result.between.reference_ids.tolist() == list(range(100, 100 + m))
     assert batch.result.ids.tolist() == list(range(n))
 
 
@@ -503,7 +506,7 @@ def test_reference_that_fails_leaves_the_one_before(mlp, inputs):
             with pytest.raises(CaptureError, match="open already"):
                 engine.reference(range(4)).__enter__()
     check_gram(batch.result, expected, expected)
-    assert batch.result.reference_ids.tolist() == [10, 11, 12, 13]
+    assert batch.result.between.reference_ids.tolist() == [10, 11, 12, 13]
 
 
 def fail_after(loss):
@@ -513,9 +516,8 @@ def fail_after(loss):
 
 def test_products_with_no_reference_are_refused(mlp, inputs):
     gram = multiply(mlp, inputs, sum_of_squares)
-    for name in ("between", "between_by_layer", "between_cosine", "reference_ids"):
-        with pytest.raises(CaptureError, match=r"no reference.*with engine\.reference"):
-            getattr(gram, name)
+    with pytest.raises(CaptureError, match=r"no reference.*with engine\.reference"):
+        _ = gram.between
 
 
 def test_products_are_verified_if_both_batches_are(mlp, inputs):
@@ -548,7 +550,7 @@ def test_nothing_is_held_but_a_reference(inputs):
             with watched, engine.batch(range(4)) as batch:
                 squares(model(inputs)).sum().backward()
             assert watched.alive() == ["input of 0"]
-    assert batch.result.between.shape == (4, 4)
+    assert batch.result.between.total.shape == (4, 4)
 
 
 def test_tensors_overwritten_before_the_batch_is_closed_are_refused(mlp, inputs):

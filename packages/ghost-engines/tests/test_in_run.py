@@ -349,7 +349,7 @@ def test_several_directions_need_a_name(mlp, draw_directions):
     with engine, named:
         batch = step()
     got = torch.tensor([named[sample] for sample in range(3)], dtype=torch.float64)
-    assert_within(got, 0.1 * batch.scores[:, 1], batch.scores.norm())
+    assert_within(got, 0.1 * batch.result.total[:, 1], batch.result.total.norm())
 
 
 def test_unknown_direction_lists_what_exists(mlp, draw_directions):

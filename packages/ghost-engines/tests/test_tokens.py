@@ -176,7 +176,7 @@ def test_language_model(n, t, k, model, draw_directions, assert_scores):
     assert_scores(scores, per_sample_gradients(model, losses(model(ids, documents))), directions)
     with engine.frozen(), engine.batch(range(n)) as batch:
         losses(model(ids, documents)).sum().backward()
-    assert_within(batch.by_token, expected, scale, what="by_token, frozen")
+    assert_within(batch.result.by_token, expected, scale, what="by_token, frozen")
 
 
 def test_each_parameter_alone(model, ids, draw_directions):
@@ -347,7 +347,7 @@ def test_micro_batches_follow_one_another(mlp, sequences, draw_directions):
     with engine, engine.batch(range(4)) as batch:
         for part in sequences.split([1, 2, 1]):
             squares(mlp(part)).sum().backward()
-    assert_within(batch.by_token, whole, whole.abs().amax())
+    assert_within(batch.result.by_token, whole, whole.abs().amax())
 
 
 def test_passes_on_the_same_samples_add(mlp, sequences, draw_directions):
@@ -356,12 +356,12 @@ def test_passes_on_the_same_samples_add(mlp, sequences, draw_directions):
     one, two = (scored(engine, mlp, each).by_token for each in (sequences, others))
     with engine, engine.batch(range(4)) as batch:
         (squares(mlp(sequences)) + 3 * squares(mlp(others))).sum().backward()
-    assert_within(batch.by_token, one + 3 * two, (one.abs() + two.abs()).amax())
+    assert_within(batch.result.by_token, one + 3 * two, (one.abs() + two.abs()).amax())
     with engine, engine.batch(range(4)) as batch:
         loss = squares(mlp(sequences)).sum()
         loss.backward(retain_graph=True)
         loss.backward()
-    assert_within(batch.by_token, 2 * one, one.abs().amax())
+    assert_within(batch.result.by_token, 2 * one, one.abs().amax())
 
 
 def test_nothing_remains_from_batch_to_batch(mlp, sequences, draw_directions):
@@ -377,7 +377,7 @@ def test_batch_without_samples(mlp, draw_directions):
     assert scores.by_token.shape == (0, 4, 2)
     segments = scores.by_segment(torch.zeros(0, 4, dtype=torch.int64))
     assert segments.ids.shape == (0,)
-    assert segments.dots.shape == (0, 2)
+    assert segments.total.shape == (0, 2)
 
 
 # Precision, scale, other users
@@ -442,11 +442,12 @@ def test_beside_an_engine_without_tokens(mlp, sequences, draw_directions):
         plain.add_direction(name, direction)
     with tokens, plain, tokens.batch(range(4)) as first, plain.batch(range(4)) as second:
         squares(mlp(sequences)).sum().backward()
-    assert_within(first.by_token.sum(1), second.scores, first.by_token.abs().sum(1))
+    by_token = first.result.by_token
+    assert_within(by_token.sum(1), second.result.total, by_token.abs().sum(1))
     with pytest.raises(CaptureError, match=r"make the engine with .*per_token=True"):
-        _ = second.by_token
+        _ = second.result.by_token
     with pytest.raises(CaptureError, match=r"make the engine with .*per_token=True"):
-        second.by_segment(torch.zeros(4, 4, dtype=torch.int64))
+        second.result.by_segment(torch.zeros(4, 4, dtype=torch.int64))
 
 
 # What cannot be split by token
@@ -610,11 +611,11 @@ def test_document_masks_make_it_the_gradient_of_the_documents_loss(
     outside = DOCUMENTS < 0
     own = [losses(model(ids, DOCUMENTS))[document == DOCUMENTS].sum() for document in (2, 4, 7, 9)]
     expected, scale = dots_of(per_sample_gradients(model, torch.stack(own)), directions, 1)
-    assert_within(segments.dots, expected, scale, what="documents")
+    assert_within(segments.total, expected, scale, what="documents")
     padding = losses(model(ids, DOCUMENTS))[outside].sum().unsqueeze(0)
     expected, scale = dots_of(per_sample_gradients(model, padding), directions, 1)
     assert_within(segments.outside, expected[0], scale[0], what="padding")
-    parts = segments.dots.sum(0) + segments.outside
+    parts = segments.total.sum(0) + segments.outside
     assert_within(parts, scores.total.sum(0), scores.by_token.abs().sum((0, 1)), what="sum")
 
 
@@ -631,10 +632,10 @@ def test_without_document_masks_it_is_the_share_by_position(model, ids, draw_dir
     by_token, scale = dots_of(gradients_by_token(model, ids, one), directions, leading=2)
     for row, document in enumerate((2, 4, 7, 9)):
         here = document == DOCUMENTS
-        assert_within(segments.dots[row], by_token[here].sum(0), scale[here].sum(0))
+        assert_within(segments.total[row], by_token[here].sum(0), scale[here].sum(0))
     own = [losses(model(ids, one))[document == DOCUMENTS].sum() for document in (2, 4, 7, 9)]
     of_losses, scale = dots_of(per_sample_gradients(model, torch.stack(own)), directions, 1)
-    assert ((segments.dots - of_losses).abs() > 1e-3 * scale).any()
+    assert ((segments.total - of_losses).abs() > 1e-3 * scale).any()
 
 
 CONVERSIONS = {
@@ -656,7 +657,7 @@ def test_document_ids_of_every_kind(kind, mlp, sequences, draw_directions):
     expected = torch.stack(
         [scores.by_token[documents == document].sum(0) for document in (0, 1, 2, 5)]
     )
-    assert_within(segments.dots, expected, scores.by_token.abs().sum((0, 1)))
+    assert_within(segments.total, expected, scores.by_token.abs().sum((0, 1)))
     assert_within(
         segments.outside, scores.by_token[documents < 0].sum(0), scores.by_token.abs().sum((0, 1))
     )
@@ -668,7 +669,7 @@ def test_overflow_stays_in_its_document(mlp, sequences, draw_directions):
     scores.token_dots[2, 1] = torch.nan
     segments = scores.by_segment(torch.arange(4)[:, None].expand(4, 4))
     assert not segments.verified
-    assert segments.dots.isfinite().all(1).tolist() == [True, True, False, True]
+    assert segments.total.isfinite().all(1).tolist() == [True, True, False, True]
 
 
 ZEROS = np.zeros((4, 4), dtype=np.int64)

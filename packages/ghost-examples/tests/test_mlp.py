@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from ghost_core import Batch
 from ghost_engines import ProjectedRows, ProjectionEngine
@@ -71,8 +71,8 @@ class _Scaled(ProjectionEngine):
     factor = 1.0
 
     def on_end(self, batch: Batch[ProjectedRows]) -> ProjectedRows:
-        rows: Tensor = super().on_end(batch).rows * self.factor
-        return ProjectedRows(batch.ids, rows, batch.verified)
+        found = super().on_end(batch)
+        return replace(found, rows=found.rows * self.factor)
 
 
 class _Touching(ProjectionEngine):

@@ -4,63 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from torch import Tensor
 
 from ghost_core import Batch, CaptureError, SampleIds
-from ghost_engines.held import HeldGradients, cosines
+from ghost_engines.held import HeldGradients
 from ghost_engines.holding import HoldingEngine
-from ghost_engines.scores import by_layer
+from ghost_engines.results import SummedResult, cosines, summed
 
 
-@dataclass(frozen=True)
-class Between:
-    """Inner products of a batch's gradients with those of a reference batch.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Between(SummedResult):
+    """Inner products `⟨g_n, h_m⟩`, `[N, M]`, of a batch's gradients with those of a reference.
 
     Attributes:
-        ids: Ids of the reference's samples, int64 `[M]`.
-        by_parameter: `⟨g_n, h_m⟩` by parameter name, `[N, M]`.
-        squared_norms: `‖h_m‖²` over all parameters, `[M]`.
+        reference_ids: Ids of the reference's samples, int64 `[M]`.
+        squared_norms: `‖g_n‖²` over all parameters, `[N]`.
+        reference_squared_norms: `‖h_m‖²` over all parameters, `[M]`.
     """
 
-    ids: Tensor
-    by_parameter: Mapping[str, Tensor]
+    reference_ids: Tensor
     squared_norms: Tensor
+    reference_squared_norms: Tensor
+
+    @property
+    def cosine(self) -> Tensor:
+        """Cosines between whole gradients, `[N, M]`; NaN as in `Gram.cosine`."""
+        squared = self.squared_norms
+        return cosines(self.total, squared, self.reference_squared_norms.to(squared.device))
+
+    def _facts(self) -> list[str]:
+        return [*super()._facts(), f"M={len(self.reference_ids)}"]
 
 
-@dataclass(frozen=True)
-class Gram:
-    """Inner products between the gradients of a batch: of the samples' own losses.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Gram(SummedResult):
+    """Inner products `⟨g_n, g_m⟩`, `[N, N]`, between the gradients of the samples' own losses.
 
     Values are float32, or float64 where a parameter is. A sample whose loss had weight zero has
-    NaN: its own gradient did not take part in the backward pass.
+    NaN: its own gradient did not take part in the backward pass. `verified` is of the reference
+    too.
 
     Attributes:
-        ids: Sample ids, int64 `[N]`.
-        by_parameter: `⟨g_n, g_m⟩` by parameter name, `[N, N]`.
-        verified: Whether the split by sample was verified on this model, for the reference too.
-        reference: Products with the reference batch; None if there was none.
+        reference: What `between` returns; None if there was no reference.
     """
 
-    ids: Tensor
-    by_parameter: Mapping[str, Tensor]
-    verified: bool
     reference: Between | None = None
-
-    @property
-    def total(self) -> Tensor:
-        """Inner products of whole gradients, `[N, N]`."""
-        return _sum(self.by_parameter)
-
-    @property
-    def by_layer(self) -> dict[str, Tensor]:
-        """Inner products by layer, `[N, N]`: the sum over the parameters that one module owns.
-
-        A parameter shared by modules counts for the first of them.
-        """
-        return by_layer(self.by_parameter)
 
     @property
     def cosine(self) -> Tensor:
@@ -81,50 +72,22 @@ class Gram:
         return self.total.diagonal().isfinite()
 
     @property
-    def between(self) -> Tensor:
-        """Inner products with the samples of the reference, `[N, M]`.
+    def between(self) -> Between:
+        """Inner products with the samples of the reference.
 
         Raises:
             CaptureError: If there was no reference.
         """
-        return _sum(self._reference.by_parameter)
-
-    @property
-    def between_by_layer(self) -> dict[str, Tensor]:
-        """Inner products with the samples of the reference by layer, `[N, M]`.
-
-        Raises:
-            CaptureError: If there was no reference.
-        """
-        return by_layer(self._reference.by_parameter)
-
-    @property
-    def between_cosine(self) -> Tensor:
-        """Cosines with the samples of the reference, `[N, M]`; NaN as in `cosine`.
-
-        Raises:
-            CaptureError: If there was no reference.
-        """
-        squared = self.total.diagonal()
-        return cosines(self.between, squared, self._reference.squared_norms.to(squared.device))
-
-    @property
-    def reference_ids(self) -> Tensor:
-        """Ids of the samples of the reference, int64 `[M]`.
-
-        Raises:
-            CaptureError: If there was no reference.
-        """
-        return self._reference.ids
-
-    @property
-    def _reference(self) -> Between:
         if self.reference is None:
             raise CaptureError(
                 "there was no reference when the batch was closed, or it was the reference itself: "
                 "with engine.reference(ids): ..."
             )
         return self.reference
+
+    def _facts(self) -> list[str]:
+        reference = [] if self.reference is None else [f"M={len(self.reference.reference_ids)}"]
+        return [*super()._facts(), *reference]
 
 
 @dataclass(frozen=True)
@@ -152,7 +115,7 @@ class GramEngine(HoldingEngine[Gram]):
     optimizer.zero_grad()  # its backward pass adds to .grad as any other
     with engine.batch(ids) as batch:
         loss_fn(model, data).backward()
-    batch.result.between_cosine  # [N, M]
+    batch.result.between.cosine  # [N, M]
     ```
 
     A reference belongs to the parameters of its time. In training it grows old with each step;
@@ -208,17 +171,25 @@ class GramEngine(HoldingEngine[Gram]):
     def on_end(self, batch: Batch[Gram]) -> Gram:
         """Return the products, and keep the gradients of a reference."""
         grams = self.held.gram(batch.n)
-        divisors = self.divisors(batch, _sum(grams).diagonal())
+        divisors = self.divisors(batch, summed(grams).diagonal())
         own = _divided(grams, divisors, divisors)
+        gram = Gram(ids=batch.ids, verified=batch.verified, by_parameter=own)
+        squared_norms = gram.total.diagonal()
         if self._keeping:
-            self._keep(batch, divisors, _sum(own).diagonal())
-            return Gram(batch.ids, own, batch.verified)
-        if self._kept is None:
-            return Gram(batch.ids, own, batch.verified)
+            self._keep(batch, divisors, squared_norms)
+        if self._keeping or self._kept is None:
+            return gram
         kept = self._kept
         products = self.held.gram_with(kept.held, batch.n, len(kept.ids))
-        between = Between(kept.ids, _divided(products, divisors, kept.divisors), kept.squared_norms)
-        return Gram(batch.ids, own, batch.verified and kept.verified, between)
+        between = Between(
+            ids=batch.ids,
+            verified=batch.verified and kept.verified,
+            by_parameter=_divided(products, divisors, kept.divisors),
+            reference_ids=kept.ids,
+            squared_norms=squared_norms,
+            reference_squared_norms=kept.squared_norms,
+        )
+        return replace(gram, verified=between.verified, reference=between)
 
     def on_close(self) -> None:
         """Let go of the gradients."""
@@ -235,15 +206,6 @@ class GramEngine(HoldingEngine[Gram]):
         self._kept = _Reference(
             batch.ids, self.held.copy(), divisors, squared_norms.clone(), batch.verified
         )
-
-
-def _sum(by_parameter: Mapping[str, Tensor]) -> Tensor:
-    """Sum over parameters, without another copy of all of them."""
-    first, *others = by_parameter.values()
-    total = first.clone()
-    for values in others:
-        total = total + values
-    return total
 
 
 def _divided(products: Mapping[str, Tensor], divisors: Tensor, others: Tensor) -> dict[str, Tensor]:

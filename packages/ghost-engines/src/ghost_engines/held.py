@@ -234,22 +234,5 @@ class HeldGradients:
                 yield uses.rows, gradient
 
 
-def cosines(products: Tensor, squared: Tensor, others: Tensor) -> Tensor:
-    """Return the cosines that inner products stand for; NaN where a norm is zero or not finite.
-
-    Args:
-        products: Inner products, `[N, K]`.
-        squared: Squared norms of the rows, `[N]`.
-        others: Squared norms of the columns, `[K]`.
-    """
-    norms, other_norms = (_known(each.clamp(min=0).sqrt()) for each in (squared, others))
-    cosine = products / norms[:, None] / other_norms
-    return cosine.clamp(-1, 1)  # rounding may leave a little more
-
-
-def _known(norms: Tensor) -> Tensor:
-    return norms.where((norms > 0) & norms.isfinite(), torch.nan)
-
-
 def _zeros(site: Site, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=accumulation_dtype(site.dtype), device=site.device)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ghost_core import CaptureError, MissingExtraError, UnknownNameError
-from ghost_engines.dot_product import DotProductEngine
 from ghost_engines.scores import Scores
+from ghost_engines.scoring import ScoringEngine
 
 if TYPE_CHECKING:
     import pandas
@@ -54,7 +54,7 @@ class InRunValues:
 
     def __init__(
         self,
-        engine: DotProductEngine,
+        engine: ScoringEngine[Any],
         optimizer: torch.optim.Optimizer,
         *,
         direction: str | None = None,
@@ -184,7 +184,7 @@ class InRunValues:
         return scores.directions.index(self._direction)
 
 
-def _rates(engine: DotProductEngine, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def _rates(engine: ScoringEngine[Any], optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the learning rate of each tracked parameter, negative where a loss is maximised."""
     held = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     rates = {}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ghost_core import Engine, Projection, hookimpl
+from ghost_engines.cosine import CosineEngine
 from ghost_engines.dot_product import DotProductEngine
 from ghost_engines.gram import GramEngine
-from ghost_engines.norms import CosineEngine, NormEngine
+from ghost_engines.norms import NormEngine
 from ghost_engines.projection import ProjectionEngine
 from ghost_engines.random_projections import (
     GaussianProjection,

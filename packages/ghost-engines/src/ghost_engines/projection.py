@@ -26,24 +26,46 @@ from ghost_core import (
 from ghost_core.algebra import accumulation_dtype, matrix_shape
 from ghost_core.plugins import installed
 from ghost_engines.blocks import Block, arrange
+from ghost_engines.results import Result, layers
 from ghost_engines.store import STORAGE_DTYPES
 
 
-@dataclass(frozen=True)
-class ProjectedRows:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ProjectedRows(Result):
     """Projected gradients of a batch: of each sample's contribution to the backpropagated loss.
 
     Backpropagate the sum of per-sample losses to get each sample's own gradient.
 
     Attributes:
-        ids: Sample ids, int64 `[N]`.
-        rows: `[N, k_total]` in the storage dtype; `ProjectionEngine.layout` tells the columns.
-        verified: Whether the split by sample was verified on this model.
+        rows: `[N, k_total]` in the storage dtype.
+        layout: Which columns belong to which parameter.
     """
 
-    ids: Tensor
     rows: Tensor
-    verified: bool
+    layout: tuple[Block, ...]
+
+    @property
+    def total(self) -> Tensor:
+        """The rows, `[N, k_total]`: whole gradients, projected."""
+        return self.rows
+
+    @property
+    def by_parameter(self) -> dict[str, Tensor]:
+        """Columns of each parameter, `[N, k_left · k_right]`."""
+        return {block.parameter: self.rows[:, block.columns] for block in self.layout}
+
+    @property
+    def by_layer(self) -> dict[str, Tensor]:
+        """Columns of the parameters that one module owns, side by side."""
+        parts = self.by_parameter
+        return {
+            layer: torch.cat([parts[name] for name in names], dim=1)
+            for layer, names in layers(parts).items()
+        }
+
+    def _facts(self) -> list[str]:
+        columns, dtype = self.rows.shape[1], str(self.rows.dtype).removeprefix("torch.")
+        return [*super()._facts(), f"{len(self.layout)} parameters", f"k_total={columns}", dtype]
 
 
 @dataclass(frozen=True)
@@ -201,7 +223,7 @@ class ProjectionEngine(Engine[ProjectedRows]):
                 f"the rows of samples {batch.ids[lost.cpu()].tolist()} overflow {self.dtype}: "
                 "choose another dtype, or scale the loss"
             )
-        return ProjectedRows(batch.ids, rows, batch.verified)
+        return ProjectedRows(ids=batch.ids, verified=batch.verified, rows=rows, layout=self.layout)
 
     def on_close(self) -> None:
         """Let go of the rows."""

@@ -2,81 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ghost_core import Batch, CaptureError, Pass
+from ghost_core import CaptureError
+from ghost_engines.results import Result, SummedResult
 
 DocumentIds = Sequence[Sequence[int] | Tensor | np.ndarray] | Tensor | np.ndarray
 
-_LISTED = 10
-"""How many parameters an error lists by name."""
 
-
-@dataclass(frozen=True)
-class SegmentScores:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SegmentScores(Result):
     """Dot products of documents: of what each contributed to a batch, with each direction.
 
     Attributes:
         ids: Document ids, int64 `[S]` on the CPU, sorted, each once.
         directions: Names of the K directions.
-        dots: Dots of the S documents, float64 `[S, K]` on the CPU.
+        total: Dots of the S documents, float64 `[S, K]` on the CPU.
         outside: Dots of all positions that belong to no document, float64 `[K]` on the CPU; with
-            it, `dots` sum to those of the batch.
-        verified: Whether the split by sample was verified on this model.
+            it, `total` sums to that of the batch.
     """
 
-    ids: Tensor
     directions: tuple[str, ...]
-    dots: Tensor
+    total: Tensor
     outside: Tensor
-    verified: bool
+
+    def _facts(self) -> list[str]:
+        return [f"S={len(self.ids)}", _columns(self.directions)]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Dot products of a batch: of each sample's contribution with each direction.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Scores(SummedResult):
+    """Dot products of a batch, `[N, K]`: of each sample's contribution with each direction.
 
     A sample's contribution is its additive part of the gradient that was backpropagated. A
     positive dot with the gradient of a validation loss means that a small step along the sample's
     contribution lowers that loss.
 
     Attributes:
-        ids: Sample ids, int64 `[N]`.
         directions: Names of the K directions.
-        by_parameter: `[N, K]` by parameter name.
-        verified: Whether the split by sample was verified on this model.
         token_dots: What `by_token` returns; None if the engine was made without `per_token=True`.
     """
 
-    ids: Tensor
     directions: tuple[str, ...]
-    by_parameter: Mapping[str, Tensor]
-    verified: bool
     token_dots: Tensor | None = None
-
-    @property
-    def total(self) -> Tensor:
-        """Dots of whole gradients, `[N, K]`."""
-        return torch.stack(list(self.by_parameter.values())).sum(0)
 
     @property
     def finite(self) -> Tensor:
         """Which samples have finite dots, bool `[N]`: all of them, unless gradients overflowed."""
         return self.total.isfinite().all(1)
-
-    @property
-    def by_layer(self) -> dict[str, Tensor]:
-        """Dots by layer, `[N, K]`: the sum over the parameters that one module owns.
-
-        A parameter shared by modules counts for the first of them.
-        """
-        return by_layer(self.by_parameter)
 
     @property
     def by_token(self) -> Tensor:
@@ -124,128 +103,20 @@ class Scores:
         inside = documents >= 0
         ids, segment = documents[inside].unique(return_inverse=True)
         sums = dots.new_zeros(len(ids), dots.shape[1]).index_add_(0, segment, dots[inside])
-        return SegmentScores(ids, self.directions, sums, dots[~inside].sum(0), self.verified)
+        return SegmentScores(
+            ids=ids,
+            verified=self.verified,
+            directions=self.directions,
+            total=sums,
+            outside=dots[~inside].sum(0),
+        )
+
+    def _facts(self) -> list[str]:
+        return [*super()._facts(), _columns(self.directions)]
 
 
-class ScoredBatch(Batch[Scores]):
-    """A batch that is being scored; the scores are there once it is closed."""
-
-    @property
-    def scores(self) -> Tensor:
-        """Dots of whole gradients, `[N, K]`."""
-        return self.result.total
-
-    @property
-    def by_layer(self) -> dict[str, Tensor]:
-        """Dots by layer, `[N, K]`."""
-        return self.result.by_layer
-
-    @property
-    def by_parameter(self) -> Mapping[str, Tensor]:
-        """Dots by parameter, `[N, K]`."""
-        return self.result.by_parameter
-
-    @property
-    def by_token(self) -> Tensor:
-        """Dots by token, `[N, T, K]`; see `Scores.by_token`."""
-        return self.result.by_token
-
-    def by_segment(self, document_ids: DocumentIds) -> SegmentScores:
-        """Dots by document, for ids `[N, T]`; see `Scores.by_segment`."""
-        return self.result.by_segment(document_ids)
-
-
-class ScoreObserver(Protocol):
-    """Follows the batches of a `DotProductEngine`."""
-
-    def starting(self) -> None:
-        """A batch is about to be captured."""
-        ...
-
-    def scored(self, scores: Scores) -> None:
-        """A batch was scored."""
-        ...
-
-
-def by_layer(by_parameter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sum over the parameters that one module owns.
-
-    A parameter shared by modules counts for the first of them.
-    """
-    layers: dict[str, Tensor] = {}
-    for name, values in by_parameter.items():
-        layer = name.rpartition(".")[0]
-        layers[layer] = layers[layer] + values if layer in layers else values
-    return layers
-
-
-class TokenSum:
-    """Adds up dots by token over the parameters and passes of a batch.
-
-    Args:
-        zeros: Dots of a batch without tokens, `[N, 0, K]`, which say dtype and device.
-    """
-
-    def __init__(self, zeros: Tensor) -> None:
-        self._sum = zeros
-        self._passes: list[tuple[Pass, dict[int, dict[str, None]]]] = []
-
-    def add(self, pass_: Pass, parameter: str, dots: Tensor) -> None:
-        """Add the dots `[N, T, K]` of one use of a parameter."""
-        tokens = dots.shape[1]
-        if not self._passes:
-            self._sum = self._sum.new_zeros(len(self._sum), tokens, self._sum.shape[2])
-        self._seen(pass_).setdefault(tokens, {})[parameter] = None
-        if self._sum.shape[1] == tokens:  # else `total` raises
-            self._sum[pass_.rows] += dots
-
-    def total(self) -> Tensor:
-        """Return the sums, `[N, T, K]`.
-
-        Raises:
-            CaptureError: If parameters or passes have different numbers of tokens.
-        """
-        for _, seen in self._passes:
-            if len(seen) > 1:
-                raise _different_tokens(seen)
-        lengths = sorted({tokens for _, seen in self._passes for tokens in seen})
-        if len(lengths) > 1:
-            raise CaptureError(
-                "gradients cannot be split by token: the passes of this batch had different "
-                f"numbers of tokens, {', '.join(map(str, lengths))}",
-                reason="position t of one need not be position t of another",
-                remedy="pad them to one length, or open a batch for each pass",
-            )
-        return self._sum
-
-    def _seen(self, pass_: Pass) -> dict[int, dict[str, None]]:
-        """Return the parameters that a pass used, by their number of tokens."""
-        for other, seen in self._passes:
-            if other is pass_:
-                return seen
-        self._passes.append((pass_, {}))
-        return self._passes[-1][1]
-
-
-def _different_tokens(seen: Mapping[int, Mapping[str, None]]) -> CaptureError:
-    """Say which parameters have another number of tokens than most have."""
-    usual = max(seen, key=lambda tokens: (tokens > 1, len(seen[tokens]), tokens))
-    others = {tokens: sorted(names) for tokens, names in sorted(seen.items()) if tokens != usual}
-    counts = ", ".join(f"{_listed(names)}: {tokens}" for tokens, names in others.items())
-    left_out = sorted({name for names in others.values() for name in names})
-    return CaptureError(
-        f"gradients cannot be split by token: most parameters have {usual} tokens, such as "
-        f"{min(seen[usual])}, but not these: {counts}",
-        reason="a parameter that was used once for a whole sample (1 token), in a layer that "
-        "cannot tell tokens apart (1), or at other positions has no part at each token",
-        remedy=f"leave them out with exclude={','.join(left_out)!r}, or make the engine without "
-        "per_token=True",
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+def _columns(directions: Sequence[str]) -> str:
+    return f"K={len(directions)} ({reprlib.repr(', '.join(directions))[1:-1]})"
 
 
 def _as_integers(document_ids: DocumentIds, shape: Sequence[int]) -> Tensor:

@@ -158,9 +158,9 @@ def dot_deviation(subject: Subject, gradients: Mapping[str, Tensor]) -> float:
     expected = torch.stack(
         [(gradients[name] * h).flatten(1).sum(1) for name, h in direction.items()]
     )
-    got = torch.stack([batch.by_parameter[name][:, 0] for name in direction])
+    got = torch.stack([batch.result.by_parameter[name][:, 0] for name in direction])
     scale = _norms(gradients) * _norms({name: h.unsqueeze(0) for name, h in direction.items()})
-    errors = torch.cat([got - expected, (batch.scores[:, 0] - expected.sum(0)).unsqueeze(0)])
+    errors = torch.cat([got - expected, (batch.result.total[:, 0] - expected.sum(0)).unsqueeze(0)])
     return float((errors.abs() / scale).max())
 
 
