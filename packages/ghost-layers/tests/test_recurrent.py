@@ -164,7 +164,7 @@ def test_used_twice() -> None:
 def test_parametrized(ways: list[Way]) -> None:
     layer = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
     check(Recurs(layer).double(), doubles(3, 5, 3))
-    assert ways == [Way.LOOP]
+    assert ways == [Way.BATCH]
 
 
 def test_dropout_where_the_layer_cannot_be_rewritten(ways: list[Way]) -> None:

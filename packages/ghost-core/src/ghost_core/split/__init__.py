@@ -3,7 +3,7 @@
 from ghost_core.split.axes import Layout, describe, expanded, lay_out
 from ghost_core.split.balance import Balance
 from ghost_core.split.owners import Fold, find_owner
-from ghost_core.split.probe import probed_samples
+from ghost_core.split.probe import nan_in, numbers_in, probed_samples
 from ghost_core.split.reasons import unclear_fold
 from ghost_core.split.verifier import Verifier
 
@@ -16,6 +16,8 @@ __all__ = [
     "expanded",
     "find_owner",
     "lay_out",
+    "nan_in",
+    "numbers_in",
     "probed_samples",
     "unclear_fold",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -31,58 +30,47 @@ def gradients(
     wanted = {local: replay.values[plan.wanted[local]] for local in shapes}
     if not len(grads[0]):
         return {local: value.new_zeros(0, *shapes[local]) for local, value in wanted.items()}
+    make = _by_copies if plan.way is Way.VMAP else _by_backward_passes
     with torch.enable_grad(), plan.surroundings():
-        if plan.way is Way.VMAP:
-            try:
-                return _vectorised(plan, replay, grads, wanted)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # an operation whose backward pass has no batching rule
-                other = Way.LOOP if plan.random is None else Way.BATCH
-                return gradients(replace(plan, way=other), replay, slopes, shapes)
-        if plan.way is Way.LOOP:
-            return _one_by_one(plan, replay, grads, wanted)
-        return _by_backward_passes(plan, replay, grads, wanted)
+        return make(plan, replay, grads, wanted)
 
 
-def _vectorised(
+def _by_copies(
     plan: Plan, replay: Replay, grads: list[Tensor], wanted: dict[str, Tensor]
 ) -> dict[str, Tensor]:
+    """Give each sample a copy of the parameters, and take one backward pass for all of them.
+
+    Two samples and a scale `[4]`, shared in memory, each with a gradient of its own:
+
+        leaf = scale.expand(2, 4).requires_grad_()
+        outputs = torch.vmap(lambda scale, x: scale * x)(leaf, inputs)  # [2, 4]
+        autograd.grad(outputs, leaf, grads)  # [2, 4], row n of sample n alone
+    """
     own = plan.own(replay.inputs)
     if plan.random is not None:  # the same numbers are drawn for all rows of the call only
         grads = [replay.in_rows(grad) for grad in grads]
-    elif replay.rows is not None:
-        own = [value[replay.rows] for value in own]
-
-    def weighted(wanted: dict[str, Tensor], own: list[Tensor], grads: list[Tensor]) -> Tensor:
-        values = _with(plan, replay, wanted)
-        outputs = plan.run_one(values, replay.inputs, own)
-        terms = [(value * grad).sum() for value, grad in zip(outputs, grads, strict=True)]
-        return sum(terms[1:], terms[0])
-
-    elements = sum(value.numel() for value in wanted.values())
-    vectorised: Any = torch.vmap(
-        torch.func.grad(weighted),
-        in_dims=(None, 0, 0),
-        randomness=plan.randomness,
-        chunk_size=max(1, _AT_ONCE // max(1, elements)) if plan.random is None else None,
-    )
-    made: dict[str, Tensor] = vectorised(wanted, own, grads)
-    if plan.random is None or replay.rows is None:
-        return made
-    return {local: value[replay.rows] for local, value in made.items()}
-
-
-def _one_by_one(
-    plan: Plan, replay: Replay, grads: list[Tensor], wanted: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    leaves = _leaves(wanted)
-    values, own = _with(plan, replay, leaves), plan.own(replay.inputs)
+        parts = [torch.arange(replay.count)]
+    else:
+        own = own if replay.rows is None else [value[replay.rows] for value in own]
+        elements = sum(value.numel() for value in wanted.values())
+        parts = list(torch.arange(len(grads[0])).split(max(1, _AT_ONCE // max(1, elements))))
     made = []
-    for at, row in enumerate(replay.positions.tolist()):
-        outputs = plan.run_one(values, replay.inputs, [value[row] for value in own])
-        made.append(_differentiated(outputs, [grad[at] for grad in grads], leaves))
-    return _stacked(made, leaves)
+    for part in parts:
+        leaves = {
+            local: value.detach().expand(len(part), *value.shape).requires_grad_()
+            for local, value in wanted.items()
+        }
+
+        def one(leaves: dict[str, Tensor], own: list[Tensor]) -> list[Tensor]:
+            return plan.run_one(_with(plan, replay, leaves), replay.inputs, own)
+
+        own_part = [value[part] for value in own]
+        outputs = torch.vmap(one, randomness=plan.randomness)(leaves, own_part)
+        made.append(_differentiated(outputs, [grad[part] for grad in grads], leaves))
+    joined = {local: torch.cat([each[at] for each in made]) for at, local in enumerate(wanted)}
+    if plan.random is None or replay.rows is None:
+        return joined
+    return {local: value[replay.rows] for local, value in joined.items()}
 
 
 def _by_backward_passes(

@@ -21,7 +21,6 @@ class Way(Enum):
     """How a call is run again."""
 
     VMAP = "all samples at once, each by itself"
-    LOOP = "one sample after the other"
     REWRITTEN = "as it was, with a sampler's own code"
     BATCH = "as it was, with one backward pass for each sample"
 
@@ -221,14 +220,8 @@ class Plan:
                 value.movedim(each.axis, 0).to(each.dtype if rewritten else None)
                 for value, each in zip(outputs, self.outputs, strict=True)
             ]
-        own = self.own(inputs)
-        if self.way is Way.LOOP:
-            rows = [
-                self.run_one(values, inputs, [value[n] for value in own]) for n in range(self.count)
-            ]
-            return [torch.stack(each) for each in zip(*rows, strict=True)]
         one = partial(self.run_one, values, inputs)
-        return list(torch.vmap(one, randomness=self.randomness)(own))
+        return list(torch.vmap(one, randomness=self.randomness)(self.own(inputs)))
 
     def sloped(
         self, returned: Sequence[Tensor], replay: Replay, grads: Sequence[Tensor | None]

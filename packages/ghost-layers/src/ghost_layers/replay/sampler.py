@@ -30,11 +30,11 @@ _findings: WeakKeyDictionary[nn.Module, dict[object, _Finding]] = WeakKeyDiction
 class ReplaySampler(GradientSampler):
     """Per-sample gradients by running the recorded call again, on a copy of the module.
 
-    Ways are tried in order: all samples at once, each by itself (`torch.vmap`); one sample after
-    the other; and the call as it was, with the random numbers and buffers of then and one backward
-    pass for each sample, which serves dropout and whatever else belongs to the batch. The first
-    one is taken that returns what the call returned, and what the call would return with other
-    parameters. Random numbers, buffers, modes and attributes are as the user left them afterwards.
+    Ways are tried in order: all samples at once, each by itself (`torch.vmap`), and the call as it
+    was, with the random numbers and buffers of then and one backward pass for each sample, which
+    serves control flow by value and whatever else belongs to the batch. The first one is taken that
+    returns what the call returned, with the same gradients. Random numbers, buffers, modes and
+    attributes are as the user left them afterwards.
 
     A call costs one more forward pass when it is recorded, and a forward and a backward pass of
     the module when its gradients arrive; in the last way, a backward pass for each sample. The
@@ -265,5 +265,6 @@ def _remembered(module: nn.Module, plan: Plan, search: Search, signature: object
     found = search.find()
     if len(known) >= _FINDINGS:
         known.clear()
-    known[signature] = found.way, found.leaves, found.outputs
+    if search.tells_all(found):
+        known[signature] = found.way, found.leaves, found.outputs
     return found

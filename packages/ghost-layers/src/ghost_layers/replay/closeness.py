@@ -1,0 +1,63 @@
+"""Compares what a call gives in two ways: the same, but for rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from ghost_core.algebra.precision import PRECISIONS, Precision
+
+_TF32 = 2.0**-7
+"""Share of a row's largest entry by which float32 on other devices than CPUs may be off."""
+
+
+def same_rows(got: Tensor, expected: Tensor, dtypes: Collection[torch.dtype]) -> bool:
+    """Tell whether an output is the same, relative to the largest entry of each row.
+
+    Args:
+        got: An output, rows first.
+        expected: What it should be; one row stands for any number.
+        dtypes: What it was computed in.
+    """
+    if got.shape[1:] != expected.shape[1:] or got.dtype != expected.dtype:
+        return False
+    if 1 not in (len(got), len(expected)) and len(got) != len(expected):
+        return False
+    mine, theirs = got.double(), expected.double()
+    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
+    scale = theirs.nan_to_num(0, 0, 0).abs().reshape(len(theirs), -1)
+    if not scale.shape[1]:
+        return True
+    tolerance = _precision(dtypes).tolerance
+    if torch.float32 in dtypes and expected.device.type != "cpu":
+        tolerance = max(tolerance, _TF32)
+    bound = tolerance * scale.amax(1).reshape(-1, *[1] * (mine.dim() - 1))
+    return bool((same | ((mine - theirs).abs() <= bound)).all())
+
+
+def are_close(
+    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtypes: Collection[torch.dtype]
+) -> bool:
+    """Tell whether gradients are the same, relative to their norms.
+
+    Args:
+        got: Gradients by name.
+        expected: What they should be.
+        dtypes: What they were computed in.
+    """
+    precision = _precision(dtypes)
+    norms = {name: float(each.double().norm()) for name, each in expected.items()}
+    floor = precision.floor * sum(norm**2 for norm in norms.values()) ** 0.5
+    return all(
+        float((got[name].double() - each.double()).norm())
+        <= precision.tolerance * max(norms[name], floor)
+        for name, each in expected.items()
+    )
+
+
+def _precision(dtypes: Collection[torch.dtype]) -> Precision:
+    least = PRECISIONS[torch.bfloat16]  # what is narrower is so too
+    found = [PRECISIONS.get(dtype, least) for dtype in dtypes]
+    return max(found, key=lambda each: each.tolerance)
