@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghost_core.state import untouched
+from ghost_core.state import RandomState, buffers_kept, flags_set, random_state_kept, untouched
 
 
 class Counting(nn.Module):
@@ -134,3 +134,46 @@ def test_buffers_that_are_not_finite_stay(model):
     with untouched(model):
         model[1].running_mean.zero_()
     assert model[1].running_mean.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [
+        lambda: torch.rand(1),
+        lambda: np.random.rand(),
+        lambda: random.random(),
+    ],
+    ids=["torch", "numpy", "python"],
+)
+def test_a_state_of_the_generators_differs_once_something_was_drawn(generator):
+    draw()
+    before = RandomState.now()
+    assert before == RandomState.now()
+    with random_state_kept():
+        drawn = generator()
+        assert before != RandomState.now()
+    assert before == RandomState.now()
+    before.restore()
+    assert generator() == drawn
+
+
+def test_copies_of_buffers_leave_a_graph_what_it_saved():
+    module = Counting()
+    module.in_place.fill_(3)
+    weight = torch.ones((), requires_grad=True)
+    product = weight * module.in_place
+    in_place = module.in_place
+    with buffers_kept([module], by_copies=True):
+        module(torch.zeros(1))
+        assert (module.in_place.item(), module.replaced.item()) == (4, 1)
+    assert module.in_place is in_place
+    assert (module.in_place.item(), module.replaced.item(), module.late) == (3, 0, None)
+    product.backward()
+    assert weight.grad == 3
+
+
+def test_flags_are_set_and_put_back(model):
+    model[0].bias.requires_grad_(False)
+    with flags_set({model[0].weight: False, model[0].bias: True}):
+        assert (model[0].weight.requires_grad, model[0].bias.requires_grad) == (False, True)
+    assert (model[0].weight.requires_grad, model[0].bias.requires_grad) == (True, False)

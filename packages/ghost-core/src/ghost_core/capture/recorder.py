@@ -24,6 +24,7 @@ from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.hooks import Hook
 from ghost_core.split import Balance, Verifier
+from ghost_core.state import flags_set
 from ghost_core.tracking import TrackedModule
 
 
@@ -104,16 +105,8 @@ class Recorder:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the model alone for a while: for validation gradients and other graphs."""
-        original = self._state.flags
-        frozen = {parameter: parameter.requires_grad for parameter in original}
-        with self._state.silence():
-            try:
-                for parameter, flag in original.items():
-                    parameter.requires_grad_(flag)
-                yield
-            finally:
-                for parameter, flag in frozen.items():
-                    parameter.requires_grad_(flag)
+        with self._state.silence(), flags_set(self._state.flags):
+            yield
 
     def _install(self) -> None:
         """Put hooks on the modules that the attached engines track, and on no others."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghost_core._torch import backward_hooks, direct_buffers, will_reach
+from ghost_core._torch import backward_hooks, will_reach
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.split.owners import Fold
 from ghost_core.split.probe import (
@@ -34,6 +34,7 @@ from ghost_core.split.probe import (
 )
 from ghost_core.split.reasons import unclear_fold, wrong_split
 from ghost_core.split.usage import UsageMode
+from ghost_core.state import buffers_kept
 from ghost_core.tracking import TrackedModule
 
 
@@ -295,15 +296,13 @@ class Verifier:
             )
 
     def _backward(self, probe: Probe, outputs: list[Tensor], gradients: list[Tensor]) -> None:
-        # What is recomputed under checkpointing may write buffers: of copies.
-        tables = [direct_buffers(module) for module in self._modules]
-        buffers = [(table, dict(table)) for table in tables if table]
+        self._probe = probe
         try:
-            for table, found in buffers:
-                for name, buffer in found.items():
-                    table[name] = None if buffer is None else buffer.clone()
-            self._probe = probe
-            with torch.autograd.set_detect_anomaly(False):  # which takes NaN for a mistake
+            with (
+                # What is recomputed under checkpointing may write buffers.
+                buffers_kept(self._modules, by_copies=True),
+                torch.autograd.set_detect_anomaly(False),  # which takes NaN for a mistake
+            ):
                 torch.autograd.grad(
                     outputs, [self._seed], gradients, retain_graph=True, allow_unused=True
                 )
@@ -316,5 +315,3 @@ class Verifier:
             raise
         finally:
             self._probe = None
-            for table, found in buffers:
-                table |= found

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import Batch, Engine
+from ghost_core.state import RandomState
 from ghost_core.testing.oracle import assert_within
 from ghost_core.testing.snapshots import (
     Watched,
     assert_untouched,
     live_tensors,
-    random_state,
     seeded,
     traces,
 )
@@ -90,7 +90,7 @@ def check_engine(
 class _Trained:
     model: TinyTransformer
     first_grads: dict[str, Tensor]
-    random: dict[str, Any]
+    random: dict[str, object]
     batches: list[Batch[Any]]
 
 
@@ -113,7 +113,7 @@ def _train(factories: Sequence[EngineFactory], autocast: bool, steps: int) -> _T
                 first_grads = first_grads or _gradients(model)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-        state = random_state()
+        state = RandomState.now().by_library
     assert_untouched(found, model, "after training")
     return _Trained(model, first_grads, state, batches)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from ghost_core import Projection
-from ghost_core.testing.snapshots import random_state
+from ghost_core.state import RandomState
 
 SHAPES = ((1, 1), (1, 7), (3, 7), (7, 7), (16, 64))
 
@@ -53,11 +53,11 @@ def _check_form(projection: Projection, k: int, n: int, what: str) -> None:
 
 
 def _check_randomness(projection: Projection, k: int, n: int, what: str) -> None:
-    before = random_state()
+    before = RandomState.now()
     first, again = _draw(projection, k, n, 0), _draw(projection, k, n, 0)
     if not torch.equal(first, again):
         raise AssertionError(f"{what}: equal generators give different maps")
-    if random_state() != before:
+    if RandomState.now() != before:
         raise AssertionError(f"{what}: a global random number generator was used")
     if n == 1:  # E[PᵀP] = I leaves no more than a sign to chance
         return

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
+from ghost_core.state import random_state_kept
+
 
 def traces(model: nn.Module) -> dict[str, object]:
     """Describe what an engine could leave behind on a model: hooks, attributes and flags."""
@@ -45,28 +47,14 @@ def assert_untouched(before: dict[str, object], model: nn.Module, when: str) -> 
             )
 
 
-def random_state() -> dict[str, Any]:
-    """Return the state of every global random number generator, comparable by ==."""
-    return {
-        "torch": torch.get_rng_state().tolist(),
-        "numpy": [np.asarray(part).tolist() for part in np.random.get_state()],
-        "python": random.getstate(),
-    }
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed every global random number generator inside; restore them afterwards."""
-    numpy, python = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept():
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy)
-            random.setstate(python)
+        yield
 
 
 class Watched:
