@@ -8,11 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from ghost_core._torch import in_backward
+from ghost_core._torch import (
+    address,
+    direct_parameters,
+    forward_hooks,
+    forward_pre_hooks,
+    has_global_forward_hooks,
+    in_backward,
+)
 from ghost_core.algebra import full_precision
 from ghost_core.capture.delivery import Delivery, keep
 from ghost_core.capture.state import CaptureState, Running
@@ -62,13 +68,13 @@ class CallHooks:
     def _guard(self, module: nn.Module) -> None:
         """Refuse calls that the hooks would not see as they are."""
         label = self.tracked.label
-        first = next(iter(module._forward_hooks), None)
-        if first != self._first.id or nn_module._global_forward_hooks:
+        first = next(iter(forward_hooks(module)), None)
+        if first != self._first.id or has_global_forward_hooks():
             raise CaptureError(
                 f"a forward hook on {label} runs before ghost's and may change the output: "
                 "register it before the engine is attached, and no global forward hooks"
             )
-        if next(reversed(module._forward_pre_hooks)) != self._last.id:
+        if next(reversed(forward_pre_hooks(module))) != self._last.id:
             raise CaptureError(
                 f"a forward pre-hook on {label} runs after ghost's and may use parameters: "
                 "register it before the engine is attached"
@@ -77,7 +83,7 @@ class CallHooks:
             raise CaptureError(f"{label} called itself, which cannot be captured: exclude it")
         for local in self.tracked.sites:
             owner, name = owner_of(module, local)
-            parameter = owner._parameters.get(name)
+            parameter = direct_parameters(owner).get(name)
             if parameter is not None and not parameter.is_leaf:
                 raise CaptureError(
                     f"{label} was called with another value for its {local} (by "
@@ -187,11 +193,9 @@ class CallHooks:
             if not self.state.verifier.watching:
                 return rows
             parameters = self.tracked.module.parameters()
-            memory = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+            memory = {address(parameter) for parameter in parameters}
             return [
-                row.clone()
-                if row.shape != was.shape or row.untyped_storage().data_ptr() in memory
-                else row
+                row.clone() if row.shape != was.shape or address(row) in memory else row
                 for row, was in zip(rows, outputs, strict=True)
             ]
 
