@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ghost_core import Call, Dense, Outer, SamplerRegistry, WrongSplitError
+from ghost_core import Dense, Outer, PastCall, SamplerRegistry, WrongSplitError
 from ghost_core.testing import GradientHolder, assert_within, check_sampler
 from ghost_core.tracking import Claim, dotted_name
 from ghost_layers import ConvolutionSampler, Geometry, Patches
@@ -96,7 +96,7 @@ def test_unbatched_input_is_refused(module: nn.Module, shape: tuple[int, ...]) -
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_bias_takes_the_gradient_without_a_copy(memory_format: torch.memory_format) -> None:
     grad = torch.randn(3, 2, 4, 5).to(memory_format=memory_format)
-    call = Call("layer", None, (), {}, (), {"bias": torch.Size([2])})
+    call = PastCall("layer", {"bias": torch.Size([2])})
     gradients = ConvolutionSampler().gradients(call, {}, [grad])
     bias = gradients["bias"]
     assert list(gradients) == ["bias"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ghost_core import Call, Dense, Outer, SamplerRegistry, Tokens, WrongSplitError
+from ghost_core import Dense, Outer, PastCall, SamplerRegistry, Tokens, WrongSplitError
 from ghost_core.testing import GradientHolder, check_sampler
 from ghost_layers import Conv1DSampler, LinearSampler
 
@@ -59,7 +59,7 @@ def test_autocast_keeps_what_the_kernel_saw(registry: SamplerRegistry) -> None:
 
 def test_bias_takes_the_gradient_without_a_copy() -> None:
     grad = torch.randn(3, 2, 3)
-    call = Call("layer", None, (), {}, (), {"bias": torch.Size([3])})
+    call = PastCall("layer", {"bias": torch.Size([3])})
     gradients = LinearSampler().gradients(call, {}, [grad])
     bias = gradients["bias"]
     assert list(gradients) == ["bias"]

@@ -31,7 +31,7 @@ from ghost_core.errors import (
 )
 from ghost_core.plugins import hookimpl
 from ghost_core.projection import Projection
-from ghost_core.sampler import Call, GradientSampler, as_tokens
+from ghost_core.sampler import Call, GradientSampler, PastCall, as_tokens
 from ghost_core.tracking import Claim, Patterns, SamplerRegistry, Site
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "Owned",
     "ParameterCheck",
     "Pass",
+    "PastCall",
     "Patterns",
     "PerSampleGradient",
     "PluginConflictError",

@@ -14,18 +14,38 @@ from ghost_core.algebra import PerSampleGradient, Record
 from ghost_core.errors import CaptureError
 
 
+@dataclass(frozen=True)
+class PastCall:
+    """What is left of a call in the backward pass, where its module may have changed.
+
+    Attributes:
+        name: Dotted name of the module.
+        shapes: The parameters asked for, by local name.
+        static: What `record` set.
+        batch_dim: Axis on which the module itself has its samples.
+        autocast: Dtype of the autocast region that the module ran in; None outside of one.
+    """
+
+    name: str
+    shapes: dict[str, Size]
+    static: Any = None
+    batch_dim: int = 0
+    autocast: torch.dtype | None = None
+
+
 @dataclass
 class Call:
     """One execution of one tracked module.
 
     Attributes:
         name: Dotted name of the module.
-        module: The module; None in the backward pass, when it may have changed.
+        module: The module.
         args: Positional inputs of the module's `forward`, samples on axis 0.
         kwargs: Keyword inputs.
         outputs: The output's tensors that a gradient can reach, samples on axis 0.
         shapes: The parameters asked for, by local name. Frozen and unselected ones are absent.
-        static: Whatever else the sampler needs in the backward pass, set by `record`.
+        static: Whatever else the sampler needs in the backward pass, set by `record`. Tensors
+            belong into records.
         batch_dim: Axis on which the module itself has its samples. Inputs and outputs with more
             axes than that come with it moved to the front.
         autocast: Dtype of the autocast region that the module ran in; None outside of one.
@@ -33,7 +53,7 @@ class Call:
     """
 
     name: str
-    module: nn.Module | None
+    module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[Tensor, ...]
@@ -42,6 +62,10 @@ class Call:
     batch_dim: int = 0
     autocast: torch.dtype | None = None
     before: Any = None
+
+    def past(self) -> PastCall:
+        """Return what the backward pass knows of it."""
+        return PastCall(self.name, self.shapes, self.static, self.batch_dim, self.autocast)
 
     def argument(self, position: int, name: str) -> Any:
         """Return an input that may have come by position or by name."""
@@ -128,12 +152,12 @@ class GradientSampler(ABC):
 
     @abstractmethod
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Return the per-sample gradients.
 
         Args:
-            call: The call, without module, inputs and outputs.
+            call: What is left of the call.
             records: What `record` kept. A factor may come back compressed, as `Tokens`.
             grads: Gradient of the loss for each output, of its shape and dtype; None for outputs
                 that the loss does not depend on, never for all of them.

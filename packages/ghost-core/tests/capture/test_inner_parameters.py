@@ -22,7 +22,7 @@ from ghost_core import (
     UnsupportedLayerError,
     WrongSplitError,
 )
-from ghost_core.sampler import Call
+from ghost_core.sampler import Call, PastCall
 from ghost_core.testing import GradientHolder, PlainLinear, per_sample_gradients
 from ghost_core.tracking import Claim, dotted_name
 
@@ -46,7 +46,7 @@ class Replays(GradientSampler):
         return dict.fromkeys(call.shapes, Inputs(call.args[0]))
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         module, names = call.static, list(call.shapes)
         record = next(iter(records.values()))
@@ -248,10 +248,10 @@ class TurnedSampler(GradientSampler):
         return {"weight": Inputs(call.args[0].transpose(0, 1))}
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         states, last = grads
-        assert call.before is None
+        assert not hasattr(call, "before")
         total = torch.zeros_like(records["weight"].x) if states is None else states.clone()
         if last is not None:
             total[:, -1] += last
@@ -349,7 +349,7 @@ def test_a_part_of_a_parameter_is_returned(assert_held, n) -> None:
             return {}
 
         def gradients(
-            self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+            self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
         ) -> Mapping[str, PerSampleGradient]:
             rows = torch.nn.functional.pad(grads[0], (0, 0, 0, T))
             return {"table": Dense(rows[:, None, None])}

@@ -13,6 +13,7 @@ from ghost_core import (
     CaptureError,
     GradientSampler,
     Outer,
+    PastCall,
     PerSampleGradient,
     Record,
     SamplerRegistry,
@@ -332,7 +333,7 @@ class PairSampler(GradientSampler):
         return {"weight": Tokens(as_tokens(call.argument(0, "x")))}
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> dict[str, PerSampleGradient]:
         first, second = grads
         total = 0 if first is None else first

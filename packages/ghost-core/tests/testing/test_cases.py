@@ -13,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ghost_core import Call, Dense, GradientSampler, PerSampleGradient, Record, SamplerRegistry
+from ghost_core import (
+    Dense,
+    GradientSampler,
+    PastCall,
+    PerSampleGradient,
+    Record,
+    SamplerRegistry,
+)
 from ghost_core.testing import PlainEmbedding, PlainLinear, cases, plain_registry
 from ghost_core.testing.cases import (
     LAYERS,
@@ -144,7 +151,7 @@ class HalfBias(PlainLinear):
     """Forgets half of the tokens in the bias."""
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         made = dict(super().gradients(call, records, grads))
         if isinstance(bias := made.get("bias"), Dense):
@@ -188,7 +195,7 @@ class OnlyFirst(PlainLinear):
     """Is wrong where another layer has the parameter too."""
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         made = super().gradients(call, records, grads)
         if call.name != "second":

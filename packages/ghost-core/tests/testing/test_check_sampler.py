@@ -18,6 +18,7 @@ from ghost_core import (
     GradientSampler,
     InputFactor,
     Outer,
+    PastCall,
     PerSampleGradient,
     Record,
     Rows,
@@ -120,7 +121,7 @@ class SeededLinear(PlainLinear):
     outer: type[Outer]
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         made = dict(super().gradients(call, records, grads))
         if "weight" in made:
@@ -186,7 +187,7 @@ class Swapped(PlainLinear):
     """Takes tokens for samples."""
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         (grad,) = grads
         assert grad is not None
@@ -202,7 +203,7 @@ class SumTimesSumEverywhere(PlainLinear):
     """Sums over tokens too early, in input and gradient."""
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         made = dict(super().gradients(call, records, grads))
         if isinstance(outer := made.get("weight"), Outer):
@@ -223,7 +224,7 @@ class NeedsBoth(PlainLinear):
     """Relies on the weight being asked for."""
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         assert records["weight"]
         return super().gradients(call, records, grads)
@@ -233,7 +234,7 @@ class Squeezes(PlainLinear):
     """Loses the sample axis of a single sample."""
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         (grad,) = grads
         assert grad is not None
@@ -252,7 +253,7 @@ class Meddles(PlainLinear):
     """Changes the gradient that flows on."""
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         made = super().gradients(
             call, records, [grad.clone() for grad in grads if grad is not None]
@@ -272,7 +273,7 @@ class IgnoresCompression(PlainLinear):
         return records
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         return super().gradients(call, {**records, "weight": call.static}, grads)
 
@@ -405,7 +406,7 @@ class PerFeature(PlainLayerNorm):
     """Leaves gradients `[N, T, d]` summed over the wrong axis."""
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         return {
             name: Dense(gradient.terms.cumsum(1))

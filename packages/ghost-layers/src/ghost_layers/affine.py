@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Size, Tensor
 
-from ghost_core import Call, GradientSampler, PerSampleGradient, Record
+from ghost_core import GradientSampler, PastCall, PerSampleGradient, Record
 
 
 class AffineSampler(GradientSampler):
@@ -31,7 +31,7 @@ class AffineSampler(GradientSampler):
         """Return the gradients of the bias, which are the output gradient's terms."""
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Pair what was kept with the output gradient."""
         (grad,) = grads

@@ -14,6 +14,7 @@ from ghost_core import (
     GradientSampler,
     InputFactor,
     Outer,
+    PastCall,
     PerSampleGradient,
     Record,
     Rows,
@@ -68,7 +69,7 @@ class EmbeddingSampler(GradientSampler):
         return kept
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Pair the rows with the output gradient."""
         (grad,) = grads
@@ -111,7 +112,7 @@ class EmbeddingBagSampler(EmbeddingSampler):
         return {"weight": Rows(index.long(), call.shapes["weight"][0], weight)}
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Pair every row of a bag with the bag's output gradient."""
         (grad,) = grads

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from ghost_core import Call, PerSampleGradient, Record
+from ghost_core import Call, PastCall, PerSampleGradient, Record
 from ghost_layers.replay import Forward, Leaf, RefusalError, ReplaySampler, Way, kept
 from ghost_layers.unrolled import Unrolled, differentiate, unroll
 
@@ -64,7 +64,7 @@ class RecurrentSampler(ReplaySampler):
         return _outputs if plain else None
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Run the layer again and differentiate it."""
         plan, replay = kept(call, records)

@@ -167,9 +167,8 @@ class CallHooks:
             kept, saved = keep(batch.listeners, tracked, records)
         made = state.made(tracked)
         parameters = [parameter_of(tracked.module, local) for local in made]
-        # Inputs and outputs live as long as the graph needs them, not as long as the call.
-        call.module, call.args, call.kwargs, call.outputs, call.before = None, (), {}, (), None
-        delivery = Delivery(state, batch, state.pass_, tracked, call, layout, kept, made)
+        past = call.past()
+        delivery = Delivery(state, batch, state.pass_, tracked, past, layout, kept, made)
         tapped: tuple[Tensor, ...] = Tap.apply(  # type: ignore[no-untyped-call]
             delivery.deliver, state.seed, len(outputs), len(made), *outputs, *parameters, *saved
         )

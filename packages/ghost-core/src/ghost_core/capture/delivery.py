@@ -13,7 +13,7 @@ from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
-from ghost_core.sampler import Call
+from ghost_core.sampler import PastCall
 from ghost_core.split import Fold, Layout, unclear_fold
 from ghost_core.tracking import Site, TrackedModule
 
@@ -51,7 +51,7 @@ class Delivery:
         batch: The batch of the call.
         pass_: The pass of the call; None if the call is a recomputation.
         tracked: The module.
-        call: The call.
+        call: What is left of the call.
         layout: Where its outputs have their rows.
         kept: How the engines keep its records.
         made: Local names of the parameters whose gradients an engine makes.
@@ -61,7 +61,7 @@ class Delivery:
     batch: BatchCapture
     pass_: Pass | None
     tracked: TrackedModule
-    call: Call
+    call: PastCall
     layout: Layout
     kept: list[Kept]
     made: tuple[str, ...]

@@ -12,6 +12,7 @@ from ghost_core import (
     Dense,
     GradientSampler,
     Outer,
+    PastCall,
     PerSampleGradient,
     Record,
     Rows,
@@ -35,7 +36,7 @@ class PlainLinear(GradientSampler):
         return {"weight": Tokens(as_tokens(call.argument(0, "input").to(call.outputs[0].dtype)))}
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Pair the input with the output gradient."""
         grad = as_tokens(_only(grads))
@@ -71,7 +72,7 @@ class PlainEmbedding(GradientSampler):
         return {"weight": Rows(index, module.num_embeddings, weight)}
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Pair the rows with the output gradient."""
         factor, grad = records["weight"], _only(grads)
@@ -99,7 +100,7 @@ class PlainLayerNorm(GradientSampler):
         return {"weight": Normalised(call.argument(0, "input"))}
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Multiply the output gradient with the normalised input."""
         grad = as_tokens(_only(grads)).squeeze(2)  # [N, T, d]

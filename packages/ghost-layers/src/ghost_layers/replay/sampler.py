@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ghost_core import Call, Dense, GradientSampler, PerSampleGradient, Record, WrongSplitError
+from ghost_core import (
+    Call,
+    Dense,
+    GradientSampler,
+    PastCall,
+    PerSampleGradient,
+    Record,
+    WrongSplitError,
+)
 from ghost_core.tracking import dotted_name
 from ghost_layers.replay.before import Before, RandomState, RefusalError
 from ghost_layers.replay.gradients import gradients
@@ -86,7 +94,6 @@ class ReplaySampler(GradientSampler):
         Raises:
             WrongSplitError: If there is none, naming the reason.
         """
-        assert call.module is not None
         try:
             call.static, replay = self._planned(call, call.module)
         except RefusalError as refusal:
@@ -99,7 +106,7 @@ class ReplaySampler(GradientSampler):
         return {next(iter(call.shapes)): replay}
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Run the call again and differentiate it for each sample."""
         plan, replay = kept(call, records)
@@ -172,7 +179,7 @@ class GenericSampler(ReplaySampler):
     methods = ()
 
 
-def kept(call: Call, records: Mapping[str, Record]) -> tuple[Plan, Replay]:
+def kept(call: PastCall, records: Mapping[str, Record]) -> tuple[Plan, Replay]:
     """Return what a `ReplaySampler` kept of a call."""
     plan: Plan = call.static
     (replay,) = records.values()

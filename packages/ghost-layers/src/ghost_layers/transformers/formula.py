@@ -128,8 +128,7 @@ def _largest_error(sampler: FormulaChecked, module: nn.Module) -> float:
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         call = Call(dotted_name(type(module)), twin, (inputs,), {}, (output.detach(),), shapes)
         records = sampler.record(call)
-        call = Call(call.name, None, (), {}, (), shapes, call.static)
-        held = sampler.gradients(call, records, [slope])
+        held = sampler.gradients(call.past(), records, [slope])
         # Even in float64, some of these layers compute in float32.
         epsilon = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
         errors = [

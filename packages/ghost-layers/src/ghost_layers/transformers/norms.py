@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghost_core import Call, GradientSampler, PerSampleGradient, Record
+from ghost_core import Call, GradientSampler, PastCall, PerSampleGradient, Record
 from ghost_layers.normalization import LayerNormSampler, Normalized, ScaleSampler
 from ghost_layers.shapes import only_input
 from ghost_layers.transformers.formula import FormulaChecked, Random
@@ -88,7 +88,7 @@ class ImageLayerNormSampler(FormulaChecked, LayerNormSampler):
         return record.replace(x=record.x.movedim(1, -1)) if call.static else record
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Multiply the normalised input by the output gradient."""
         (grad,) = grads

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghost_core import Call, Dense, GradientSampler, PerSampleGradient, Record
+from ghost_core import Dense, GradientSampler, PastCall, PerSampleGradient, Record
 from ghost_core.sampler import own_parameters
 from ghost_layers.replay import Forward, ReplaySampler, Way, floating, kept
 from ghost_layers.transformers.names import class_names
@@ -46,7 +46,7 @@ class RelativeBiasSampler(ReplaySampler):
         return None
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Run the module again, and differentiate what was looked up, then the table."""
         plan, replay = kept(call, records)

@@ -13,6 +13,7 @@ from ghost_core import (
     Engine,
     GradientSampler,
     Pass,
+    PastCall,
     PerSampleGradient,
     Projection,
     Record,
@@ -50,7 +51,7 @@ class ScaleSampler(GradientSampler):
         return {"weight": Inputs(_tokens(call.argument(0, "inputs")))}
 
     def gradients(
-        self, call: Call, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         inputs = records["weight"]
         assert isinstance(inputs, Inputs)
