@@ -211,7 +211,7 @@ def origins(package):
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     return {
         alias.asname or alias.name: node.module
-        for node in tree.body
+        for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

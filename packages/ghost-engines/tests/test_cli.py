@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ghost_engines
 from ghost_core.plugins import Plugin
 from ghost_engines import ProjectionEngine, cli
 from ghost_engines.store import GradientStore, StoredRows
@@ -57,6 +58,46 @@ def test_help_names_the_commands_and_what_they_take(capsys):
         assert all(word in said for word in words)
 
 
+@pytest.mark.parametrize(
+    "arguments", ["--help", "--version", "store --help", "verify --help", "plugins --help", "nope"]
+)
+def test_what_needs_no_torch_does_not_wait_for_it(arguments):
+    code = f"""
+import sys
+from ghost_engines.cli import main
+try:
+    status = main({arguments.split()!r})
+except SystemExit as ended:
+    status = ended.code
+assert "torch" not in sys.modules
+sys.exit(status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == (2 if arguments == "nope" else 0), done.stderr
+    assert "ghost" in done.stdout + done.stderr
+
+
+def test_the_public_names_are_there_although_imported_late():
+    code = """
+import sys
+import ghost_engines
+assert "torch" not in sys.modules
+assert {"GramEngine", "cli"} - {*dir(ghost_engines)} == {"cli"}
+assert not hasattr(ghost_engines, "NoSuchEngine")
+assert "torch" not in sys.modules
+from ghost_engines import *
+from ghost_engines import gram
+assert GramEngine is gram.GramEngine is ghost_engines.GramEngine
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ghost_engines.__all__:
+        assert getattr(ghost_engines, name) is not None
+        assert name in dir(ghost_engines)
+    with pytest.raises(AttributeError, match="'ghost_engines' has no attribute 'NoSuchEngine'"):
+        _ = ghost_engines.NoSuchEngine
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr() == (f"ghost {metadata.version('ghost-engines')}\n", "")
@@ -95,7 +136,7 @@ def test_a_plugin_that_does_not_work_says_so_on_its_row(monkeypatch, capsys):
             Plugin("off:z", "3", disabled=True),
         )
 
-    monkeypatch.setattr(cli, "installed", Found)
+    monkeypatch.setattr("ghost_engines.cli.plugins.installed", Found)
     assert cli.main(["plugins"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
         "bad:x\t1\t-\tfailed: ImportError: no module",

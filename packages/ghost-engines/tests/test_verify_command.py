@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ghost_core import GhostError
 from ghost_engines import cli
 from ghost_engines.cli import models
 from ghost_engines.cli.batches import load_batch
@@ -189,7 +190,7 @@ def test_a_layer_that_nobody_handles_is_a_refusal(capsys, monkeypatch):
 
 def test_at_a_terminal_it_is_aligned_and_shows_the_worst(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr("ghost_engines.cli.verify_command._SHOWN", 3)
+    monkeypatch.setattr("ghost_engines.cli.verify._SHOWN", 3)
     assert verify("subjects:tiny", "--data", "subjects:ids") == 0
     out = capsys.readouterr().out
     assert "\t" not in out
@@ -202,7 +203,7 @@ def test_at_a_terminal_it_is_aligned_and_shows_the_worst(capsys, monkeypatch):
 
 
 def test_into_a_pipe_every_parameter_is_shown(capsys, monkeypatch):
-    monkeypatch.setattr("ghost_engines.cli.verify_command._SHOWN", 1)
+    monkeypatch.setattr("ghost_engines.cli.verify._SHOWN", 1)
     assert verify(*MLP) == 0
     assert len(parts(capsys.readouterr().out)[0][-1]) == 1 + 4
 
@@ -222,7 +223,7 @@ def test_progress_is_shown_at_a_terminal_only_and_counts_samples(monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("ghost_engines.cli.verify_command.tqdm", Bar)
+    monkeypatch.setattr("ghost_engines.cli.verify.tqdm", Bar)
     assert verify(*MLP, "--samples", 4) == 0
     assert counted == [1] * 4
     assert given["total"] == 4
@@ -231,7 +232,7 @@ def test_progress_is_shown_at_a_terminal_only_and_counts_samples(monkeypatch):
 
 def test_at_a_terminal_all_that_is_wrong_is_shown(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr("ghost_engines.cli.verify_command._SHOWN", 1)
+    monkeypatch.setattr("ghost_engines.cli.verify._SHOWN", 1)
     assert verify(*MLP[:4], "subjects:coupled") == 1
     out = capsys.readouterr().out
     assert out.count("WRONG") == 4
@@ -338,7 +339,7 @@ def test_a_mask_in_the_file_is_used(tmp_path):
     assert batch.keys() == {"input_ids", "attention_mask"}
     assert batch["attention_mask"].tolist() == [[0, 1, 1]]
     save_file({"input_ids": ids, "attention_mask": mask[:, :2]}, tmp_path / "bad.safetensors")
-    with pytest.raises(cli.GhostError, match=r"has shape \(1, 2\), 'input_ids' \(1, 3\)"):
+    with pytest.raises(GhostError, match=r"has shape \(1, 2\), 'input_ids' \(1, 3\)"):
         batch_of("bad.safetensors")
 
 

@@ -1,18 +1,22 @@
 """Engines that use per-sample gradients: dot products, norms, projections; a store, its search."""
 
-from ghost_engines.blocks import Block
-from ghost_engines.cosine import CosineEngine, Cosines
-from ghost_engines.digest import model_digest
-from ghost_engines.dot_product import DotProductEngine
-from ghost_engines.gram import Between, Gram, GramEngine
-from ghost_engines.holding import HoldingEngine, LossWeights
-from ghost_engines.in_run import InRunValues
-from ghost_engines.norms import NormEngine, Norms
-from ghost_engines.projection import ProjectedRows, ProjectionEngine
-from ghost_engines.results import Result, SummedResult
-from ghost_engines.scores import Scores, SegmentScores
-from ghost_engines.scoring import ScoreObserver, ScoringEngine
-from ghost_engines.store import DamagedStoreError, GradientStore, Neighbours, StoreError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ghost_engines.blocks import Block
+    from ghost_engines.cosine import CosineEngine, Cosines
+    from ghost_engines.digest import model_digest
+    from ghost_engines.dot_product import DotProductEngine
+    from ghost_engines.gram import Between, Gram, GramEngine
+    from ghost_engines.holding import HoldingEngine, LossWeights
+    from ghost_engines.in_run import InRunValues
+    from ghost_engines.norms import NormEngine, Norms
+    from ghost_engines.projection import ProjectedRows, ProjectionEngine
+    from ghost_engines.results import Result, SummedResult
+    from ghost_engines.scores import Scores, SegmentScores
+    from ghost_engines.scoring import ScoreObserver, ScoringEngine
+    from ghost_engines.store import DamagedStoreError, GradientStore, Neighbours, StoreError
 
 __all__ = [
     "Between",
@@ -41,3 +45,26 @@ __all__ = [
     "SummedResult",
     "model_digest",
 ]
+
+_ROOMS = (
+    "blocks", "cosine", "digest", "dot_product", "gram", "holding", "in_run", "norms", "projection",
+    "results", "scores", "scoring", "store",
+)  # fmt: skip
+"""The modules that the names above come from."""
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is asked for (PEP 562).
+
+        The command `ghost` lives in this package, and its help should not wait for torch.
+        """
+        if name in __all__:
+            for room in _ROOMS:
+                module = import_module(f"{__name__}.{room}")
+                if hasattr(module, name):
+                    return globals().setdefault(name, getattr(module, name))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

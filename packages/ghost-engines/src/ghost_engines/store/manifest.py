@@ -7,7 +7,6 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -16,6 +15,7 @@ import torch
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.files import write_atomically
+from ghost_engines.versions import version
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -161,14 +161,6 @@ class Manifest:
     def torch_dtype(self) -> torch.dtype:
         """Dtype of the rows."""
         return STORAGE_DTYPES[self.dtype]
-
-
-def version(distribution: str) -> str:
-    """Return the installed version of a distribution, or `unknown` if it runs from its source."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:

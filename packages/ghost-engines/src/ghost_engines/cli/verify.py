@@ -1,4 +1,4 @@
-"""The command `ghost verify`."""
+"""What `ghost verify` does."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
@@ -21,77 +20,36 @@ from ghost_core import UnsupportedLayerError, WrongSplitError
 from ghost_core.compare import Comparison, compare
 from ghost_core.plugins import select
 from ghost_engines.cli.batches import load_batch
+from ghost_engines.cli.commands import Verify
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import find_function, importable_from_here, reporting
 from ghost_engines.cli.losses import next_token_losses
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.tables import print_table, while_read
 
-DType = Literal["float64", "float32", "bfloat16", "float16", "as-is"]
-Named = tyro.conf.arg
-Count = Annotated[int | None, Named(metavar="INT")]
-
 _SHOWN = 20  # rows of a table at a terminal
 
 
-def verify(
-    model: Annotated[str, Named(metavar="MODEL")],
-    /,
-    *,
-    data: Annotated[str, Named(metavar="DATA")],
-    loss: Annotated[str | None, Named(metavar="LOSS")] = None,
-    samples: int = 8,
-    batch_size: Count = None,
-    max_tokens: Count = None,
-    field: str = "text",
-    dtype: DType = "float64",
-    layers: Annotated[str, Named(metavar="GLOBS")] = "*",
-    exclude: Annotated[str, Named(metavar="GLOBS")] = "",
-    tolerance: Annotated[float | None, Named(metavar="FLOAT")] = None,
-    seed: int = 0,
-    train: bool = False,
-    device: str = "cpu",
-) -> int:
-    """Compare ghost's per-sample gradients with one autograd call each, on a model of yours.
-
-    Exits with 0 if all are exact; 1 if one is wrong, or ghost refuses the model; 2 if it could not
-    be tried.
-
-    Args:
-        model: Folder of a checkpoint of transformers, or module:function that returns a module.
-        data: File of texts (.txt, one a line; .jsonl) or of token ids [N, T] (.npy, .safetensors;
-            negative ids are padding), or module:function that returns a batch.
-        loss: module:function that takes model and batch and returns one loss per sample, [N]. By
-            default each sample's mean cross-entropy of next tokens.
-        samples: How many samples to compare.
-        batch_size: How many samples to take from a file, from its start; 16 by default.
-        max_tokens: Tokens to take of each sample in a file; 128 by default for texts.
-        field: Key of the text in lines of JSON.
-        dtype: What to cast model and batch to. Only float64 tells rounding from mistakes.
-        layers: Globs over names of modules or parameters, separated by commas: what to track.
-        exclude: Globs, separated by commas: what to leave out of it.
-        tolerance: Error allowed, relative to norms; by default 1e-9 in float64.
-        seed: Seed of the random number generators.
-        train: Verify in training mode, with dropout.
-        device: Where to compute: cpu, cuda, cuda:1, ...
-    """
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def verify(options: Verify) -> int:
+    """Compare, print what was found, and return the exit status."""
+    random.seed(options.seed)
+    np.random.seed(options.seed)
+    torch.manual_seed(options.seed)
     with importable_from_here():
-        subject = _load(model, data, loss, dtype, device, batch_size, max_tokens, field)
-        subject.model.train(train)
-        mode = "training" if train else "evaluation"
+        subject = _load(options)
+        subject.model.train(options.train)
+        mode = "training" if options.train else "evaluation"
         with while_read():
             print_table(("property", "value"), [*subject.described(), ("mode", mode)])
+        bar = tqdm(total=options.samples, desc="samples", disable=None, delay=1.0, leave=False)
         try:
-            with tqdm(total=samples, desc="samples", disable=None, delay=1.0, leave=False) as bar:
+            with bar:
                 found = compare(
                     subject.model,
                     subject.losses,
-                    select(layers, exclude),
-                    samples=samples,
-                    tolerance=tolerance,
+                    select(options.layers, options.exclude),
+                    samples=options.samples,
+                    tolerance=options.tolerance,
                     progress=bar.update,
                 )
         except (UnsupportedLayerError, WrongSplitError) as error:
@@ -139,32 +97,30 @@ class _Subject:
         yield "loss", loss
 
 
-def _load(
-    model: str,
-    data: str,
-    loss: str | None,
-    dtype: DType,
-    device: str,
-    batch_size: int | None,
-    max_tokens: int | None,
-    field: str,
-) -> _Subject:
+def _load(options: Verify) -> _Subject:
     """Load model, batch and loss, the cheapest first."""
     default = "mean cross-entropy of each sample's next tokens"
-    function = (
-        reporting(next_token_losses, "the model") if loss is None else find_function(loss, "--loss")
-    )
-    loaded = load_model(model)
+    if options.loss is None:
+        function = reporting(next_token_losses, "the model")
+    else:
+        function = find_function(options.loss, "--loss")
+    loaded = load_model(options.model)
     batch = load_batch(
-        data, model, loaded, field=field, batch_size=batch_size, max_tokens=max_tokens
+        options.data,
+        options.model,
+        loaded,
+        field=options.field,
+        batch_size=options.batch_size,
+        max_tokens=options.max_tokens,
     )
-    wanted = None if dtype == "as-is" else getattr(torch, dtype)
+    wanted = None if options.dtype == "as-is" else getattr(torch, options.dtype)
     try:
-        loaded.to(device=device, dtype=wanted)
-        batch = tree_map(lambda leaf: _moved(leaf, device, wanted), batch)
+        loaded.to(device=options.device, dtype=wanted)
+        batch = tree_map(lambda leaf: _moved(leaf, options.device, wanted), batch)
     except (RuntimeError, AssertionError) as error:  # torch was built without the device
-        raise CommandError(f"--device {device}: {error}") from error
-    return _Subject((model, data, loss or default), loaded, batch, function)
+        raise CommandError(f"--device {options.device}: {error}") from error
+    names = options.model, options.data, options.loss or default
+    return _Subject(names, loaded, batch, function)
 
 
 def _moved(leaf: Any, device: str, dtype: torch.dtype | None) -> Any:
