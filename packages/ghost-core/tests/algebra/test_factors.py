@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghost_core import InputFactor, Record, Rows, Tokens
+from ghost_core import InputFactor, Lookups, Record, Tokens
 
 N, M, T, S, D, P, K = 3, 2, 4, 5, 6, 2, 3
 
@@ -16,9 +16,9 @@ Make = Callable[[int, int], InputFactor]
 FACTORS: dict[str, Make] = {
     "tokens": lambda n, t: Tokens(random(n, t, 1, D)),
     "groups": lambda n, t: Tokens(random(n, t, 2, D)),
-    "rows": lambda n, t: Rows(torch.randint(0, D, (n, t)), D),
-    "weighted rows": lambda n, t: Rows(torch.randint(0, D, (n, t)), D, random(n, t)),
-    "one row": lambda n, t: Rows(torch.full((n, t), 1), D),
+    "rows": lambda n, t: Lookups(torch.randint(0, D, (n, t)), D),
+    "weighted rows": lambda n, t: Lookups(torch.randint(0, D, (n, t)), D, random(n, t)),
+    "one row": lambda n, t: Lookups(torch.full((n, t), 1), D),
 }
 
 
@@ -76,14 +76,14 @@ def test_a_factor_without_shortcuts_works_through_its_dense_form() -> None:
 
 
 def test_rows_of_one_sample_count_every_time() -> None:
-    factor = Rows(torch.tensor([[1, 1, 1]]), 3)
+    factor = Lookups(torch.tensor([[1, 1, 1]]), 3)
     grad = torch.tensor([[[[1.0]], [[10.0]], [[100.0]]]])
     assert factor.outer(grad).flatten().tolist() == [0, 111, 0]
     assert factor.sum_outer(grad).flatten().tolist() == [0, 111, 0]
 
 
 def test_padding_weighs_nothing() -> None:
-    factor = Rows(torch.tensor([[1, 2]]), 3, torch.tensor([[1.0, 0.0]]))
+    factor = Lookups(torch.tensor([[1, 2]]), 3, torch.tensor([[1.0, 0.0]]))
     grad = torch.ones(1, 2, 1, 1)
     assert factor.outer(grad).flatten().tolist() == [0, 1, 0]
     assert factor.mix(torch.ones(1, 1, 3)).flatten().tolist() == [1, 0]
@@ -102,7 +102,7 @@ def test_expand_repeats_the_one_sample(make: Make) -> None:
 
 
 def test_a_record_lists_its_tensors_and_keeps_the_rest() -> None:
-    rows = Rows(torch.zeros(2, 3, dtype=torch.int64), 7)
+    rows = Lookups(torch.zeros(2, 3, dtype=torch.int64), 7)
     assert rows.tensors().keys() == {"index"}
     changed = rows.replace(index=torch.ones(2, 3, dtype=torch.int64))
     assert changed.size == 7

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Size, Tensor
 
 import ghost_core.algebra.gradients
-from ghost_core import Dense, Outer, PerSampleGradient, Rows, Tokens
+from ghost_core import Dense, Lookups, Outer, PerSampleGradient, Tokens
 from ghost_core.algebra import chunks, gram_of_uses, matrix_shape, paired_of_uses
 from ghost_core.testing import Gradients, assert_within, check_operations
 
@@ -32,7 +32,7 @@ def transposed(n: int, t: int, d: int, p: int) -> Outer:
 def rows(n: int, t: int, size: int, p: int, weighted: bool = False) -> Outer:
     index = torch.randint(0, size, (n, t))
     weight = (torch.rand(n, t) > 0.4).double() if weighted else None
-    return Outer(Rows(index, size, weight), random(n, t, 1, p), Size((size, p)))
+    return Outer(Lookups(index, size, weight), random(n, t, 1, p), Size((size, p)))
 
 
 def dense(n: int, t: int, *shape: int) -> Dense:
@@ -75,7 +75,7 @@ def built(gradient: PerSampleGradient) -> Tensor:
     n, t, groups, p = grad.shape
     for sample in range(n):
         for token in range(t):
-            if isinstance(factor, Rows):
+            if isinstance(factor, Lookups):
                 weight = 1 if factor.weight is None else factor.weight[sample, token]
                 row = factor.index[sample, token]
                 result[sample, row] += weight * grad[sample, token, 0]
@@ -190,7 +190,7 @@ def test_bfloat16_is_widened_before_any_product(case: str) -> None:
         factor = gradient.factor
         if isinstance(factor, Tokens):
             factor = factor.replace(x=factor.x.bfloat16())
-        elif isinstance(factor, Rows) and factor.weight is not None:
+        elif isinstance(factor, Lookups) and factor.weight is not None:
             factor = factor.replace(weight=factor.weight.bfloat16())
         return Outer(factor, gradient.grad.bfloat16(), gradient.shape)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Size, Tensor
 
-from ghost_core import Dense, Outer, PerSampleGradient, Rows, Tokens
+from ghost_core import Dense, Lookups, Outer, PerSampleGradient, Tokens
 from ghost_core.algebra import Owned
 from ghost_core.split import Fold
 from ghost_core.testing import Gradients, assert_within, check_operations
@@ -22,7 +22,7 @@ def linear(rows: int) -> PerSampleGradient:
 
 def table(rows: int) -> PerSampleGradient:
     index = torch.randint(0, 5, (rows, 4))
-    return Outer(Rows(index, 5), random(rows, 4, 1, 3), Size((5, 3)))
+    return Outer(Lookups(index, 5), random(rows, 4, 1, 3), Size((5, 3)))
 
 
 def bias(rows: int) -> PerSampleGradient:

@@ -14,6 +14,7 @@ from ghost_core import CaptureError, Dense, Outer, SamplerRegistry, WrongSplitEr
 from ghost_core.algebra import PRECISIONS
 from ghost_core.compare import check_losses, choose_samples, compare, comparison
 from ghost_core.plugins import select
+from ghost_core.state import RandomState
 from ghost_core.testing import (
     GradientHolder,
     PlainEmbedding,
@@ -23,7 +24,7 @@ from ghost_core.testing import (
     next_token_losses,
     plain_registry,
 )
-from ghost_core.testing.snapshots import assert_untouched, random_state, traces
+from ghost_core.testing.snapshots import assert_untouched, traces
 from ghost_core.tracking import Claim, dotted_name
 
 N, T, D = 6, 5, 4
@@ -597,14 +598,14 @@ def test_a_sample_without_a_gradient_is_compared_too(model, inputs):
 def everything(model):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = {name: each.grad for name, each in model.named_parameters()}
-    return state, gradients, random_state(), traces(model)
+    return state, gradients, RandomState.now(), traces(model)
 
 
 def assert_as_before(before, model):
     state, gradients, randomness, found = before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(each.grad is gradients[name] for name, each in model.named_parameters())
-    assert random_state() == randomness
+    assert RandomState.now() == randomness
     assert_untouched(found, model, "after a comparison")
 
 

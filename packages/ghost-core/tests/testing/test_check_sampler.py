@@ -17,11 +17,11 @@ from ghost_core import (
     Dense,
     GradientSampler,
     InputFactor,
+    Lookups,
     Outer,
     PastCall,
     PerSampleGradient,
     Record,
-    Rows,
     Tokens,
     UnsupportedLayerError,
 )
@@ -349,11 +349,11 @@ class CountsPadding(PlainEmbedding):
         return {
             name: record.replace(weight=None)
             for name, record in super().record(call).items()
-            if isinstance(record, Rows)
+            if isinstance(record, Lookups)
         }
 
 
-class LastWins(Rows):
+class LastWins(Lookups):
     """Writes duplicates over one another."""
 
     def outer(self, grad: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ class LastWins(Rows):
         return table.mT.unsqueeze(1)
 
 
-class OncePerRow(Rows):
+class OncePerRow(Lookups):
     """Meets every other row once."""
 
     def inner(self, other: InputFactor | Tensor, *, paired: bool) -> Tensor:
@@ -373,11 +373,11 @@ class OncePerRow(Rows):
 
 
 class SeededEmbedding(PlainEmbedding):
-    rows: type[Rows]
+    rows: type[Lookups]
 
     def record(self, call: Call) -> Mapping[str, Record]:
         made = super().record(call)["weight"]
-        assert isinstance(made, Rows)
+        assert isinstance(made, Lookups)
         return {"weight": self.rows(made.index, made.size, made.weight)}
 
 
@@ -395,7 +395,7 @@ def test_padding_that_counts() -> None:
         (OncePerRow, r"Embedding\.weight, paired: .* entries are off"),
     ],
 )
-def test_duplicate_rows(rows: type[Rows], message: str) -> None:
+def test_duplicate_rows(rows: type[Lookups], message: str) -> None:
     sampler = type("Seeded", (SeededEmbedding,), {"rows": rows})
     check_sampler(PlainEmbedding, nn.Embedding(30, 40), token_ids(), uses=2)
     with pytest.raises(AssertionError, match=message):

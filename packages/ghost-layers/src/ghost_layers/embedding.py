@@ -13,11 +13,11 @@ from ghost_core import (
     CaptureError,
     GradientSampler,
     InputFactor,
+    Lookups,
     Outer,
     PastCall,
     PerSampleGradient,
     Record,
-    Rows,
     as_tokens,
 )
 from ghost_core.algebra import accumulation_dtype
@@ -48,7 +48,7 @@ class EmbeddingSampler(GradientSampler):
         index: Tensor = only_input(call)
         index = index.reshape(len(index), index.shape[1:].numel()).long()  # [N, T]
         weight = self.token_weight(module, index, call.outputs[0])
-        return {"weight": Rows(index, call.shapes["weight"][0], weight)}
+        return {"weight": Lookups(index, call.shapes["weight"][0], weight)}
 
     def token_weight(self, module: Any, index: Tensor, output: Tensor) -> Tensor | None:
         """Return what rows are multiplied by before they are returned or summed.
@@ -109,7 +109,7 @@ class EmbeddingBagSampler(EmbeddingSampler):
         elif kept is not None:
             weight = weight * kept
         call.static = index.shape[1]
-        return {"weight": Rows(index.long(), call.shapes["weight"][0], weight)}
+        return {"weight": Lookups(index.long(), call.shapes["weight"][0], weight)}
 
     def gradients(
         self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]

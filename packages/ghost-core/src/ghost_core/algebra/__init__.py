@@ -1,6 +1,6 @@
 """What a per-sample gradient is and what can be asked of it; knows no module and no model."""
 
-from ghost_core.algebra.factors import InputFactor, Record, Rows, Tokens
+from ghost_core.algebra.factors import InputFactor, Lookups, Record, Tokens
 from ghost_core.algebra.gradients import (
     Dense,
     Outer,
@@ -12,18 +12,19 @@ from ghost_core.algebra.gradients import (
 )
 from ghost_core.algebra.numerics import accumulation_dtype, chunks, full_precision
 from ghost_core.algebra.owned import Owned
-from ghost_core.algebra.precision import PRECISIONS, Precision, floating_dtypes
+from ghost_core.algebra.precision import INSIDE, PRECISIONS, Precision, floating_dtypes
 
 __all__ = [
+    "INSIDE",
     "PRECISIONS",
     "Dense",
     "InputFactor",
+    "Lookups",
     "Outer",
     "Owned",
     "PerSampleGradient",
     "Precision",
     "Record",
-    "Rows",
     "Tokens",
     "accumulation_dtype",
     "as_rows",

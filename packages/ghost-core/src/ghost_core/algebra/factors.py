@@ -140,7 +140,7 @@ class Tokens(InputFactor):
 
 
 @dataclass(frozen=True)
-class Rows(InputFactor):
+class Lookups(InputFactor):
     """One-hot inputs, as an embedding sees them; never built as such but in `dense()`.
 
     The parameter is laid out `[size, p]`, so a head that shares it with an embedding is
@@ -175,7 +175,7 @@ class Rows(InputFactor):
 
     def inner(self, other: InputFactor | Tensor, *, paired: bool) -> Tensor:
         """Compare indices, or gather from dense vectors; see `InputFactor.inner`."""
-        if isinstance(other, Rows):
+        if isinstance(other, Lookups):
             same = _tokens_left(self.index, paired) == _tokens_right(other.index, paired)
             product = same.double()
             if other.weight is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,12 @@ class Precision:
     tolerance: float
     floor: float
 
+    @classmethod
+    def of(cls, dtypes: Iterable[torch.dtype]) -> Precision:
+        """Return what can be asked where several dtypes were used: what the narrowest allows."""
+        narrowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        return PRECISIONS.get(narrowest, PRECISIONS[torch.bfloat16])
+
 
 PRECISIONS = {
     torch.float64: Precision(1e-9, 1e-4),
@@ -33,10 +39,13 @@ PRECISIONS = {
     torch.bfloat16: Precision(5e-2, 1e-2),
     torch.float16: Precision(5e-2, 1e-2),
 }
-"""Precision by the narrowest dtype of a module's parameters, casts of these, inputs and gradients.
+"""Precision by dtype: of parameters, casts of these, inputs and gradients.
 
 Below float64 the tolerance includes what the backward pass of the layer itself loses.
 """
+
+INSIDE = 1e-5
+"""Error of a layer that computes in float32 inside, as norms do, whatever dtype it is given."""
 
 
 def floating_dtypes(kept: Record | PerSampleGradient) -> Iterator[torch.dtype]:

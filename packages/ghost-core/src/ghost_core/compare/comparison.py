@@ -59,7 +59,7 @@ def compare(
         verify: Whether to verify the split by sample; without, samples that mix are not refused
             but found in the values.
         samples: How many samples to compare, spread over the batch, first and last included.
-        tolerance: Error allowed, between 0 and 1; by default that of `PRECISIONS`.
+        tolerance: Error allowed, between 0 and 1; by default that of `Precision.of` their dtypes.
         owners: Tensors that the option `row_owner` names, as `Engine.batch` takes them.
         progress: Called with 1 after each sample.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ghost_core.algebra import PerSampleGradient
+from ghost_core.algebra import INSIDE, PerSampleGradient
 from ghost_core.capture import Pass
 from ghost_core.compare.report import Comparison
 from ghost_core.compare.run import Run
@@ -29,7 +29,7 @@ def diagnose(run: Run, found: Comparison) -> str:
     mixed = {name: None for name in reached if name in others or name in met}
     if mixed.keys().isdisjoint(check.parameter for check in found.wrong):
         samplers = ", ".join(dict.fromkeys(check.sampler for check in found.wrong))
-        if all(check.error < 1e-5 for check in found.wrong):
+        if all(check.error < INSIDE for check in found.wrong):
             return (
                 "Reason: errors this small are rounding, if these modules compute in float32 "
                 f"whatever the dtype of their parameters is; else {samplers} is slightly off.\n"

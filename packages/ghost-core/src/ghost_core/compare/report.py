@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ghost_core.algebra import (
-    PRECISIONS,
     Precision,
 )
 from ghost_core.compare.remainder import Remainder
@@ -157,7 +156,7 @@ def check_parameters(
         remainders: What is left for each group of samples.
         modules: The tracked modules.
         dtypes: Dtypes that were seen besides the parameter's own, by parameter.
-        tolerance: Error allowed; by default that of `PRECISIONS`.
+        tolerance: Error allowed; by default that of `Precision.of` their dtypes.
 
     Raises:
         CaptureError: If all expected gradients are zero, and those found are.
@@ -204,8 +203,7 @@ def _precision(
     """Return what can be asked of a parameter, given the modules that own it."""
     sites = [site for tracked in owners for site in tracked.sites.values()]
     seen = {site.dtype for site in sites}.union(*(dtypes.get(site.parameter, ()) for site in sites))
-    narrowest = max(seen, key=lambda dtype: torch.finfo(dtype).eps)
-    return PRECISIONS.get(narrowest, PRECISIONS[torch.bfloat16])
+    return Precision.of(seen)
 
 
 def _joined(values: Iterable[Tensor]) -> Tensor:

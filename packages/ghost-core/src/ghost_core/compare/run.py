@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ghost_core.algebra import PRECISIONS, PerSampleGradient, Record, floating_dtypes
+from ghost_core.algebra import PerSampleGradient, Precision, Record, floating_dtypes
 from ghost_core.capture import Freeze, Listener, Pass, Recorder
 from ghost_core.compare.casts import CastMode
 from ghost_core.compare.remainder import Remainder
@@ -156,7 +156,7 @@ def check_losses(losses: object, expected: Tensor | None = None) -> Tensor:
     if wrong := (~losses.isfinite()).nonzero().flatten().tolist():
         raise CaptureError(f"the loss of sample {wrong[0]} is not finite: {losses[wrong[0]]}")
     if expected is not None:
-        allowed = PRECISIONS.get(losses.dtype, PRECISIONS[torch.float32]).tolerance
+        allowed = Precision.of([losses.dtype]).tolerance
         if losses.shape != expected.shape or (
             (losses.detach() - expected).abs().max() > allowed * expected.abs().max()
         ):

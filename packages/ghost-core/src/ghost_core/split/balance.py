@@ -16,12 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core._torch import gradient_hooks, tidy_gradient_hooks
-from ghost_core.algebra import PRECISIONS, PerSampleGradient, floating_dtypes
+from ghost_core.algebra import INSIDE, PerSampleGradient, Precision, floating_dtypes
 from ghost_core.errors import UnbalancedError
 from ghost_core.hooks import Hook
-
-_INSIDE = 1e-5
-"""Error allowed at least, since layers may compute in float32 inside, as norms do."""
 
 
 @dataclass
@@ -99,13 +96,10 @@ class Balance:
         whole = sum(account.scale**2 for account in accounts.values()) ** 0.5
         wrong: dict[str, float] = {}
         for name, account in accounts.items():
-            seen = {self._parameters[name].dtype, *account.dtypes}
-            precision = PRECISIONS.get(
-                max(seen, key=lambda dtype: torch.finfo(dtype).eps), PRECISIONS[torch.bfloat16]
-            )
+            precision = Precision.of({self._parameters[name].dtype, *account.dtypes})
             scale = max(account.scale, precision.floor * whole)
             # Overflow is for the scores to tell; where nothing arrived at all, any gradient is off.
-            if account.off > max(precision.tolerance, _INSIDE) * scale:
+            if account.off > max(precision.tolerance, INSIDE) * scale:
                 wrong[name] = account.off / scale if scale else float("inf")
         if wrong:
             worst = max(wrong, key=lambda name: wrong[name])

@@ -11,11 +11,11 @@ from ghost_core import (
     Call,
     Dense,
     GradientSampler,
+    Lookups,
     Outer,
     PastCall,
     PerSampleGradient,
     Record,
-    Rows,
     SamplerRegistry,
     Tokens,
     as_tokens,
@@ -69,14 +69,14 @@ class PlainEmbedding(GradientSampler):
         index = index.reshape(index.shape[0], index.shape[1:].numel())
         padding = module.padding_idx
         weight = None if padding is None else (index != padding).to(call.outputs[0].dtype)
-        return {"weight": Rows(index, module.num_embeddings, weight)}
+        return {"weight": Lookups(index, module.num_embeddings, weight)}
 
     def gradients(
         self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Pair the rows with the output gradient."""
         factor, grad = records["weight"], _only(grads)
-        assert isinstance(factor, Rows | Tokens)
+        assert isinstance(factor, Lookups | Tokens)
         return {"weight": Outer(factor, as_tokens(grad), call.shapes["weight"])}
 
 

@@ -9,13 +9,15 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ghost_core import GradientSampler, InputFactor, Record, Site, Tokens
-from ghost_core.algebra import matrix_shape
+from ghost_core.algebra import PRECISIONS, matrix_shape
 from ghost_core.testing.holder import GradientHolder
 from ghost_core.testing.layer_case import LayerCase, LayerRun, leading_size
 from ghost_core.testing.operations import check_operations, draw_projections, failing_as, project
 from ghost_core.testing.oracle import assert_within, norms, per_row, per_sample_gradients
 
-REDUCED_PRECISION = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+REDUCED_PRECISION = {
+    dtype: PRECISIONS[dtype].tolerance for dtype in (torch.float32, torch.bfloat16)
+}
 """Error allowed in reduced precision against float64, relative to the norms of what is multiplied.
 
 It includes what the layer's own forward and backward pass lose, hence so much more than the

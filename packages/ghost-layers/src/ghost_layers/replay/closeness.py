@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from ghost_core.algebra.precision import PRECISIONS, Precision
+from ghost_core.algebra import Precision
 
 _TF32 = 2.0**-7
 """Share of a row's largest entry by which float32 on other devices than CPUs may be off."""
@@ -30,7 +30,7 @@ def same_rows(got: Tensor, expected: Tensor, dtypes: Collection[torch.dtype]) ->
     scale = theirs.nan_to_num(0, 0, 0).abs().reshape(len(theirs), -1)
     if not scale.shape[1]:
         return True
-    tolerance = _precision(dtypes).tolerance
+    tolerance = Precision.of(dtypes).tolerance
     if torch.float32 in dtypes and expected.device.type != "cpu":
         tolerance = max(tolerance, _TF32)
     bound = tolerance * scale.amax(1).reshape(-1, *[1] * (mine.dim() - 1))
@@ -47,7 +47,7 @@ def are_close(
         expected: What they should be.
         dtypes: What they were computed in.
     """
-    precision = _precision(dtypes)
+    precision = Precision.of(dtypes)
     norms = {name: float(each.double().norm()) for name, each in expected.items()}
     floor = precision.floor * sum(norm**2 for norm in norms.values()) ** 0.5
     return all(
@@ -55,9 +55,3 @@ def are_close(
         <= precision.tolerance * max(norms[name], floor)
         for name, each in expected.items()
     )
-
-
-def _precision(dtypes: Collection[torch.dtype]) -> Precision:
-    least = PRECISIONS[torch.bfloat16]  # what is narrower is so too
-    found = [PRECISIONS.get(dtype, least) for dtype in dtypes]
-    return max(found, key=lambda each: each.tolerance)
