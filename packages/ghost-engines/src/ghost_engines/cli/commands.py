@@ -1,4 +1,4 @@
-"""The commands, their options and their help.
+"""Reads the command line and runs what it names.
 
 Nothing here imports torch, which takes seconds: what a command does is imported when it runs.
 """
@@ -7,112 +7,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal, Protocol
 
 import tyro
 
+from ghost_engines.cli.options import Plugins, Store, Verify
 from ghost_engines.cli.tables import one_line, stop_printing
 from ghost_engines.versions import version
 
-DType = Literal["float64", "float32", "bfloat16", "float16", "as-is"]
-Named = tyro.conf.arg
-Count = Annotated[int | None, Named(metavar="INT")]
-
 _app = tyro.extras.SubcommandApp()
-
-
-class Command(Protocol):
-    """What was given on the command line."""
-
-    def run(self) -> int:
-        """Do it, and return the exit status."""
-
-
-@_app.command(name="verify")
-@dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Compare ghost's per-sample gradients with one autograd call each, on a model of yours.
-
-    Exits with 0 if all are exact; 1 if one is wrong, or ghost refuses the model; 2 if it could not
-    be tried.
-
-    Args:
-        model: Folder of a checkpoint of transformers, or module:function that returns a module.
-        data: File of texts (.txt, one a line; .jsonl) or of token ids [N, T] (.npy, .safetensors;
-            negative ids are padding), or module:function that returns a batch.
-        loss: module:function that takes model and batch and returns one loss per sample, [N]. By
-            default each sample's mean cross-entropy of next tokens.
-        samples: How many samples to compare.
-        batch_size: How many samples to take from a file, from its start; 16 by default.
-        max_tokens: Tokens to take of each sample in a file; 128 by default for texts.
-        field: Key of the text in lines of JSON.
-        dtype: What to cast model and batch to. Only float64 tells rounding from mistakes.
-        layers: Globs over names of modules or parameters, separated by commas: what to track.
-        exclude: Globs, separated by commas: what to leave out of it.
-        tolerance: Error allowed, relative to norms; by default 1e-9 in float64.
-        seed: Seed of the random number generators.
-        train: Verify in training mode, with dropout.
-        device: Where to compute: cpu, cuda, cuda:1, ...
-    """
-
-    model: Annotated[tyro.conf.Positional[str], Named(metavar="MODEL")]
-    data: Annotated[str, Named(metavar="DATA")]
-    loss: Annotated[str | None, Named(metavar="LOSS")] = None
-    samples: int = 8
-    batch_size: Count = None
-    max_tokens: Count = None
-    field: str = "text"
-    dtype: DType = "float64"
-    layers: Annotated[str, Named(metavar="GLOBS")] = "*"
-    exclude: Annotated[str, Named(metavar="GLOBS")] = ""
-    tolerance: Annotated[float | None, Named(metavar="FLOAT")] = None
-    seed: int = 0
-    train: bool = False
-    device: str = "cpu"
-
-    def run(self) -> int:
-        """Compare, and print what was found."""
-        from ghost_engines.cli.verify import verify
-
-        return verify(self)
-
-
-@_app.command(name="plugins")
-@dataclass(frozen=True)
-class Plugins:
-    """List the installed plugins, what they offer, and whether they work.
-
-    Into a pipe, each plugin is one line with fields separated by tabs, below a line of titles. At a
-    terminal, many offers of one kind are counted instead.
-    """
-
-    def run(self) -> int:
-        """Print the list."""
-        from ghost_engines.cli.plugins import show
-
-        return show()
-
-
-@_app.command(name="store")
-@dataclass(frozen=True)
-class Store:
-    """Describe a store of gradients.
-
-    Args:
-        path: Folder of the store.
-        verify: Compare all that is on disk with its hashes; exit with status 1 if it is damaged.
-    """
-
-    path: tyro.conf.Positional[Path]
-    verify: bool = False
-
-    def run(self) -> int:
-        """Print the description."""
-        from ghost_engines.cli.store import describe
-
-        return describe(self.path, verify=self.verify)
+_app.command(name="verify")(Verify)
+_app.command(name="plugins")(Plugins)
+_app.command(name="store")(Store)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,13 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments == ["--version"]:
             print(f"ghost {version('ghost-engines')}")
             return 0
-        command: Command = _app.cli(
+        options: Verify | Plugins | Store = _app.cli(
             prog="ghost",
             description="Per-sample gradients for PyTorch. `ghost --version` prints the version.",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-        status = command.run()
+        status = _run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         stop_printing()
@@ -150,6 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ghost: {one_line(error)}", file=sys.stderr)
         return 2
     return status
+
+
+def _run(options: Verify | Plugins | Store) -> int:
+    match options:
+        case Verify():
+            from ghost_engines.cli.verify import verify
+
+            return verify(options)
+        case Plugins():
+            from ghost_engines.cli.plugins import show
+
+            return show()
+        case Store(path, verify=verified):
+            from ghost_engines.cli.store import describe
+
+            return describe(path, verify=verified)
 
 
 def _expected(error: Exception) -> bool:

@@ -20,11 +20,11 @@ from ghost_core import UnsupportedLayerError, WrongSplitError
 from ghost_core.compare import Comparison, compare
 from ghost_core.plugins import select
 from ghost_engines.cli.batches import load_batch
-from ghost_engines.cli.commands import Verify
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import find_function, importable_from_here, reporting
 from ghost_engines.cli.losses import next_token_losses
 from ghost_engines.cli.models import load_model
+from ghost_engines.cli.options import Verify
 from ghost_engines.cli.tables import print_table, while_read
 
 _SHOWN = 20  # rows of a table at a terminal

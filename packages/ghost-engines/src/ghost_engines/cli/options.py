@@ -1,0 +1,77 @@
+"""What each command can be told, and its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+DType = Literal["float64", "float32", "bfloat16", "float16", "as-is"]
+Named = tyro.conf.arg
+Count = Annotated[int | None, Named(metavar="INT")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Compare ghost's per-sample gradients with one autograd call each, on a model of yours.
+
+    Exits with 0 if all are exact; 1 if one is wrong, or ghost refuses the model; 2 if it could not
+    be tried.
+
+    Args:
+        model: Folder of a checkpoint of transformers, or module:function that returns a module.
+        data: File of texts (.txt, one a line; .jsonl) or of token ids [N, T] (.npy, .safetensors;
+            negative ids are padding), or module:function that returns a batch.
+        loss: module:function that takes model and batch and returns one loss per sample, [N]. By
+            default each sample's mean cross-entropy of next tokens.
+        samples: How many samples to compare.
+        batch_size: How many samples to take from a file, from its start; 16 by default.
+        max_tokens: Tokens to take of each sample in a file; 128 by default for texts.
+        field: Key of the text in lines of JSON.
+        dtype: What to cast model and batch to. Only float64 tells rounding from mistakes.
+        layers: Globs over names of modules or parameters, separated by commas: what to track.
+        exclude: Globs, separated by commas: what to leave out of it.
+        tolerance: Error allowed, relative to norms; by default 1e-9 in float64.
+        seed: Seed of the random number generators.
+        train: Verify in training mode, with dropout.
+        device: Where to compute: cpu, cuda, cuda:1, ...
+    """
+
+    model: Annotated[tyro.conf.Positional[str], Named(metavar="MODEL")]
+    data: Annotated[str, Named(metavar="DATA")]
+    loss: Annotated[str | None, Named(metavar="LOSS")] = None
+    samples: int = 8
+    batch_size: Count = None
+    max_tokens: Count = None
+    field: str = "text"
+    dtype: DType = "float64"
+    layers: Annotated[str, Named(metavar="GLOBS")] = "*"
+    exclude: Annotated[str, Named(metavar="GLOBS")] = ""
+    tolerance: Annotated[float | None, Named(metavar="FLOAT")] = None
+    seed: int = 0
+    train: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """List the installed plugins, what they offer, and whether they work.
+
+    Into a pipe, each plugin is one line with fields separated by tabs, below a line of titles. At a
+    terminal, many offers of one kind are counted instead.
+    """
+
+
+@dataclass(frozen=True)
+class Store:
+    """Describe a store of gradients.
+
+    Args:
+        path: Folder of the store.
+        verify: Compare all that is on disk with its hashes; exit with status 1 if it is damaged.
+    """
+
+    path: tyro.conf.Positional[Path]
+    verify: bool = False

@@ -1,0 +1,217 @@
+"""The picture of docs/architecture.md: who may import what, how long files are, what they are."""
+
+import ast
+import graphlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ["ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"]
+
+# The floors of ghost-core, from the ground: each imports from floors below its own only.
+# Names on one floor do not know each other. The package's own name is its face.
+FLOORS = [
+    {"errors", "_torch"},
+    {"algebra"},
+    {"sampler", "projection"},
+    {"hooks", "state", "batch"},
+    {"tracking"},
+    {"split"},
+    {"capture"},
+    {"plugins"},
+    {"compare"},
+    {"engine"},
+    {"ghost_core"},
+    {"testing"},
+]
+
+# Whose tests lie in folders named after the wings that they look into.
+TESTS = ["packages/ghost-core/tests", "tests"]
+
+# What takes seconds to import, as torch does, or need not be there, by the module that waits.
+IMPORTED_WHERE_USED = {
+    "ghost_engines.cli.commands": {
+        "ghost_core",
+        "ghost_engines.cli.plugins",
+        "ghost_engines.cli.store",
+        "ghost_engines.cli.verify",
+    },
+    "ghost_engines.cli.models": {"transformers"},
+    "ghost_engines.in_run": {"pandas"},
+}
+
+Graph = dict[str, set[str]]
+
+
+def sources() -> dict[str, Path]:
+    """Return the files of all packages by the dotted name of their module."""
+    found = {}
+    for package in PACKAGES:
+        src = ROOT / "packages" / package.replace("_", "-") / "src"
+        for path in sorted((src / package).rglob("*.py")):
+            parts = path.relative_to(src).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = sources()
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Yield the modules that a node imports, by statement or by call; what is no module is cut."""
+    match node:
+        case ast.Import(names=names):
+            yield from (alias.name for alias in names)
+        case ast.ImportFrom(module=str(module), names=names, level=0):
+            for alias in names:
+                inner = f"{module}.{alias.name}"
+                yield inner if inner in MODULES else module
+        case ast.Call(
+            func=ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"),
+            args=[ast.Constant(value=str(module)), *_],
+        ):
+            yield module
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Return what a module imports anywhere: inside functions and for the type checker, too."""
+    return {name for node in ast.walk(tree) for name in imported(node)}
+
+
+def graph(trees: Mapping[str, ast.AST]) -> Graph:
+    """Return which of the modules imports which."""
+    return {name: imports(tree) & trees.keys() for name, tree in trees.items()}
+
+
+def room(module: str) -> str:
+    """Return the part of its package that a module belongs to: `package.wing`, or itself."""
+    return ".".join(module.split(".")[:2])
+
+
+def closed(module: str) -> bool:
+    """Tell whether a module lies inside a wing. The test kit is for all to look into."""
+    return module.count(".") > 1 and room(module) != "ghost_core.testing"
+
+
+def rooms(edges: Graph) -> Graph:
+    """Return which room imports which, whatever happens inside them."""
+    found: Graph = {room(module): set() for module in edges}
+    for module, targets in edges.items():
+        found[room(module)] |= {room(target) for target in targets} - {room(module)}
+    return found
+
+
+def circle(edges: Graph) -> list[str]:
+    """Return modules that import each other in a circle, if there is one."""
+    try:
+        graphlib.TopologicalSorter(edges).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def upwards(edges: Graph, floors: list[set[str]]) -> list[str]:
+    """Return the imports between rooms that do not run from a floor to one below."""
+    height = {name: at for at, floor in enumerate(floors) for name in floor}
+    return [
+        f"{source} imports {target}"
+        for source, targets in rooms(edges).items()
+        for target in targets
+        if height[target.rpartition(".")[2]] >= height[source.rpartition(".")[2]]
+    ]
+
+
+def inside(name: str, tree: ast.AST, home: str) -> list[str]:
+    """Return what a module imports from inside a wing other than `home`."""
+    return [
+        f"{name} imports {target}"
+        for target in sorted(imports(tree))
+        if target in MODULES and closed(target) and room(target) != home
+    ]
+
+
+def late(tree: ast.AST) -> set[str]:
+    """Return what a module imports inside functions."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    return {
+        name
+        for function in ast.walk(tree)
+        if isinstance(function, functions)
+        for node in ast.walk(function)
+        for name in imported(node)
+    }
+
+
+def files_of_tests() -> dict[str, tuple[Path, str]]:
+    """Return test files by their path, with the wing that each may look into."""
+    found = {}
+    for path in (path for folder in TESTS for path in (ROOT / folder).rglob("*.py")):
+        match path.relative_to(ROOT).parts:
+            case ["packages", package, "tests", wing, _, *_]:
+                home = f"{package.replace('-', '_')}.{wing}"
+            case _:
+                home = ""
+        found[str(path.relative_to(ROOT))] = path, home
+    return found
+
+
+def test_every_module_is_seen():
+    assert {name.partition(".")[0] for name in MODULES} == set(PACKAGES)
+    assert "ghost_core.algebra.factors" in graph(TREES)["ghost_core.algebra"]
+    assert {name for floor in FLOORS for name in floor} == {
+        room(name).rpartition(".")[2] for name in MODULES if room(name).startswith("ghost_core")
+    }
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_modules_import_each_other_in_a_circle(package):
+    edges = graph({name: tree for name, tree in TREES.items() if name.startswith(package)})
+    assert circle(edges) == []
+    assert circle(rooms(edges)) == []
+
+
+def test_wings_import_downwards_only():
+    core = {name: tree for name, tree in TREES.items() if name.startswith("ghost_core")}
+    assert upwards(graph(core), FLOORS) == []
+
+
+def test_nobody_imports_from_inside_a_wing():
+    found = [each for name, tree in TREES.items() for each in inside(name, tree, room(name))]
+    assert "\n".join(found) == ""
+
+
+def test_tests_import_from_inside_their_own_wing_only():
+    found = [
+        each
+        for name, (path, home) in files_of_tests().items()
+        for each in inside(name, ast.parse(path.read_text()), home)
+    ]
+    assert "\n".join(found) == ""
+
+
+def test_nothing_is_imported_inside_a_function_for_the_order_of_imports():
+    found = {name: names for name, tree in TREES.items() if (names := late(tree))}
+    assert found == IMPORTED_WHERE_USED
+
+
+def test_the_rules_see_what_breaks_them():
+    seeded = {
+        "ghost_core.engine": "def f():\n    from ghost_core.testing import check_engine",
+        "ghost_core.testing": "if TYPE_CHECKING:\n    import ghost_core.engine",
+        "ghost_core.algebra": "from ghost_core.algebra.factors import Tokens",
+        "ghost_core.split": "from ghost_core.algebra import factors",
+        "ghost_core.batch": "import_module('ghost_core.split.axes')",
+    }
+    trees = {name: ast.parse(code) for name, code in seeded.items()}
+    edges = graph(trees)
+    assert set(circle(edges)) == {"ghost_core.engine", "ghost_core.testing"}
+    assert upwards(edges, FLOORS) == ["ghost_core.engine imports ghost_core.testing"]
+    assert late(trees["ghost_core.engine"]) == {"ghost_core.testing"}
+    found = {name: inside(name, tree, room(name)) for name, tree in trees.items()}
+    assert [name for name, each in found.items() if each] == [
+        "ghost_core.split",
+        "ghost_core.batch",
+    ]
