@@ -8,12 +8,14 @@ import pandas
 import pytest
 import torch
 
-from ghost_examples.demo.__main__ import Sizes, one_thread
+from ghost_examples.demo.__main__ import Sizes
 from ghost_examples.demo.convnet import Recipe
-from ghost_examples.demo.digits import BOUNDS, METHODS, DigitsResult, Flagged, SeedResult
+from ghost_examples.demo.digits import DigitsResult, Flagged, SeedResult
+from ghost_examples.demo.methods import BOUNDS, METHODS
 from ghost_examples.demo.passages import Looked, Neighbour, PassagesResult, Plan
 from ghost_examples.demo.receipt import Receipt
 from ghost_examples.demo.report import Findings
+from ghost_examples.demo.threads import one_thread
 from ghost_examples.texts import Passage
 
 
@@ -35,9 +37,12 @@ def sizes() -> Sizes:
 @pytest.fixture
 def findings() -> Findings:
     """What a demo that went well might have found."""
-    precision = dict.fromkeys(METHODS, 0.5) | {"value": 0.9}
-    accuracy = dict.fromkeys({**METHODS, **BOUNDS}, 0.875) | {"value": 0.95}
-    flips = {"value": 0.88, "loss": 0.96}
+    found = dict.fromkeys(METHODS, 0.5) | {"value": 0.9, "dot": 0.85}
+    precision = {20: found, 200: found | {"neighbours": 0.92}}
+    accuracy = dict.fromkeys(
+        [20, 200], dict.fromkeys({**METHODS, **BOUNDS}, 0.875) | {"value": 0.95}
+    )
+    flips = found | {"value": 0.88, "loss": 0.96}
     flagged = [
         Flagged(7, torch.rand(8, 8), 8, 3, -0.25),
         Flagged(9, torch.zeros(8, 8), 1, 1, -0.125),
@@ -58,6 +63,6 @@ def findings() -> Findings:
             looked=[Looked(query, [near])],
         ),
         receipts=[Receipt("a model", 8, 1e-16, 2e-16, True, 10, 2.0, 4.0, 6.0)],
-        parameters={"seeds": 1, "device": "cpu"},
+        parameters={"seeds": 1, "clean": [20, 200], "device": "cpu"},
         seconds=12.0,
     )

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from ghost_examples.demo import __main__ as demo
-from ghost_examples.demo import digits, receipt
+from ghost_examples.demo import claims, receipt
 
 
 def run(output: Path, sizes: demo.Sizes) -> int:
     with pytest.raises(SystemExit) as ended:
-        demo.main(["--output", str(output), "--seeds", "1"], sizes)
+        demo.main(["--output", str(output), "--seeds", "1", "--clean", "20"], sizes)
     assert isinstance(ended.value.code, int)
     return ended.value.code
 
@@ -24,10 +24,10 @@ def test_the_whole_demo_passes_or_fails_by_its_rule(
     # One epoch is too little to find anything.
     assert run(tmp_path / "out", sizes) == 1
     first = capsys.readouterr()
-    assert "FAILED: digits: accuracy by value is" in first.err
+    assert "FAILED: digits: precision with 20 clean images is" in first.err
     assert first.out.splitlines()[-1] == str(tmp_path / "out" / "report.html")
 
-    monkeypatch.setattr(digits, "shortfalls", lambda precision, accuracy: [])
+    monkeypatch.setattr(claims, "shortfalls", lambda precision, accuracy: [])
     assert run(tmp_path / "out", sizes) == 0
     second = capsys.readouterr()
     assert "FAILED" not in second.err
@@ -45,9 +45,15 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         demo.main(["--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert all(option in out for option in ("--output", "--seeds", "--device"))
+    assert all(option in out for option in ("--output", "--seeds", "--clean", "--device"))
 
 
 def test_no_seeds_are_refused() -> None:
     with pytest.raises(ValueError, match="seeds must be at least 1"):
         demo.Options(seeds=0)
+
+
+@pytest.mark.parametrize("clean", [(), (0,), (15,), (20, 210), (-10,)])
+def test_clean_images_that_cannot_be_shared_out_are_refused(clean: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="multiples of 10 up to 200"):
+        demo.Options(clean=clean)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import io
 
 import pytest
 import torch
@@ -11,16 +11,22 @@ from ghost_core.testing import per_sample_gradients
 from ghost_examples.demo import convnet, digits
 from ghost_examples.demo.annotator import CONFUSIONS, annotate, random_flips
 from ghost_examples.demo.convnet import Recipe
-from ghost_examples.demo.report import Findings
+from ghost_examples.demo.methods import BOUNDS, METHODS
 
 TINY = Recipe(epochs=1, batch=100)
 
 
 def test_the_parts_share_no_image_and_cover_all() -> None:
     data = annotate(0)
-    assert (len(data.train), len(data.validation), len(data.test)) == (1200, 200, 397)
+    assert (len(data.train), len(data.clean), len(data.test)) == (1200, 200, 397)
     assert [len(part) for part in data.positions] == [1200, 200, 397]
     assert torch.equal(torch.cat(data.positions).sort().values, torch.arange(1797))
+
+
+def test_any_few_clean_images_hold_as_many_of_each_digit() -> None:
+    labels = annotate(3).clean.labels
+    for n in range(10, 201, 10):
+        assert labels[:n].bincount().tolist() == [n // 10] * 10
 
 
 def test_the_careless_annotator_makes_the_mistakes_that_are_told() -> None:
@@ -47,17 +53,37 @@ def test_the_random_annotator_makes_as_many_mistakes_on_the_same_split() -> None
 def test_a_seed_always_gives_the_same_and_another_something_else() -> None:
     assert torch.equal(annotate(0).train.labels, annotate(0).train.labels)
     assert not torch.equal(annotate(0).positions[0], annotate(1).positions[0])
-    with pytest.raises(ValueError, match="1700 \\+ 97"):
-        annotate(0, n_train=1700, n_validation=97)
+    with pytest.raises(ValueError, match="1700 \\+ 100"):
+        annotate(0, n_train=1700, per_digit=10)
+    with pytest.raises(ValueError, match="not 179 images of each"):
+        annotate(0, n_train=2, per_digit=179)
 
 
 def test_the_scored_training_is_the_plain_one() -> None:
     data = annotate(0, n_train=300)
     plain = convnet.train(data.train, TINY, 0, "cpu")
-    scored, values = convnet.train_scored(data, TINY, 0, "cpu")
+    scored, values = convnet.train_scored(data, [20, 100], TINY, 0, "cpu")
     for ours, theirs in zip(scored.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert sorted(values.to_dict()) == list(range(300))
+    assert [sorted(each.to_dict()) for each in values.values()] == [[*range(300)]] * 2
+    _, alone = convnet.train_scored(data, [20], TINY, 0, "cpu")
+    assert values[20].to_dict() == pytest.approx(alone[20].to_dict(), rel=1e-4, abs=1e-7)
+    assert values[20].to_dict() != pytest.approx(values[100].to_dict(), rel=1e-2)
+
+
+def test_dot_products_are_those_of_autograd() -> None:
+    data = annotate(0, n_train=5)
+    model = convnet.new_model(0, "cpu")
+    found = convnet.dot_products(model, data.train, data.clean[:10])
+    losses = cross_entropy(model(data.train.images), data.train.labels, reduction="none")
+    gradients = per_sample_gradients(model, losses)
+    clean = torch.autograd.grad(convnet.mean_loss(model, data.clean[:10]), list(model.parameters()))
+    expected = sum(
+        (gradients[name].flatten(1) @ direction.flatten())
+        for (name, _), direction in zip(model.named_parameters(), clean, strict=True)
+    )
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_norms_are_those_of_autograd() -> None:
@@ -72,43 +98,30 @@ def test_norms_are_those_of_autograd() -> None:
 
 
 def test_a_seed_gives_every_method_its_numbers() -> None:
-    with tqdm(total=digits.RUNS, disable=True) as bar:
-        found = digits.run_seed(0, TINY, "cpu", bar)
-    assert found.precision.keys() == digits.METHODS.keys()
-    assert found.accuracy.keys() == {**digits.METHODS, **digits.BOUNDS}.keys()
-    assert all(0 <= share <= 1 for share in (*found.precision.values(), *found.accuracy.values()))
+    counts = [10, 30]
+    with tqdm(total=digits.runs(counts), disable=False, file=io.StringIO()) as bar:
+        found = digits.Trial(0, TINY, "cpu", bar).run(counts)
+        assert bar.n == bar.total
+    assert [*found.precision] == [*found.accuracy] == counts
+    for n in counts:
+        assert [*found.precision[n]] == [*METHODS]
+        assert found.accuracy[n].keys() == {**METHODS, **BOUNDS}.keys()
+        shares = (*found.precision[n].values(), *found.accuracy[n].values())
+        assert all(0 <= share <= 1 for share in shares)
+    assert found.random_precision.keys() == METHODS.keys()
+    for name, method in METHODS.items():
+        if not method.needs_clean:
+            assert found.precision[10][name] == found.precision[30][name]
+            assert found.accuracy[10][name] == found.accuracy[30][name]
+    assert found.precision[10] != found.precision[30]
     assert len(found.flagged) == found.mistakes
     ours = [image.value for image in found.flagged]
     assert ours == sorted(ours) == found.table["value"].tolist()[: found.mistakes]
     right = sum(image.is_mistake for image in found.flagged)
-    assert found.precision["value"] == pytest.approx(right / found.mistakes)
+    assert found.precision[10]["value"] == pytest.approx(right / found.mistakes)
     assert (found.table["given"] != found.table["truth"]).sum() == found.mistakes
 
 
-@pytest.mark.parametrize(
-    ("precision", "accuracy", "named"),
-    [
-        (0.1, 0.02, []),
-        (0.3, 0.05, []),
-        (0.09, 0.05, ["precision"]),
-        (0.3, 0.01, ["accuracy"]),
-        (-0.1, -0.1, ["precision", "accuracy"]),
-        (float("nan"), 0.05, ["precision"]),
-    ],
-)
-def test_the_demo_passes_only_with_both_margins(
-    precision: float, accuracy: float, named: list[str]
-) -> None:
-    found = digits.shortfalls({"value": precision, "loss": 0.0}, {"value": accuracy, "loss": 0.0})
-    assert [line.split()[1] for line in found] == named
-
-
-def test_what_is_shown_was_measured(findings: Findings, capsys: pytest.CaptureFixture[str]) -> None:
-    result = findings.digits
-    assert result.about_random_flips.endswith("There the plain loss suffices.")
-    worse = replace(result.seeds[0], random_precision={"value": 0.8, "loss": 0.7})
-    assert "suffices" not in replace(result, seeds=[worse]).about_random_flips
-    digits.show(result)
-    out = capsys.readouterr().out
-    assert "in-run value               0.900  0.950" in out
-    assert "by value 0.880, by loss 0.960" in out
+def test_counts_are_sorted_and_told_once() -> None:
+    found = digits.run(1, "cpu", TINY, (20, 10, 20))
+    assert found.counts == (10, 20)

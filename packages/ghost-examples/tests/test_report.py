@@ -44,7 +44,7 @@ def test_the_page_is_whole_and_loads_nothing(findings: Findings) -> None:
     page = report.render(findings)
     parsed = _Page(page)
     assert parsed.open == []
-    assert parsed.tags.count("svg") == 2
+    assert parsed.tags.count("svg") == 1
     assert parsed.tags.count("img") == 2
     assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
     assert not LOADS.search(page), LOADS.search(page)
@@ -54,7 +54,8 @@ def test_the_page_tells_everything(findings: Findings) -> None:
     page = " ".join(report.render(findings).split())
     for text in (
         "Positive means that the sample lowered the validation loss",
-        "There the plain loss suffices.",
+        "labels flipped at random, 20 clean images: loss suffices, 0.960",
+        "200 clean images: nearest neighbour suffices",
         "labelled <strong>8</strong>",
         "-0.250",
         "dashed: the label was right",
@@ -96,7 +97,7 @@ def test_files_are_written_and_replaced(findings: Findings, tmp_path: Path) -> N
     assert names == ["digits.csv", "report.html", "results.json"]
     results = json.loads((output / "results.json").read_text("utf-8"))
     assert results["seconds"] == 99.0
-    assert results["digits"]["precision"]["value"] == 0.9
+    assert results["digits"]["precision"]["20"]["value"] == 0.9
     assert (output / "digits.csv").read_text("utf-8").startswith("id,value")
 
 

@@ -15,6 +15,9 @@ CONFUSIONS: Mapping[int, int] = {3: 8, 9: 4, 1: 7}
 SHARE = 0.4
 """Share of the images of such a digit that get the wrong label."""
 
+PER_DIGIT = 20
+"""Clean images of each digit."""
+
 Annotator = Callable[[Tensor, torch.Generator], Tensor]
 """Returns the labels given to images with true labels `[n]`."""
 
@@ -34,7 +37,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, samples: Tensor) -> Images:
+    def __getitem__(self, samples: Tensor | slice) -> Images:
         return Images(self.images[samples], self.labels[samples])
 
     def to(self, device: str) -> Images:
@@ -49,14 +52,15 @@ class Annotated:
     Attributes:
         train: To train on, with the labels that the annotator gave.
         truth: The true labels of `train`, `[n]`; only to see what was found.
-        validation: Clean images that tell what the model should be good at.
+        clean: Images with true labels that tell what the model should be good at. They are ordered
+            so that the first n, for any n that ten divides, hold n / 10 of each digit.
         test: Clean images that nothing is decided with.
         positions: Where the images of the three parts stand in the data set.
     """
 
     train: Images
     truth: Tensor
-    validation: Images
+    clean: Images
     test: Images
     positions: tuple[Tensor, Tensor, Tensor]
 
@@ -90,7 +94,7 @@ def annotate(
     annotator: Annotator = careless,
     *,
     n_train: int = 1200,
-    n_validation: int = 200,
+    per_digit: int = PER_DIGIT,
     device: str = "cpu",
 ) -> Annotated:
     """Split the digits and have the training part labelled.
@@ -99,7 +103,7 @@ def annotate(
         seed: Decides the split and the mistakes; another annotator gets the same split.
         annotator: Gives the training labels.
         n_train: Training images.
-        n_validation: Validation images. What remains is the test part.
+        per_digit: Clean images of each digit. What remains is the test part.
         device: Where the images go.
 
     Raises:
@@ -108,17 +112,27 @@ def annotate(
     bundle = load_digits()
     images = torch.tensor(bundle.images / 16, dtype=torch.float32).unsqueeze(1)
     digits = Images(images, torch.tensor(bundle.target))
-    n_test = len(digits) - n_train - n_validation
-    if min(n_train, n_validation, n_test) < 1:
-        raise ValueError(f"{len(digits)} digits cannot be split {n_train} + {n_validation} + rest")
+    n_clean = 10 * per_digit
+    n_test = len(digits) - n_train - n_clean
+    if min(n_train, n_clean, n_test) < 1:
+        raise ValueError(f"{len(digits)} digits cannot be split {n_train} + {n_clean} + rest")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(digits), generator=generator)
-    train, validation, test = order.split([n_train, n_validation, n_test])
+    clean = _some_of_each(order, digits.labels, per_digit)
+    train, test = order[~torch.isin(order, clean)].split([n_train, n_test])
     truth = digits[train].labels
     return Annotated(
         train=Images(digits[train].images, annotator(truth, generator)).to(device),
         truth=truth.to(device),
-        validation=digits[validation].to(device),
+        clean=digits[clean].to(device),
         test=digits[test].to(device),
-        positions=(train, validation, test),
+        positions=(train, clean, test),
     )
+
+
+def _some_of_each(order: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Return the first positions of each digit in an order: all first ones, all second ones, ..."""
+    of_digit = [order[labels[order] == digit] for digit in range(10)]
+    if min(map(len, of_digit)) < count:
+        raise ValueError(f"there are not {count} images of each digit")
+    return torch.stack([positions[:count] for positions in of_digit], dim=1).flatten()

@@ -1,7 +1,7 @@
-"""Find wrong labels: one training run, scored on the way, against the loss and the gradient norm.
+"""Find wrong labels with few clean images: ghost's scores against what people would do instead.
 
 The careless annotator makes the same mistakes again and again, so that the network learns them and
-their loss is low. What gives them away is that they raise the loss on clean validation images.
+their loss is low. Clean images give them away. How many it takes depends on how they are used.
 """
 
 from __future__ import annotations
@@ -12,33 +12,20 @@ from statistics import fmean
 
 import pandas
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ghost_engines import InRunValues
-from ghost_examples.demo.annotator import (
-    CONFUSIONS,
-    SHARE,
-    Annotated,
-    Images,
-    annotate,
-    random_flips,
-)
-from ghost_examples.demo.convnet import Recipe, accuracy, losses_and_norms, train, train_scored
+from ghost_examples.demo.annotator import Annotated, annotate, random_flips
+from ghost_examples.demo.convnet import Recipe, accuracy, train, train_scored
+from ghost_examples.demo.methods import METHODS, Suspects
 
-METHODS: Mapping[str, str] = {
-    "value": "in-run value",
-    "loss": "loss",
-    "norm": "gradient norm",
-    "random": "random choice",
-}
-"""Ways to choose the images to leave out, with their titles."""
+COUNTS = (20, 40, 80, 200)
+"""How many clean images the methods get."""
 
-BOUNDS: Mapping[str, str] = {"untouched": "nothing left out", "oracle": "all mistakes left out"}
-"""What the accuracies are compared with."""
-
-PRECISION_MARGIN = 0.1
-ACCURACY_MARGIN = 0.02
+ByMethod = Mapping[str, float]
+ByCount = Mapping[int, ByMethod]
+"""Shares by the number of clean images, then by method."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +59,16 @@ class SeedResult:
     Attributes:
         mistakes: Number of wrong labels, which is also how many images each method leaves out.
         precision: Share of wrong labels among the images that a method left out.
-        accuracy: Accuracy on the test images after training without these.
-        random_precision: Precision of value and loss if the annotator errs at random instead.
-        flagged: The images with the lowest values, lowest first.
+        accuracy: Accuracy on the test images after training without these; bounds too.
+        random_precision: Precision if the annotator errs at random instead, fewest clean images.
+        flagged: The images with the lowest values by the fewest clean images, lowest first.
         table: Every training image: id, value, times_seen, first_step, last_step, given, truth.
     """
 
     mistakes: int
-    precision: Mapping[str, float]
-    accuracy: Mapping[str, float]
-    random_precision: Mapping[str, float]
+    precision: ByCount
+    accuracy: ByCount
+    random_precision: ByMethod
     flagged: Sequence[Flagged]
     table: pandas.DataFrame
 
@@ -94,126 +81,117 @@ class DigitsResult:
     seeds: Sequence[SeedResult]
 
     @property
-    def precision(self) -> dict[str, float]:
-        """Mean precision by method."""
-        return _means([seed.precision for seed in self.seeds])
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of clean images, fewest first."""
+        return tuple(self.seeds[0].precision)
 
     @property
-    def accuracy(self) -> dict[str, float]:
-        """Mean accuracy by method and bound."""
-        return _means([seed.accuracy for seed in self.seeds])
+    def precision(self) -> dict[int, dict[str, float]]:
+        """Mean precision."""
+        return {n: _means([seed.precision[n] for seed in self.seeds]) for n in self.counts}
+
+    @property
+    def accuracy(self) -> dict[int, dict[str, float]]:
+        """Mean accuracy."""
+        return {n: _means([seed.accuracy[n] for seed in self.seeds]) for n in self.counts}
 
     @property
     def random_precision(self) -> dict[str, float]:
         """Mean precision by method where labels are flipped at random."""
         return _means([seed.random_precision for seed in self.seeds])
 
-    @property
-    def about_random_flips(self) -> str:
-        """Say how far the loss alone gets where labels are flipped at random."""
-        value, loss = self.random_precision["value"], self.random_precision["loss"]
-        suffices = " There the plain loss suffices." if loss >= value else ""
-        return (
-            "As many labels flipped at random instead: precision by value "
-            f"{value:.3f}, by loss {loss:.3f}.{suffices}"
+
+class Trial:
+    """One seed: its images, and the training runs that were made with them.
+
+    Args:
+        seed: Decides the split, the mistakes and the training.
+        recipe: How networks are trained.
+        device: Where to compute.
+        bar: Counts training runs, of which there are `runs(counts)`.
+    """
+
+    def __init__(self, seed: int, recipe: Recipe, device: str, bar: tqdm) -> None:
+        self.seed, self.recipe, self.device, self.bar = seed, recipe, device, bar
+        self.data = annotate(seed, device=device)
+        self.wrong = self.data.mislabelled
+
+    def run(self, counts: Sequence[int]) -> SeedResult:
+        """Compare all methods, each with every count of clean images."""
+        data = self.data
+        model, values = train_scored(data, counts, self.recipe, self.seed, self.device)
+        self.bar.update()
+        suspects = Suspects(data.train, model, self.seed, self.device)
+        unaided = {name: self.chosen(scores) for name, scores in suspects.unaided().items()}
+        bounds = {
+            "untouched": accuracy(model, data.test),
+            "oracle": self.without(self.wrong.nonzero()[:, 0]),
+        }
+        unaided_accuracy = {name: self.without(chosen) for name, chosen in unaided.items()}
+        precision, accuracies = {}, {}
+        for n in counts:
+            adapted = suspects.adapted(data.clean[:n])
+            scores = suspects.aided(data.clean[:n], adapted, values[n])
+            aided = {name: self.chosen(each) for name, each in scores.items()}
+            precision[n] = _in_order({**aided, **unaided}, self.wrong)
+            accuracies[n] = {name: self.without(chosen) for name, chosen in aided.items()}
+            accuracies[n] |= {**unaided_accuracy, **bounds}
+            accuracies[n]["adapted"] = accuracy(adapted, data.test)
+        fewest = values[counts[0]]
+        flagged = self.chosen(-torch.tensor([fewest[i] for i in range(len(data.train))]))
+        return SeedResult(
+            mistakes=int(self.wrong.sum()),
+            precision=precision,
+            accuracy=accuracies,
+            random_precision=self.at_random(counts[0]),
+            flagged=[_described(data, fewest, int(i)) for i in flagged],
+            table=_table(data, fewest),
         )
 
-    @property
-    def failures(self) -> list[str]:
-        """Why the demo fails; nothing if it does not."""
-        return shortfalls(self.precision, self.accuracy)
+    def chosen(self, suspicion: Tensor) -> Tensor:
+        """Return the most suspicious images, as many as there are wrong labels."""
+        return suspicion.argsort(descending=True, stable=True)[: int(self.wrong.sum())]
 
-
-def shortfalls(precision: Mapping[str, float], accuracy: Mapping[str, float]) -> list[str]:
-    """Return in which respects values do not beat the loss by the margins."""
-    margins = {"precision": PRECISION_MARGIN, "accuracy": ACCURACY_MARGIN}
-    found = []
-    for (name, margin), means in zip(margins.items(), (precision, accuracy), strict=True):
-        if not means["value"] - means["loss"] >= margin:
-            found.append(
-                f"digits: {name} by value is {means['value']:.3f}, by loss {means['loss']:.3f}: "
-                f"the difference must be at least {margin:g}"
-            )
-    return found
-
-
-def suspicion(
-    model: nn.Module, values: InRunValues, images: Images, seed: int
-) -> dict[str, Tensor]:
-    """Return by method how suspicious each image is, `[n]`: the higher, the more."""
-    losses, norms = losses_and_norms(model, images)
-    by_id = values.to_dict()
-    return {
-        "value": -torch.tensor([by_id[i] for i in range(len(images))]),
-        "loss": losses,
-        "norm": norms,
-        "random": torch.rand(len(images), generator=torch.Generator().manual_seed(seed)),
-    }
-
-
-def run_seed(seed: int, recipe: Recipe, device: str, bar: tqdm) -> SeedResult:
-    """Run the experiment once; the bar counts training runs, of which there are `RUNS`."""
-    data = annotate(seed, device=device)
-    wrong = data.mislabelled
-    count = int(wrong.sum())
-    model, values = train_scored(data, recipe, seed, device)
-    bar.update()
-    flagged = {
-        method: score.argsort(descending=True, stable=True)[:count]
-        for method, score in suspicion(model, values, data.train, seed).items()
-    }
-    accuracies = {"untouched": accuracy(model, data.test)}
-    for name, left_out in {**flagged, "oracle": wrong.nonzero()[:, 0]}.items():
-        kept = torch.ones(len(wrong), dtype=torch.bool)
+    def without(self, left_out: Tensor) -> float:
+        """Return the test accuracy of a network that is trained without some images."""
+        kept = torch.ones(len(self.wrong), dtype=torch.bool)
         kept[left_out] = False
-        retrained = train(data.train[kept.nonzero()[:, 0]], recipe, seed, device)
-        accuracies[name] = accuracy(retrained, data.test)
-        bar.update()
-    at_random = random_precision(seed, recipe, device)
-    bar.update()
-    return SeedResult(
-        mistakes=count,
-        precision={name: wrong[ids].float().mean().item() for name, ids in flagged.items()},
-        accuracy=accuracies,
-        random_precision=at_random,
-        flagged=[_described(data, values, int(i)) for i in flagged["value"]],
-        table=_table(data, values),
-    )
+        images = self.data.train[kept.nonzero()[:, 0]]
+        retrained = train(images, self.recipe, self.seed, self.device)
+        self.bar.update()
+        return accuracy(retrained, self.data.test)
+
+    def at_random(self, n: int) -> dict[str, float]:
+        """Return the precision of all methods where labels are flipped at random."""
+        data = annotate(self.seed, random_flips, device=self.device)
+        model, values = train_scored(data, [n], self.recipe, self.seed, self.device)
+        self.bar.update()
+        suspects = Suspects(data.train, model, self.seed, self.device)
+        adapted = suspects.adapted(data.clean[:n])
+        scores = {**suspects.unaided(), **suspects.aided(data.clean[:n], adapted, values[n])}
+        chosen = {name: self.chosen(each) for name, each in scores.items()}
+        return _in_order(chosen, data.mislabelled)
 
 
-RUNS = 2 + len(METHODS) + 1
-"""Training runs per seed: two scored ones, one per method and the oracle's."""
+def runs(counts: Sequence[int]) -> int:
+    """Return the training runs per seed: two scored ones, the oracle's, and one for each choice."""
+    aided = sum(method.needs_clean for method in METHODS.values())
+    return 2 + 1 + (len(METHODS) - aided) + aided * len(counts)
 
 
-def random_precision(seed: int, recipe: Recipe, device: str) -> dict[str, float]:
-    """Return the precision of value and loss where labels are flipped at random."""
-    data = annotate(seed, random_flips, device=device)
-    wrong = data.mislabelled
-    model, values = train_scored(data, recipe, seed, device)
-    found = suspicion(model, values, data.train, seed)
-    top = {name: found[name].topk(int(wrong.sum())).indices for name in ("value", "loss")}
-    return {name: wrong[ids].float().mean().item() for name, ids in top.items()}
-
-
-def run(seeds: int, device: str, recipe: Recipe | None = None) -> DigitsResult:
+def run(
+    seeds: int, device: str, recipe: Recipe | None = None, counts: Sequence[int] = COUNTS
+) -> DigitsResult:
     """Run the experiment for seeds 0, 1, ... with a progress bar."""
-    recipe = recipe or Recipe()
-    with tqdm(total=seeds * RUNS, desc="training runs", disable=None) as bar:
-        found = [run_seed(seed, recipe, device, bar) for seed in range(seeds)]
+    recipe, counts = recipe or Recipe(), sorted(set(counts))
+    with tqdm(total=seeds * runs(counts), desc="training runs", disable=None) as bar:
+        found = [Trial(seed, recipe, device, bar).run(counts) for seed in range(seeds)]
     return DigitsResult(recipe, found)
 
 
-def show(result: DigitsResult) -> None:
-    """Print what was found."""
-    pairs = ", ".join(f"{a} labelled {b}" for a, b in CONFUSIONS.items())
-    mistakes = result.seeds[0].mistakes
-    print(f"{SHARE:.0%} of some digits have a wrong label ({pairs}), about {mistakes} images.")
-    print(f"As many are left out by each method; means over {len(result.seeds)} seeds:")
-    print(f"  {'':<22} precision  test accuracy after retraining")
-    for name, title in {**METHODS, **BOUNDS}.items():
-        precision = f"{result.precision[name]:.3f}" if name in result.precision else ""
-        print(f"  {title:<22} {precision:>9}  {result.accuracy[name]:.3f}")
-    print(result.about_random_flips)
+def _in_order(chosen: Mapping[str, Tensor], wrong: Tensor) -> dict[str, float]:
+    """Return the precision by method, in the order of METHODS."""
+    return {name: wrong[chosen[name]].float().mean().item() for name in METHODS}
 
 
 def _described(data: Annotated, values: InRunValues, i: int) -> Flagged:
@@ -228,5 +206,5 @@ def _table(data: Annotated, values: InRunValues) -> pandas.DataFrame:
     return table
 
 
-def _means(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _means(results: Sequence[ByMethod]) -> dict[str, float]:
     return {name: fmean(result[name] for result in results) for name in results[0]}

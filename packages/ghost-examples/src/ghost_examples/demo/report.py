@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ghost_examples.demo import figures, files
+from ghost_examples.demo import claims, figures, files
 from ghost_examples.demo.annotator import CONFUSIONS, SHARE
-from ghost_examples.demo.digits import BOUNDS, METHODS, DigitsResult
+from ghost_examples.demo.digits import ByCount, DigitsResult
+from ghost_examples.demo.methods import BOUNDS, METHODS, TITLES
 from ghost_examples.demo.passages import PassagesResult
 from ghost_examples.demo.receipt import TOLERANCE, Receipt
 from ghost_examples.texts import DOMAINS
@@ -33,6 +34,20 @@ PACKAGES = (
 
 GRID = 40
 """Flagged images to show."""
+
+LOOKS = {
+    "random": ("#c3ccd4", "o"),
+    "loss": ("#93a0ab", "s"),
+    "norm": ("#5b6a77", "v"),
+    "crossed": ("#1c2733", "D"),
+    "neighbours": ("#d99a00", "o"),
+    "machine": ("#b3261e", "s"),
+    "alone": ("#c45f9b", "v"),
+    "further": ("#0b8a5f", "D"),
+    "value": ("#3f9bdc", "^"),
+    "dot": ("#0d3f8f", "P"),
+}
+"""Colour and marker by method."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,8 @@ class Findings:
     @property
     def failures(self) -> list[str]:
         """Why the demo fails; nothing if it does not."""
-        return [*self.digits.failures, *(line for each in self.receipts for line in each.failures)]
+        receipts = (line for each in self.receipts for line in each.failures)
+        return [*claims.failures(self.digits), *receipts]
 
 
 def write(output: Path, findings: Findings) -> Path:
@@ -83,10 +99,8 @@ def render(findings: Findings) -> str:
         lstrip_blocks=True,
     )
     environment.filters["picture"] = figures.digit
-    titles, digits = {**METHODS, **BOUNDS}, findings.digits
-    precision = {titles[name]: digits.precision[name] for name in METHODS}
-    accuracy = {titles[name]: digits.accuracy[name] for name in titles}
-    value = METHODS["value"]
+    digits = findings.digits
+    by_seed = digits.seeds
     return environment.get_template("report.html.j2").render(
         findings=findings,
         digits=digits,
@@ -97,13 +111,42 @@ def render(findings: Findings) -> str:
         confusions=CONFUSIONS,
         share=SHARE,
         tolerance=TOLERANCE,
-        precision_bars=figures.bars(precision, "Wrong labels among those left out", accent=value),
-        accuracy_bars=figures.bars(
-            accuracy, "Test accuracy without them", accent=value, references=len(BOUNDS)
-        ),
+        methods=METHODS,
+        titles=TITLES,
+        figure=comparison(digits),
+        precision=claims.rows([seed.precision for seed in by_seed]),
+        accuracy=claims.rows([seed.accuracy for seed in by_seed]),
+        verdicts=claims.verdicts(digits),
+        tie=claims.TIE,
         versions=versions(),
         machine=machine(),
     )
+
+
+def comparison(digits: DigitsResult) -> str:
+    """Draw the precision and the accuracy of all methods over the number of clean images."""
+    precision = [seed.precision for seed in digits.seeds]
+    accuracy = [seed.accuracy for seed in digits.seeds]
+    means = digits.accuracy[digits.counts[0]]
+    names = ("untouched", "oracle")
+    bounds = {BOUNDS[name].replace(" left", "\nleft"): means[name] for name in names}
+    shown = (
+        figures.Panel("Share of wrong labels among those left out", _lines(precision)),
+        figures.Panel("Test accuracy after training without these", _lines(accuracy), bounds),
+    )
+    return figures.panels(shown, "clean images")
+
+
+def _lines(seeds: Sequence[ByCount]) -> list[figures.Line]:
+    """Return a line for each method; those that need no clean images have one place."""
+    counts = tuple(seeds[0])
+    found = []
+    for name, method in METHODS.items():
+        colour, marker = LOOKS[name]
+        places = counts if method.needs_clean else (0,)
+        values = {n: [seed[n or counts[0]][name] for seed in seeds] for n in places}
+        found.append(figures.Line(method.title, colour, marker, values))
+    return found
 
 
 def as_results(findings: Findings) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def digits_subject(recipe: convnet.Recipe, device: str) -> Subject:
         model=convnet.new_model(0, device),
         inputs=data.train.images,
         labels=data.train.labels,
-        held_out=(data.validation.images, data.validation.labels),
+        held_out=(data.clean.images, data.clean.labels),
         losses=losses,
         batch=recipe.batch,
         lr=recipe.lr,
