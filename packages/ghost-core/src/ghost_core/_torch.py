@@ -38,7 +38,12 @@ class DispatchMode(TorchDispatchMode):
 
 def in_backward() -> bool:
     """Tell whether autograd is running: then a forward pass is a recomputation. Torch 2.5."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return backward_id() != -1
+
+
+def backward_id() -> int:
+    """Return a number of its own for the backward pass that runs; -1 if none does. Torch 2.5."""
+    return int(torch._C._current_graph_task_id())
 
 
 def will_reach(node: torch.autograd.graph.Node) -> bool:

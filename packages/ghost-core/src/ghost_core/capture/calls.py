@@ -22,7 +22,7 @@ from ghost_core._torch import (
 from ghost_core.algebra import full_precision
 from ghost_core.capture.delivery import Delivery, keep
 from ghost_core.capture.state import CaptureState, Running
-from ghost_core.capture.tap import Tap
+from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
 from ghost_core.hooks import Hook
 from ghost_core.split import Layout, describe, expanded, lay_out
@@ -169,9 +169,7 @@ class CallHooks:
         parameters = [parameter_of(tracked.module, local) for local in made]
         past = call.past()
         delivery = Delivery(state, batch, state.pass_, tracked, past, layout, kept, made)
-        tapped: tuple[Tensor, ...] = Tap.apply(  # type: ignore[no-untyped-call]
-            delivery.deliver, state.seed, len(outputs), len(made), *outputs, *parameters, *saved
-        )
+        tapped = tap(delivery.deliver, state.seed, outputs, parameters, saved)
         for output, was in zip(tapped, given, strict=True):
             if output.shape != was.shape and state.verifying:  # expanded from one row
                 state.verifier.watch(output, tracked)

@@ -3,54 +3,131 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ghost_core._torch import backward_id
+
 Deliver = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None]]
 """Takes what was saved and the gradients of a call's outputs; returns those of parameters."""
 
-_FIXED_INPUTS = 4  # deliver, seed, output count, parameter count
+
+def tap(
+    deliver: Deliver,
+    seed: Tensor,
+    outputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    saved: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Return a module's outputs with a Tap behind them.
+
+    Several outputs get a Tap each, joined by one that runs after those that the loss depends on.
+    A single Tap for all of them would lead from any one to what only the others come from, and
+    autograd runs all that a graph leads to: parameters there would get gradients of zero, where
+    they have none without ghost, and so weight decay and momentum.
+
+    Args:
+        deliver: Takes the gradients.
+        seed: A scalar that requires grad, so that the node is part of the graph even where nothing
+            before it requires grad.
+        outputs: The outputs.
+        parameters: Those whose gradient `deliver` returns.
+        saved: What it gets in the backward pass.
+    """
+    arrived: dict[int, dict[int, Tensor]] = {}
+    several = len(outputs) > 1
+    head = outputs[0].new_empty(()) if several else outputs[0]
+    gather = partial(_gathered, arrived, len(outputs)) if several else _alone
+    tapped: Tensor = Tap.apply(gather, deliver, seed, len(parameters), head, *parameters, *saved)  # type: ignore[no-untyped-call]
+    if not several:
+        return (tapped,)
+    return tuple(Branch.apply(arrived, at, each, tapped) for at, each in enumerate(outputs))  # type: ignore[no-untyped-call]
+
+
+Gather = Callable[[Tensor | None], list[Tensor | None]]
+"""Returns the gradients of a call's outputs, given that of the Tap's own."""
+
+
+def _alone(grad: Tensor | None) -> list[Tensor | None]:
+    return [grad]
+
+
+def _gathered(
+    arrived: dict[int, dict[int, Tensor]], count: int, _: Tensor | None
+) -> list[Tensor | None]:
+    grads = arrived.pop(backward_id(), {})
+    return [grads.get(at) for at in range(count)]
+
+
+_FIXED_INPUTS = 4  # gather, deliver, seed, parameter count
 
 
 class Tap(torch.autograd.Function):
-    """Passes a module's outputs through unchanged, and their gradients back unchanged.
+    """Passes a module's output through unchanged, and its gradient back unchanged.
 
     Being a node of the graph, it survives what breaks tensor and module hooks: in-place operations
     on a view of the output, `x += f(x)` under autocast, checkpointing, several backward passes.
     What the backward needs is saved by autograd, never held from Python, so that its lifetime,
     recomputation and version checks are those of any activation.
 
-    Inputs are: who takes the gradients; a scalar that requires grad, so that the node is part of
-    the graph even where nothing before it requires grad; how many outputs and parameters follow;
-    the outputs; the parameters whose gradient `deliver` returns; the tensors to save.
+    Inputs are: what gathers the gradients; who takes them; the seed; how many parameters follow;
+    the output; the parameters whose gradient is returned; the tensors to save.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        gather: Gather,
         deliver: Deliver,
         seed: Tensor,
-        n_outputs: int,
         n_parameters: int,
+        output: Tensor,
         *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Save the records and return the outputs."""
-        ctx.deliver, ctx.n_outputs, ctx.n_parameters = deliver, n_outputs, n_parameters
-        ctx.save_for_backward(*tensors[n_outputs + n_parameters :])
+    ) -> Tensor:
+        """Save the records and return the output."""
+        ctx.gather, ctx.deliver, ctx.n_parameters = gather, deliver, n_parameters
+        ctx.save_for_backward(*tensors[n_parameters:])
         ctx.set_materialize_grads(False)
-        return tuple(output.detach() for output in tensors[:n_outputs])
+        return output.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Hand the gradients over and pass them on."""
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Hand the gradients over and pass the output's own on."""
+        grads = ctx.gather(grad)
         made: Sequence[Tensor | None] = [None] * ctx.n_parameters
-        if any(grad is not None for grad in grads):
+        if any(each is not None for each in grads):
             made = ctx.deliver(ctx.saved_tensors, grads)
-        wanted = ctx.needs_input_grad[_FIXED_INPUTS:][: ctx.n_outputs]
-        passed = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        n_saved = len(ctx.needs_input_grad) - _FIXED_INPUTS - len(passed) - len(made)
-        return (*[None] * _FIXED_INPUTS, *passed, *made, *[None] * n_saved)
+        passed = grad if ctx.needs_input_grad[_FIXED_INPUTS] else None
+        n_saved = len(ctx.needs_input_grad) - _FIXED_INPUTS - 1 - len(made)
+        return (*[None] * _FIXED_INPUTS, passed, *made, *[None] * n_saved)
+
+
+class Branch(torch.autograd.Function):
+    """Passes one of several outputs through, and keeps its gradient for the Tap that joins them.
+
+    Inputs are: gradients by backward pass and position; the position; the output; what the Tap
+    returned, so that it runs once all gradients that arrive are there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, arrived: dict[int, dict[int, Tensor]], at: int, output: Tensor, join: Tensor
+    ) -> Tensor:
+        """Return the output."""
+        ctx.arrived, ctx.at = arrived, at
+        ctx.set_materialize_grads(False)
+        return output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None, Tensor | None, None]:
+        """Keep the gradient and pass it on."""
+        grads = ctx.arrived.setdefault(backward_id(), {})
+        if grad is not None:
+            grads[ctx.at] = grad
+        return None, None, grad if ctx.needs_input_grad[2] else None, None
