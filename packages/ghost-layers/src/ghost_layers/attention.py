@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ghost_core import Call
-from ghost_layers.replay import Leaf, RefusalError, ReplaySampler
+from ghost_core import Call, WrongSplitError
+from ghost_layers.replay import InputRows, ReplaySampler
 
 
 class MultiheadAttentionSampler(ReplaySampler):
@@ -36,27 +36,28 @@ class MultiheadAttentionSampler(ReplaySampler):
         attention: Any = module
         return (0 if attention.batch_first else 1, 0)[:outputs]
 
-    def sides(self, call: Call) -> Mapping[int, Leaf]:
+    def sides(self, call: Call) -> Mapping[int, InputRows]:
         """Find the samples of the inputs and masks.
 
         Raises:
-            RefusalError: If there is no axis for samples.
+            WrongSplitError: If there is no axis for samples.
         """
         module: Any = call.module
-        sides: dict[int, Leaf] = {}
+        sides: dict[int, InputRows] = {}
         for at, name in enumerate(("query", "key", "value")):
             value: Tensor = call.argument(at, name)
             if value.dim() != 3:
-                raise RefusalError(
-                    f"its {name} has the shape {tuple(value.shape)}, without an axis for samples",
-                    "give it inputs with three axes",
+                raise WrongSplitError(
+                    reason=f"its {name} has the shape {tuple(value.shape)}, without an "
+                    "axis for samples",
+                    remedy="give it inputs with three axes",
                 )
-            sides[id(value)] = Leaf(own=True, axis=0 if module.batch_first else 1)
+            sides[id(value)] = InputRows(own=True, axis=0 if module.batch_first else 1)
         padding, mask = _given(call, 3, "key_padding_mask"), _given(call, 5, "attn_mask")
         if padding is not None:
-            sides[id(padding)] = Leaf(own=True)
+            sides[id(padding)] = InputRows(own=True)
         if mask is not None:
-            sides[id(mask)] = Leaf(own=mask.dim() == 3, fold=mask.dim() == 3)
+            sides[id(mask)] = InputRows(own=mask.dim() == 3, fold=mask.dim() == 3)
         return sides
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from ghost_core import Call, PastCall, PerSampleGradient, Record
-from ghost_layers.replay import Forward, Leaf, RefusalError, ReplaySampler, Way, kept
+from ghost_core import Call, PastCall, PerSampleGradient, Record, WrongSplitError
+from ghost_layers.replay import Forward, InputRows, ReplaySampler, Way, kept
 from ghost_layers.unrolled import Unrolled, differentiate, unroll
 
 
@@ -31,31 +31,32 @@ class RecurrentSampler(ReplaySampler):
         layer: Any = module
         return (0 if layer.batch_first else 1, 1, 1)[:outputs]
 
-    def sides(self, call: Call) -> Mapping[int, Leaf]:
+    def sides(self, call: Call) -> Mapping[int, InputRows]:
         """Find the samples of the inputs and states.
 
         Raises:
-            RefusalError: If there is no axis for samples, or sequences are packed.
+            WrongSplitError: If there is no axis for samples, or sequences are packed.
         """
         layer: Any = call.module
         inputs = call.argument(0, "input")
         if isinstance(inputs, PackedSequence):
-            raise RefusalError(
-                "it got a PackedSequence, whose rows are steps of several samples",
-                "give it padded tensors, and mask the loss",
+            raise WrongSplitError(
+                reason="it got a PackedSequence, whose rows are steps of several samples",
+                remedy="give it padded tensors, and mask the loss",
             )
         if inputs.dim() != 3:
-            raise RefusalError(
-                f"its input has the shape {tuple(inputs.shape)}, without an axis for samples",
-                "give it an input with three axes",
+            raise WrongSplitError(
+                reason=f"its input has the shape {tuple(inputs.shape)}, without an "
+                "axis for samples",
+                remedy="give it an input with three axes",
             )
         states = call.args[1:] or (call.kwargs.get("hx"),)
         sides = {
-            id(state): Leaf(own=True, axis=1)
+            id(state): InputRows(own=True, axis=1)
             for state in tree_leaves(states)
             if isinstance(state, Tensor)
         }
-        return {**sides, id(inputs): Leaf(own=True, axis=0 if layer.batch_first else 1)}
+        return {**sides, id(inputs): InputRows(own=True, axis=0 if layer.batch_first else 1)}
 
     def rewritten(self, module: nn.Module, count: int) -> Forward | None:
         """Run it step by step, where nothing stands behind its weights."""
@@ -74,7 +75,7 @@ class RecurrentSampler(ReplaySampler):
             plan.wanted[local]: replay.values[plan.wanted[local]].detach().requires_grad_()
             for local in call.shapes
         }
-        with torch.enable_grad(), plan.surroundings():
+        with torch.enable_grad(), plan.conditions():
             inputs = plan.whole(replay.inputs)
             unrolled: Unrolled = plan.called(_unrolled, replay.values | wanted, inputs)
             outputs, slopes = plan.sloped(unrolled.outputs, replay, grads)
@@ -98,17 +99,18 @@ class RecurrentCellSampler(ReplaySampler):
 
     parameters = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
-    def sides(self, call: Call) -> Mapping[int, Leaf]:
+    def sides(self, call: Call) -> Mapping[int, InputRows]:
         """Find the samples of the input and the states.
 
         Raises:
-            RefusalError: If there is no axis for samples.
+            WrongSplitError: If there is no axis for samples.
         """
         tensors = [value for value in tree_leaves((call.args, call.kwargs)) if value is not None]
         for value in tensors:
             if value.dim() != 2:
-                raise RefusalError(
-                    f"it got a tensor of shape {tuple(value.shape)}, without an axis for samples",
-                    "give it inputs with two axes",
+                raise WrongSplitError(
+                    reason=f"it got a tensor of shape {tuple(value.shape)}, without an "
+                    "axis for samples",
+                    remedy="give it inputs with two axes",
                 )
-        return {id(value): Leaf(own=True) for value in tensors}
+        return {id(value): InputRows(own=True) for value in tensors}

@@ -31,7 +31,7 @@ def gradients(
     if not len(grads[0]):
         return {local: value.new_zeros(0, *shapes[local]) for local, value in wanted.items()}
     make = _by_copies if plan.way is Way.VMAP else _by_backward_passes
-    with torch.enable_grad(), plan.surroundings():
+    with torch.enable_grad(), plan.conditions():
         return make(plan, replay, grads, wanted)
 
 

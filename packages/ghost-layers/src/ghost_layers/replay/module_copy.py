@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ghost_core._torch import backward_hooks, forward_hooks, forward_pre_hooks
 from ghost_core.hooks import Hook
 from ghost_core.tracking import dotted_name
 
@@ -60,10 +61,10 @@ class Template:
     def of(cls, module: nn.Module) -> Template:
         """Copy a module as it is now."""
         slots: list[Slot] = []
-        hollow = _imitate(module)
-        for at, (path, twin) in enumerate(hollow.named_modules()):
+        hollow = _copied(module)
+        for at, (path, copied) in enumerate(hollow.named_modules()):
             for kind in ("_parameters", "_buffers"):
-                tensors: dict[str, Tensor | None] = vars(twin)[kind]
+                tensors: dict[str, Tensor | None] = vars(copied)[kind]
                 for name, value in tensors.items():
                     if value is not None:
                         slots.append(Slot(at, kind, name, f"{path}.{name}" if path else name))
@@ -72,14 +73,14 @@ class Template:
 
     def fill(self, values: Mapping[str, Tensor]) -> nn.Module:
         """Return a module that runs with the parameters and buffers given, by first dotted name."""
-        twin = _imitate(self.module)
-        modules = list(twin.modules())
+        copied = _copied(self.module)
+        modules = list(copied.modules())
         for slot in self.slots:
             vars(modules[slot.module])[slot.kind][slot.name] = values[slot.key]
         for module in modules:
             if isinstance(module, nn.RNNBase):
                 _flatten(module)
-        return twin
+        return copied
 
     def tensors(self, module: nn.Module, kind: str) -> dict[str, Tensor]:
         """Return the parameters or buffers that a module like it has now, by first dotted name.
@@ -104,19 +105,21 @@ class Template:
         return tuple(module.training for module in self.module.modules())
 
 
-def _imitate(module: nn.Module) -> nn.Module:
+def _copied(module: nn.Module) -> nn.Module:
     """Copy a module, the modules inside and their containers, but no tensors and no hooks."""
     originals = list(module.modules())
     copies: dict[int, Any] = {id(each): object.__new__(type(each)) for each in originals}
     for each in originals:
-        twin = vars(copies[id(each)])
+        state = vars(copies[id(each)])
         for name, value in vars(each).items():
             if name in ("_parameters", "_buffers"):
-                twin[name] = dict(value)
+                state[name] = dict(value)
+            elif name in _HOOKS:
+                state[name] = copy.copy(_HOOKS[name])
             else:
-                twin[name] = copy.copy(_HOOKS[name]) if name in _HOOKS else own_copy(value, copies)
-    twins: nn.Module = copies[id(module)]
-    return twins
+                state[name] = own_copy(value, copies)
+    copied: nn.Module = copies[id(module)]
+    return copied
 
 
 def own_copy(value: Any, copies: dict[int, Any]) -> Any:
@@ -153,14 +156,14 @@ def _copied_object(value: Any, copies: dict[int, Any]) -> Any:
     if attributes is None and not hasattr(value, "__setitem__"):
         return value
     try:
-        twin = copy.copy(value)
+        copied = copy.copy(value)
     except (TypeError, ValueError):  # locks, files and the like
         return value
-    if twin is not value:
-        copies[id(value)] = twin
+    if copied is not value:
+        copies[id(value)] = copied
         if attributes is not None:
-            vars(twin).update({name: own_copy(each, copies) for name, each in attributes.items()})
-    return twin
+            vars(copied).update({name: own_copy(each, copies) for name, each in attributes.items()})
+    return copied
 
 
 def _flatten(module: nn.RNNBase) -> None:
@@ -181,11 +184,10 @@ def why_not_copied(module: nn.Module) -> str | None:
         what = f"{name} ({dotted_name(type(inside))})" if name else dotted_name(type(inside))
         if isinstance(inside, torch.jit.ScriptModule):
             return f"{what} is a script, which cannot be run with other parameters: exclude it"
-        hooks = [*inside._forward_pre_hooks.values()]
+        hooks = [*forward_pre_hooks(inside).values()]
         if inside is not module:
-            hooks += inside._forward_hooks.values()
-            hooks += inside._backward_hooks.values()
-            hooks += inside._backward_pre_hooks.values()
+            after, before = backward_hooks(inside)
+            hooks += [*forward_hooks(inside).values(), *after.values(), *before.values()]
         for hook in hooks:
             if isinstance(hook, Hook):
                 continue

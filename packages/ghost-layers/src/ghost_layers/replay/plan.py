@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from ghost_core import Record
-from ghost_layers.replay.before import RandomState, surroundings
+from ghost_layers.replay.before import RandomState, conditions
 from ghost_layers.replay.module_copy import Template, own_copy
+from ghost_layers.replay.recording import InputRows, OutputRows, TensorAt
 
 
 class Way(Enum):
@@ -23,75 +24,6 @@ class Way(Enum):
     VMAP = "all samples at once, each by itself"
     REWRITTEN = "as it was, with a sampler's own code"
     BATCH = "as it was, with one backward pass for each sample"
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """Where a tensor among the inputs has its samples.
-
-    Attributes:
-        own: Whether the samples have a row each; else they share all of it.
-        axis: Axis that the module expects where the tensor is kept with its axis 0.
-        fold: Whether the module expects the first two axes, `[N, k, ...]`, folded to `[N·k, ...]`.
-    """
-
-    own: bool
-    axis: int = 0
-    fold: bool = False
-
-    def first(self, value: Tensor, count: int) -> Tensor:
-        """Lay out a tensor that the module got with the samples on its axis 0."""
-        return value.unflatten(0, (count, -1)) if self.fold else value.movedim(self.axis, 0)
-
-    def whole(self, value: Tensor) -> Tensor:
-        """Lay out a tensor as the module got it."""
-        if self.fold:
-            return value.flatten(0, 1)
-        return value.movedim(0, self.axis) if self.axis else value
-
-    def single(self, value: Tensor) -> Tensor:
-        """Make one sample's row a batch of one."""
-        return value if self.fold else value.unsqueeze(self.axis)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Stands for a tensor among the inputs.
-
-    Attributes:
-        at: Its position among the different ones.
-    """
-
-    at: int
-
-
-@dataclass(frozen=True)
-class Output:
-    """An output tensor with rows.
-
-    Attributes:
-        index: Position among the recorded outputs.
-        at: Position among all floating tensors that the module returns.
-        axis: Where the module has its rows.
-        dtype: Dtype that one sample's rows are to have; None where it is that of the call. Under
-            autocast, some batching rules add biases in another dtype than the call did.
-    """
-
-    index: int
-    at: int
-    axis: int
-    dtype: torch.dtype | None = None
-
-    def row(self, value: Tensor) -> Tensor:
-        """Return the row of an output for one sample.
-
-        Raises:
-            ReplayError: If it does not have exactly one.
-        """
-        if value.dim() <= self.axis or value.shape[self.axis] != 1:
-            raise ReplayError(f"an output of shape {tuple(value.shape)} for one sample")
-        row = value.select(self.axis, 0)
-        return row if self.dtype is None else row.to(self.dtype)
 
 
 Forward = Callable[..., Any]
@@ -112,10 +44,6 @@ def floating(output: Any) -> list[Tensor]:
     ]
 
 
-class ReplayError(Exception):
-    """A call that runs again does something else."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """How to run a call again: everything about it that is no tensor.
@@ -125,8 +53,8 @@ class Plan:
         wanted: First dotted name of each parameter asked for, by local name.
         written: Buffers that the call writes.
         spec: Structure of the inputs.
-        slots: Their leaves, a `Place` for each tensor.
-        leaves: Where the tensors have their samples.
+        slots: Their leaves, a `TensorAt` for each tensor.
+        input_rows: Where the tensors have their samples.
         outputs: The outputs with rows.
         count: Number of rows R of the recorded outputs.
         way: How to run it.
@@ -142,8 +70,8 @@ class Plan:
     written: frozenset[str]
     spec: TreeSpec
     slots: tuple[Any, ...]
-    leaves: tuple[Leaf, ...]
-    outputs: tuple[Output, ...]
+    input_rows: tuple[InputRows, ...]
+    outputs: tuple[OutputRows, ...]
     count: int
     way: Way
     random: RandomState | None
@@ -152,10 +80,10 @@ class Plan:
     recurrent: bool
     rewritten: Forward | None = None
 
-    def surroundings(self) -> Any:
+    def conditions(self) -> Any:
         """Return a context in which the call runs as it did."""
         cudnn = self.way is Way.BATCH or not self.recurrent
-        return surroundings(self.random, self.devices, cudnn=cudnn)
+        return conditions(self.random, self.devices, cudnn=cudnn)
 
     def called(
         self, function: Forward, values: Mapping[str, Tensor], inputs: Sequence[Tensor]
@@ -168,16 +96,16 @@ class Plan:
             inputs: The different input tensors, laid out for the module.
         """
         own = {key: values[key].clone() for key in self.written}
-        twin = self.template.fill({**values, **own})
+        module = self.template.fill({**values, **own})
         copies: dict[int, Any] = {}
         leaves = [
-            inputs[slot.at] if isinstance(slot, Place) else own_copy(slot, copies)
+            inputs[slot.at] if isinstance(slot, TensorAt) else own_copy(slot, copies)
             for slot in self.slots
         ]
         args, kwargs = tree_unflatten(leaves, self.spec)
         device, dtype = self.autocast
         with torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False):
-            return function(twin, *args, **kwargs)
+            return function(module, *args, **kwargs)
 
     def returned(self, values: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run the module and return its floating tensors; see `called`."""
@@ -186,7 +114,7 @@ class Plan:
 
     def whole(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Lay out the input tensors as the module got them."""
-        return [leaf.whole(value) for leaf, value in zip(self.leaves, inputs, strict=True)]
+        return [rows.whole(value) for rows, value in zip(self.input_rows, inputs, strict=True)]
 
     def run_whole(self, values: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the outputs of the whole call, as the module lays them out."""
@@ -205,8 +133,8 @@ class Plan:
         """
         rest = iter(own)
         given = [
-            leaf.single(next(rest)) if leaf.own else leaf.whole(value)
-            for leaf, value in zip(self.leaves, inputs, strict=True)
+            rows.single(next(rest)) if rows.own else rows.whole(value)
+            for rows, value in zip(self.input_rows, inputs, strict=True)
         ]
         returned = self.returned(values, given)
         return [output.row(returned[output.at]) for output in self.outputs]
@@ -243,7 +171,7 @@ class Plan:
 
     def own(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the input tensors that have a row for each sample."""
-        return [value for value, leaf in zip(inputs, self.leaves, strict=True) if leaf.own]
+        return [value for value, rows in zip(inputs, self.input_rows, strict=True) if rows.own]
 
     @property
     def randomness(self) -> str:

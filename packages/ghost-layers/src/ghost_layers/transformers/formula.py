@@ -111,14 +111,14 @@ def _largest_error(sampler: FormulaChecked, module: nn.Module) -> float:
         return values.to(weight.device, weight.dtype)
 
     with torch.inference_mode(False), full_precision(weight.device):
-        twin: Any = _twin(sampler, module, random)
-        parameters = {name: p for name, p in twin._parameters.items() if p is not None}
-        inputs = sampler.example(twin, random)
+        copied: Any = _small_copy(sampler, module, random)
+        parameters = {name: p for name, p in copied._parameters.items() if p is not None}
+        inputs = sampler.example(copied, random)
         if inputs.is_floating_point() and weight.dtype != torch.float16:
             # So small that the epsilon matters; float16 could not hold the squares.
             inputs[1] *= 1e-3
         with torch.enable_grad():
-            output = type(module).forward(twin, inputs)
+            output = type(module).forward(copied, inputs)
             samples = output.unbind()
         slope = random(*output.shape).to(output.dtype)
         expected = [
@@ -126,7 +126,7 @@ def _largest_error(sampler: FormulaChecked, module: nn.Module) -> float:
             for sample, its_slope in zip(samples, slope, strict=True)
         ]
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        call = Call(dotted_name(type(module)), twin, (inputs,), {}, (output.detach(),), shapes)
+        call = Call(dotted_name(type(module)), copied, (inputs,), {}, (output.detach(),), shapes)
         records = sampler.record(call)
         held = sampler.gradients(call.past(), records, [slope])
         # Even in float64, some of these layers compute in float32.
@@ -139,21 +139,21 @@ def _largest_error(sampler: FormulaChecked, module: nn.Module) -> float:
         return max(errors)
 
 
-def _twin(sampler: FormulaChecked, module: nn.Module, random: Random) -> nn.Module:
+def _small_copy(sampler: FormulaChecked, module: nn.Module, random: Random) -> nn.Module:
     """Copy a module, with random parameters and with buffers of its own."""
-    twin = copy.copy(module)
-    twin._buffers = {
+    copied = copy.copy(module)
+    copied._buffers = {
         name: None if buffer is None else buffer.detach().clone()
         for name, buffer in module._buffers.items()
     }
-    twin._parameters = dict(module._parameters)
-    sampler.shrink(twin)
+    copied._parameters = dict(module._parameters)
+    sampler.shrink(copied)
     made: Any = {
         name: None if parameter is None else random(*parameter.shape).requires_grad_()
-        for name, parameter in twin._parameters.items()
+        for name, parameter in copied._parameters.items()
     }
-    twin._parameters = made
-    return twin
+    copied._parameters = made
+    return copied
 
 
 def _error(held: Tensor, expected: Tensor, tolerance: float) -> float:

@@ -55,7 +55,7 @@ class RelativeBiasSampler(ReplaySampler):
         ((local, shape),) = call.shapes.items()
         table = replay.values[plan.wanted[local]].detach().requires_grad_()
         total = table.new_zeros(replay.count, *shape)
-        with torch.enable_grad(), plan.surroundings():
+        with torch.enable_grad(), plan.conditions():
             found: list[tuple[Tensor, Tensor]] = []
             function = partial(plan.rewritten, found=found)
             values = replay.values | {plan.wanted[local]: table}
