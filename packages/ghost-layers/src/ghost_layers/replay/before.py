@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-import random
-import sys
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ghost_core import WrongSplitError
 from ghost_core._torch import parametrizations_computed, version
+from ghost_core.state import RandomState, random_state_kept
 from ghost_layers.replay.module_copy import Template
 
 _SMALL = 2**16
 """Elements up to which a buffer is copied before every call, in case that the call writes it."""
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The global random number generators: torch's, Python's and numpy's.
-
-    Attributes:
-        cpu: Of torch on the CPU.
-        cuda: Of torch by index of a CUDA device.
-        python: Of `random`.
-        numpy: Of `numpy.random`; None where numpy is not loaded.
-    """
-
-    cpu: Tensor
-    cuda: dict[int, Tensor]
-    python: tuple[Any, ...]
-    numpy: Any
-
-    @classmethod
-    def now(cls, devices: Collection[torch.device]) -> RandomState:
-        """Return the present state, as far as these devices go."""
-        loaded: Any = sys.modules.get("numpy")
-        indices = {device.index for device in devices if device.type == "cuda"}
-        return cls(
-            torch.get_rng_state(),
-            {index: torch.cuda.get_rng_state(index) for index in indices},
-            random.getstate(),
-            loaded.random.get_state(legacy=False) if loaded is not None else None,
-        )
-
-    def restore(self) -> None:
-        """Put the generators back into this state."""
-        torch.set_rng_state(self.cpu)
-        for index, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, index)
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-
-    def equals(self, other: RandomState) -> bool:
-        """Tell whether nothing was drawn between this state and another one."""
-        return (
-            torch.equal(self.cpu, other.cpu)
-            and self.cuda.keys() == other.cuda.keys()
-            and all(torch.equal(state, other.cuda[index]) for index, state in self.cuda.items())
-            and self.python == other.python
-            and _bytes(self.numpy) == _bytes(other.numpy)
-        )
-
-
-def _bytes(state: Any) -> list[Any]:
-    return [part.tobytes() if hasattr(part, "tobytes") else part for part in tree_leaves(state)]
 
 
 @dataclass(frozen=True)
@@ -142,27 +87,16 @@ def conditions(
         cudnn: Whether cuDNN may be used. Its recurrent layers have no batching rules, and no
             backward pass in evaluation.
     """
-    found = RandomState.now(devices)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
+    mha, cudnn_flags = torch.backends.mha, torch.backends.cudnn
+    fast, used = mha.get_fastpath_enabled(), cudnn_flags.enabled
+    with random_state_kept(devices), warnings.catch_warnings(), parametrizations_computed():
+        warnings.simplefilter("ignore")  # the user has seen them, or they are about vmap
         if random is not None:
             random.restore()
-        torch.backends.mha.set_fastpath_enabled(False)  # kernels without gradients
-        # Cached values were computed from other parameters.
-        with warnings.catch_warnings(), _cudnn(cudnn), parametrizations_computed():
-            warnings.simplefilter("ignore")  # the user has seen them, or they are about vmap
+        try:
+            mha.set_fastpath_enabled(False)  # kernels without gradients
+            cudnn_flags.enabled = used and cudnn
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        found.restore()
-
-
-@contextmanager
-def _cudnn(enabled: bool) -> Iterator[None]:
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.enabled
-    cudnn.enabled = before and enabled
-    try:
-        yield
-    finally:
-        cudnn.enabled = before
+        finally:
+            mha.set_fastpath_enabled(fast)
+            cudnn_flags.enabled = used

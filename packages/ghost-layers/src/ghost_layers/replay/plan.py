@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from ghost_core import Record
-from ghost_layers.replay.before import RandomState, conditions
+from ghost_core.state import RandomState
+from ghost_layers.replay.before import conditions
 from ghost_layers.replay.module_copy import Template, own_copy
 from ghost_layers.replay.recording import InputRows, OutputRows, TensorAt
 

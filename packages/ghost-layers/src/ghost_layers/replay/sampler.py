@@ -17,8 +17,9 @@ from ghost_core import (
     Record,
     WrongSplitError,
 )
+from ghost_core.state import RandomState
 from ghost_core.tracking import dotted_name
-from ghost_layers.replay.before import Before, RandomState
+from ghost_layers.replay.before import Before
 from ghost_layers.replay.gradients import gradients
 from ghost_layers.replay.module_copy import why_not_copied
 from ghost_layers.replay.plan import Forward, Plan, Replay, Way
@@ -187,4 +188,4 @@ def kept(call: PastCall, records: Mapping[str, Record]) -> tuple[Plan, Replay]:
 
 def _drawn(before: Before) -> RandomState | None:
     """Return the generators' state before a call that drew numbers; None if it drew none."""
-    return None if before.random.equals(RandomState.now(before.devices)) else before.random
+    return None if before.random == RandomState.now(before.devices) else before.random
