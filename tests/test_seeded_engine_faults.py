@@ -38,10 +38,10 @@ class FirstUse:
         self.arrived = set()
         super().on_start(batch)
 
-    def on_gradient(self, pass_, site, gradient):
-        if site.parameter not in self.arrived:
-            self.arrived.add(site.parameter)
-            super().on_gradient(pass_, site, gradient)
+    def on_gradient(self, pass_, parameter, gradient):
+        if parameter.name not in self.arrived:
+            self.arrived.add(parameter.name)
+            super().on_gradient(pass_, parameter, gradient)
 
 
 def test_dots_without_the_second_use_of_a_tied_parameter(gpt2, assert_dots):
@@ -62,9 +62,9 @@ def test_rows_without_the_second_use_of_a_tied_parameter(gpt2, assert_rows):
 
 def test_last_use_of_a_tied_parameter_overwrites_the_first(gpt2, assert_dots):
     class Broken(DotProductEngine):
-        def on_gradient(self, pass_, site, gradient):
-            self._dots[site.parameter][pass_.rows] = 0
-            super().on_gradient(pass_, site, gradient)
+        def on_gradient(self, pass_, parameter, gradient):
+            self._dots[parameter.name][pass_.rows] = 0
+            super().on_gradient(pass_, parameter, gradient)
 
     with pytest.raises(AssertionError, match=rf"transformer\.wte\.weight.*{OFF}"):
         assert_dots(gpt2, Broken)
@@ -82,8 +82,8 @@ class _Transposed:
 
 def test_rows_with_their_axes_swapped_by_the_engine(llama, assert_rows):
     class Broken(ProjectionEngine):
-        def on_gradient(self, pass_, site, gradient):
-            super().on_gradient(pass_, site, _Transposed(gradient))
+        def on_gradient(self, pass_, parameter, gradient):
+            super().on_gradient(pass_, parameter, _Transposed(gradient))
 
     with pytest.raises(AssertionError, match=OFF):
         assert_rows(llama, Broken)
@@ -139,9 +139,9 @@ def test_convolution_without_its_dilation(convolutions, monkeypatch, assert_dots
 
 def test_dots_in_bfloat16(llama, assert_dots):
     class Broken(DotProductEngine):
-        def on_gradient(self, pass_, site, gradient):
-            dots = gradient.dot(self._stacked[site.parameter])
-            self._dots[site.parameter][pass_.rows] += dots.bfloat16()
+        def on_gradient(self, pass_, parameter, gradient):
+            dots = gradient.dot(self._stacked[parameter.name])
+            self._dots[parameter.name][pass_.rows] += dots.bfloat16()
 
     with pytest.raises(AssertionError, match=OFF):
         assert_dots(llama, Broken)
@@ -163,11 +163,11 @@ def test_dots_with_a_rounded_direction(dtype, llama, assert_dots):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_with_rounded_gradients(dtype, llama, assert_rows):
     class Broken(ProjectionEngine):
-        def on_gradient(self, pass_, site, gradient):
+        def on_gradient(self, pass_, parameter, gradient):
             rounded = gradient.materialize().to(dtype).double()
-            super().on_gradient(pass_, site, Dense(rounded.unsqueeze(1)))
+            super().on_gradient(pass_, parameter, Dense(rounded.unsqueeze(1)))
 
-        def on_input(self, site, record):
+        def on_input(self, parameter, record):
             return record
 
     with pytest.raises(AssertionError, match=OFF):
@@ -178,8 +178,8 @@ def test_direction_of_sums_multiplied(llama, monkeypatch, assert_dots):
     """A direction of several samples as ΣA·ΣB, in place of ΣAB."""
     exact = directions.gradient_of
 
-    def multiplied(name, closure, model, sites):
-        found = exact(name, closure, model, sites)
+    def multiplied(name, closure, model, parameters):
+        found = exact(name, closure, model, parameters)
         inputs, grads, handles = {}, {}, []
 
         def hook(path):

@@ -59,7 +59,7 @@ def test_it_is_found_with_all_it_offers():
     ]
     assert found.engines["sign_agreement"] is sample.SignAgreementEngine
     assert found.projection("coordinates") is sample.CoordinateProjection
-    assert type(found.samplers.find(sample.Scale(3))) is sample.ScaleSampler
+    assert type(found.samplers.find(sample.Scale(3)).sampler) is sample.ScaleSampler
 
 
 def test_every_other_plugin_loaded_too():

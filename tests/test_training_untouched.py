@@ -170,15 +170,15 @@ class Capture:
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 self.storages.append(StorageWeakRef(tensor.untyped_storage()))
 
-    def on_input(self, site, record):
+    def on_input(self, parameter, record):
         self.see(record)
-        kept = super().on_input(site, record)
+        kept = super().on_input(parameter, record)
         self.see(kept)
         return kept
 
-    def on_gradient(self, pass_, site, gradient):
+    def on_gradient(self, pass_, parameter, gradient):
         self.see(gradient)
-        super().on_gradient(pass_, site, gradient)
+        super().on_gradient(pass_, parameter, gradient)
 
     def alive(self):
         gc.collect()

@@ -93,7 +93,9 @@ def assert_exact(
     ) -> None:
         engine = hold(model, **options)
         torch.manual_seed(1)
-        expected = per_sample_gradients(model, losses(), [site.parameter for site in engine.sites])
+        expected = per_sample_gradients(
+            model, losses(), [parameter.name for parameter in engine.parameters]
+        )
         n = len(next(iter(expected.values())))
         torch.manual_seed(1)
         with engine, engine.batch(range(n)) as batch:

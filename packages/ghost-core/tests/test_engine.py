@@ -16,7 +16,7 @@ from ghost_core import (
     Freeze,
     Pass,
     PerSampleGradient,
-    Site,
+    TrackedParameter,
 )
 from ghost_core.batch import as_ids
 from ghost_core.testing import GradientHolder
@@ -34,10 +34,12 @@ def test_a_failing_engine_leaves_no_trace(registry, model: nn.Module, x: Tensor)
     class Failing(GradientHolder):
         fails = ""
 
-        def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+        def on_gradient(
+            self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+        ) -> None:
             if self.fails == "gradient":
                 raise KeyError
-            super().on_gradient(pass_, site, gradient)
+            super().on_gradient(pass_, parameter, gradient)
 
         def on_start(self, batch: Batch) -> None:
             super().on_start(batch)
@@ -66,7 +68,9 @@ def test_a_failing_engine_leaves_no_trace(registry, model: nn.Module, x: Tensor)
 class Nothing(Engine[None]):
     """Has no result."""
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> None:
         """Do nothing."""
 
     def on_end(self, batch: Batch[None]) -> None:
@@ -126,7 +130,7 @@ class WithOptions(Nothing):
 
 def test_an_engine_says_what_it_is(registry, model: nn.Module, x: Tensor) -> None:
     engine = WithOptions(model, depth=3, registry=registry)
-    kind, n = type(model).__name__, len(engine.sites)
+    kind, n = type(model).__name__, len(engine.parameters)
     start = f"<WithOptions: {kind}, {n} parameters, registry="
     assert repr(engine).startswith(start)
     assert repr(engine).endswith(", detached>")
@@ -143,6 +147,8 @@ def test_an_engine_names_the_options_that_are_not_the_defaults(registry, model: 
     engine = WithOptions(
         model, layers="first", exclude=(), batch_dim={}, verify=False, depth=4, registry=registry
     )
-    assert f"{len(engine.sites)} parameters, layers='first', verify=False, depth=4," in repr(engine)
+    assert f"{len(engine.parameters)} parameters, layers='first', verify=False, depth=4," in repr(
+        engine
+    )
     long = WithOptions(model, layers=["first"] * 9, registry=registry)
     assert "layers=['first', 'first', 'first', 'first', 'first', 'first', ...]" in repr(long)

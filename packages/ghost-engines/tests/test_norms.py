@@ -298,9 +298,9 @@ def test_autocast_does_not_reach_the_norms(whole_batch, mlp):
     held = []
     engine_add = engine.on_gradient
 
-    def spy(pass_, site, gradient):
-        held.append((site.parameter, gradient.materialize().double()))
-        engine_add(pass_, site, gradient)
+    def spy(pass_, parameter, gradient):
+        held.append((parameter.name, gradient.materialize().double()))
+        engine_add(pass_, parameter, gradient)
 
     engine.on_gradient = spy
     around = torch.autocast("cpu", torch.bfloat16, enabled=whole_batch)

@@ -118,7 +118,9 @@ def test_whole_gradients_where_nothing_is_projected(case, assert_rows):
     model, inputs = case
     expected = per_sample_gradients(model, squares(model(inputs)))
     engine = ProjectionEngine(model, dim=10**6, dtype="float64")
-    assert [block.size for block in engine.layout] == [site.shape.numel() for site in engine.sites]
+    assert [block.size for block in engine.layout] == [
+        parameter.shape.numel() for parameter in engine.parameters
+    ]
     batch = project_frozen(engine, model, inputs)
     assert_rows(engine, batch, expected)
     flat = torch.cat([expected[block.parameter].flatten(1) for block in engine.layout], 1)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ghost_core import GhostError
+from ghost_core.tracking import Refused
 from ghost_engines import cli
 from ghost_engines.cli import models
 from ghost_engines.cli.batches import load_batch
@@ -183,7 +184,8 @@ def test_a_refusal_is_no_success(capsys):
 
 
 def test_a_layer_that_nobody_handles_is_a_refusal(capsys, monkeypatch):
-    monkeypatch.setattr("ghost_core.tracking.SamplerRegistry.find", lambda *_, **__: "unknown")
+    refused = Refused("unknown")
+    monkeypatch.setattr("ghost_core.tracking.SamplerRegistry.find", lambda *_, **__: refused)
     assert verify(*MLP) == 1
     assert "\nrefused: no per-sample gradients for these modules:\n" in capsys.readouterr().out
 

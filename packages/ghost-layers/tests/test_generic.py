@@ -154,7 +154,7 @@ def test_parametrized(kind: str, training: bool) -> None:
     model = Behind(PARAMETRIZED[kind]()).double().train(training)
     shape = (5, 4, 4) if isinstance(model.module, nn.Conv1d) else (5, 4)
     engine = check(model, doubles(*shape))
-    assert any("parametrizations" in site.parameter for site in engine.sites)
+    assert any("parametrizations" in parameter.name for parameter in engine.parameters)
 
 
 def test_parametrized_with_cached_values() -> None:
@@ -709,7 +709,7 @@ def test_lower_precision(dtype: torch.dtype, autocast: bool, tolerance: float) -
 
     model = Cast(Behind(nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), Gated(0.5))))
     engine = check(model.to(dtype), torch.randn(5, 3, 4).to(dtype), tolerance=tolerance)
-    assert len(engine.sites) == 10
+    assert len(engine.parameters) == 10
 
 
 # Refusals

@@ -156,7 +156,7 @@ def test_biases_of_encoders_and_decoders(model: str, training: bool, ways: list[
     tokens, labels = torch.randint(1, 11, (3, 5)), torch.randint(1, 11, (3, 4))
     options = {"attention_mask": MASK, "decoder_input_ids": labels, "use_cache": False}
     engine = check(whole, "*relative_attention_bias*", tokens, **options)
-    assert len(engine.sites) == (4 if model == "UMT5" else 2)
+    assert len(engine.parameters) == (4 if model == "UMT5" else 2)
     assert set(ways) == {Way.REWRITTEN}
 
 
@@ -164,7 +164,7 @@ def test_biases_of_global_attention() -> None:
     options = {"encoder_attention_type": "transient-global", **LONG}
     whole = Returns(made("LongT5", T5 | options, "LongT5EncoderModel"))
     engine = check(whole, "*relative*", torch.randint(1, 11, (3, 5)), attention_mask=MASK)
-    assert len(engine.sites) == 2
+    assert len(engine.parameters) == 2
 
 
 def test_all_of_t5_with_a_cache() -> None:

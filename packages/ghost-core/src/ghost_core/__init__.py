@@ -32,7 +32,7 @@ from ghost_core.errors import (
 from ghost_core.plugins import hookimpl
 from ghost_core.projection import Projection
 from ghost_core.sampler import Call, GradientSampler, PastCall, as_tokens
-from ghost_core.tracking import Claim, Patterns, SamplerRegistry, Site
+from ghost_core.tracking import Claim, Patterns, SamplerRegistry, TrackedParameter
 
 __all__ = [
     "Batch",
@@ -62,8 +62,8 @@ __all__ = [
     "Record",
     "SampleIds",
     "SamplerRegistry",
-    "Site",
     "Tokens",
+    "TrackedParameter",
     "UnbalancedError",
     "UnknownNameError",
     "UnknownOptionError",

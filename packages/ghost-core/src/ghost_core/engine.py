@@ -14,13 +14,14 @@ from typing import Any, ClassVar, Generic, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
+from ghost_core._torch import gradient_hooks
 from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
 from ghost_core.capture import Freeze, Listener, Recorder
 from ghost_core.compare import Comparison, compare
 from ghost_core.errors import CaptureError, UnknownOptionError
 from ghost_core.hooks import Hook
 from ghost_core.plugins import select
-from ghost_core.tracking import Patterns, SamplerRegistry, Site, Tracking, track
+from ghost_core.tracking import Patterns, SamplerRegistry, TrackedParameter, Tracking, track
 
 logger = logging.getLogger(__name__)
 
@@ -132,12 +133,14 @@ class Engine(Listener, Generic[ResultT]):
         state = "open" if self._open else "attached" if self._recorder else "detached"
         kind, model = type(self).__name__, type(self.model).__name__
         given = [f"{name}={reprlib.repr(value)}" for name, value in self._given.items()]
-        return f"<{', '.join([f'{kind}: {model}, {len(self.sites)} parameters', *given, state])}>"
+        return (
+            f"<{', '.join([f'{kind}: {model}, {len(self.parameters)} parameters', *given, state])}>"
+        )
 
     @property
-    def sites(self) -> tuple[Site, ...]:
+    def parameters(self) -> tuple[TrackedParameter, ...]:
         """The tracked parameters, in order of their names."""
-        return self.tracking.sites
+        return self.tracking.parameters
 
     @property
     def is_open(self) -> bool:
@@ -272,7 +275,7 @@ class Engine(Listener, Generic[ResultT]):
         """Return a table of the tracked modules, their samplers and their parameters."""
         rows = [("module", "class", "sampler", "parameters")]
         for tracked in self.tracking.modules:
-            names = ", ".join(site.parameter for site in tracked.sites.values())
+            names = ", ".join(parameter.name for parameter in tracked.parameters.values())
             kinds = type(tracked.module).__name__, type(tracked.sampler).__name__
             rows.append((tracked.name or "(root)", *kinds, names))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -319,19 +322,19 @@ class Engine(Listener, Generic[ResultT]):
 
     def _check_flags(self) -> None:
         """Refuse parameters frozen or unfrozen since: scores would not be those of the training."""
-        for site in self.sites:
-            hooks = self.model.get_parameter(site.parameter)._backward_hooks or {}
+        for parameter in self.parameters:
+            hooks = gradient_hooks(self.model.get_parameter(parameter.name))
             if any(not isinstance(hook, Hook) for hook in hooks.values()):
                 raise CaptureError(
-                    f"{site.parameter} has a hook on its gradient, which contributions do not pass "
+                    f"{parameter.name} has a hook on its gradient, which contributions do not pass "
                     "through: remove the hook, or leave the parameter out with exclude=..."
                 )
         if self._recorder is None or self._recorder.flags:
             return
         changed = {
-            name: parameter.requires_grad
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad != self._flags.get(name)
+            name: leaf.requires_grad
+            for name, leaf in self.model.named_parameters()
+            if leaf.requires_grad != self._flags.get(name)
         }
         if changed and self._track() != self.tracking:
             listed = ", ".join(

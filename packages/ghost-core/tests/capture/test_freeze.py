@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ghost_core import Batch, CaptureError, Freeze, Pass, PerSampleGradient, Site
+from ghost_core import Batch, CaptureError, Freeze, Pass, PerSampleGradient, TrackedParameter
 from ghost_core.testing import (
     GradientHolder,
     Held,
@@ -26,17 +26,21 @@ class Summing(GradientHolder):
 
     freeze = Freeze.CALL
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor:
-        super().on_gradient(pass_, site, gradient)
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor:
+        super().on_gradient(pass_, parameter, gradient)
         return gradient.sum()
 
 
 class Forgetful(Summing):
     """Returns nothing for one parameter."""
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
-        made = super().on_gradient(pass_, site, gradient)
-        return None if site.parameter == "attend.bias" else made
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor | None:
+        made = super().on_gradient(pass_, parameter, gradient)
+        return None if parameter.name == "attend.bias" else made
 
 
 @pytest.fixture

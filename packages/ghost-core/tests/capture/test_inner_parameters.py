@@ -98,7 +98,7 @@ def losses_of(output: Tensor) -> Tensor:
 
 
 def assert_exact(assert_held, engine: GradientHolder, model: nn.Module, x: Tensor) -> None:
-    names = [site.parameter for site in engine.sites]
+    names = [parameter.name for parameter in engine.parameters]
     expected = per_sample_gradients(model, losses_of(model(x)), names)
     with engine, engine.batch(range(len(x))) as batch:
         losses_of(model(x)).sum().backward()
@@ -118,7 +118,7 @@ def x() -> Tensor:
 
 def test_a_sampler_owns_parameters_of_modules_inside(assert_held, model, x) -> None:
     engine = GradientHolder(model, registry=registry((Scaled, OwnsInside)), exclude="1.out.bias")
-    owners = {tracked.name: list(tracked.sites) for tracked in engine.tracking.modules}
+    owners = {tracked.name: list(tracked.parameters) for tracked in engine.tracking.modules}
     assert owners["1"] == ["scale", "out.weight"]
     assert "1.out" not in owners
     assert owners["1.inner"] == ["weight", "bias"]
@@ -140,8 +140,8 @@ def test_engines_make_the_gradients_of_modules_inside(model, x) -> None:
     class Fused(GradientHolder):
         freeze = Freeze.CALL
 
-        def on_gradient(self, pass_, site, gradient):
-            super().on_gradient(pass_, site, gradient)
+        def on_gradient(self, pass_, parameter, gradient):
+            super().on_gradient(pass_, parameter, gradient)
             return gradient.sum()
 
     losses_of(model(x)).sum().backward()
@@ -152,7 +152,7 @@ def test_engines_make_the_gradients_of_modules_inside(model, x) -> None:
         losses_of(model(x)).sum().backward()
     for name, grad in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, grad)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(leaf.requires_grad for leaf in model.parameters())
 
 
 def test_a_parameter_may_be_used_inside_of_what_its_module_calls(assert_held, x) -> None:

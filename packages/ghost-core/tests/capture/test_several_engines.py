@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ghost_core import CaptureError, Freeze, Pass, PerSampleGradient, Site
+from ghost_core import CaptureError, Freeze, Pass, PerSampleGradient, TrackedParameter
 from ghost_core.testing import GradientHolder, per_sample_gradients
 from ghost_core.testing.snapshots import assert_untouched, traces
 
@@ -69,8 +69,10 @@ def test_engines_on_a_model_and_a_part_of_it_are_exact_or_refused(
     registry, assert_held, model: nn.Module, x: Tensor, freeze: Freeze
 ) -> None:
     class Summing(GradientHolder):
-        def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor:
-            super().on_gradient(pass_, site, gradient)
+        def on_gradient(
+            self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+        ) -> Tensor:
+            super().on_gradient(pass_, parameter, gradient)
             return gradient.sum()
 
     Summing.freeze = freeze

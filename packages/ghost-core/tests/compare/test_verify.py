@@ -27,7 +27,7 @@ class Doubles(PlainLinear):
 
 
 class Compresses(GradientHolder):
-    def on_input(self, site, record):
+    def on_input(self, parameter, record):
         if isinstance(record, Tokens):
             return record.compress(torch.eye(record.x.shape[-1], dtype=record.x.dtype))
         return record
@@ -82,8 +82,8 @@ def test_engines_that_make_gradients_are_verified_too(model, tokens):
     class Fused(GradientHolder):
         freeze = Freeze.CALL
 
-        def on_gradient(self, pass_, site, gradient):
-            super().on_gradient(pass_, site, gradient)
+        def on_gradient(self, pass_, parameter, gradient):
+            super().on_gradient(pass_, parameter, gradient)
             return gradient.sum()
 
     engine = Fused(model, registry=plain_registry())

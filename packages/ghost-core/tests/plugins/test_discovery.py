@@ -12,6 +12,7 @@ from torch import nn
 from ghost_core import Engine, Projection, UnknownNameError
 from ghost_core.plugins import DISABLED_VARIABLE, Contributions, collect
 from ghost_core.testing import PlainEmbedding, PlainLinear
+from ghost_core.tracking import Found
 
 HEADER = """
 from torch import nn
@@ -94,7 +95,7 @@ def status(contributions: Contributions) -> dict[str, str]:
 
 
 def handles(contributions: Contributions, module: nn.Module) -> bool:
-    return not isinstance(contributions.samplers.find(module), str)
+    return isinstance(contributions.samplers.find(module), Found)
 
 
 def test_working_plugins_are_found_with_their_offers(install: Install, discover) -> None:
@@ -102,8 +103,8 @@ def test_working_plugins_are_found_with_their_offers(install: Install, discover)
     install("ghost-two", EMBEDDING)
     contributions = discover()
     assert status(contributions) == {"ghost-one:plugin": "loaded", "ghost-two:plugin": "loaded"}
-    assert isinstance(contributions.samplers.find(nn.Linear(1, 1)), PlainLinear)
-    assert isinstance(contributions.samplers.find(nn.Embedding(1, 1)), PlainEmbedding)
+    assert isinstance(contributions.samplers.find(nn.Linear(1, 1)).sampler, PlainLinear)
+    assert isinstance(contributions.samplers.find(nn.Embedding(1, 1)).sampler, PlainEmbedding)
     assert issubclass(contributions.engines["hold"], Engine)
     assert issubclass(contributions.projection("ones"), Projection)
     assert contributions.plugins[0].version == "1.2"
@@ -169,7 +170,7 @@ def test_a_broken_plugin_is_reported_and_the_rest_works(
     assert status(contributions)["ghost-one:plugin"] == "loaded"
     assert problem in status(contributions)["ghost-broken:plugin"]
     assert "ghost-broken:plugin 1.2 failed" in caplog.text
-    assert "ghost-broken:plugin" in str(contributions.samplers.find(nn.Conv1d(1, 1, 1)))
+    assert "ghost-broken:plugin" in contributions.samplers.find(nn.Conv1d(1, 1, 1)).reason
     with pytest.raises(UnknownNameError, match="ghost-broken:plugin"):
         contributions.projection("none")
 

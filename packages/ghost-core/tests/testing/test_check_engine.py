@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ghost_core.testing
-from ghost_core import Batch, Engine, Freeze, Pass, PerSampleGradient, Site
+from ghost_core import Batch, Engine, Freeze, Pass, PerSampleGradient, TrackedParameter
 from ghost_core.testing import (
     GradientHolder,
     Held,
@@ -30,7 +30,9 @@ class Norms(Engine[Tensor]):
     def on_start(self, batch: Batch[Tensor]) -> None:
         self._total = torch.zeros(batch.n)
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor | None:
         self._total[pass_.rows] += gradient.paired(gradient)
         return None
 
@@ -43,8 +45,10 @@ class Fused(Norms):
 
     freeze = Freeze.CALL
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor:
-        super().on_gradient(pass_, site, gradient)
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor:
+        super().on_gradient(pass_, parameter, gradient)
         return gradient.sum()
 
 
@@ -61,10 +65,12 @@ def test_engines_without_faults_pass() -> None:
 class Scales(Norms):
     """Doubles a gradient on its way."""
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
-        if site.parameter == "attend.bias":
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor | None:
+        if parameter.name == "attend.bias":
             gradient.terms.mul_(2)
-        return super().on_gradient(pass_, site, gradient)
+        return super().on_gradient(pass_, parameter, gradient)
 
 
 class Draws(Norms):
@@ -92,16 +98,20 @@ class Hoards(Norms):
         super().__init__(model, **options)
         self.kept: list[PerSampleGradient] = []
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor | None:
         self.kept.append(gradient)
-        return super().on_gradient(pass_, site, gradient)
+        return super().on_gradient(pass_, parameter, gradient)
 
 
 class Counts(Hoards):
     """Keeps something small of every batch."""
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
-        result = super().on_gradient(pass_, site, gradient)
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor | None:
+        result = super().on_gradient(pass_, parameter, gradient)
         self.kept[-1] = self._total.clone()
         return result
 
@@ -150,8 +160,10 @@ class TakesAll(Norms):
 class FusedWrongly(Fused):
     """Makes gradients that are too large."""
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor:
-        return 1.01 * super().on_gradient(pass_, site, gradient)
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor:
+        return 1.01 * super().on_gradient(pass_, parameter, gradient)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ghost_core import GradientSampler, PluginConflictError, SamplerRegistry
 from ghost_core.testing import PlainEmbedding, PlainLayerNorm, PlainLinear
-from ghost_core.tracking import Claim, dotted_name
+from ghost_core.tracking import Claim, Refused, dotted_name
 
 
 class SameLinear(nn.Linear):
@@ -29,22 +29,22 @@ class OtherCall(nn.Linear):
 
 def refusal(registry: SamplerRegistry, module: nn.Module) -> str:
     found = registry.find(module)
-    assert isinstance(found, str), f"handled by {found}"
-    return found
+    assert isinstance(found, Refused), f"handled by {found}"
+    return found.reason
 
 
 def test_a_class_is_found_by_its_dotted_name(registry: SamplerRegistry) -> None:
-    assert isinstance(registry.find(nn.Linear(2, 2)), PlainLinear)
-    assert isinstance(registry.find(nn.LayerNorm(2)), PlainLayerNorm)
-    assert isinstance(registry.find(nn.Embedding(2, 2)), PlainEmbedding)
+    assert isinstance(registry.find(nn.Linear(2, 2)).sampler, PlainLinear)
+    assert isinstance(registry.find(nn.LayerNorm(2)).sampler, PlainLayerNorm)
+    assert isinstance(registry.find(nn.Embedding(2, 2)).sampler, PlainEmbedding)
 
 
 def test_one_sampler_serves_all_layers_of_its_kind(registry: SamplerRegistry) -> None:
-    assert registry.find(nn.Linear(2, 2)) is registry.find(nn.Linear(3, 3))
+    assert registry.find(nn.Linear(2, 2)).sampler is registry.find(nn.Linear(3, 3)).sampler
 
 
 def test_a_subclass_that_runs_the_same_methods_is_handled(registry: SamplerRegistry) -> None:
-    assert isinstance(registry.find(SameLinear(2, 2)), PlainLinear)
+    assert isinstance(registry.find(SameLinear(2, 2)).sampler, PlainLinear)
 
 
 @pytest.mark.parametrize("kind", [OtherLinear, OtherCall])
@@ -64,8 +64,8 @@ def test_a_subclass_can_be_claimed_on_its_own() -> None:
             Claim(dotted_name(OtherLinear), Doubled, "b"),
         ]
     )
-    assert type(registry.find(OtherLinear(2, 2))) is Doubled
-    assert type(registry.find(SameLinear(2, 2))) is PlainLinear
+    assert type(registry.find(OtherLinear(2, 2)).sampler) is Doubled
+    assert type(registry.find(SameLinear(2, 2)).sampler) is PlainLinear
 
 
 def test_a_method_that_a_sampler_relies_on_must_be_the_same() -> None:
@@ -120,5 +120,5 @@ def test_samplers_are_made_when_they_are_needed() -> None:
             raise AssertionError("not needed")
 
     registry = SamplerRegistry([Claim("a.Layer", Costly, "one")])
-    assert isinstance(registry.find(nn.Linear(2, 2)), str)
+    assert isinstance(registry.find(nn.Linear(2, 2)), Refused)
     assert issubclass(Costly, GradientSampler)

@@ -38,7 +38,7 @@ def select(
 
 
 def names(tracking: Tracking) -> list[str]:
-    return [site.parameter for site in tracking.sites]
+    return [parameter.name for parameter in tracking.parameters]
 
 
 @pytest.mark.parametrize(
@@ -70,20 +70,20 @@ def test_globs_select_parameters(
 
 def test_a_shared_parameter_is_one_site_with_all_its_names(registry: SamplerRegistry) -> None:
     tracking = select(Model(), registry, "tokens")
-    (site,) = tracking.sites
-    assert site.parameter == "tokens.weight"
-    assert site.aliases == ("tokens.weight", "head.weight")
-    assert site.shape == (7, 4)
-    assert site.dtype == torch.float32
+    (parameter,) = tracking.parameters
+    assert parameter.name == "tokens.weight"
+    assert parameter.aliases == ("tokens.weight", "head.weight")
+    assert parameter.shape == (7, 4)
+    assert parameter.dtype == torch.float32
     assert [module.name for module in tracking.modules] == ["tokens", "head"]
-    assert all(module.sites["weight"] is site for module in tracking.modules)
+    assert all(module.parameters["weight"] is parameter for module in tracking.modules)
 
 
 def test_a_module_in_two_places_is_tracked_once(registry: SamplerRegistry) -> None:
     shared = nn.Linear(3, 3)
     tracking = select(nn.Sequential(shared, nn.ReLU(), shared), registry)
     assert [module.name for module in tracking.modules] == ["0"]
-    assert tracking.sites[1].aliases == ("0.weight", "2.weight")
+    assert tracking.parameters[1].aliases == ("0.weight", "2.weight")
 
 
 def test_modules_come_in_the_order_of_the_model_and_know_their_parameters(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Size
 
-from ghost_core import CaptureError, Site
+from ghost_core import CaptureError, TrackedParameter
 from ghost_core.algebra import matrix_shape
 
 
@@ -57,12 +57,12 @@ class Block:
 
 
 def arrange(
-    sites: Sequence[Site], *, dim: int | None, total_dim: int | None, min_dim: int
+    parameters: Sequence[TrackedParameter], *, dim: int | None, total_dim: int | None, min_dim: int
 ) -> tuple[Block, ...]:
     """Lay out blocks in order of parameter names.
 
     Args:
-        sites: The parameters, in order of their names.
+        parameters: The parameters, in order of their names.
         dim: Dimensions per parameter.
         total_dim: Dimensions of a whole row instead, shared out in proportion to the square roots
             of the parameters' sizes. Rows get no longer than this.
@@ -78,30 +78,33 @@ def arrange(
         if value is not None and (type(value) is not int or value < 1):
             raise CaptureError(f"{name} must be at least 1, a whole number, not {value!r}")
     if dim is not None:
-        shares = [dim] * len(sites)
+        shares = [dim] * len(parameters)
     else:
         assert total_dim is not None
-        shares = _shares(sites, total_dim, min_dim)
+        shares = _shares(parameters, total_dim, min_dim)
     blocks: list[Block] = []
     offset = 0
-    for site, share in zip(sites, shares, strict=True):
-        k_left, k_right = _axes(site.shape, share, min_dim, at_most=total_dim is not None)
-        blocks.append(Block(site.parameter, site.shape, offset, k_left, k_right))
+    for parameter, share in zip(parameters, shares, strict=True):
+        k_left, k_right = _axes(parameter.shape, share, min_dim, at_most=total_dim is not None)
+        blocks.append(Block(parameter.name, parameter.shape, offset, k_left, k_right))
         offset = blocks[-1].columns.stop
     return tuple(blocks)
 
 
-def _shares(sites: Sequence[Site], total_dim: int, min_dim: int) -> list[int]:
+def _shares(parameters: Sequence[TrackedParameter], total_dim: int, min_dim: int) -> list[int]:
     """Give every parameter the least it needs, and share the rest out."""
-    least = [math.prod(min(min_dim, n) for n in matrix_shape(site.shape)) for site in sites]
+    least = [
+        math.prod(min(min_dim, n) for n in matrix_shape(parameter.shape))
+        for parameter in parameters
+    ]
     rest = total_dim - sum(least)
     if rest < 0:
         raise CaptureError(
-            f"total_dim={total_dim} is too small for {len(sites)} parameters with "
+            f"total_dim={total_dim} is too small for {len(parameters)} parameters with "
             f"min_dim={min_dim}, which need {sum(least)}: raise total_dim, lower min_dim, or "
             "select fewer layers"
         )
-    roots = [math.sqrt(site.shape.numel()) for site in sites]
+    roots = [math.sqrt(parameter.shape.numel()) for parameter in parameters]
     return [own + int(rest * root / sum(roots)) for own, root in zip(least, roots, strict=True)]
 
 

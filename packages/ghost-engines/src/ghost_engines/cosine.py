@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghost_core import Batch, Pass, PerSampleGradient, Site
+from ghost_core import Batch, Pass, PerSampleGradient, TrackedParameter
 from ghost_core.algebra import as_rows
 from ghost_engines.held import HeldGradients
 from ghost_engines.results import by_layer, cosines, summed
@@ -59,12 +59,14 @@ class CosineEngine(ScoringEngine[Cosines]):
     def on_start(self, batch: Batch[Cosines]) -> None:
         """Renew the directions that are due, and hold nothing yet."""
         super().on_start(batch)
-        self._held = HeldGradients(self.sites)
+        self._held = HeldGradients(self.parameters)
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> None:
         """Multiply with the directions, and hold the gradient."""
-        super().on_gradient(pass_, site, gradient)
-        self._held.add(pass_, site, gradient)
+        super().on_gradient(pass_, parameter, gradient)
+        self._held.add(pass_, parameter, gradient)
 
     def make_scores(
         self, batch: Batch[Cosines], dots: Mapping[str, Tensor], token_dots: Tensor | None

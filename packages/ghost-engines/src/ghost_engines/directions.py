@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ghost_core import CaptureError, Site, UnknownNameError
+from ghost_core import CaptureError, TrackedParameter, UnknownNameError
 from ghost_core.algebra import accumulation_dtype
 from ghost_core.state import untouched
 
@@ -34,7 +34,7 @@ class Direction:
     tensors: dict[str, Tensor]
     age: int = 0
 
-    def renew(self, model: nn.Module, sites: Iterable[Site]) -> bool:
+    def renew(self, model: nn.Module, parameters: Iterable[TrackedParameter]) -> bool:
         """Call the closure if it is time to, and count the batch.
 
         Returns:
@@ -43,14 +43,14 @@ class Direction:
         due = self.closure is not None and (not self.tensors or self.age >= self.refresh)
         if due:
             assert self.closure is not None
-            self.tensors = gradient_of(self.name, self.closure, model, sites)
+            self.tensors = gradient_of(self.name, self.closure, model, parameters)
             self.age = 0
         self.age += 1
         return due
 
 
 def gradient_of(
-    name: str, closure: Closure, model: nn.Module, sites: Iterable[Site]
+    name: str, closure: Closure, model: nn.Module, parameters: Iterable[TrackedParameter]
 ) -> dict[str, Tensor]:
     """Return the gradient of a loss without touching the training around it.
 
@@ -61,13 +61,13 @@ def gradient_of(
         name: The direction's name, for errors.
         closure: Computes the loss.
         model: The model.
-        sites: The parameters to differentiate.
+        parameters: The parameters to differentiate.
 
     Raises:
         CaptureError: If the loss is no finite scalar that depends on the parameters.
     """
-    sites = list(sites)
-    parameters = [model.get_parameter(site.parameter) for site in sites]
+    parameters = list(parameters)
+    leaves = [model.get_parameter(parameter.name) for parameter in parameters]
     with torch.enable_grad(), untouched(model):
         model.eval()
         loss = closure()
@@ -76,21 +76,24 @@ def gradient_of(
                 f"direction {name!r}: the closure must return a scalar loss that depends on the "
                 f"model's parameters, not {_described(loss)}"
             )
-        gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
     if all(gradient is None for gradient in gradients):
         raise CaptureError(
             f"direction {name!r}: the closure's loss depends on none of the selected parameters; "
             "does it call another model?"
         )
     found = {
-        site.parameter: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
-        for site, parameter, gradient in zip(sites, parameters, gradients, strict=True)
+        parameter.name: torch.zeros_like(leaf) if gradient is None else gradient.to_dense()
+        for parameter, leaf, gradient in zip(parameters, leaves, gradients, strict=True)
     }
     return _finite(name, {key: _widened(value) for key, value in found.items()})
 
 
 def given(
-    name: str, tensors: Mapping[str, Tensor], model: nn.Module, sites: Iterable[Site]
+    name: str,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    parameters: Iterable[TrackedParameter],
 ) -> dict[str, Tensor]:
     """Check a direction given by parameter name, and copy it.
 
@@ -103,11 +106,11 @@ def given(
         if key not in known:
             raise UnknownNameError("parameter", key, known, f"In direction {name!r}.")
     found = {}
-    for site in sites:
-        aliases = [alias for alias in site.aliases if alias in tensors]
+    for parameter in parameters:
+        aliases = [alias for alias in parameter.aliases if alias in tensors]
         if not aliases:
             raise CaptureError(
-                f"direction {name!r} has no tensor for {site.parameter}; give zeros, or select "
+                f"direction {name!r} has no tensor for {parameter.name}; give zeros, or select "
                 "parameters with layers=..."
             )
         alias = aliases[0]
@@ -117,13 +120,13 @@ def given(
                     f"direction {name!r} has different tensors for {alias} and {other}, which are "
                     "one parameter"
                 )
-        if tensors[alias].shape != site.shape:
+        if tensors[alias].shape != parameter.shape:
             raise CaptureError(
                 f"direction {name!r} has shape {tuple(tensors[alias].shape)} for {alias}, whose "
-                f"shape is {tuple(site.shape)}"
+                f"shape is {tuple(parameter.shape)}"
             )
-        value = tensors[alias].detach().to(site.device, copy=True)
-        found[site.parameter] = _widened(value)
+        value = tensors[alias].detach().to(parameter.device, copy=True)
+        found[parameter.name] = _widened(value)
     return _finite(name, found)
 
 

@@ -16,7 +16,7 @@ from ghost_core import (
     Owned,
     Pass,
     PerSampleGradient,
-    Site,
+    TrackedParameter,
     accumulation_dtype,
     full_precision,
 )
@@ -79,9 +79,9 @@ class _Uses:
     multiplying all pairs of them takes less work as well.
     """
 
-    def __init__(self, site: Site, rows: slice) -> None:
+    def __init__(self, parameter: TrackedParameter, rows: slice) -> None:
         self.rows = rows
-        self._site = site
+        self._parameter = parameter
         self._factors: list[_Factors] = []
         self._built: Tensor | None = None
 
@@ -113,7 +113,7 @@ class _Uses:
     def copy(self) -> _Uses:
         """Return the same with memory of its own."""
         self._checked()
-        copied = _Uses(self._site, self.rows)
+        copied = _Uses(self._parameter, self.rows)
         copied._factors = [factors.copy() for factors in self._factors]
         copied._built = self._built  # nobody else has it
         return copied
@@ -122,7 +122,7 @@ class _Uses:
         for factors in self._factors:
             if factors.overwritten:
                 raise CaptureError(
-                    f"an input or gradient of the module that owns {self._site.parameter} was "
+                    f"an input or gradient of the module that owns {self._parameter.name} was "
                     "overwritten before its batch was closed, and is needed until then: give each "
                     "pass tensors of its own, or open a batch for each micro-batch"
                 )
@@ -136,26 +136,26 @@ class HeldGradients:
     held until the last of them is there, in factors or built, whichever takes less memory.
 
     Args:
-        sites: The tracked parameters.
+        parameters: The tracked parameters.
     """
 
-    def __init__(self, sites: Iterable[Site]) -> None:
-        self._sites = tuple(sites)
+    def __init__(self, parameters: Iterable[TrackedParameter]) -> None:
+        self._parameters = tuple(parameters)
         self._uses: dict[str, dict[tuple[int, int], _Uses]] = {
-            site.parameter: {} for site in self._sites
+            parameter.name: {} for parameter in self._parameters
         }
 
-    def add(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+    def add(self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient) -> None:
         """Hold the gradients of one use of a parameter.
 
         Args:
             pass_: The pass; passes cover the same rows of the batch, or none in common.
-            site: The parameter.
+            parameter: The parameter.
             gradient: The gradients of the pass's samples.
         """
         rows = pass_.rows
-        by_rows = self._uses[site.parameter]
-        by_rows.setdefault((rows.start, rows.stop), _Uses(site, rows)).add(gradient)
+        by_rows = self._uses[parameter.name]
+        by_rows.setdefault((rows.start, rows.stop), _Uses(parameter, rows)).add(gradient)
 
     def squared_norms(self, n: int) -> dict[str, Tensor]:
         """Return `‖g_n‖²` by parameter, `[N]`, for a batch of n samples.
@@ -163,7 +163,7 @@ class HeldGradients:
         Raises:
             CaptureError: If an input was overwritten meanwhile.
         """
-        return {site.parameter: self._squared_norms(site, n) for site in self._sites}
+        return {parameter.name: self._squared_norms(parameter, n) for parameter in self._parameters}
 
     def gram(self, n: int) -> dict[str, Tensor]:
         """Return `⟨g_n, g_m⟩` by parameter, `[N, N]`, for a batch of n samples.
@@ -171,7 +171,7 @@ class HeldGradients:
         Raises:
             CaptureError: If an input was overwritten meanwhile.
         """
-        return {site.parameter: self._gram(site, n) for site in self._sites}
+        return {parameter.name: self._gram(parameter, n) for parameter in self._parameters}
 
     def gram_with(self, other: HeldGradients, n: int, m: int) -> dict[str, Tensor]:
         """Return `⟨g_n, h_m⟩` by parameter, `[N, M]`, with the gradients of another batch.
@@ -184,7 +184,10 @@ class HeldGradients:
         Raises:
             CaptureError: If an input was overwritten meanwhile.
         """
-        return {site.parameter: self._gram_with(other, site, n, m) for site in self._sites}
+        return {
+            parameter.name: self._gram_with(other, parameter, n, m)
+            for parameter in self._parameters
+        }
 
     def copy(self) -> HeldGradients:
         """Return the same with memory of its own, to be kept for longer than the batch.
@@ -192,27 +195,27 @@ class HeldGradients:
         Raises:
             CaptureError: If an input was overwritten meanwhile.
         """
-        copied = HeldGradients(self._sites)
+        copied = HeldGradients(self._parameters)
         copied._uses = {
             parameter: {rows: uses.copy() for rows, uses in by_rows.items()}
             for parameter, by_rows in self._uses.items()
         }
         return copied
 
-    def _squared_norms(self, site: Site, n: int) -> Tensor:
-        squared = _zeros(site, n)
-        with full_precision(site.device):
-            for uses in self._uses[site.parameter].values():
+    def _squared_norms(self, parameter: TrackedParameter, n: int) -> Tensor:
+        squared = _zeros(parameter, n)
+        with full_precision(parameter.device):
+            for uses in self._uses[parameter.name].values():
                 for one, other in combinations_with_replacement(uses.summands(), 2):
                     paired = one.paired(other)
                     squared[uses.rows] += paired if one is other else 2 * paired
         # Rounding may leave a little less than zero. NaN stays.
         return squared.clamp(min=0)
 
-    def _gram(self, site: Site, n: int) -> Tensor:
-        gram = _zeros(site, n, n)
-        with full_precision(site.device):
-            for one, other in combinations_with_replacement(list(self._parts(site)), 2):
+    def _gram(self, parameter: TrackedParameter, n: int) -> Tensor:
+        gram = _zeros(parameter, n, n)
+        with full_precision(parameter.device):
+            for one, other in combinations_with_replacement(list(self._parts(parameter)), 2):
                 (rows, gradient), (others, other_gradient) = one, other
                 block = gradient.gram(other_gradient)
                 gram[rows, others] += block
@@ -220,19 +223,21 @@ class HeldGradients:
                     gram[others, rows] += block.mT
         return gram
 
-    def _gram_with(self, other: HeldGradients, site: Site, n: int, m: int) -> Tensor:
-        gram = _zeros(site, n, m)
-        with full_precision(site.device):
-            for rows, gradient in self._parts(site):
-                for others, other_gradient in other._parts(site):
+    def _gram_with(
+        self, other: HeldGradients, parameter: TrackedParameter, n: int, m: int
+    ) -> Tensor:
+        gram = _zeros(parameter, n, m)
+        with full_precision(parameter.device):
+            for rows, gradient in self._parts(parameter):
+                for others, other_gradient in other._parts(parameter):
                     gram[rows, others] += gradient.gram(other_gradient)
         return gram
 
-    def _parts(self, site: Site) -> Iterator[tuple[slice, PerSampleGradient]]:
-        for uses in self._uses[site.parameter].values():
+    def _parts(self, parameter: TrackedParameter) -> Iterator[tuple[slice, PerSampleGradient]]:
+        for uses in self._uses[parameter.name].values():
             for gradient in uses.summands():
                 yield uses.rows, gradient
 
 
-def _zeros(site: Site, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=accumulation_dtype(site.dtype), device=site.device)
+def _zeros(parameter: TrackedParameter, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=accumulation_dtype(parameter.dtype), device=parameter.device)

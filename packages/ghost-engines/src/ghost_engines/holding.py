@@ -18,7 +18,7 @@ from ghost_core import (
     Pass,
     PerSampleGradient,
     SampleIds,
-    Site,
+    TrackedParameter,
     UnknownNameError,
 )
 from ghost_engines.held import HeldGradients
@@ -107,9 +107,11 @@ class HoldingEngine(Engine[ResultT]):
     def on_start(self, batch: Batch[ResultT]) -> None:
         """Hold nothing yet."""
         self._n = batch.n
-        self.held = HeldGradients(self.sites)
+        self.held = HeldGradients(self.parameters)
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> None:
         """Hold the gradient."""
         if self._kind == "mean" and pass_.n != self._n:
             raise CaptureError(
@@ -118,7 +120,7 @@ class HoldingEngine(Engine[ResultT]):
                 "open engine.batch(ids, loss_weights=...), with 1 / len(ids) if the losses of the "
                 "micro-batches are divided by how many there are; or open a batch for each"
             )
-        self.held.add(pass_, site, gradient)
+        self.held.add(pass_, parameter, gradient)
 
     def on_close(self) -> None:
         """Let go of the gradients."""

@@ -186,16 +186,16 @@ class InRunValues:
 
 def _rates(engine: ScoringEngine[Any], optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the learning rate of each tracked parameter, negative where a loss is maximised."""
-    held = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    held = {leaf: group for group in optimizer.param_groups for leaf in group["params"]}
     rates = {}
-    for site in engine.sites:
-        group = held.get(engine.model.get_parameter(site.parameter))
+    for parameter in engine.parameters:
+        group = held.get(engine.model.get_parameter(parameter.name))
         if group is None:
             raise CaptureError(
-                f"the optimizer does not hold {site.parameter}: leave it out with exclude=..., "
+                f"the optimizer does not hold {parameter.name}: leave it out with exclude=..., "
                 "since no step changes it"
             )
-        rates[site.parameter] = float(group["lr"]) * (-1 if group.get("maximize") else 1)
+        rates[parameter.name] = float(group["lr"]) * (-1 if group.get("maximize") else 1)
     return rates
 
 

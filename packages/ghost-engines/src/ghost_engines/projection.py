@@ -20,7 +20,7 @@ from ghost_core import (
     PerSampleGradient,
     Projection,
     Record,
-    Site,
+    TrackedParameter,
     UnknownNameError,
 )
 from ghost_core.algebra import accumulation_dtype, matrix_shape
@@ -125,13 +125,13 @@ class ProjectionEngine(Engine[ProjectedRows]):
         self.seed = seed
         self.init = init
         self.layout: tuple[Block, ...] = arrange(
-            self.sites, dim=dim, total_dim=total_dim, min_dim=min_dim
+            self.parameters, dim=dim, total_dim=total_dim, min_dim=min_dim
         )
         self._blocks = {block.parameter: block for block in self.layout}
         projection = installed().projection(init)()
         self._maps = {
-            site.parameter: _draw(projection, seed, site, self._blocks[site.parameter])
-            for site in self.sites
+            parameter.name: _draw(projection, seed, parameter, self._blocks[parameter.name])
+            for parameter in self.parameters
         }
         self._rows = torch.empty(0)
 
@@ -140,19 +140,21 @@ class ProjectionEngine(Engine[ProjectedRows]):
         """Number of columns of a row."""
         return sum(block.size for block in self.layout)
 
-    def maps(self, parameter: str) -> tuple[Tensor, Tensor]:
+    def maps(self, name: str) -> tuple[Tensor, Tensor]:
         """Return a parameter's maps L `[k_left, n_left]` and R `[k_right, n_right]`.
 
         Raises:
             UnknownNameError: If the parameter is not tracked.
         """
-        if parameter not in self._maps:
-            raise UnknownNameError("parameter", parameter, self._maps)
-        site = next(site for site in self.sites if site.parameter == parameter)
-        maps, dtype = self._maps[parameter], accumulation_dtype(site.dtype)
+        if name not in self._maps:
+            raise UnknownNameError("parameter", name, self._maps)
+        parameter = next(each for each in self.parameters if each.name == name)
+        maps, dtype = self._maps[name], accumulation_dtype(parameter.dtype)
         left, right = (
-            torch.eye(size, dtype=dtype, device=site.device) if drawn is None else drawn
-            for drawn, size in zip((maps.left, maps.right), matrix_shape(site.shape), strict=True)
+            torch.eye(size, dtype=dtype, device=parameter.device) if drawn is None else drawn
+            for drawn, size in zip(
+                (maps.left, maps.right), matrix_shape(parameter.shape), strict=True
+            )
         )
         return left, right
 
@@ -196,20 +198,24 @@ class ProjectionEngine(Engine[ProjectedRows]):
 
     def on_start(self, batch: Batch[ProjectedRows]) -> None:
         """Make room for the rows."""
-        dtype = accumulation_dtype(*(site.dtype for site in self.sites))
-        self._rows = torch.zeros(batch.n, self.k_total, dtype=dtype, device=self.sites[0].device)
+        dtype = accumulation_dtype(*(parameter.dtype for parameter in self.parameters))
+        self._rows = torch.zeros(
+            batch.n, self.k_total, dtype=dtype, device=self.parameters[0].device
+        )
 
-    def on_input(self, site: Site, record: Record) -> Record:
+    def on_input(self, parameter: TrackedParameter, record: Record) -> Record:
         """Compress the input side, where that makes it smaller."""
-        maps = self._maps[site.parameter]
+        maps = self._maps[parameter.name]
         if not isinstance(record, InputFactor):
             return record
         seen = maps.left if record.transposed else maps.right
         return record if seen is None else record.compress(seen)
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> None:
         """Compress the output side and sum over tokens."""
-        maps, block = self._maps[site.parameter], self._blocks[site.parameter]
+        maps, block = self._maps[parameter.name], self._blocks[parameter.name]
         projected = gradient.project(maps.left, maps.right)
         self._rows[pass_.rows, block.columns] += projected.flatten(1).to(self._rows)
 
@@ -240,15 +246,15 @@ def _storage_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return dtype
 
 
-def _draw(projection: Projection, seed: int, site: Site, block: Block) -> _Maps:
-    n_left, n_right = matrix_shape(site.shape)
-    dtype = accumulation_dtype(site.dtype)
+def _draw(projection: Projection, seed: int, parameter: TrackedParameter, block: Block) -> _Maps:
+    n_left, n_right = matrix_shape(parameter.shape)
+    dtype = accumulation_dtype(parameter.dtype)
 
     def side(name: str, k: int, n: int) -> Tensor | None:
         if k == n:
             return None
-        drawn = projection.draw(k, n, _generator(seed, site.parameter, name))
-        return drawn.to(site.device, dtype)
+        drawn = projection.draw(k, n, _generator(seed, parameter.name, name))
+        return drawn.to(parameter.device, dtype)
 
     return _Maps(side("left", block.k_left, n_left), side("right", block.k_right, n_right))
 

@@ -16,7 +16,7 @@ from ghost_core import (
     EngineOptions,
     Pass,
     PerSampleGradient,
-    Site,
+    TrackedParameter,
     UnknownNameError,
 )
 from ghost_core.algebra import accumulation_dtype
@@ -102,7 +102,7 @@ class ScoringEngine(Engine[ScoresT]):
         if isinstance(direction, Mapping):
             if refresh is not None:
                 raise CaptureError("refresh goes with a closure; tensors stay as they are")
-            tensors = given(name, direction, self.model, self.sites)
+            tensors = given(name, direction, self.model, self.parameters)
             self._directions[name] = Direction(name, None, 1, tensors)
         elif callable(direction):
             if refresh is not None and refresh < 1:
@@ -143,13 +143,15 @@ class ScoringEngine(Engine[ScoresT]):
             raise CaptureError("there is nothing to score against: call add_direction first")
         with self.paused():
             # All of them are asked: each counts its batches.
-            changed = [each.renew(self.model, self.sites) for each in self._directions.values()]
+            changed = [
+                each.renew(self.model, self.parameters) for each in self._directions.values()
+            ]
         if any(changed) or not self._stacked:
             self._stacked = {
-                site.parameter: torch.stack(
-                    [each.tensors[site.parameter] for each in self._directions.values()]
+                parameter.name: torch.stack(
+                    [each.tensors[parameter.name] for each in self._directions.values()]
                 )
-                for site in self.sites
+                for parameter in self.parameters
             }
         self._dots = {
             name: stacked.new_zeros(batch.n, len(self._directions))
@@ -157,19 +159,21 @@ class ScoringEngine(Engine[ScoresT]):
         }
         if self._per_token:
             dtype = accumulation_dtype(*self._dots.values())
-            shape, device = (batch.n, 0, len(self._directions)), self.sites[0].device
+            shape, device = (batch.n, 0, len(self._directions)), self.parameters[0].device
             self._tokens = TokenSum(torch.zeros(shape, dtype=dtype, device=device))
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> None:
         """Multiply with the directions."""
-        stacked = self._stacked[site.parameter]
+        stacked = self._stacked[parameter.name]
         if self._tokens is None:
             dots = gradient.dot(stacked)
         else:
             by_token = gradient.token_dot(stacked)
-            self._tokens.add(pass_, site.parameter, by_token)
+            self._tokens.add(pass_, parameter.name, by_token)
             dots = by_token.sum(1)
-        self._dots[site.parameter][pass_.rows] += dots
+        self._dots[parameter.name][pass_.rows] += dots
 
     def on_end(self, batch: Batch[ScoresT]) -> ScoresT:
         """Return the dots, and tell the observers."""

@@ -81,7 +81,7 @@ class CallHooks:
             )
         if any(running.tracked is self.tracked for running in self.state.running):
             raise CaptureError(f"{label} called itself, which cannot be captured: exclude it")
-        for local in self.tracked.sites:
+        for local in self.tracked.parameters:
             owner, name = owner_of(module, local)
             parameter = direct_parameters(owner).get(name)
             if parameter is not None and not parameter.is_leaf:

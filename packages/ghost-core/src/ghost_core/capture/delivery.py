@@ -15,7 +15,7 @@ from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.sampler import PastCall
 from ghost_core.split import Fold, Layout, unclear_fold
-from ghost_core.tracking import Site, TrackedModule
+from ghost_core.tracking import TrackedModule, TrackedParameter
 
 
 @dataclass
@@ -89,13 +89,13 @@ class Delivery:
         with full_precision(_device(grads)):
             for at, kept in enumerate(self.kept):
                 for local, gradient in self._gradients(pass_, kept, saved, grads):
-                    site = self.tracked.sites[local]
+                    parameter = self.tracked.parameters[local]
                     if self.state.balance is not None and not at:
                         self.state.balance.add(
-                            site.parameter, gradient, self.call.autocast, kept.whole
+                            parameter.name, gradient, self.call.autocast, kept.whole
                         )
-                    for result in self._heard(kept, pass_, site, gradient):
-                        made[local] = result.to(site.dtype)
+                    for result in self._heard(kept, pass_, parameter, gradient):
+                        made[local] = result.to(parameter.dtype)
         if missing := set(self.made) - set(made):
             raise CaptureError(f"no engine made the gradient of {self.call.name}.{missing.pop()}")
         return [made[local] for local in self.made]
@@ -114,12 +114,12 @@ class Delivery:
         return self.pass_
 
     def _heard(
-        self, kept: Kept, pass_: Pass, site: Site, gradient: PerSampleGradient
+        self, kept: Kept, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Iterator[Tensor]:
         """Tell engines of a gradient, and yield what they make of it."""
         for listener in kept.listeners:
-            if listener in self.batch.listeners and site.parameter in listener.tracking.names:
-                result = listener.on_gradient(pass_, site, gradient)
+            if listener in self.batch.listeners and parameter.name in listener.tracking.names:
+                result = listener.on_gradient(pass_, parameter, gradient)
                 if result is not None:
                     yield result
 
@@ -186,8 +186,8 @@ def keep(
     ways: list[tuple[dict[str, Record], list[Listener]]] = []
     for listener in listeners:
         chosen = {
-            local: listener.on_input(tracked.sites[local], record)
-            if tracked.sites[local].parameter in listener.tracking.names
+            local: listener.on_input(tracked.parameters[local], record)
+            if tracked.parameters[local].name in listener.tracking.names
             else record
             for local, record in records.items()
         }

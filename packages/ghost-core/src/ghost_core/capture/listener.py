@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ghost_core.algebra import PerSampleGradient, Record
-from ghost_core.tracking import Site, Tracking
+from ghost_core.tracking import TrackedParameter, Tracking
 
 
 @dataclass
@@ -45,11 +45,11 @@ class Listener(ABC):
     balanced: ClassVar[bool] = True
     """Whether contributions must add up to autograd's gradients, where these are made."""
 
-    def on_input(self, site: Site, record: Record) -> Record:
+    def on_input(self, parameter: TrackedParameter, record: Record) -> Record:
         """Keep a record in the forward pass, or compress it if it is an `InputFactor`.
 
         Args:
-            site: The parameter.
+            parameter: The parameter.
             record: What its sampler keeps of the call.
 
         Returns:
@@ -58,14 +58,16 @@ class Listener(ABC):
         return record
 
     @abstractmethod
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor | None:
         """Use the per-sample gradients of one use of a parameter, during the backward pass.
 
         A parameter that is used several times arrives several times; its gradient is the sum.
 
         Args:
             pass_: The call of the model that it belongs to; `pass_.rows` are its rows in the batch.
-            site: The parameter.
+            parameter: The parameter.
             gradient: The gradients of the pass's samples.
 
         Returns:

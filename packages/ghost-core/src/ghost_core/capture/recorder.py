@@ -216,9 +216,9 @@ class Recorder:
     def _balanced(self) -> dict[str, nn.Parameter]:
         """Return parameters to compare: all while verifying, those without a formula always."""
         names = {
-            site.parameter
+            parameter.name
             for tracked in self._state.tracked.values()
-            for local, site in tracked.sites.items()
+            for local, parameter in tracked.parameters.items()
             if self._state.verifier.watching or tracked.sampler.generic or "." in local
         }
         parameters = dict(self._state.model.named_parameters())

@@ -111,15 +111,17 @@ class CaptureState:
         for listener, freeze in self.attached:
             if freeze is Freeze.CALL and listener in self.batch.listeners:
                 names |= listener.tracking.names
-        return tuple(local for local, site in tracked.sites.items() if site.parameter in names)
+        return tuple(
+            local for local, parameter in tracked.parameters.items() if parameter.name in names
+        )
 
     def usable(self) -> frozenset[str]:
         """Return the parameters that may be used now: those of modules that run, or are let be."""
         running = [each.tracked for each in self.running]
         return frozenset(
-            site.parameter
+            parameter.name
             for tracked in (self.tracked.values() if self.paused else running)
-            for site in tracked.sites.values()
+            for parameter in tracked.parameters.values()
         )
 
     @contextmanager

@@ -9,7 +9,7 @@ from ghost_core.algebra import INSIDE, PerSampleGradient
 from ghost_core.capture import Pass
 from ghost_core.compare.report import Comparison
 from ghost_core.compare.run import Run
-from ghost_core.tracking import Site
+from ghost_core.tracking import TrackedParameter
 
 
 def diagnose(run: Run, found: Comparison) -> str:
@@ -67,9 +67,9 @@ def _rows_reached(run: Run, weights: Tensor) -> dict[str, set[int]]:
     """Backpropagate weighted losses, and return the rows with a gradient by parameter."""
     reached: dict[str, set[int]] = {}
 
-    def look(pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+    def look(pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient) -> None:
         rows = (gradient.paired(gradient) != 0).nonzero().flatten() + pass_.start
-        reached.setdefault(site.parameter, set()).update(rows.tolist())
+        reached.setdefault(parameter.name, set()).update(rows.tolist())
 
     run.backpropagate(weights, look)
     return reached

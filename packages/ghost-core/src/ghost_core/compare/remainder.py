@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ghost_core.algebra import PerSampleGradient, accumulation_dtype, as_rows, matrix_shape
 from ghost_core.capture import Pass
 from ghost_core.errors import CaptureError
-from ghost_core.tracking import Site
+from ghost_core.tracking import TrackedParameter
 
 
 @dataclass
@@ -81,24 +81,24 @@ class Remainder:
         return cls(tuple(rows), left, norms)
 
     def subtract(
-        self, weights: Tensor, pass_: Pass, site: Site, gradient: PerSampleGradient
+        self, weights: Tensor, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> None:
         """Take away one use's gradients.
 
         Args:
             weights: Factor in each sample's gradient, `[N]`.
             pass_: The pass that they belong to.
-            site: The parameter.
+            parameter: The parameter.
             gradient: The gradients of the pass's samples.
         """
-        start, parameter = pass_.start, site.parameter
+        start, name = pass_.start, parameter.name
         for at, row in enumerate(self.rows):
             if start <= row < start + gradient.n:
                 weight = float(weights[row])
                 one = gradient.narrow(slice(row - start, row - start + 1))
                 values = one.materialize()
-                self.left[parameter][at] -= values[0] / weight
-                self.strays[parameter][at] += _stray(one, values) / weight
+                self.left[name][at] -= values[0] / weight
+                self.strays[name][at] += _stray(one, values) / weight
 
     def off(self, parameter: str) -> Tensor:
         """Return how far ghost's gradients and operations are off, float64 `[K]`."""

@@ -163,8 +163,8 @@ def check_parameters(
     """
     owners: dict[str, list[TrackedModule]] = {}
     for tracked in modules:
-        for site in tracked.sites.values():
-            owners.setdefault(site.parameter, []).append(tracked)
+        for parameter in tracked.parameters.values():
+            owners.setdefault(parameter.name, []).append(tracked)
     rows = [row for remainder in remainders for row in remainder.rows]
     norms = {name: _joined(each.norms[name] for each in remainders) for name in owners}
     whole = torch.stack(list(norms.values())).square().sum(0).sqrt()
@@ -201,8 +201,10 @@ def _precision(
     owners: Iterable[TrackedModule], dtypes: Mapping[str, Iterable[torch.dtype]]
 ) -> Precision:
     """Return what can be asked of a parameter, given the modules that own it."""
-    sites = [site for tracked in owners for site in tracked.sites.values()]
-    seen = {site.dtype for site in sites}.union(*(dtypes.get(site.parameter, ()) for site in sites))
+    parameters = [parameter for tracked in owners for parameter in tracked.parameters.values()]
+    seen = {parameter.dtype for parameter in parameters}.union(
+        *(dtypes.get(parameter.name, ()) for parameter in parameters)
+    )
     return Precision.of(seen)
 
 

@@ -14,12 +14,12 @@ from ghost_core.compare.casts import CastMode
 from ghost_core.compare.remainder import Remainder
 from ghost_core.errors import CaptureError
 from ghost_core.state import untouched
-from ghost_core.tracking import Selection, Site, track
+from ghost_core.tracking import Selection, TrackedParameter, track
 
 Losses = Callable[[], Tensor]
 """Runs the model on a batch and returns one loss per sample, floating `[N]`; the same each time."""
 
-Receive = Callable[[Pass, Site, PerSampleGradient], None]
+Receive = Callable[[Pass, TrackedParameter, PerSampleGradient], None]
 """Takes the gradients of one use of a parameter."""
 
 
@@ -103,16 +103,18 @@ class Run(Listener):
             (losses * weights.to(losses)).sum().backward()
         return self.verifies and batch.verified
 
-    def on_input(self, site: Site, record: Record) -> Record:
+    def on_input(self, parameter: TrackedParameter, record: Record) -> Record:
         """Note dtypes."""
-        self.dtypes[site.parameter].update(floating_dtypes(record))
+        self.dtypes[parameter.name].update(floating_dtypes(record))
         return record
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> None:
         """Hand on what arrives."""
         assert self._receive is not None
-        self.dtypes[site.parameter].update(floating_dtypes(gradient))
-        self._receive(pass_, site, gradient)
+        self.dtypes[parameter.name].update(floating_dtypes(gradient))
+        self._receive(pass_, parameter, gradient)
 
     @contextmanager
     def _without_ghost(self) -> Iterator[None]:

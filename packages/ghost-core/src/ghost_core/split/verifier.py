@@ -94,7 +94,9 @@ class Verifier:
         self._unwatched.discard(signature)
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         names = {
-            site.parameter for tracked in self._tracked.values() for site in tracked.sites.values()
+            parameter.name
+            for tracked in self._tracked.values()
+            for parameter in tracked.parameters.values()
         }
         self._shield_backward_hooks()
         self._usage = UsageMode({name: parameters[name] for name in names}, owned, frozen)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghost_core import Batch, Engine, Pass, PerSampleGradient, Site
+from ghost_core import Batch, Engine, Pass, PerSampleGradient, TrackedParameter
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Held:
 
     Attributes:
         n: Number of samples N.
-        sites: Tracked parameters by name.
+        parameters: Tracked parameters by name.
         uses: What arrived, by parameter name, in order of arrival.
     """
 
     n: int
-    sites: Mapping[str, Site]
+    parameters: Mapping[str, TrackedParameter]
     uses: Mapping[str, list[Use]]
 
     def gradients(self, parameter: str) -> list[PerSampleGradient]:
@@ -44,11 +44,11 @@ class Held:
 
     def materialize(self) -> dict[str, Tensor]:
         """Return the per-sample gradients, summed over uses: float64 `[N, *shape]` by name."""
-        return {name: self._total(site) for name, site in self.sites.items()}
+        return {name: self._total(parameter) for name, parameter in self.parameters.items()}
 
-    def _total(self, site: Site) -> Tensor:
-        total = torch.zeros(self.n, *site.shape, dtype=torch.float64, device=site.device)
-        for use in self.uses[site.parameter]:
+    def _total(self, parameter: TrackedParameter) -> Tensor:
+        total = torch.zeros(self.n, *parameter.shape, dtype=torch.float64, device=parameter.device)
+        for use in self.uses[parameter.name]:
             total[use.rows] += use.gradient.materialize().double()
         return total
 
@@ -61,16 +61,20 @@ class GradientHolder(Engine[Held]):
 
     def on_start(self, batch: Batch[Held]) -> None:
         """Start with nothing."""
-        self._uses: dict[str, list[Use]] = {site.parameter: [] for site in self.sites}
+        self._uses: dict[str, list[Use]] = {parameter.name: [] for parameter in self.parameters}
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> Tensor | None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor | None:
         """Keep the gradients."""
-        self._uses[site.parameter].append(Use(pass_.rows, gradient))
+        self._uses[parameter.name].append(Use(pass_.rows, gradient))
         return None
 
     def on_end(self, batch: Batch[Held]) -> Held:
         """Return everything that arrived."""
-        return Held(batch.n, {site.parameter: site for site in self.sites}, self._uses)
+        return Held(
+            batch.n, {parameter.name: parameter for parameter in self.parameters}, self._uses
+        )
 
     def on_close(self) -> None:
         """Leave what was kept to the result."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from ghost_core import GradientSampler, InputFactor, Record, Site, Tokens
+from ghost_core import GradientSampler, InputFactor, Record, Tokens, TrackedParameter
 from ghost_core.algebra import PRECISIONS, matrix_shape
 from ghost_core.testing.holder import GradientHolder
 from ghost_core.testing.layer_case import LayerCase, LayerRun, leading_size
@@ -104,11 +104,11 @@ class _CompressingHolder(GradientHolder):
     maps: dict[str, tuple[Tensor, Tensor]]
     compressed: set[str]
 
-    def on_input(self, site: Site, record: Record) -> Record:
+    def on_input(self, parameter: TrackedParameter, record: Record) -> Record:
         if not isinstance(record, InputFactor):
             return record
-        self.compressed.add(site.parameter)
-        left, right = self.maps[site.parameter]
+        self.compressed.add(parameter.name)
+        left, right = self.maps[parameter.name]
         seen = left if record.transposed else right
         mixed = record.mix(seen.expand(record.groups, *seen.shape))
         return Tokens(mixed, record.transposed)
@@ -193,17 +193,18 @@ def _check_compressed(case: LayerCase, tolerance: float) -> None:
     engine = case.engine(_CompressingHolder, run.model, verify=False)
     engine.compressed = set()
     engine.maps = {
-        site.parameter: draw_projections(site.shape, case.wide, generator) for site in engine.sites
+        parameter.name: draw_projections(parameter.shape, case.wide, generator)
+        for parameter in engine.parameters
     }
     held = case.hold(run, engine)
     for name, gradients in case.oracle().items():
-        parameter, what = f"layer.{name}", f"{case.of(name)}, project after compression"
-        left, right = engine.maps[parameter]
+        path, what = f"layer.{name}", f"{case.of(name)}, project after compression"
+        left, right = engine.maps[path]
         matrices = gradients.reshape(case.n, *matrix_shape(gradients.shape[1:]))
         expected, scale = project(matrices, norms(gradients), left, right)
         got = []
-        for use in held.gradients(parameter):
-            done = parameter in engine.compressed
+        for use in held.gradients(path):
+            done = path in engine.compressed
             transposed = getattr(getattr(use, "factor", None), "transposed", False)
             remaining = (
                 None if done and transposed else left,

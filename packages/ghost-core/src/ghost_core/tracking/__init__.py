@@ -1,13 +1,12 @@
 """Which parameters are tracked, under which names, by which sampler."""
 
-from ghost_core.tracking.registry import Claim, SamplerRegistry, dotted_name
+from ghost_core.tracking.patterns import Patterns, as_patterns
+from ghost_core.tracking.registry import Claim, Found, Refused, SamplerRegistry, dotted_name
 from ghost_core.tracking.tracking import (
-    Patterns,
     Selection,
-    Site,
     TrackedModule,
+    TrackedParameter,
     Tracking,
-    as_patterns,
     owner_of,
     parameter_of,
     track,
@@ -15,11 +14,13 @@ from ghost_core.tracking.tracking import (
 
 __all__ = [
     "Claim",
+    "Found",
     "Patterns",
+    "Refused",
     "SamplerRegistry",
     "Selection",
-    "Site",
     "TrackedModule",
+    "TrackedParameter",
     "Tracking",
     "as_patterns",
     "dotted_name",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
@@ -18,6 +19,20 @@ class Claim(NamedTuple):
     """Dotted name of the module's class."""
     sampler: type[GradientSampler]
     plugin: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """There is a sampler for a module."""
+
+    sampler: GradientSampler
+
+
+@dataclass(frozen=True)
+class Refused:
+    """There is no sampler for a module."""
+
+    reason: str
 
 
 class SamplerRegistry:
@@ -53,7 +68,7 @@ class SamplerRegistry:
 
     def find(
         self, module: nn.Module, wanted: Collection[str] = (), *, generic: bool = True
-    ) -> GradientSampler | str:
+    ) -> Found | Refused:
         """Return the sampler for a module, or the reason why there is none.
 
         A subclass is handled by the sampler of the class whose methods it still runs. Being an
@@ -74,9 +89,10 @@ class SamplerRegistry:
             sampler = self._samplers.setdefault(claim.sampler, claim.sampler())
             unfit = _unfit(sampler, module, base, wanted)
             if unfit is None:
-                return sampler.refuse(module) or sampler
+                refusal = sampler.refuse(module)
+                return Found(sampler) if refusal is None else Refused(refusal)
             reason = reason or unfit
-        return reason or f"no sampler is registered for {dotted_name(kind)}{self._note}"
+        return Refused(reason or f"no sampler is registered for {dotted_name(kind)}{self._note}")
 
 
 def _unfit(

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from types import MappingProxyType
-from typing import TypeVar
 
 import torch
 from torch import Size, nn
 from torch.nn.parameter import is_lazy
 
 from ghost_core._torch import direct_parameters, is_compiled
-from ghost_core.errors import CaptureError, UnknownNameError, UnsupportedLayerError
+from ghost_core.errors import CaptureError, UnsupportedLayerError
 from ghost_core.sampler import GradientSampler, own_parameters
-from ghost_core.tracking.registry import SamplerRegistry, dotted_name
-
-Patterns = str | Sequence[str]
-"""Globs over dotted names: one, several separated by commas, or a sequence."""
+from ghost_core.tracking.patterns import Patterns, by_module, select_parameters
+from ghost_core.tracking.registry import Found, SamplerRegistry, dotted_name
 
 
 @dataclass(frozen=True)
-class Site:
+class TrackedParameter:
     """A tracked parameter.
 
     Attributes:
-        parameter: Its first dotted name in `model.named_parameters()`.
+        name: Its first dotted name in `model.named_parameters()`.
         aliases: All its dotted names; several where modules share it.
         shape: Its shape.
         dtype: Its dtype.
         device: Its device.
     """
 
-    parameter: str
+    name: str
     aliases: tuple[str, ...]
     shape: Size
     dtype: torch.dtype
@@ -55,7 +51,7 @@ class TrackedModule:
         name: Dotted name; the first, where the module stands in several places.
         module: The module.
         sampler: Its sampler.
-        sites: The tracked parameters by local name; dotted for those of modules inside.
+        parameters: The tracked parameters by local name; dotted for those of modules inside.
         batch_dim: Axis on which it has its samples.
         row_owner: Key of the batch that says which sample each of its rows belongs to; None where
             it has one row per sample.
@@ -64,7 +60,7 @@ class TrackedModule:
     name: str
     module: nn.Module
     sampler: GradientSampler
-    sites: dict[str, Site]
+    parameters: dict[str, TrackedParameter]
     batch_dim: int = 0
     row_owner: str | None = None
 
@@ -80,7 +76,7 @@ class TrackedModule:
                 "engines on one model must agree on batch_dim, row_owner and the sampler of "
                 f"{self.label}"
             )
-        return replace(self, sites={**self.sites, **other.sites})
+        return replace(self, parameters={**self.parameters, **other.parameters})
 
     def output_dims(self, outputs: int) -> tuple[int, ...]:
         """Return the axis of the samples in each of its outputs."""
@@ -90,19 +86,20 @@ class TrackedModule:
     @property
     def label(self) -> str:
         """Name and tracked parameters, for messages."""
-        return f"{self.name or '(root)'} [{', '.join(s.parameter for s in self.sites.values())}]"
+        names = ", ".join(parameter.name for parameter in self.parameters.values())
+        return f"{self.name or '(root)'} [{names}]"
 
     @property
     def shapes(self) -> dict[str, Size]:
         """Shapes of the tracked parameters by local name."""
-        return {local: site.shape for local, site in self.sites.items()}
+        return {local: parameter.shape for local, parameter in self.parameters.items()}
 
 
 @dataclass(frozen=True)
 class Tracking:
     """The tracked parameters in order of their names, and their modules in the model's order."""
 
-    sites: tuple[Site, ...]
+    parameters: tuple[TrackedParameter, ...]
     modules: tuple[TrackedModule, ...]
     batch_dim: int = 0
     """Axis on which the model's inputs and outputs have their samples."""
@@ -110,12 +107,12 @@ class Tracking:
     @cached_property
     def names(self) -> frozenset[str]:
         """Names of the tracked parameters."""
-        return frozenset(site.parameter for site in self.sites)
+        return frozenset(parameter.name for parameter in self.parameters)
 
     def difference(self, other: Tracking) -> str:
         """Say what is first found to differ; nothing if all is equal."""
-        mine = {site.parameter: site for site in self.sites}
-        theirs = {site.parameter: site for site in other.sites}
+        mine = {parameter.name: parameter for parameter in self.parameters}
+        theirs = {parameter.name: parameter for parameter in other.parameters}
         for name in sorted(mine.keys() | theirs.keys()):
             if name not in theirs:
                 return f"{name} is not there or not trainable any more"
@@ -173,62 +170,58 @@ def track(
     """
     _refuse_compiled(model)
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if is_lazy(parameter):
+    for name, leaf in model.named_parameters(remove_duplicate=False):
+        if is_lazy(leaf):
             raise CaptureError(f"{name} has no shape yet: run the model once before")
-        names[parameter].append(name)
-    selected = _select(names.values(), selection.layers)
-    excluded = _select(names.values(), selection.exclude)
-    sites = {
-        parameter: Site(
-            aliases[0], tuple(aliases), parameter.shape, parameter.dtype, parameter.device
-        )
-        for parameter, aliases in names.items()
-        if flags.get(parameter, parameter.requires_grad)
-        and aliases[0] in selected
-        and aliases[0] not in excluded
+        names[leaf].append(name)
+    selected = select_parameters(names.values(), selection.layers)
+    selected -= select_parameters(names.values(), selection.exclude)
+    parameters = {
+        leaf: TrackedParameter(aliases[0], tuple(aliases), leaf.shape, leaf.dtype, leaf.device)
+        for leaf, aliases in names.items()
+        if flags.get(leaf, leaf.requires_grad) and aliases[0] in selected
     }
-    if not sites:
-        trainable = sum(flags.get(parameter, parameter.requires_grad) for parameter in names)
+    if not parameters:
+        trainable = sum(flags.get(leaf, leaf.requires_grad) for leaf in names)
         raise CaptureError(
             f"no trainable parameter is selected: {trainable} of {len(names)} parameters require "
             f"gradients, layers={selection.layers!r}, exclude={selection.exclude!r}"
         )
-    modules = _find_owners(model, sites, selection)
-    ordered = tuple(sorted(sites.values(), key=lambda site: site.parameter))
-    axes = _by_module(model, "batch_dim", selection.batch_dim)
+    modules = _find_owners(model, parameters, selection)
+    ordered = tuple(sorted(parameters.values(), key=lambda parameter: parameter.name))
+    axes = by_module(model, "batch_dim", selection.batch_dim)
     return Tracking(ordered, tuple(modules), axes.get("", 0))
 
 
 def _find_owners(
-    model: nn.Module, sites: Mapping[nn.Parameter, Site], selection: Selection
+    model: nn.Module, parameters: Mapping[nn.Parameter, TrackedParameter], selection: Selection
 ) -> list[TrackedModule]:
     """Find the modules that own the tracked parameters, outer ones first, and their samplers."""
-    axes = _by_module(model, "batch_dim", selection.batch_dim)
-    owners = _by_module(model, "row_owner", selection.row_owner)
+    axes = by_module(model, "batch_dim", selection.batch_dim)
+    owners = by_module(model, "row_owner", selection.row_owner)
     modules: list[TrackedModule] = []
-    unhandled: list[tuple[str, dict[str, Site], str]] = []
+    unhandled: list[tuple[str, Iterable[TrackedParameter], str]] = []
     taken: set[tuple[nn.Module, str]] = set()
     for name, module in model.named_modules():
-        if sites.keys().isdisjoint(module.parameters()):
+        if parameters.keys().isdisjoint(module.parameters()):
             continue
-        wanted = {local for local in own_parameters(module) if parameter_of(module, local) in sites}
+        direct = own_parameters(module)
+        wanted = {local for local in direct if parameter_of(module, local) in parameters}
         found = selection.registry.find(module, wanted, generic=selection.generic)
         own = {
-            local: sites[parameter]
-            for local in (own_parameters(module) if isinstance(found, str) else found.owns(module))
+            local: parameters[leaf]
+            for local in (found.sampler.owns(module) if isinstance(found, Found) else direct)
             if owner_of(module, local) not in taken
-            and (parameter := parameter_of(module, local)) in sites
+            and (leaf := parameter_of(module, local)) in parameters
         }
         if not own:
             continue
-        if isinstance(found, GradientSampler):
-            modules.append(
-                TrackedModule(name, module, found, own, axes.get(name, 0), owners.get(name))
-            )
+        if isinstance(found, Found):
+            axis, owner = axes.get(name, 0), owners.get(name)
+            modules.append(TrackedModule(name, module, found.sampler, own, axis, owner))
             taken |= {owner_of(module, local) for local in own if "." in local}
         else:
-            unhandled.append((name, own, found))
+            unhandled.append((name, own.values(), found.reason))
     _check_handled(modules, unhandled, selection.generic)
     return modules
 
@@ -247,36 +240,9 @@ def parameter_of(module: nn.Module, local: str) -> nn.Parameter:
     return parameter
 
 
-ValueT = TypeVar("ValueT")
-
-
-def _by_module(model: nn.Module, option: str, given: Mapping[str, ValueT]) -> dict[str, ValueT]:
-    """Resolve an option given by globs over names of modules; later ones win.
-
-    Raises:
-        UnknownNameError: If a glob matches no module.
-    """
-    if not isinstance(given, Mapping):
-        raise CaptureError(
-            f"{option} is a mapping of globs over names of modules, such as {{'*': ...}}, not "
-            f"{given!r}"
-        )
-    kind = int if option == "batch_dim" else str
-    if wrong := [value for value in given.values() if type(value) is not kind]:
-        raise CaptureError(f"values of {option} are of type {kind.__name__}, not {wrong[0]!r}")
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    values: dict[str, ValueT] = {}
-    for pattern, value in given.items():
-        matching = [name for name in names if fnmatchcase(name, pattern)]
-        if not matching:
-            raise UnknownNameError(f"module in {option}", pattern, names)
-        values |= dict.fromkeys(matching, value)
-    return values
-
-
 def _check_handled(
     modules: Iterable[TrackedModule],
-    unhandled: Iterable[tuple[str, dict[str, Site], str]],
+    unhandled: Iterable[tuple[str, Iterable[TrackedParameter], str]],
     generic: bool,
 ) -> None:
     """Raise if a parameter has no owner with a sampler.
@@ -284,11 +250,11 @@ def _check_handled(
     A module that only holds what another one uses, such as the bias of BERT's head, needs none;
     that it does not use it is for the verification to find.
     """
-    handled = {site for tracked in modules for site in tracked.sites.values()}
+    handled = {parameter for tracked in modules for parameter in tracked.parameters.values()}
     problems: list[str] = []
     parameters: list[str] = []
     for name, own, reason in unhandled:
-        if missing := [site.parameter for site in own.values() if site not in handled]:
+        if missing := [parameter.name for parameter in own if parameter not in handled]:
             problems.append(f"  {name or '(root)'} [{', '.join(missing)}]: {reason}")
             parameters += missing
     if problems:
@@ -299,38 +265,6 @@ def _check_handled(
             + ("" if generic else "let modules be replayed, without generic=False, ")
             + "or register a sampler for them as a plugin."
         )
-
-
-def as_patterns(patterns: Patterns) -> tuple[str, ...]:
-    """Split comma-separated globs."""
-    given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    return tuple(part.strip() for text in given for part in text.split(",") if part.strip())
-
-
-def _select(names: Iterable[list[str]], patterns: Patterns) -> set[str]:
-    """Return the first names of the parameters that match one of the patterns."""
-    groups = list(names)
-    chosen: set[str] = set()
-    for pattern in as_patterns(patterns):
-        found = {
-            aliases[0] for aliases in groups if any(_matches(pattern, alias) for alias in aliases)
-        }
-        if not found:
-            known = {prefix for aliases in groups for alias in aliases for prefix in _paths(alias)}
-            hint = "Patterns are globs over names of modules and parameters, as in '*attn*'."
-            raise UnknownNameError("layer", pattern, known, hint)
-        chosen |= found
-    return chosen
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return any(fnmatchcase(path, pattern) for path in _paths(name))
-
-
-def _paths(name: str) -> list[str]:
-    """Return a dotted name and all its prefixes: `a.b.c` gives `a`, `a.b` and `a.b.c`."""
-    parts = name.split(".")
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -249,7 +249,7 @@ def run(folder: Path, device: str, plan: Plan | None = None) -> PassagesResult:
         final_loss=torch.cat(losses).mean().item(),
         stored=Counter(passage.domain for passage in kept),
         columns=store.k_total,
-        parameters=sum(site.shape.numel() for site in engine.sites),
+        parameters=sum(parameter.shape.numel() for parameter in engine.parameters),
         looked=looked,
     )
 

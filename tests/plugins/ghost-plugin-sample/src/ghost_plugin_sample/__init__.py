@@ -17,7 +17,7 @@ from ghost_core import (
     PerSampleGradient,
     Projection,
     Record,
-    Site,
+    TrackedParameter,
     hookimpl,
 )
 
@@ -72,7 +72,9 @@ class SignAgreementEngine(Engine[Tensor]):
     def on_start(self, batch: Batch[Tensor]) -> None:
         self._sums = torch.zeros(batch.n, dtype=torch.float64)
 
-    def on_gradient(self, pass_: Pass, site: Site, gradient: PerSampleGradient) -> None:
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> None:
         self._sums[pass_.rows] += gradient.materialize().sign().flatten(1).sum(1)
 
     def on_end(self, batch: Batch[Tensor]) -> Tensor:
