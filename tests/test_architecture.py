@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import runpy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -195,6 +196,14 @@ def test_tests_import_from_inside_their_own_wing_only():
 def test_nothing_is_imported_inside_a_function_for_the_order_of_imports():
     found = {name: names for name, tree in TREES.items() if (names := late(tree))}
     assert found == IMPORTED_WHERE_USED
+
+
+def test_the_table_of_files_says_what_the_modules_say():
+    tool = runpy.run_path(str(ROOT / "tools/files_table.py"))
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    listed = [line for line in page.splitlines() if line.startswith(("| `", "| **`"))]
+    assert len(listed) >= len(MODULES) - len(PACKAGES)
+    assert page == tool["with_table"](page), "run python tools/files_table.py"
 
 
 def test_the_rules_see_what_breaks_them():
