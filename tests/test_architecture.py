@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import runpy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -204,6 +205,18 @@ def test_the_table_of_files_says_what_the_modules_say():
     listed = [line for line in page.splitlines() if line.startswith(("| `", "| **`"))]
     assert len(listed) >= len(MODULES) - len(PACKAGES)
     assert page == tool["with_table"](page), "run python tools/files_table.py"
+
+
+def test_what_contributors_are_told_to_touch_is_there():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = page.partition("## Where things go")[2].partition("Imports run")[0]
+    paths = re.findall(r"`([\w./-]+(?:\.py|\.md|/))`", told)
+    there = [
+        f"/{path.relative_to(ROOT).as_posix()}" for path in [*MODULES.values(), *ROOT.glob("*/*.*")]
+    ]
+    there += [f"{path.rpartition('/')[0]}/" for path in there]
+    assert len(paths) >= 15
+    assert [path for path in paths if not any(each.endswith(f"/{path}") for each in there)] == []
 
 
 def test_the_rules_see_what_breaks_them():

@@ -1,4 +1,4 @@
-"""What can be asked of gradients that are computed in some dtype."""
+"""Tolerances by dtype: what can be asked of gradients that are computed in one."""
 
 from __future__ import annotations
 
