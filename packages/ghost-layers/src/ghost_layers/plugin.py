@@ -31,12 +31,18 @@ from ghost_layers.transformers import (
 def ghost_samplers() -> Mapping[str | type[nn.Module], type[GradientSampler]]:
     """Offer a sampler for every layer that this package knows."""
     return {
+        # linear.py
         nn.Linear: LinearSampler,
+        "transformers.pytorch_utils.Conv1D": Conv1DSampler,
+        "transformers.models.falcon.modeling_falcon.FalconLinear": FalconLinearSampler,
+        # convolution.py
         nn.Conv1d: ConvolutionSampler,
         nn.Conv2d: ConvolutionSampler,
         nn.Conv3d: ConvolutionSampler,
+        # embedding.py
         nn.Embedding: EmbeddingSampler,
         nn.EmbeddingBag: EmbeddingBagSampler,
+        # normalization.py
         nn.LayerNorm: LayerNormSampler,
         nn.RMSNorm: RMSNormSampler,
         nn.GroupNorm: GroupNormSampler,
@@ -47,17 +53,19 @@ def ghost_samplers() -> Mapping[str | type[nn.Module], type[GradientSampler]]:
         nn.BatchNorm2d: BatchNormSampler,
         nn.BatchNorm3d: BatchNormSampler,
         nn.SyncBatchNorm: BatchNormSampler,
+        # attention.py
         nn.MultiheadAttention: MultiheadAttentionSampler,
+        # recurrent.py
         nn.RNN: RecurrentSampler,
         nn.LSTM: RecurrentSampler,
         nn.GRU: RecurrentSampler,
         nn.RNNCell: RecurrentCellSampler,
         nn.LSTMCell: RecurrentCellSampler,
         nn.GRUCell: RecurrentCellSampler,
-        nn.Module: GenericSampler,  # whatever nothing else is for
-        "transformers.pytorch_utils.Conv1D": Conv1DSampler,
-        "transformers.models.falcon.modeling_falcon.FalconLinear": FalconLinearSampler,
+        # transformers/
         **TRANSFORMERS_EMBEDDINGS,  # Embedding(index) * embed_scale
-        **TRANSFORMERS_REPLAYS,  # Mamba's mixers and T5's relative biases
         **TRANSFORMERS_NORMS,  # root-mean-square norms and bias-free layer norms
+        **TRANSFORMERS_REPLAYS,  # Mamba's mixers and T5's relative biases
+        # replay/: whatever nothing else is for
+        nn.Module: GenericSampler,
     }

@@ -1,4 +1,11 @@
-"""Recurrent layers written out step by step, down to the linear maps that they consist of."""
+"""Recurrent layers written out step by step, down to the linear maps that they consist of.
+
+An RNN with two steps is `h1 = tanh(W x1 + V h0)`, `h2 = tanh(W x2 + V h1)`: W is one map, used at
+two steps. One backward pass for all samples gives the gradients b1, b2 of the maps' results, and
+
+    g_n = b1[n] ⊗ x1[n] + b2[n] ⊗ x2[n]  for W
+    g_n = b1[n] ⊗ h0[n] + b2[n] ⊗ h1[n]  for V
+"""
 
 from __future__ import annotations
 

@@ -59,6 +59,7 @@ def dotted(name: str) -> str:
     return class_names(name)[0]
 
 
+@pytest.mark.stress  # one of each formula is below; test_formula.py compares every class
 @pytest.mark.parametrize("name", TRANSFORMERS_NORMS)
 def test_every_listed_class(name: str) -> None:
     model = nn.Sequential(make(name)).double()

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ghost_core import (
+    WrongSplitError,
+)
+from ghost_core.testing import GradientHolder, assert_within, per_sample_gradients
+from ghost_layers.replay import Way
+
+from .modules import Behind, Gated, Scaled, Zero, check, doubles, losses, registry, unordered_noise
+
+
+def test_later_batches_are_run_in_the_same_way(ways: list[Way]) -> None:
+    model = Behind(Gated(0.1)).double()
+    engine = GradientHolder(model, registry=registry())
+    with engine:
+        for n in (4, 3, 4):
+            inputs = doubles(n, 3, 4)
+            torch.manual_seed(n)
+            expected = per_sample_gradients(model, losses(model(inputs)))
+            torch.manual_seed(n)
+            with engine.batch(range(n)) as batch:
+                losses(model(inputs)).sum().backward()
+            for name, held in batch.result.materialize().items():
+                assert_within(held, expected[name], expected[name].norm())
+    assert ways == [Way.VMAP]
+
+
+def test_later_batch_that_needs_another_way(ways: list[Way]) -> None:
+    def branch_by_value(module: Scaled, x: Tensor) -> Tensor:
+        if x.shape[1] > 1 and x.sum() > 1e9:  # never, but vmap cannot know
+            return x
+        return x * module.scale
+
+    model = Behind(Scaled(branch_by_value)).double()
+    engine = GradientHolder(model, registry=registry())
+    with engine:
+        for tokens in (1, 4):
+            inputs = doubles(2, tokens, 4)
+            expected = per_sample_gradients(model, losses(model(inputs)))
+            with engine.batch(range(2)) as batch:
+                losses(model(inputs)).sum().backward()
+            for name, held in batch.result.materialize().items():
+                assert_within(held, expected[name], expected[name].norm())
+    assert ways == [Way.VMAP, Way.BATCH]
+
+
+def mean_of_all(x: Tensor) -> Tensor:
+    return x.mean(0, keepdim=True).expand_as(x)
+
+
+class TwoGates(nn.Module):
+    """Two gates of zero in a row, of which neither has a gradient."""
+
+    def __init__(self, inside: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.outer, self.inner = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer * (self.inner * x * self.inside(x))
+
+
+def test_gates_in_a_row_that_move_later() -> None:
+    # Then the values are still too small to show which random numbers were drawn.
+    model = Behind(TwoGates(unordered_noise)).double()
+    check(model, doubles(4, 3, 4))
+    nn.init.constant_(model.module.outer, 1e-7)
+    nn.init.constant_(model.module.inner, 1e-7)
+    check(model, doubles(4, 3, 4))
+
+
+def test_mixing_behind_gates_in_a_row_is_refused_when_they_move() -> None:
+    model = Behind(TwoGates(mean_of_all)).double()
+    check(model, doubles(4, 3, 4), layers="module.*")
+    nn.init.constant_(model.module.outer, 1e-7)
+    nn.init.constant_(model.module.inner, 1e-7)
+    with pytest.raises(WrongSplitError, match=r"depends on other samples"):
+        check(model, doubles(4, 3, 4), layers="module.*")
+
+
+def test_noise_behind_a_gate_that_is_not_asked_for(ways: list[Way]) -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.scale = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gate * (self.scale * x * unordered_noise(x))
+
+    model = Behind(Gate()).double()
+    check(model, doubles(4, 3, 4), layers="linear,*scale")
+    nn.init.constant_(model.module.gate, 1e-14)
+    check(model, doubles(4, 3, 4), layers="linear,*scale")
+    assert ways == [Way.BATCH]
+
+
+def test_way_that_depends_on_parameters(ways: list[Way]) -> None:
+    # With other parameters, samples would be by themselves.
+    def mix(module: Scaled, x: Tensor) -> Tensor:
+        if module.scale.abs().max() < 1e-3:
+            return x + module.scale * x.detach().mean(0)
+        return x + module.scale * x
+
+    model = Behind(Scaled(mix)).double()
+    nn.init.constant_(model.module.scale, 1e-4)
+    check(model, doubles(4, 4))
+    assert ways == [Way.BATCH]
+
+
+def test_parameters_that_cannot_be_others(ways: list[Way]) -> None:
+    def blow_up(module: Scaled, x: Tensor) -> Tensor:
+        return x + module.scale * x.detach().mean(0) / (module.scale == 0)
+
+    check(Behind(Zero(blow_up)).double(), doubles(4, 4))
+    assert ways == [Way.BATCH]
+
+
+@pytest.mark.parametrize("how", ["hook", "batch size"])
+def test_gradients_that_are_others_for_one_sample_are_those_of_the_call(how: str) -> None:
+    class Unlike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if how == "batch size":
+                return x * (self.scale if len(x) > 1 else self.scale.detach())
+            scaled = x * self.scale
+            if scaled.requires_grad:
+                scaled.register_hook(lambda grad: grad / len(grad))
+            return scaled
+
+    model, x = Behind(Unlike()).double(), doubles(5, 4)
+    engine = GradientHolder(model, registry=registry())
+    expected = per_sample_gradients(model, model(x).sin().sum(1), ["module.scale"])
+    with engine.frozen(), engine.batch(range(5)) as batch:
+        model(x).sin().sum().backward()
+    torch.testing.assert_close(batch.result.materialize()["module.scale"], expected["module.scale"])
