@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 import torch
+from token_kit import VOCABULARY, Packed
 from torch import Tensor, nn
 
 from ghost_core.testing import TinyTransformer, assert_within
-from ghost_engines import ProjectedRows, ProjectionEngine, Scores
+from ghost_engines import DotProductEngine, ProjectedRows, ProjectionEngine, Scores
 
 Gradients = Mapping[str, Tensor]
 
@@ -111,3 +112,35 @@ def transformer() -> TinyTransformer:
 def tokens() -> Tensor:
     """Token ids of 5 samples, for `transformer`."""
     return torch.randint(0, 19, (5, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    """Inputs of 4 samples, for `mlp`."""
+    return torch.randn(4, 5, dtype=torch.float64)
+
+
+@pytest.fixture
+def sequences() -> Tensor:
+    """Inputs of 4 samples with 4 tokens each, for `mlp`."""
+    return torch.randn(4, 4, 5, dtype=torch.float64)
+
+
+@pytest.fixture
+def engine(mlp: nn.Module, draw_directions: Callable[..., Mapping[str, Gradients]]):
+    """An engine with one direction of tensors."""
+    engine = DotProductEngine(mlp)
+    engine.add_direction("given", draw_directions(mlp, 1)["random 0"])
+    return engine
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """A language model for packed documents."""
+    return Packed().double()
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    """Token ids of 3 samples, for `model`."""
+    return torch.randint(0, VOCABULARY, (3, 6))

@@ -1,11 +1,20 @@
-"""Inner products between samples, in a batch and with a reference, against autograd in float64."""
+"""Inner products between gradients of samples against those of autograd's gradients."""
 
 import copy
 
 import pytest
 import torch
+from engine_kit import (
+    Repeated,
+    check_cosines,
+    check_gram,
+    check_products,
+    multiply,
+    rows,
+    squares,
+    sum_of_squares,
+)
 from torch import nn
-from torch.nn import functional
 
 from ghost_core import CaptureError, UnknownOptionError
 from ghost_core.testing import assert_within, check_engine, next_token_losses, per_sample_gradients
@@ -13,102 +22,7 @@ from ghost_core.testing.snapshots import Watched
 from ghost_engines import NormEngine
 from ghost_engines.gram import GramEngine
 
-
-def squares(outputs):
-    """Return a loss per sample, `[N]`, from outputs `[N, ...]`."""
-    return outputs.square().flatten(1).sum(1) + outputs.flatten(1).sum(1)
-
-
-def rows(gradients):
-    """Return whole gradients as rows, `[N, size]`."""
-    return torch.cat([gradient.flatten(1) for gradient in gradients.values()], 1).double()
-
-
-def by_layer(gradients):
-    layers = {}
-    for name, gradient in gradients.items():
-        layers.setdefault(name.rpartition(".")[0], {})[name] = gradient
-    return {name: rows(parts) for name, parts in layers.items()}
-
-
-def check_products(got, left, right, tolerance, what):
-    scale = left.norm(dim=1)[:, None] * right.norm(dim=1)
-    assert_within(got, left @ right.mT, scale, tolerance, what)
-
-
-def check_cosines(got, left, right, tolerance, what):
-    expected = functional.normalize(left) @ functional.normalize(right).mT
-    assert_within(got, expected, 1.0, tolerance, what)
-
-
-def check_gram(gram, gradients, reference=None, tolerance=1e-9):
-    """Assert that products are those of per-sample gradients, `[N, *shape]` by parameter name.
-
-    Args:
-        gram: What the engine found.
-        gradients: Of the batch.
-        reference: Of the reference batch.
-        tolerance: Error allowed relative to the norms of what is multiplied.
-    """
-    assert gram.by_parameter.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        assert gradient.any(), f"the reference of {name} is zero, so nothing would be tested"
-        flat = gradient.flatten(1).double()
-        check_products(gram.by_parameter[name], flat, flat, tolerance, name)
-    layers, whole = by_layer(gradients), rows(gradients)
-    assert gram.by_layer.keys() == layers.keys()
-    for name, layer in layers.items():
-        check_products(gram.by_layer[name], layer, layer, tolerance, name)
-    check_products(gram.total, whole, whole, tolerance, "total")
-    check_cosines(gram.cosine, whole, whole, tolerance, "cosine")
-    assert gram.finite.all()
-    if reference is None:
-        assert gram.reference is None
-        return
-    others, other_layers = rows(reference), by_layer(reference)
-    check_products(gram.between.total, whole, others, tolerance, "between")
-    assert gram.between.by_parameter.keys() == reference.keys()
-    assert gram.between.verified == gram.verified
-    assert torch.equal(gram.between.ids, gram.ids)
-    check_cosines(gram.between.cosine, whole, others, tolerance, "between_cosine")
-    assert gram.between.by_layer.keys() == layers.keys()
-    for name, layer in layers.items():
-        got, right = gram.between.by_layer[name], other_layers[name]
-        check_products(got, layer, right, tolerance, f"{name}, between")
-
-
-def multiply(model, inputs, loss, loss_weights="sum", given=None, **options):
-    """Multiply the samples of one batch; `loss` makes the loss of the model's outputs."""
-    engine = GramEngine(model, loss_weights=loss_weights, **options)
-    with engine, engine.batch(range(len(inputs)), loss_weights=given) as batch:
-        loss(model(inputs)).backward()
-    return batch.result
-
-
-def sum_of_squares(outputs):
-    return squares(outputs).sum()
-
-
-class Repeated(nn.Module):
-    """Uses one layer several times."""
-
-    def __init__(self, inner, times):
-        super().__init__()
-        self.inner, self.times = inner, times
-
-    def forward(self, inputs):
-        for _ in range(self.times):
-            inputs = torch.tanh(self.inner(inputs))
-        return inputs
-
-
-@pytest.fixture
-def inputs():
-    return torch.randn(4, 5, dtype=torch.float64)
-
-
 WEIGHTS = torch.tensor([0.25, -3.0, 1e-3, 0.5, 1.5], dtype=torch.float64)
-
 
 # Exact
 
@@ -412,126 +326,6 @@ def test_mean_is_refused_where_micro_batches_leave_it_open(mlp, inputs):
     refused = pytest.raises(CaptureError, match=r"which mean, in a batch of 4 .* of 2")
     with engine, refused, engine.batch(range(4)):
         squares(mlp(inputs[:2])).mean().backward()
-
-
-# Reference
-
-
-@pytest.mark.parametrize("m", [1, 3, 7])
-@pytest.mark.parametrize("reference_tokens", [1, 30])
-@pytest.mark.parametrize("n", [1, 4])
-def test_reference_of_another_size(m, n, reference_tokens, mlp):
-    inputs = torch.randn(n, 2, 5, dtype=torch.float64)
-    reference = torch.randn(m, reference_tokens, 5, dtype=torch.float64)
-    of_reference = per_sample_gradients(mlp, squares(mlp(reference)))
-    expected = per_sample_gradients(mlp, squares(mlp(inputs)))
-    engine = GramEngine(mlp, loss_weights="mean")
-    with engine:
-        with engine.reference(range(100, 100 + m)) as kept:
-            squares(mlp(reference)).mean().backward()
-        with engine.batch(range(n)) as batch:
-            squares(mlp(inputs)).mean().backward()
-    check_gram(kept.result, of_reference)
-    check_gram(batch.result, expected, of_reference)
-    assert batch.result.between.reference_ids.tolist() == list(range(100, 100 + m))
-    assert batch.result.ids.tolist() == list(range(n))
-
-
-@pytest.mark.parametrize("length", [3, 7])
-def test_reference_with_micro_batches_uses_and_weights_of_its_own(length, transformer, tokens):
-    tokens, others = tokens[:, :length], tokens.flip(0)[:4, : length - 1]
-    expected = per_sample_gradients(transformer, next_token_losses(transformer(tokens), tokens))
-    of_others = per_sample_gradients(transformer, next_token_losses(transformer(others), others))
-    engine = GramEngine(transformer, loss_weights="given")
-    with engine.frozen():
-        weights = torch.tensor([3.0, 0.1, -2.0, 1.0])
-        with engine.reference(range(4), loss_weights=weights):
-            for part, part_weights in zip(others.split([1, 3]), weights.split([1, 3]), strict=True):
-                (part_weights * next_token_losses(transformer(part), part)).sum().backward()
-        with engine.batch(range(5), loss_weights=WEIGHTS) as batch:
-            for part, part_weights in zip(tokens.split([3, 2]), WEIGHTS.split([3, 2]), strict=True):
-                (part_weights * next_token_losses(transformer(part), part)).sum().backward()
-    check_gram(batch.result, expected, of_others)
-
-
-def test_reference_belongs_to_the_parameters_and_inputs_of_its_time(mlp):
-    """Steps of the optimizer and tensors that are filled again do not reach it."""
-    buffer = torch.randn(4, 5, dtype=torch.float64)
-    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
-    of_reference = per_sample_gradients(mlp, squares(mlp(buffer)))
-    engine = GramEngine(mlp, loss_weights="sum")
-    with engine, engine.reference(range(4)):
-        squares(mlp(buffer)).sum().backward()
-    for _ in range(2):
-        optimizer.step()
-        buffer.normal_()
-        expected = per_sample_gradients(mlp, squares(mlp(buffer)))
-        with engine, engine.batch(range(4)) as batch:
-            squares(mlp(buffer)).sum().backward()
-        check_gram(batch.result, expected, of_reference)
-
-
-def test_reference_is_replaced_and_cleared(mlp, inputs):
-    others = inputs.flip(1)[:3]
-    expected = per_sample_gradients(mlp, squares(mlp(inputs)))
-    of_others = per_sample_gradients(mlp, squares(mlp(others)))
-    engine = GramEngine(mlp, loss_weights="sum")
-    engine.clear_reference()
-    with engine:
-        for data in (inputs, others):
-            with engine.reference(range(len(data))) as kept:
-                squares(mlp(data)).sum().backward()
-            assert kept.result.reference is None
-            assert engine.has_reference
-        with engine.batch(range(4)) as batch:
-            squares(mlp(inputs)).sum().backward()
-        check_gram(batch.result, expected, of_others)
-        engine.clear_reference()
-        assert not engine.has_reference
-        with engine.batch(range(4)) as batch:
-            squares(mlp(inputs)).sum().backward()
-    check_gram(batch.result, expected)
-
-
-def test_reference_that_fails_leaves_the_one_before(mlp, inputs):
-    expected = per_sample_gradients(mlp, squares(mlp(inputs)))
-    engine = GramEngine(mlp, loss_weights="sum")
-    with engine:
-        with engine.reference(range(10, 14)):
-            squares(mlp(inputs)).sum().backward()
-        with pytest.raises(ZeroDivisionError), engine.reference(range(4)):
-            fail_after(squares(mlp(inputs + 1)).sum())
-        with engine.batch(range(4)) as batch:
-            squares(mlp(inputs)).sum().backward()
-            with pytest.raises(CaptureError, match="open already"):
-                engine.reference(range(4)).__enter__()
-    check_gram(batch.result, expected, expected)
-    assert batch.result.between.reference_ids.tolist() == [10, 11, 12, 13]
-
-
-def fail_after(loss):
-    loss.backward()
-    raise ZeroDivisionError
-
-
-def test_products_with_no_reference_are_refused(mlp, inputs):
-    gram = multiply(mlp, inputs, sum_of_squares)
-    with pytest.raises(CaptureError, match=r"no reference.*with engine\.reference"):
-        _ = gram.between
-
-
-def test_products_are_verified_if_both_batches_are(mlp, inputs):
-    verified = []
-    for verify in (True, False):
-        engine = GramEngine(mlp, loss_weights="sum", verify=verify)
-        with engine, engine.reference(range(4)) as batch:
-            squares(mlp(inputs)).sum().backward()
-        verified.append(batch.result.verified)
-        engine.verifies = True
-        with engine, engine.batch(range(4)) as batch:
-            squares(mlp(inputs)).sum().backward()
-        verified.append(batch.result.verified)
-    assert verified == [True, True, False, False]
 
 
 # What is held

@@ -1,0 +1,165 @@
+"""`ghost verify` on checkpoints of transformers."""
+
+import json
+import socket
+import sys
+
+import pytest
+import torch
+from command_kit import parts, verify
+
+from ghost_engines.cli import models
+
+# Checkpoints of transformers
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder with a small GPT-2 in bfloat16, and a tokenizer of words."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = transformers.GPT2Config(
+        vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.GPT2LMHeadModel(config).bfloat16().save_pretrained(folder)
+    transformers.utils.logging.enable_progress_bar()
+    words = ["<unk>", "<eos>", "the", "a", "cat", "dog", "sat", "ran", "on", "mat", "and"]
+    known = tokenizers.models.WordLevel(
+        {word: at for at, word in enumerate(words)}, unk_token="<unk>"
+    )
+    tokenizer = tokenizers.Tokenizer(known)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("the cat sat on the mat\n\na dog ran\nthe dog\n" + "and " * 99 + "\n")
+    return path
+
+
+@pytest.fixture
+def _offline(monkeypatch):
+    """Make every connection fail."""
+
+    def connect(*_, **__):
+        raise AssertionError("a connection was opened")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+
+
+@pytest.mark.usefixtures("_offline")
+def test_a_checkpoint_and_texts(checkpoint, texts, capsys):
+    assert verify(checkpoint, "--data", texts) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    (summary, coverage, tracked, checks), verdict = parts(said.out)
+    values = dict(summary)
+    assert values["model"] == f"{checkpoint} (GPT2LMHeadModel)"
+    assert values["dtype"] == "float64"
+    assert values["batch"] == "4 × 8 tokens, 41 % padding"
+    assert values["loss"] == "mean cross-entropy of each sample's next tokens"
+    assert {row[0] for row in coverage} == {
+        "class", "Conv1D", "Embedding", "Embedding, Linear", "LayerNorm"
+    }  # fmt: skip
+    assert tracked[0] == ["tracked: 16 of 16 trainable parameters"]
+    assert len(checks) == 17
+    assert verdict.startswith("exact: the gradients of 4 of 4 samples agree")
+
+
+def test_a_checkpoint_and_lines_of_json(checkpoint, tmp_path, capsys):
+    lines = [{"body": "the cat sat"}, {"body": "a dog ran then", "id": 1}]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = (checkpoint, "--data", "texts.jsonl", "--field", "body")
+    assert verify(*arguments, "--max-tokens", 3, "--train") == 0
+    assert "batch\t2 × 3 tokens, 0 % padding\n" in capsys.readouterr().out
+    assert verify(*arguments, "--batch-size", 1) == 0
+    assert "batch\t1 × 3 tokens, 0 % padding\n" in capsys.readouterr().out
+
+
+def test_a_checkpoint_as_it_is(checkpoint, texts, capsys):
+    assert verify(checkpoint, "--data", texts, "--dtype", "as-is") == 0
+    assert "dtype\tbfloat16\n" in capsys.readouterr().out
+
+
+def test_a_checkpoint_and_a_loss_of_ones_own(checkpoint, texts, tmp_path, capsys):
+    (tmp_path / "losses.py").write_text(
+        "def squares(model, batch):\n"
+        "    assert batch.keys() == {'input_ids', 'attention_mask'}\n"
+        "    assert not model.config.use_cache\n"
+        "    return model(**batch).logits.square().sum((1, 2))\n"
+    )
+    assert verify(checkpoint, "--data", texts, "--loss", "losses:squares") == 0
+    assert "loss\tlosses:squares\n" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("checkpoint")  # skips where there is no transformers
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (None, "has no config.json, so it is no checkpoint"),
+        ("{", "does not name one class in 'architectures'"),
+        ("[]", "does not name one class in 'architectures'"),
+        ('{"model_type": "gpt2"}', "does not name one class in 'architectures'"),
+        ('{"architectures": []}', "does not name one class in 'architectures'"),
+        ('{"architectures": ["A", "B"]}', "does not name one class in 'architectures'"),
+        ('{"architectures": ["NoSuchModel"]}', "the class NoSuchModel of empty is not one of"),
+        (
+            '{"architectures": ["GPT2LMHeadModel"], "auto_map": {"AutoModel": "a.B"}}',
+            "the class GPT2LMHeadModel of empty is not one of transformers",
+        ),
+        ('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}', "empty cannot be loaded"),
+    ],
+)
+def test_folders_that_are_no_checkpoint(config, what, tmp_path, capsys, texts):
+    (tmp_path / "empty").mkdir()
+    if config is not None:
+        (tmp_path / "empty" / "config.json").write_text(config)
+    assert verify("empty", "--data", texts) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("ghost: MODEL: ")
+    assert len(said.err.splitlines()) == 1
+    assert what in said.err
+
+
+def test_a_checkpoint_without_a_tokenizer(checkpoint, tmp_path, texts, capsys):
+    (tmp_path / "bare").mkdir()
+    for path in checkpoint.glob("*"):
+        if "tokenizer" not in path.name:
+            (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
+    assert verify("bare", "--data", texts) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("ghost: bare has no tokenizer that can be loaded: ")
+    assert len(said.err.splitlines()) == 1
+
+
+def test_without_transformers_the_error_names_the_extra(tmp_path, monkeypatch, capsys, texts):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert verify("folder", "--data", texts) == 2
+    assert capsys.readouterr().err == (
+        "ghost: a checkpoint needs transformers, which is not installed: "
+        "pip install 'ghost-engines[transformers]'\n"
+    )
+
+
+def test_bars_of_transformers_are_shown_at_a_terminal_only(checkpoint, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    logging, seen = transformers.utils.logging, []
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=terminal: shown)
+        with models._bars_at_a_terminal(transformers):
+            seen.append(logging.is_progress_bar_enabled())
+        assert logging.is_progress_bar_enabled()
+    assert seen == [False, True]

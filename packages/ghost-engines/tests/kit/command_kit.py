@@ -1,0 +1,106 @@
+"""What the tests of `ghost verify` share: functions that it is given, and how it is run."""
+
+import torch
+
+from ghost_engines import cli
+from ghost_engines.cli.batches import load_batch
+
+SUBJECTS = """
+import numpy as np
+import torch
+from torch import nn
+from ghost_core.testing import TinyTransformer
+
+NUMBER = 3
+
+
+def tiny():
+    return TinyTransformer()
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def normalised():
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
+
+
+def dropping():
+    return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, inputs):
+        return inputs * self.scale
+
+
+class Factory:
+    make = staticmethod(mlp)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "inputs": torch.randn(6, 5, generator=generator),
+        "labels": torch.arange(6) % 3,
+        "names": list("abcdef"),
+    }
+
+
+def ids():
+    return torch.randint(0, 19, (5, 7), generator=torch.Generator().manual_seed(1))
+
+
+def cross_entropy(model, batch):
+    logits = model(batch["inputs"])
+    return nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+def coupled(model, batch):
+    losses = cross_entropy(model, batch)
+    return losses / losses.max()
+
+
+def mean(model, batch):
+    return cross_entropy(model, batch).mean()
+
+
+def penalised(model, batch):
+    inputs = batch["inputs"].clone().requires_grad_()
+    losses = cross_entropy(model, batch | {"inputs": inputs})
+    (slopes,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
+    return losses + slopes.square().sum(1)
+
+
+def broken(*arguments):
+    raise KeyError("a\\nb")
+
+
+def leaving():
+    raise SystemExit(0)
+
+
+def number():
+    return NUMBER
+"""
+
+MLP = ("subjects:mlp", "--data", "subjects:batch", "--loss", "subjects:cross_entropy")
+
+
+def verify(*arguments):
+    return cli.main(["verify", *map(str, arguments)])
+
+
+def parts(said):
+    """Return the tables of an output into a pipe, and the text after them."""
+    *tables, text = said.split("\n\n")
+    return [[line.split("\t") for line in table.splitlines()] for table in tables], text
+
+
+def batch_of(data, **options):
+    return load_batch(str(data), "subjects:tiny", torch.nn.Identity(), **options)
