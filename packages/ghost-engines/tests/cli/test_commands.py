@@ -1,11 +1,14 @@
 """The command `ghost`, run as a user or a script runs it."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,13 +20,20 @@ from ghost_engines.store import GradientStore, StoredRows
 from ghost_engines.store.shards import shard_path
 
 
-def ghost(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ghost_engines.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+class Done(NamedTuple):
+    """What a run of the command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def ghost(*arguments: object) -> Done:
+    """Run the command as into pipes."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = cli.main([*map(str, arguments)])
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import sys
 import pytest
 from command_kit import MLP, parts, verify
 
+from ghost_core.tracking import Refused
+
 # What it says
 
 

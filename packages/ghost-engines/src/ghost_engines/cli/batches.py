@@ -74,7 +74,7 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as file:
             yield from (line.rstrip("\r\n") for line in file if line.strip())
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise CommandError(f"--data: {path} is not UTF-8: {error}") from error
 
 
@@ -82,7 +82,7 @@ def _json_texts(path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_lines(path), 1):
         try:
             text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CommandError(
                 f"--data: text {number} of {path} is no JSON object with {field!r}; --field names "
                 "the key of the text"
@@ -118,6 +118,8 @@ def _from_numpy(path: Path, size: int) -> tuple[Tensor, None]:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise CommandError(f"--data: {path} is no array of numbers: {error}") from error
+    if not isinstance(values, np.ndarray):
+        raise CommandError(f"--data: {path} holds several arrays: give one, integers [N, T]")
     if values.dtype.kind not in "iu" or values.ndim != 2:
         raise CommandError(
             f"--data: {path} must hold token ids, integers [N, T], not {values.dtype} of shape "
@@ -136,8 +138,8 @@ def _from_safetensors(path: Path, size: int) -> tuple[Tensor, Tensor | None]:
                     f"--data: {path} must hold 'input_ids' or just one tensor, not "
                     f"{', '.join(names) or 'none'}"
                 )
-            ids = file.get_slice(key)[:size]
-            mask = file.get_slice("attention_mask")[:size] if "attention_mask" in names else None
+            ids = _first(file, key, size)
+            mask = _first(file, "attention_mask", size) if "attention_mask" in names else None
     except SafetensorError as error:
         raise CommandError(f"--data: {path} cannot be read: {error}") from error
     if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 2:
@@ -151,7 +153,16 @@ def _from_safetensors(path: Path, size: int) -> tuple[Tensor, Tensor | None]:
             f"--data: 'attention_mask' of {path} has shape {tuple(mask.shape)}, 'input_ids' "
             f"{tuple(ids.shape)}"
         )
+    if mask is not None and not mask.isfinite().all():
+        raise CommandError(f"--data: 'attention_mask' of {path} is not finite")
     return ids.long(), mask
+
+
+def _first(file: Any, name: str, size: int) -> Tensor:
+    """Return the first samples of a tensor; one without axes has none."""
+    piece = file.get_slice(name)
+    found: Tensor = piece[:size] if piece.get_shape() else file.get_tensor(name)
+    return found
 
 
 def _padded(

@@ -5,13 +5,14 @@ Nothing here imports torch, which takes seconds: what a command does is imported
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
 import tyro
 
 from ghost_engines.cli.options import Plugins, Store, Verify
-from ghost_engines.cli.tables import one_line, stop_printing
+from ghost_engines.cli.tables import one_line, open_streams, stop_printing
 from ghost_engines.versions import version
 
 _app = tyro.extras.SubcommandApp()
@@ -28,12 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 if a check found damage, or gradients that are not exact; 2 if the
-        command could not do its work.
+        command could not do its work; 130 if it was interrupted.
 
     Raises:
         SystemExit: After `--help`, or if the arguments cannot be understood.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    open_streams()
     try:
         if arguments == ["--version"]:
             print(f"ghost {version('ghost-engines')}")
@@ -49,11 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         stop_printing()
         return 0
+    except KeyboardInterrupt:
+        return _failed("interrupted", 128 + signal.SIGINT)
     except Exception as error:
         if not _expected(error):
             raise
-        print(f"ghost: {one_line(error)}", file=sys.stderr)
-        return 2
+        return _failed(error, 2)
     return status
 
 
@@ -71,6 +74,16 @@ def _run(options: Verify | Plugins | Store) -> int:
             from ghost_engines.cli.store import describe
 
             return describe(path, verify=verified)
+
+
+def _failed(what: object, status: int) -> int:
+    """Say what went wrong, in one line, and return the exit status."""
+    print(f"ghost: {one_line(what)}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        stop_printing()
+    return status
 
 
 def _expected(error: Exception) -> bool:

@@ -44,18 +44,22 @@ def find_function(text: str, option: str) -> Callable[..., Any]:
         raise CommandError(f"{option}: {text!r} is not of the form module:function")
     try:
         module = importlib.import_module(name)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise CommandError(
                 f"{option}: there is no module {missing!r}, neither in the current directory nor "
                 "among the installed ones"
             ) from error
-        raise CommandError(f"{option}: {_raised(f'importing {name}', error)}") from error
+        raise CommandError(f"{option}: {raised(f'importing {name}', error)}") from error
     try:
         function = reduce(getattr, path.split("."), module)
     except AttributeError as error:
         raise CommandError(f"{option}: {name} has no {path!r}") from error
+    except Exception as error:
+        raise CommandError(f"{option}: {raised(f'looking for {text}', error)}") from error
     if not callable(function):
         raise CommandError(
             f"{option}: {text} is no function, but of type {type(function).__name__}"
@@ -74,13 +78,18 @@ def reporting(function: Callable[..., Any], what: str) -> Callable[..., Any]:
     def called(*args: Any) -> Any:
         try:
             return function(*args)
-        except GhostError:
+        except (GhostError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
-            raise CommandError(_raised(what, error)) from error
+        except BaseException as error:
+            raise CommandError(raised(what, error)) from error
 
     return called
 
 
-def _raised(what: str, error: BaseException) -> str:
-    return f"{what} raised {type(error).__name__}: {error}"
+def raised(what: str, error: BaseException) -> str:
+    """Say what something raised."""
+    try:
+        said = str(error)
+    except Exception:  # it is anybody's
+        said = "(it cannot be printed)"
+    return f"{what} raised {type(error).__name__}: {said}"

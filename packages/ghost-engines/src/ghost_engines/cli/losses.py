@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from ghost_engines.cli.errors import CommandError
 
+_INTEGERS = (
+    torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
+    torch.int64,
+)  # fmt: skip
+
 
 def next_token_losses(model: nn.Module, batch: Any) -> Tensor:
     """Return the mean cross-entropy of each sample's next tokens, `[N]`, without padding.
@@ -40,11 +45,14 @@ def _tokens(batch: Any) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, `[N, T]` each."""
     given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in _INTEGERS:
         raise CommandError(
             "the batch has no token ids [N, T]: give a loss for it, --loss module:function"
         )
-    return ids.long(), torch.ones_like(ids) if mask is None else mask.long()
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape or not mask.isfinite().all():
+        raise CommandError("the batch's attention_mask is not one finite number for each token id")
+    return ids.long(), mask.long()
 
 
 def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _load_checkpoint(folder: Path) -> nn.Module:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         (name,) = config["architectures"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CommandError(f"MODEL: {path} does not name one class in 'architectures'") from error
     transformers = _transformers("a checkpoint")
     kind = getattr(transformers, str(name), None)
@@ -91,6 +91,8 @@ def _load_checkpoint(folder: Path) -> nn.Module:
             model: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
         except Exception as error:
             raise CommandError(f"MODEL: {folder} cannot be loaded: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise CommandError(f"MODEL: {name}, which {path} names, is no model")
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +23,17 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def one_line(value: object) -> str:
-    """Return a value as text without line breaks or tabs."""
-    return " ".join(str(value).split())
+    """Return a value as text that can be printed, without line breaks or tabs."""
+    return " ".join(str(value).encode("utf-8", "backslashreplace").decode().split())
+
+
+def open_streams() -> None:
+    """Let everything be printed: names of any bytes, and to streams that are closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def stop_printing() -> None:

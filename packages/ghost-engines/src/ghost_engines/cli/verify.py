@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from collections import defaultdict
@@ -16,31 +17,35 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from ghost_core import UnsupportedLayerError, WrongSplitError
+from ghost_core import GhostError, UnsupportedLayerError, WrongSplitError
 from ghost_core.compare import Comparison, compare
 from ghost_core.plugins import select
 from ghost_engines.cli.batches import load_batch
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import find_function, importable_from_here, reporting
+from ghost_engines.cli.functions import find_function, importable_from_here, raised, reporting
 from ghost_engines.cli.losses import next_token_losses
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Verify
 from ghost_engines.cli.tables import print_table, while_read
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 20  # rows of a table at a terminal
 
 
 def verify(options: Verify) -> int:
     """Compare, print what was found, and return the exit status."""
+    if not 0 <= options.seed < 2**32:
+        raise CommandError(f"--seed must be from 0 to 2**32 - 1, not {options.seed}")
     random.seed(options.seed)
     np.random.seed(options.seed)
     torch.manual_seed(options.seed)
     with importable_from_here():
         subject = _load(options)
-        subject.model.train(options.train)
-        mode = "training" if options.train else "evaluation"
+        reporting(subject.model.train, "MODEL: its method train")(options.train)
+        described = reporting(lambda: [*subject.described()], "MODEL: looking at it")()
         with while_read():
-            print_table(("property", "value"), [*subject.described(), ("mode", mode)])
+            print_table(("property", "value"), described)
         bar = tqdm(total=options.samples, desc="samples", disable=None, delay=1.0, leave=False)
         try:
             with bar:
@@ -56,8 +61,11 @@ def verify(options: Verify) -> int:
             with while_read():
                 print(f"\nrefused: {error}")
             return 1
-        except RuntimeError as error:  # of torch: out of memory, not twice differentiable
-            raise CommandError(f"the comparison raised {type(error).__name__}: {error}") from error
+        except GhostError:
+            raise
+        except Exception as error:  # of torch, such as out of memory, or of the model
+            logger.debug("the comparison failed", exc_info=True)
+            raise CommandError(raised("the comparison", error)) from error
     with while_read():
         _print_findings(subject.model, found)
     return 0 if found.ok else 1
@@ -93,8 +101,10 @@ class _Subject:
         if isinstance(self.batch, Mapping) and isinstance(self.batch.get("attention_mask"), Tensor):
             mask = self.batch["attention_mask"]
             padding = 100 * float((mask == 0).double().mean())
-            yield "batch", f"{len(mask)} × {mask.shape[1]} tokens, {padding:.0f} % padding"
+            shape = " × ".join(map(str, mask.shape))
+            yield "batch", f"{shape} tokens, {padding:.0f} % padding"
         yield "loss", loss
+        yield "mode", "training" if self.model.training else "evaluation"
 
 
 def _load(options: Verify) -> _Subject:
@@ -117,8 +127,9 @@ def _load(options: Verify) -> _Subject:
     try:
         loaded.to(device=options.device, dtype=wanted)
         batch = tree_map(lambda leaf: _moved(leaf, options.device, wanted), batch)
-    except (RuntimeError, AssertionError) as error:  # torch was built without the device
-        raise CommandError(f"--device {options.device}: {error}") from error
+    except Exception as error:  # torch was built without the device, and says so in many ways
+        what = f"--device {options.device}: moving model and batch there"
+        raise CommandError(raised(what, error)) from error
     names = options.model, options.data, options.loss or default
     return _Subject(names, loaded, batch, function)
 

@@ -106,12 +106,14 @@ class Manifest:
         """
         path = root / MANIFEST
         try:
-            content = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError) as error:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # no name of a file
             raise StoreError(
                 f"there is no store at {root}: make one with GradientStore.create(path, engine)"
             ) from error
-        except ValueError as error:
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
             raise DamagedStoreError(f"{path} is not JSON: {error}") from error
         if isinstance(content, dict) and content.get("schema", SCHEMA) != SCHEMA:
             raise StoreError(
