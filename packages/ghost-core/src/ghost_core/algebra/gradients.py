@@ -322,7 +322,11 @@ def as_rows(values: Tensor) -> Tensor:
 def gram_of_uses(uses: Sequence[PerSampleGradient], others: Sequence[PerSampleGradient]) -> Tensor:
     """Return the Gram matrix `[N, M]` of sums over uses, all cross terms included.
 
-    A parameter used twice has the gradient `g + g'`; its Gram has four terms, not two.
+    A parameter used twice has the gradient `g + h`, and its Gram has four terms, not two:
+
+        g = [[1]], h = [[2]]  one sample, one entry
+        gram_of_uses([g, h], [g, h])  1·1 + 1·2 + 2·1 + 2·2 = 9 = (1 + 2)²
+        g.gram(g) + h.gram(h)  1·1 + 2·2 = 5, without the cross terms
     """
     return torch.stack([use.gram(other) for use in uses for other in others]).sum(0)
 

@@ -92,7 +92,11 @@ class BatchCapture:
         """Return the first row of a new pass.
 
         Passes as long as the batch are uses of the same samples; shorter ones are micro-batches
-        that follow one another.
+        that follow one another. In a batch of 4 samples:
+
+            passes of 2, 2  begin at 0, 2: micro-batches
+            passes of 4, 4  begin at 0, 0: uses of the same samples
+            passes of 2, 4  are refused: either could be meant
         """
         covered = sum(pass_.n for pass_ in self.passes)
         if n == self.n:

@@ -25,7 +25,7 @@ from ghost_core.capture.state import CaptureState, Running
 from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
 from ghost_core.hooks import Hook
-from ghost_core.split import Layout, describe, expanded, lay_out
+from ghost_core.split import RowAxes, describe, find_axes
 from ghost_core.tracking import TrackedModule, owner_of, parameter_of
 
 
@@ -152,30 +152,27 @@ class CallHooks:
         # A recomputation belongs to the last pass, or fails on the sizes of what it recomputes.
         pass_ = state.pass_ or batch.passes[-1]
         owner = pass_.owners[tracked.row_owner] if tracked.row_owner else None
-        layout = lay_out(tracked, outputs, pass_.n, owner, foldable=state.verifying)
-        batch.kinds.add((tracked.name, layout.is_folded(pass_.n)))
-        state.told_apart |= any(
-            output.dim() > dim and output.shape[dim] == layout.rows
-            for output, dim in zip(outputs, layout.dims, strict=True)
-        )
-        call = describe(tracked, layout.rows_first(outputs), layout, args, kwargs, before)
-        given, outputs = outputs, self._expanded(outputs, layout)
+        axes = find_axes(tracked, outputs, pass_.n, owner, foldable=state.verifying)
+        batch.kinds.add((tracked.name, axes.is_folded(pass_.n)))
+        state.told_apart |= axes.tell_apart(outputs)
+        call = describe(tracked, outputs, axes, args, kwargs, before)
+        given, outputs = outputs, self._expanded(outputs, axes)
         with full_precision(outputs[0].device), state.silence():
             records = dict(tracked.sampler.record(call))
             if outputs[0].shape != given[0].shape:
-                records = {local: record.expand(layout.rows) for local, record in records.items()}
+                records = {local: record.expand(axes.count) for local, record in records.items()}
             kept, saved = keep(batch.listeners, tracked, records)
         made = state.made(tracked)
         parameters = [parameter_of(tracked.module, local) for local in made]
         past = call.past()
-        delivery = Delivery(state, batch, state.pass_, tracked, past, layout, kept, made)
+        delivery = Delivery(state, batch, state.pass_, tracked, past, axes, kept, made)
         tapped = tap(delivery.deliver, state.seed, outputs, parameters, saved)
         for output, was in zip(tapped, given, strict=True):
             if output.shape != was.shape and state.verifying:  # expanded from one row
                 state.verifier.watch(output, tracked)
         return tapped
 
-    def _expanded(self, outputs: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    def _expanded(self, outputs: Sequence[Tensor], axes: RowAxes) -> list[Tensor]:
         """Return outputs with all their rows.
 
         While the pass is watched, what was expanded has memory of its own, so that an operation in
@@ -183,10 +180,7 @@ class CallHooks:
         which is no use of the parameter from there on.
         """
         with self.state.silence():
-            rows = [
-                expanded(output, dim, layout.rows)
-                for output, dim in zip(outputs, layout.dims, strict=True)
-            ]
+            rows = axes.expanded(outputs)
             if not self.state.verifier.watching:
                 return rows
             parameters = self.tracked.module.parameters()

@@ -12,9 +12,9 @@ from ghost_core.algebra import Owned, PerSampleGradient, Record, full_precision
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.state import Audience, CaptureState
-from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.errors import CaptureError
 from ghost_core.sampler import PastCall
-from ghost_core.split import Fold, Layout, unclear_fold
+from ghost_core.split import RowAxes, owner_of_rows
 from ghost_core.tracking import TrackedModule, TrackedParameter
 
 
@@ -52,7 +52,7 @@ class Delivery:
         pass_: The pass of the call; None if the call is a recomputation.
         tracked: The module.
         call: What is left of the call.
-        layout: Where its outputs have their rows.
+        axes: Where the call has its rows.
         kept: How the engines keep its records.
         made: Local names of the parameters whose gradients an engine makes.
     """
@@ -62,7 +62,7 @@ class Delivery:
     pass_: Pass | None
     tracked: TrackedModule
     call: PastCall
-    layout: Layout
+    axes: RowAxes
     kept: list[Kept]
     made: tuple[str, ...]
 
@@ -75,8 +75,8 @@ class Delivery:
             return self._to_engines(saved, grads)
         if audience is Audience.PROBE:
             assert self.state.verifier.probe is not None
-            by_row = self.layout.rows_first(grads)
-            self.state.verifier.probe.see(self.call.name, self.layout, by_row)
+            by_row = self.axes.rows_first(grads)
+            self.state.verifier.probe.see(self.call.name, self.axes, by_row)
         return [None] * len(self.made)
 
     def _to_engines(
@@ -84,7 +84,7 @@ class Delivery:
     ) -> Sequence[Tensor]:
         pass_ = self._checked_pass()
         self.batch.arrived = True
-        self.state.verifier.check_reached(self.tracked, self.layout.is_folded(pass_.n))
+        self.state.verifier.check_reached(self.tracked, self.axes.is_folded(pass_.n))
         made: dict[str, Tensor] = {}
         with full_precision(_device(grads)):
             for at, kept in enumerate(self.kept):
@@ -127,8 +127,9 @@ class Delivery:
         self, pass_: Pass, kept: Kept, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> list[tuple[str, PerSampleGradient]]:
         """Return the per-sample gradients by local name."""
-        by_row = self.layout.rows_first(grads)
-        owner = self._owner(pass_.n, by_row)
+        by_row = self.axes.rows_first(grads)
+        fold = self.state.verifier.fold(self.call.name)
+        owner = owner_of_rows(self.tracked, self.axes, by_row, pass_.n, fold)
         with self.state.silence():
             gradients = self.tracked.sampler.gradients(self.call, kept.restore(saved), by_row)
         self._check(gradients)
@@ -137,26 +138,9 @@ class Delivery:
         owner = owner.to(_device(grads))
         return [(local, Owned(each, owner, pass_.n)) for local, each in gradients.items()]
 
-    def _owner(self, n: int, grads: Sequence[Tensor | None]) -> Tensor | None:
-        """Return the sample of each row; None where each row is a sample."""
-        if any(grad is not None and not grad.dim() for grad in grads):
-            raise WrongSplitError(
-                "gradients cannot be split by sample: the loss depends on a scalar that "
-                f"{self.tracked.label} returned",
-                reason="a scalar belongs to all samples.",
-                remedy="compute the loss from outputs with one row per sample, or leave the module "
-                "out with exclude=...",
-            )
-        if not self.layout.is_folded(n):
-            return self.layout.owner
-        fold = Fold.SAMPLE_MAJOR if n == 1 else self.state.verifier.fold(self.call.name)
-        if fold is None:
-            raise unclear_fold(self.tracked, True)
-        return fold.owners(n, self.layout.rows)
-
     def _check(self, gradients: Mapping[str, PerSampleGradient]) -> None:
         """Raise if a sampler returned other gradients than it was asked for."""
-        n, sampler = self.layout.rows, type(self.tracked.sampler).__name__
+        n, sampler = self.axes.count, type(self.tracked.sampler).__name__
         if gradients.keys() != self.call.shapes.keys():
             raise CaptureError(
                 f"{sampler} returned gradients of {sorted(gradients)} for "

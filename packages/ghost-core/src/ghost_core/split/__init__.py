@@ -1,23 +1,21 @@
 """Which row belongs to which sample: declared, then proven."""
 
-from ghost_core.split.axes import Layout, describe, expanded, lay_out
+from ghost_core.split.axes import RowAxes, describe, find_axes
 from ghost_core.split.balance import Balance
-from ghost_core.split.owners import Fold, find_owner
+from ghost_core.split.owners import Fold, find_owner, owner_of_rows
 from ghost_core.split.probe import nan_in, numbers_in, probed_samples
-from ghost_core.split.reasons import unclear_fold
 from ghost_core.split.verifier import Verifier
 
 __all__ = [
     "Balance",
     "Fold",
-    "Layout",
+    "RowAxes",
     "Verifier",
     "describe",
-    "expanded",
+    "find_axes",
     "find_owner",
-    "lay_out",
     "nan_in",
     "numbers_in",
+    "owner_of_rows",
     "probed_samples",
-    "unclear_fold",
 ]

@@ -1,4 +1,4 @@
-"""Which axis of a call's outputs holds the samples, and which sample each row belongs to."""
+"""Which axis of a call's inputs and outputs holds the rows."""
 
 from __future__ import annotations
 
@@ -12,78 +12,66 @@ from torch.utils._pytree import tree_map
 
 from ghost_core.errors import WrongSplitError
 from ghost_core.sampler import Call
+from ghost_core.split.reasons import wrong_rows
 from ghost_core.tracking import TrackedModule
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the outputs of a call have their rows.
+class RowAxes:
+    """Where a call has its rows.
 
     Attributes:
-        dims: Axis of the rows in each output.
-        rows: Number of rows R.
+        inputs: Axis of the rows in its inputs, as far as they have one; 0 where they stay as they
+            are.
+        outputs: Axis of the rows in each output.
+        count: Number of rows R.
         owner: Sample of each row, int64 `[R]`, where the engine was told; None elsewhere.
     """
 
-    dims: tuple[int, ...]
-    rows: int
+    inputs: int
+    outputs: tuple[int, ...]
+    count: int
     owner: Tensor | None = None
+
+    def is_folded(self, n: int) -> bool:
+        """Tell whether n samples have several rows each, in an order to be found out."""
+        return self.owner is None and self.count != n
 
     def rows_first(self, values: Sequence[TensorT]) -> list[TensorT]:
         """Move the rows of outputs, or of their gradients, to the first axis; scalars stay."""
         return [
             value.movedim(dim, 0) if dim and value is not None and value.dim() else value
-            for value, dim in zip(values, self.dims, strict=True)
+            for value, dim in zip(values, self.outputs, strict=True)
         ]
 
-    def is_folded(self, n: int) -> bool:
-        """Tell whether n samples have several rows each, in an order to be found out."""
-        return self.owner is None and self.rows != n
+    def tell_apart(self, outputs: Sequence[Tensor]) -> bool:
+        """Tell whether an output has all the rows, not one for all samples."""
+        return any(
+            _size(output, dim) == self.count
+            for output, dim in zip(outputs, self.outputs, strict=True)
+        )
 
-    def outer_sizes(self, rows: Sequence[int], sample: int, n: int) -> set[int]:
-        """Return the orders in which all of some rows belong to one sample.
-
-        Rows may be `[A, N, B]` flattened; the result has each A for which that fits. A is 1 where
-        rows are sample-major, and `rows / n` where they are sample-minor.
-        """
-        each, index = self.rows // n, torch.tensor(rows)
-        return {
-            outer
-            for outer in range(1, each + 1)
-            if each % outer == 0 and (index // (each // outer) % n == sample).all()
-        }
-
-    def are_of(self, rows: Sequence[int], sample: int, n: int) -> bool:
-        """Tell whether rows can all belong to one sample."""
-        if self.owner is not None:
-            return bool((self.owner[rows] == sample).all())
-        if self.is_folded(n):
-            return bool(self.outer_sizes(rows, sample, n) & {1, self.rows // n})
-        return list(rows) == [sample]
+    def expanded(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return outputs with all their rows; one computed once for all samples is expanded."""
+        return [
+            output
+            if _size(output, dim) in (None, self.count)
+            else output.expand(*output.shape[:dim], self.count, *output.shape[dim + 1 :])
+            for output, dim in zip(outputs, self.outputs, strict=True)
+        ]
 
 
-def samples_first(value: Any, dim: int) -> Any:
-    """Move an axis to the front in all tensors of a tree that have more axes than that."""
-    if not dim:
-        return value
-
-    def move(leaf: Any) -> Any:
-        return leaf.movedim(dim, 0) if isinstance(leaf, Tensor) and leaf.dim() > dim else leaf
-
-    return tree_map(move, value)
-
-
-def lay_out(
+def find_axes(
     tracked: TrackedModule,
     outputs: Sequence[Tensor],
     n: int,
     owner: Tensor | None,
     *,
     foldable: bool,
-) -> Layout:
-    """Find the rows of a call's outputs.
+) -> RowAxes:
+    """Find the rows of a call.
 
     Args:
         tracked: The module.
@@ -96,51 +84,36 @@ def lay_out(
     Raises:
         WrongSplitError: If an output has neither one row nor the rows of the samples.
     """
-    dims = tracked.output_dims(len(outputs))
-    if tracked.sampler.batch_dims(tracked.module, len(outputs)) is None:
+    dims = tracked.sampler.batch_dims(tracked.module, len(outputs))
+    inputs = 0  # a sampler that knows the axes of the outputs knows those of the inputs
+    if dims is None:
         # A module that is sequence-first inside may return one row per sample all the same.
+        expected = tracked.batch_dim
         dims = tuple(
-            0 if not _has(output, dim, n) and _has(output, 0, n) else dim
-            for output, dim in zip(outputs, dims, strict=True)
+            0 if _size(each, expected) not in (1, n) and _size(each, 0) in (1, n) else expected
+            for each in outputs
         )
-    sizes = {
-        output.shape[dim] for output, dim in zip(outputs, dims, strict=True) if output.dim() > dim
-    }
-    if not sizes:
+        inputs = expected if any(dims) else 0
+    sizes = {_size(output, dim) for output, dim in zip(outputs, dims, strict=True)}
+    known = {size for size in sizes if size is not None}
+    if not known:
         raise WrongSplitError(
             f"{tracked.label} returned a scalar, or nothing with an axis {max(dims)} for samples: "
             "it cannot be split by sample, exclude it"
         )
-    rows = n if owner is None else len(owner)
-    several = sizes - {1} or sizes
+    count = n if owner is None else len(owner)
+    several = known - {1} or known
     if owner is None and foldable and len(several) == 1 and n and not max(several) % n:
-        rows = max(rows, *several)
-    if wrong := sizes - {1, rows}:
-        if owner is not None:
-            raise WrongSplitError(
-                f"{tracked.label} returned {min(wrong)} rows, and {tracked.row_owner!r}, which "
-                f"row_owner names for it, tells the samples of {rows}: give one entry per row, "
-                f"positions of samples from 0 to {n - 1}"
-            )
-        raise wrong_rows(tracked, min(wrong), n)
-    return Layout(dims, rows, owner)
-
-
-def _has(output: Tensor, dim: int, n: int) -> bool:
-    return output.dim() > dim and output.shape[dim] in (1, n)
-
-
-def expanded(output: Tensor, dim: int, rows: int) -> Tensor:
-    """Return an output with all its rows; one computed once for all samples is expanded."""
-    if output.dim() <= dim or output.shape[dim] == rows:
-        return output
-    return output.expand(*output.shape[:dim], rows, *output.shape[dim + 1 :])
+        count = max(count, *several)
+    if wrong := known - {1, count}:
+        raise wrong_rows(tracked, min(wrong), n, owner)
+    return RowAxes(inputs, dims, count, owner)
 
 
 def describe(
     tracked: TrackedModule,
     outputs: Sequence[Tensor],
-    layout: Layout,
+    axes: RowAxes,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     before: object,
@@ -149,43 +122,37 @@ def describe(
 
     Args:
         tracked: The module.
-        outputs: Its differentiable outputs, rows first.
-        layout: Where they had their rows.
+        outputs: Its differentiable outputs.
+        axes: Where the call has its rows.
         args: Positional inputs.
         kwargs: Keyword inputs.
         before: What the sampler kept before the call.
     """
-    # A sampler that knows the axes of the outputs knows those of the inputs.
-    knows = tracked.sampler.batch_dims(tracked.module, len(outputs)) is not None
-    dim = tracked.batch_dim if any(layout.dims) and not knows else 0
     device = outputs[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return Call(
         tracked.name,
         tracked.module,
-        samples_first(args, dim),
-        samples_first(kwargs, dim),
-        tuple(outputs),
+        _rows_first(args, axes.inputs),
+        _rows_first(kwargs, axes.inputs),
+        tuple(axes.rows_first(outputs)),
         tracked.shapes,
-        batch_dim=dim,
+        batch_dim=axes.inputs,
         autocast=autocast,
         before=before,
     )
 
 
-def wrong_rows(tracked: TrackedModule, rows: int, n: int) -> WrongSplitError:
-    """Explain an output whose axis for samples does not have one entry per sample."""
-    folded = (
-        f", {rows} = {n} * {rows // n}: rows folded into the batch?" if n and rows % n == 0 else ""
-    )
-    name = tracked.name
-    axis = f"axis {tracked.batch_dim}" if tracked.batch_dim else "the first axis"
-    return WrongSplitError(
-        f"gradients cannot be split by sample: {tracked.label} returned "
-        f"{rows} rows for {n} samples{folded}",
-        reason=f"{axis} of its output is not the samples",
-        remedy="keep one row per sample, [N, ..., features]; give what is computed once for all "
-        f"samples, as positions are, one row, [1, ...]; say where the samples are, with batch_dim="
-        f"{{{name!r}: axis}}, or which sample each row belongs to, with row_owner={{{name!r}: "
-        "key}; or leave the module out with exclude=...",
-    )
+def _rows_first(value: Any, dim: int) -> Any:
+    """Move an axis to the front in all tensors of a tree that have it."""
+    if not dim:
+        return value
+
+    def move(leaf: Any) -> Any:
+        return leaf.movedim(dim, 0) if isinstance(leaf, Tensor) and leaf.dim() > dim else leaf
+
+    return tree_map(move, value)
+
+
+def _size(output: Tensor, dim: int) -> int | None:
+    return output.shape[dim] if output.dim() > dim else None

@@ -1,8 +1,9 @@
-"""Which sample each row belongs to, where rows are not samples one by one."""
+"""Whose is a row: the sample that each row of a call belongs to, as told or as found by a probe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from ghost_core.errors import CaptureError
+from ghost_core.split.axes import RowAxes
+from ghost_core.split.reasons import scalar_output, unclear_fold
+from ghost_core.tracking import TrackedModule
 
 
 class Fold(Enum):
@@ -24,6 +28,110 @@ class Fold(Enum):
         """Return the sample that each row belongs to, int64 `[rows]`."""
         index = torch.arange(rows)
         return index // (rows // n) if self is Fold.SAMPLE_MAJOR else index % n
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Rows of a call that a gradient reached, which started at one sample of the model's output.
+
+    Attributes:
+        name: The module.
+        axes: Where the call has its rows.
+        rows: The rows.
+        sample: The sample.
+        n: Number of samples.
+    """
+
+    name: str
+    axes: RowAxes
+    rows: Sequence[int]
+    sample: int
+    n: int
+
+    @property
+    def outer_sizes(self) -> set[int]:
+        """The orders of folded rows in which all of these belong to the sample.
+
+        Rows may be `[A, N, B]` flattened; this has each A for which that fits. A is 1 where they
+        are sample-major, and `rows / n` where they are sample-minor. With 4 rows of 2 samples:
+
+            sample 0 reaches rows 0, 1    {1}     [N, k]: 0 0 1 1
+            sample 0 reaches rows 0, 2    {2}     [k, N]: 0 1 0 1
+            sample 0 reaches row 0        {1, 2}  either: another row has to tell
+        """
+        each, index = self.axes.count // self.n, torch.tensor(self.rows)
+        return {
+            outer
+            for outer in range(1, each + 1)
+            if each % outer == 0 and (index // (each // outer) % self.n == self.sample).all()
+        }
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some of the rows cannot be the sample's."""
+        if self.axes.owner is not None:
+            return bool((self.axes.owner[self.rows] != self.sample).any())
+        if self.axes.is_folded(self.n):
+            return not self.outer_sizes & {1, self.axes.count // self.n}
+        return list(self.rows) != [self.sample]
+
+
+def find_folds(
+    hits: Iterable[Hit], n: int, tracked: Mapping[str, TrackedModule]
+) -> dict[str, Fold]:
+    """Return the order of folded rows that all hits allow, by name of the module.
+
+    Args:
+        hits: What probes reached.
+        n: Number of samples.
+        tracked: The tracked modules by name.
+
+    Raises:
+        WrongSplitError: If there is none, or more than one.
+    """
+    possible: dict[tuple[str, int], set[int]] = {}
+    for hit in hits:
+        if n > 1 and hit.axes.is_folded(n):
+            kind, sizes = (hit.name, hit.axes.count), hit.outer_sizes
+            possible[kind] = possible.get(kind, sizes) & sizes
+    folds: dict[str, Fold] = {}
+    for (name, count), sizes in possible.items():
+        known = {1: Fold.SAMPLE_MAJOR, count // n: Fold.SAMPLE_MINOR}
+        if len(sizes) != 1 or not sizes <= known.keys():
+            raise unclear_fold(tracked[name], len(sizes) > 1)
+        fold = known[sizes.pop()]
+        if folds.setdefault(name, fold) is not fold:
+            raise unclear_fold(tracked[name], False)
+    return folds
+
+
+def owner_of_rows(
+    tracked: TrackedModule,
+    axes: RowAxes,
+    grads: Sequence[Tensor | None],
+    n: int,
+    fold: Fold | None,
+) -> Tensor | None:
+    """Return the sample of each row of a call, int64 `[R]`; None where rows are samples.
+
+    Args:
+        tracked: The module.
+        axes: Where the call has its rows.
+        grads: The gradients of its outputs.
+        n: Number of samples.
+        fold: How its rows are folded, as far as a probe told.
+
+    Raises:
+        WrongSplitError: If a gradient belongs to all samples, or nothing told how rows are folded.
+    """
+    if any(grad is not None and not grad.dim() for grad in grads):
+        raise scalar_output(tracked)
+    if not axes.is_folded(n):
+        return axes.owner
+    known = Fold.SAMPLE_MAJOR if n == 1 else fold
+    if known is None:
+        raise unclear_fold(tracked, True)
+    return known.owners(n, axes.count)
 
 
 def find_owner(

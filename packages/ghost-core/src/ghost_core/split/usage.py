@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ghost_core._torch import DispatchMode, address, in_backward
-from ghost_core.errors import WrongSplitError
+from ghost_core.split.reasons import misused_row, unfit_row, used_outside
 from ghost_core.tracking import TrackedModule
 
 _CAST = torch.ops.aten._to_copy.default
@@ -79,7 +79,7 @@ class UsageMode(DispatchMode):
         except RuntimeError as error:
             for value in given:
                 if tracked := self._expanded.get(address(value)):
-                    raise _does_not_fit(tracked, func) from error
+                    raise unfit_row(tracked, func) from error
             raise
         if torch.is_grad_enabled() and not in_backward():
             for value in given:
@@ -142,34 +142,9 @@ class UsageMode(DispatchMode):
             WrongSplitError: Naming modules, parameters and operations.
         """
         if self.shared:
-            uses = "\n".join(f"  {label}: {operation}" for label, operation in self.shared.items())
-            raise WrongSplitError(
-                "these modules compute one row for all samples, and their output is not just "
-                f"added once to a value of one row per sample:\n{uses}",
-                reason="the part of each sample in their gradient cannot be told",
-                remedy="expand their input to one row per sample, or leave them out with "
-                "exclude=...",
-            )
-        if not self.outside:
-            return
-        uses = "\n".join(f"  {name}: {operation}" for name, operation in self.outside.items())
-        raise WrongSplitError(
-            f"parameters are used outside the modules that own them:\n{uses}",
-            reason="their per-sample gradients cannot be seen there",
-            remedy=f"leave them out with exclude={','.join(self.outside)!r}, call the owning "
-            "module inside the model instead of using its parameter, or compute penalties on "
-            "parameters outside of engine.batch()",
-        )
-
-
-def _does_not_fit(tracked: TrackedModule, func: Any) -> WrongSplitError:
-    return WrongSplitError(
-        f"{tracked.label} computed one row for all samples, which does not fit what {func} "
-        "combines it with once there is one for each sample",
-        reason="rows there are not samples",
-        remedy="say which sample each row belongs to, with "
-        f"row_owner={{{tracked.name!r}: key}}, or leave the module out with exclude=...",
-    )
+            raise misused_row(self.shared)
+        if self.outside:
+            raise used_outside(self.outside)
 
 
 def _extent(tensor: Tensor) -> range:

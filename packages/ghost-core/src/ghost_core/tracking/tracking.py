@@ -78,11 +78,6 @@ class TrackedModule:
             )
         return replace(self, parameters={**self.parameters, **other.parameters})
 
-    def output_dims(self, outputs: int) -> tuple[int, ...]:
-        """Return the axis of the samples in each of its outputs."""
-        own = self.sampler.batch_dims(self.module, outputs)
-        return (self.batch_dim,) * outputs if own is None else own
-
     @property
     def label(self) -> str:
         """Name and tracked parameters, for messages."""
