@@ -1,0 +1,1 @@
+"""Errors that gave other numbers, or another training, without a word."""

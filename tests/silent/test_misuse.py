@@ -1,0 +1,102 @@
+"""What makes numbers useless is noticed and said once, naming the cause."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.silent.compare import drawn, squares
+from torch import nn
+
+from ghost_core import CaptureError
+from ghost_core.testing import GradientHolder
+from ghost_engines import DotProductEngine, GradientStore, NormEngine, ProjectionEngine
+
+N = 4
+
+
+def mlp(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Dropout(dropout), nn.Linear(4, 2)).double()
+
+
+ENGINES: dict[str, Callable[[nn.Module], object]] = {
+    "holder": GradientHolder,
+    "norms": lambda model: NormEngine(model, loss_weights="sum"),
+    "projections": lambda model: ProjectionEngine(model, dim=4),
+}
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue: NaN in the first batch")
+@pytest.mark.parametrize("where", ["inputs", "weights", "one loss"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_nan_in_the_first_batch_is_not_verified(name: str, where: str) -> None:
+    """NaN is what the probe looks for: where there is some already, it tells nothing."""
+    model, x, engine = mlp(), drawn(N, 3), None
+    if where == "inputs":
+        x[1] = float("nan")
+    if where == "weights":
+        model[0].weight.data[0, 0] = float("nan")
+    engine = ENGINES[name](model)
+    verified = None
+    try:
+        with engine, engine.batch(range(N)) as batch:  # type: ignore[attr-defined]
+            losses = squares(model(x))
+            if where == "one loss":
+                losses = losses * torch.tensor([1, float("nan"), 1, 1], dtype=torch.float64)
+            losses.sum().backward()
+        verified = batch.verified
+    except CaptureError as error:
+        assert "nan" in str(error).lower() or "finite" in str(error)  # noqa: PT017
+    assert verified is not True
+
+
+def test_direction_from_a_nan_model_is_refused() -> None:
+    model = mlp()
+    model[0].weight.data[0, 0] = float("nan")
+    engine = DotProductEngine(model)
+    engine.add_direction("validation", lambda: squares(model(drawn(N, 3))).mean())
+    with pytest.raises(CaptureError, match="not finite"), engine, engine.batch(range(N)):
+        squares(model(drawn(N, 3))).sum().backward()
+
+
+def stored(model: nn.Module, folder: Path, ids: list[range]) -> None:
+    """Store the rows of some batches."""
+    engine = ProjectionEngine(model, dim=4)
+    with GradientStore.create(folder, engine) as store, engine.frozen():
+        for at in ids:
+            with engine.batch(at) as batch:
+                squares(model(drawn(N, 3))).sum().backward()
+            store.append(batch.result)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="issue: dropout while rows are stored"
+)
+def test_dropout_while_rows_are_stored_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        stored(mlp(0.5).train(), tmp_path / "rows", [range(N), range(N, 2 * N)])
+    said = [each for each in caplog.records if "dropout" in each.getMessage().lower()]
+    assert len(said) == 1
+
+
+def test_nothing_is_said_in_evaluation_mode(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        stored(mlp(0.5).eval(), tmp_path / "rows", [range(N), range(N, 2 * N)])
+    assert not caplog.records
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue: rows appended twice")
+def test_rows_appended_twice_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        stored(mlp().eval(), tmp_path / "rows", [range(N), range(N)])
+    assert len(caplog.records) == 1
