@@ -1,0 +1,219 @@
+"""What ended in a raw error gives a result, or a refusal that names module, reason and remedy."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.foreign.foreign import WAYS, Foreign, check, curved
+from tests.foreign.rows import Scalar
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from ghost_core import GhostError
+from ghost_core.testing import GradientHolder, check_sampler
+from ghost_engines import DotProductEngine, NormEngine, ProjectionEngine
+
+N = 4
+
+
+def issue(reason: str, raises: type[BaseException] | None = None) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=True, raises=raises, reason=f"issue: {reason}")
+
+
+def batch_of(n: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(n, 3)}
+
+
+def curved_output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return curved(model(batch["x"]))
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(shape or (N, 3), dtype=torch.float64)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+WRAPPED: dict[str, Callable[[], nn.Module]] = {
+    "a linear layer": lambda: nn.Sequential(checkpoint_wrapper(nn.Linear(3, 8)), nn.Linear(8, 2)),
+    "a replayed module": lambda: nn.Sequential(
+        nn.Linear(3, 8), checkpoint_wrapper(Scalar.Temperature()), nn.Linear(8, 2)
+    ),
+    "the root": lambda: checkpoint_wrapper(nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("a linear layer", marks=issue("checkpoint_wrapper", KeyError)),
+        pytest.param("a replayed module", marks=issue("checkpoint_wrapper", KeyError)),
+        "the root",
+    ],
+)
+def test_checkpoint_wrapper_around(name: str) -> None:
+    foreign = Foreign(name, WRAPPED[name], batch_of, curved_output)
+    for way in WAYS:
+        check(foreign, way)
+
+
+def run_alone(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, which may die."""
+    lines = [
+        "import torch",
+        "from torch import nn",
+        "from ghost_core.testing import GradientHolder",
+        *code.splitlines(),
+    ]
+    return subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+    )
+
+
+@issue("replays set flags of backends", AssertionError)
+def test_replays_after_backend_flags_are_disabled() -> None:
+    """The flags cannot be set any more, which replays do."""
+    ran = run_alone("""torch.backends.disable_global_flags()
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+    def forward(self, x):
+        return x * self.scale
+model = nn.Sequential(nn.Linear(3, 3), Scale())
+engine = GradientHolder(model)
+with engine, engine.batch(range(4)):
+    model(torch.randn(4, 3)).sum().backward()""")
+    assert ran.returncode == 0, ran.stderr.splitlines()[-1]
+
+
+@pytest.mark.stress
+@issue("torch's channels-last group norm without a bias", AssertionError)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_channels_last_group_norm_without_bias_is_replayed(frozen: bool) -> None:
+    """Torch dies where only the weight's gradient is asked for, as replays do."""
+    ran = run_alone(f"""class Norm(nn.GroupNorm):
+    def forward(self, x):
+        return nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+norm = Norm(2, 8)
+norm.register_parameter("bias", None)
+model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Flatten(), nn.Linear(128, 2))
+model = model.to(memory_format=torch.channels_last)
+x = torch.randn(4, 3, 4, 4).to(memory_format=torch.channels_last)
+engine = GradientHolder(model)
+with engine.frozen() if {frozen} else engine, engine.batch(range(4)):
+    model(x).sum().backward()""")
+    assert ran.returncode == 0, (ran.returncode, ran.stderr[-300:])
+
+
+class ScalarLayer(nn.Module):
+    """A factor without an axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.value
+
+
+def test_scalar_parameter_in_a_batch() -> None:
+    foreign = Foreign("scalar", ScalarLayer, batch_of, curved_output)
+    for way in WAYS:
+        check(foreign, way)
+
+
+def test_scalar_parameter_in_check_sampler() -> None:
+    from ghost_layers import GenericSampler
+
+    check_sampler(GenericSampler, ScalarLayer(), torch.randn(N, 3))
+
+
+BLANK = {
+    "batch norm": (lambda: nn.BatchNorm1d(3).double(), lambda: (inputs(),)),
+    "bags": (
+        lambda: nn.EmbeddingBag(5, 2).double(),
+        lambda: (torch.arange(N), torch.arange(N)),
+    ),
+}
+
+
+@issue("messages for a layer that is the root", AssertionError)
+@pytest.mark.parametrize("name", BLANK)
+def test_messages_for_the_root_have_a_name(name: str) -> None:
+    make, arguments = BLANK[name]
+    model = make()
+    engine = GradientHolder(model)
+    with pytest.raises(GhostError) as caught, engine, engine.batch(range(N)):
+        curved(model(*arguments())).sum().backward()
+    message = str(caught.value)
+    assert "exclude=''" not in message
+    assert ":  " not in message
+    assert not message.startswith(" ")
+
+
+@issue("a closure that calls backward", RuntimeError)
+def test_direction_whose_function_calls_backward() -> None:
+    model, x = mlp(), inputs()
+
+    def loss() -> Tensor:
+        value = curved(model(x)).mean()
+        value.backward()
+        return value
+
+    engine = DotProductEngine(model)
+    engine.add_direction("own backward", loss)
+    with pytest.raises(GhostError), engine, engine.batch(range(N)):
+        curved(model(x)).sum().backward()
+
+
+@issue("verify after the backward pass", RuntimeError)
+def test_verify_of_losses_that_were_backpropagated() -> None:
+    model, x = mlp(), inputs()
+    losses = curved(model(x))
+    losses.sum().backward()
+    with pytest.raises(GhostError):
+        GradientHolder(model).verify(lambda: losses)
+
+
+ENGINES: dict[str, Callable[[nn.Module], object]] = {
+    "dots": DotProductEngine,
+    "norms": lambda model: NormEngine(model, loss_weights="sum"),
+    "projections": lambda model: ProjectionEngine(model, dim=4),
+    "holder": GradientHolder,
+}
+
+COPIES: dict[str, Callable[[object], object]] = {
+    "pickled": lambda engine: pickle.loads(pickle.dumps(engine)),
+    "deep-copied": copy.deepcopy,
+}
+
+
+@issue("engines pickle and deep-copy", TypeError)
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_are_copied_or_say_why_not(name: str, how: str) -> None:
+    model = mlp()
+    engine = ENGINES[name](model)
+    copied, reason = copied_or_refused(COPIES[how], engine)
+    if reason:
+        assert len(reason.splitlines()) == 1
+    else:
+        assert type(copied) is type(engine)
+        assert copied.model is not model  # type: ignore[attr-defined]
+
+
+def copied_or_refused(copy_of: Callable[[object], object], engine: object) -> tuple[object, str]:
+    """Return a copy, or the reason why there is none."""
+    try:
+        return copy_of(engine), ""
+    except GhostError as error:
+        return None, str(error)

@@ -1,0 +1,99 @@
+"""Wrapped optimizers and sharded parameters, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+START = """
+import torch, torch.distributed
+from torch import nn
+from ghost_core import GhostError
+from ghost_core.testing import GradientHolder, per_sample_gradients
+from ghost_engines import DotProductEngine, InRunValues
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)).double()
+x = torch.randn(4, 3, dtype=torch.float64)
+
+def losses():
+    return model(x).square().sum(1)
+"""
+
+ACCELERATE = """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+engine = DotProductEngine(model)
+engine.add_direction("validation", lambda: losses().mean())
+with InRunValues(engine, optimizer) as values, engine:
+    for _ in range(2):
+        optimizer.zero_grad()
+        with engine.batch(range(4)):
+            accelerator.backward(losses().sum())
+        optimizer.step()
+assert values.steps == 2 and len(values) == 4
+"""
+
+SHARDED = """
+from torch.distributed.fsdp import fully_shard
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+expected = per_sample_gradients(model, losses())
+for layer in (0, 1, 3):
+    fully_shard(model[layer])
+fully_shard(model)
+"""
+
+BATCH = """
+engine = GradientHolder(model)
+with {how}, engine.batch(range(4)) as batch:
+    losses().sum().backward()
+for name, held in batch.result.materialize().items():
+    assert torch.allclose(held, expected[name], rtol=1e-9, atol=1e-12), name
+"""
+
+DIRECTION = """
+engine = DotProductEngine(model)
+engine.add_direction("validation", lambda: losses().mean())
+with engine, engine.batch(range(4)) as batch:
+    losses().sum().backward()
+mean = {name: each.mean(0) for name, each in expected.items()}
+dots = sum((expected[name] * mean[name]).flatten(1).sum(1) for name in expected)
+assert torch.allclose(batch.scores.flatten(), dots, rtol=1e-9)
+"""
+
+VERIFY = """
+GradientHolder(model).verify(losses).raise_if_wrong()
+"""
+
+CODE = {
+    "accelerate's optimizer": ACCELERATE,
+    "sharded blocks": SHARDED + BATCH.format(how="engine"),
+    "sharded blocks, frozen": SHARDED + BATCH.format(how="engine.frozen()"),
+    "sharded blocks, direction": SHARDED + DIRECTION,
+    "sharded blocks, verify": SHARDED + VERIFY,
+}
+
+
+FAILING = CODE.keys() - {"sharded blocks, direction"}
+
+
+def params() -> list[object]:
+    """Return what is run, with marks for what fails today."""
+    failed = pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue: crashes")
+    return [pytest.param(name, marks=[failed] if name in FAILING else []) for name in CODE]
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", params())
+def test_exact_or_refused(name: str) -> None:
+    pytest.importorskip("accelerate")
+    body = "\n    ".join(CODE[name].splitlines())
+    code = f"{START}\ntry:\n    {body}\nexcept GhostError as error:\n    print('refused', error)\n"
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr.splitlines()[-1]

@@ -1,0 +1,64 @@
+"""Other people's models against one autograd call per sample, in float64.
+
+In training, frozen and by `engine.verify`, numbers are exact in all parameters, or the pattern is
+on the list of refusals.
+"""
+
+from __future__ import annotations
+
+import pytest
+from tests.foreign.adapters import ADAPTERS
+from tests.foreign.foreign import WAYS, Foreign, check
+from tests.foreign.graphs import GRAPHS
+from tests.foreign.language import LANGUAGE
+from tests.foreign.pending import PENDING, REFUSED
+from tests.foreign.rows import ROWS
+from tests.foreign.vision import VISION
+
+from ghost_core import GhostError
+
+ALL = [*LANGUAGE, *VISION, *GRAPHS, *ADAPTERS, *ROWS]
+
+NAMES = {foreign.name for foreign in ALL}
+
+
+def params(chosen: list[Foreign]) -> list[object]:
+    """Mark what is not among the most used as `stress`, and what is not exact yet as failing."""
+    return [
+        pytest.param(foreign, id=foreign.name, marks=list(_marks(foreign))) for foreign in chosen
+    ]
+
+
+def _marks(foreign: Foreign) -> list[pytest.MarkDecorator]:
+    marks = [] if foreign.everyday else [pytest.mark.stress]
+    if reason := PENDING.get(foreign.name):
+        marks.append(pytest.mark.xfail(strict=True, reason=reason))
+    return marks
+
+
+def test_names_are_known_and_unique() -> None:
+    assert len(NAMES) == len(ALL)
+    assert PENDING.keys() <= NAMES
+    assert REFUSED.keys() <= NAMES
+    assert PENDING.keys().isdisjoint(REFUSED)
+
+
+def test_refusals_are_few() -> None:
+    assert len(REFUSED) <= 0.05 * len(ALL)
+
+
+def test_a_dozen_or_more_are_everyday() -> None:
+    assert 12 <= sum(foreign.everyday for foreign in ALL) <= 30
+
+
+@pytest.mark.parametrize("foreign", params([each for each in ALL if each.name not in REFUSED]))
+def test_exact_in_every_way(foreign: Foreign) -> None:
+    for way in WAYS:
+        check(foreign, way)
+
+
+@pytest.mark.parametrize("foreign", params([each for each in ALL if each.name in REFUSED]))
+def test_refused_in_every_way(foreign: Foreign) -> None:
+    for way in WAYS:
+        with pytest.raises(GhostError, match=REFUSED[foreign.name]):
+            check(foreign, way)

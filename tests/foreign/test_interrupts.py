@@ -1,0 +1,202 @@
+"""Ctrl-C at any line of ghost's leaves the model as it was found: no hooks, flags or modes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from tests.foreign.foreign import assert_same, curved
+from torch import Tensor, nn
+
+import ghost_core
+import ghost_engines
+import ghost_layers
+from ghost_core import GhostError
+from ghost_core.testing import GradientHolder, per_sample_gradients
+from ghost_core.testing.snapshots import assert_untouched, traces
+
+N = 3
+
+FOLDERS = tuple(
+    str(Path(package.__file__ or "").parent)
+    for package in (ghost_core, ghost_layers, ghost_engines)
+)
+
+WAYS = ("attached", "frozen")
+
+
+class Model(nn.Module):
+    """Meets what a batch can meet: a closed form, a replay, a row shared by all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 4), nn.LayerNorm(4)
+        self.scale, self.shared = nn.Parameter(torch.randn(4)), nn.Embedding(1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(x) + self.shared(torch.zeros(1, dtype=torch.long))).tanh()
+
+
+class Replayed(nn.Module):
+    """A module without a closed form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = Model(), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scale
+
+
+class Tracer:
+    """Counts the lines that run in ghost's packages, and raises KeyboardInterrupt at one of them.
+
+    Attributes:
+        at: Line at which it raises, by order of execution from 1; 0 for never.
+        count: Lines so far.
+        where: The line it raised at, as file and number.
+    """
+
+    def __init__(self, at: int = 0) -> None:
+        self.at, self.count, self.where = at, 0, ""
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Count the lines inside."""
+        before = sys.gettrace()
+        sys.settrace(self._call)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+    def _call(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        return self._line if frame.f_code.co_filename.startswith(FOLDERS) else None
+
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
+        if event == "line":
+            self.count += 1
+            if self.count == self.at:
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self._line
+
+
+def run(model: nn.Module, way: str, tracer: Tracer, traced: int) -> None:
+    """Attach, run two batches and detach.
+
+    Args:
+        model: The model.
+        way: One of `WAYS`.
+        tracer: Counts lines, and interrupts.
+        traced: The batch in which it does, 1 or 2; 0 for all that is not in a batch.
+    """
+    engine, x = GradientHolder(model), inputs()
+
+    def outside() -> AbstractContextManager[None]:
+        return nullcontext() if traced else tracer.tracing()
+
+    context = engine.frozen() if way == "frozen" else engine
+    with outside():
+        context.__enter__()
+    error: BaseException | None = None
+    try:
+        for number in (1, 2) if traced else ():
+            traced_now = tracer.tracing() if number == traced else nullcontext()
+            with traced_now, engine.batch(range(N)):
+                curved(model(x)).sum().backward()
+    except BaseException as raised:
+        error = raised
+    with outside():
+        context.__exit__(*((type(error), error, error.__traceback__) if error else (None,) * 3))
+    if error is not None:
+        raise error
+
+
+def inputs() -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(N, 3, dtype=torch.float64, generator=generator)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"small": lambda: nn.Linear(3, 2), "large": Replayed}
+
+
+def made(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[kind]().double()
+
+
+def interrupted(kind: str, way: str, traced: int, at: int) -> str:
+    """Interrupt at one line, and return what is not as it was found then; empty if all is."""
+    model, tracer = made(kind), Tracer(at)
+    found = traces(model)
+    try:
+        run(model, way, tracer, traced)
+        left = "it was not interrupted"
+    except KeyboardInterrupt:
+        left = left_behind(model, found, works=at % 25 == 0)
+    except Exception as error:  # another one in its place
+        left = f"{type(error).__name__}: {error}"
+    finally:
+        while torch._C._len_torch_dispatch_stack():
+            torch._C._pop_torch_dispatch_stack(None)
+    return f"{tracer.where}: {left}" if left else ""
+
+
+def left_behind(model: nn.Module, found: dict[str, object], *, works: bool) -> str:
+    """Return what is not as it was found; empty if all is, and a new engine works if asked."""
+    if count := torch._C._len_torch_dispatch_stack():
+        return f"{count} dispatch modes are open"
+    if not torch.is_grad_enabled():
+        return "gradients are disabled"
+    try:
+        assert_untouched(found, model, "interrupted")
+        model.zero_grad()
+        if works:
+            assert_works(model)
+    except (AssertionError, GhostError) as error:
+        return str(error)
+    return ""
+
+
+def assert_works(model: nn.Module) -> None:
+    """Assert that a new engine gives exact numbers."""
+    engine, x = GradientHolder(model), inputs()
+    expected = per_sample_gradients(model, curved(model(x)))
+    with engine, engine.batch(range(N)) as batch:
+        curved(model(x)).sum().backward()
+    assert_same(batch.result.materialize(), expected)
+
+
+def interrupt_everywhere(kind: str, way: str, traced: int) -> list[str]:
+    """Interrupt at every line, and return those that left something behind."""
+    assert_works(made(kind))  # what is done once in a process is not worth tracing
+    counter = Tracer()
+    run(made(kind), way, counter, traced)
+    assert counter.count > 20
+    found = (interrupted(kind, way, traced, at) for at in range(1, counter.count + 1))
+    return [left for left in found if left]
+
+
+ISSUE = pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue: interrupts")
+
+
+@ISSUE
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["small", pytest.param("large", marks=pytest.mark.stress)])
+def test_while_attaching_and_detaching(kind: str, way: str) -> None:
+    assert interrupt_everywhere(kind, way, 0) == []
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("number", [pytest.param(1, marks=ISSUE), 2])
+def test_inside_a_batch(number: int, kind: str, way: str) -> None:
+    assert interrupt_everywhere(kind, way, number) == []
