@@ -42,7 +42,6 @@ PENDING: dict[str, str] = {
     "maxvit": LIFTED,
     "detr": LIFTED,
     "detr_as_many_samples_as_queries": LIFTED,
-    "open_clip": CRASH,
     "xcit": CRASH,
     "gcn": OWNED,
     "gcn_undeclared": OWNED,

@@ -55,6 +55,20 @@ class RMS(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
+class Branching(RMS):
+    """Asks for a value, so that it is run again as a whole batch, with shapes as before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.detach().sum() > 1e9 else super().forward(x)
+
+
+class Unscaled(nn.Module):
+    """The norm without a parameter, which nobody runs again and nobody compares."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
 class Selective(nn.Module):
     """A checkpointed block between two layers; without a context, nothing is checkpointed."""
 
@@ -83,25 +97,27 @@ CONTEXTS: dict[str, Context] = {
     "everything": partial(create_selective_checkpoint_contexts, lambda *_, **__: KEEP),
 }
 
+BEHIND = "a function behind a replay"
+
 INNER: dict[str, Callable[[], nn.Module]] = {
     "one replayed": Scale,
     "two replayed": lambda: nn.Sequential(RMS(), nn.Linear(D, D), nn.Tanh(), RMS()),
+    BEHIND: lambda: nn.Sequential(Branching(), Unscaled()),
     "closed form": lambda: nn.LayerNorm(D),
 }
 
-UNVERIFIED_FAILURES = {
-    ("roots", "two replayed"),
-    ("everything", "one replayed"),
-    ("everything", "two replayed"),
-}
-"""Where replays break what torch keeps: the training is another one, or ends in a raw error."""
+UNVERIFIED_FAILURES = {("roots", BEHIND), ("products", BEHIND)}
+"""Where replays break what torch keeps: the training is another one."""
 
 VERIFIED_FAILURES = {
     *((context, inner) for context in ("matrices", "matrices, as a list") for inner in INNER),
-    *(("everything", inner) for inner in INNER),
-    ("roots", "two replayed"),
+    ("everything", "closed form"),
+    *UNVERIFIED_FAILURES,
 }
 """Where the probe's backward pass, the first of two, ends in a raw error."""
+
+IMPOSSIBLE = ("everything", BEHIND)
+"""What torch itself cannot run."""
 
 
 def cases(*, verify: bool) -> list[Any]:
@@ -110,6 +126,7 @@ def cases(*, verify: bool) -> list[Any]:
         pytest.param(context, inner, marks=_marks(verify, context, inner))
         for context in CONTEXTS
         for inner in INNER
+        if (context, inner) != IMPOSSIBLE
     ]
 
 

@@ -13,8 +13,6 @@ from ghost_core.testing import GradientHolder
 
 N, D = 4, 6
 
-ISSUE = "issue: one Tap joins all outputs"
-
 
 class Squares(torch.autograd.Function):
     """A function with a backward pass of its own, which is given zeros where nothing arrives."""
@@ -80,21 +78,13 @@ def made(how: str) -> Model:
     return Model(how).double()
 
 
-@pytest.mark.parametrize(
-    ("how", "verify"),
-    [
-        ("plain", False),
-        pytest.param("plain", True, marks=pytest.mark.xfail(strict=True, reason=ISSUE)),
-        pytest.param("function", False, marks=pytest.mark.xfail(strict=True, reason=ISSUE)),
-        pytest.param("function", True, marks=pytest.mark.xfail(strict=True, reason=ISSUE)),
-    ],
-)
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("how", ["plain", "function"])
 def test_gradients_stay_none(how: str, verify: bool) -> None:
     model, x = made(how), drawn(N, D)
     assert_training_untouched(model, lambda: squares(model(x)), N, verify=verify)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=ISSUE)
 def test_weight_decay_moves_what_it_moves_without_ghost() -> None:
     x, trained = drawn(N, D), []
     for ghost in (False, True):
@@ -116,7 +106,6 @@ def test_weight_decay_moves_what_it_moves_without_ghost() -> None:
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("how", ["hook", "hook on the node"])
-@pytest.mark.xfail(strict=True, reason=ISSUE)
 def test_hooks_are_not_called(how: str, verify: bool) -> None:
     model, x = made(how), drawn(N, D)
     squares(model(x)).sum().backward()
