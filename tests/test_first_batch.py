@@ -28,8 +28,17 @@ class Decoder(nn.Module):
     def forward(self, x):
         return self.head(self.blocks(self.tokens(x) + self.places(torch.arange(6)[None])))
 
+class Scaled(nn.Module):  # replayed
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return x * self.scale.exp()
+
 for model, x in (
     (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)),
+    (nn.Sequential(nn.Linear(3, 3), Scaled(), nn.Linear(3, 2)), torch.randn(4, 3)),
     (Decoder(), torch.randint(0, 11, (4, 6))),
 ):
     with NormEngine(model, loss_weights="sum") as engine, engine.batch(range(4)) as batch:

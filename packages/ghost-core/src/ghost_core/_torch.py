@@ -6,12 +6,13 @@ versions up to 2.13 at least.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +57,29 @@ def will_reach(node: torch.autograd.graph.Node) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
         return False
+
+
+def start_of_backward(outputs: Iterable[Tensor], gradients: Iterable[Tensor]) -> Tensor:
+    """Return a scalar whose backward pass starts with given gradients at several outputs.
+
+    Public, but for what it is in place of: `torch.autograd.grad` takes gradients too, and imports
+    sympy, for seconds, to compare their shapes. Seen in torch 2.13.
+    """
+    with torch.enable_grad():
+        start: Tensor = _Start.apply(tuple(gradients), *outputs)  # type: ignore[no-untyped-call]
+    return start
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradients: tuple[Tensor, ...], *outputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.gradients
 
 
 def version(tensor: Tensor) -> int:

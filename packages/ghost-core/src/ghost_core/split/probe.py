@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
-from ghost_core._torch import Hooks, backward_hooks
+from ghost_core._torch import Hooks, backward_hooks, start_of_backward
 from ghost_core.errors import CaptureError
 from ghost_core.split.axes import RowAxes
 from ghost_core.split.owners import Hit
@@ -157,9 +156,8 @@ class Prober:
                 # What is recomputed under checkpointing may write buffers.
                 buffers_kept(self._modules, by_copies=True),
                 torch.autograd.set_detect_anomaly(False),  # which takes NaN for a mistake
-                torch.enable_grad(),
             ):
-                start: Tensor = _Start.apply(tuple(gradients.values()), *gradients)  # type: ignore[no-untyped-call]
+                start = start_of_backward(gradients, gradients.values())
                 torch.autograd.grad(start, [self._seed], retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
@@ -171,23 +169,6 @@ class Prober:
         finally:
             self.running = None
         return probe
-
-
-class _Start(torch.autograd.Function):
-    """A scalar from which a backward pass starts with given gradients at several outputs.
-
-    `torch.autograd.grad` takes gradients as well, but imports sympy to compare their shapes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Tensor], *outputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return outputs[0].new_zeros(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.gradients
 
 
 def nan_in(output: Tensor, sample: int, dim: int) -> Tensor:

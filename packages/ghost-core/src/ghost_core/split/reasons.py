@@ -63,7 +63,7 @@ def wrong_split(
         )
     else:
         reason = (
-            "either their first axis is not the samples (a sequence-first layout with as many "
+            "either their first axis is not the samples (a sequence-first model with as many "
             "positions as samples), or a later operation mixes samples."
         )
         remedy = (

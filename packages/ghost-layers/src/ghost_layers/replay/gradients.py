@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Size, Tensor
 
+from ghost_core._torch import start_of_backward
 from ghost_layers.replay.plan import Plan, Replay, Way
 
 _AT_ONCE = 2**25
@@ -109,17 +110,12 @@ def _with(plan: Plan, replay: Replay, wanted: Mapping[str, Tensor]) -> dict[str,
 def _differentiated(
     outputs: Sequence[Tensor], slopes: Sequence[Tensor], leaves: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    pairs = [
-        (output, slope)
-        for output, slope in zip(outputs, slopes, strict=True)
-        if output.requires_grad
-    ]
+    pairs = [each for each in zip(outputs, slopes, strict=True) if each[0].requires_grad]
     found: Sequence[Tensor | None] = [None] * len(leaves)
     if pairs:
         found = torch.autograd.grad(
-            [output for output, _ in pairs],
+            start_of_backward(*zip(*pairs, strict=True)),
             list(leaves.values()),
-            [slope for _, slope in pairs],
             retain_graph=True,
             allow_unused=True,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ghost_core import WrongSplitError
+from ghost_core._torch import start_of_backward
 from ghost_core.split import nan_in, numbers_in
 from ghost_layers.replay.plan import Plan
 from ghost_layers.replay.trial import Trial
@@ -102,13 +103,9 @@ def _reaches_others(
     for slope in (nan_in, numbers_in):
         try:
             with torch.autograd.set_detect_anomaly(False):  # which takes NaN for a mistake
-                found = torch.autograd.grad(
-                    [value for value, _ in outputs],
-                    sources,
-                    [slope(value, row, axis) for value, axis in outputs],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
+                slopes = [slope(value, row, axis) for value, axis in outputs]
+                start = start_of_backward([value for value, _ in outputs], slopes)
+                found = torch.autograd.grad(start, sources, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             raise WrongSplitError(
                 reason=f"whether it mixes samples cannot be told: {error}"
