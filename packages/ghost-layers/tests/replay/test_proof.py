@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,18 @@ from ghost_core import (
 from ghost_core.testing import GradientHolder, assert_within, per_sample_gradients
 from ghost_layers.replay import Way
 
-from .modules import Behind, Gated, Scaled, Zero, check, doubles, losses, registry, unordered_noise
+from .modules import (
+    Behind,
+    Experts,
+    Gated,
+    Scaled,
+    Zero,
+    check,
+    doubles,
+    losses,
+    registry,
+    unordered_noise,
+)
 
 
 def test_later_batches_are_run_in_the_same_way(ways: list[Way]) -> None:
@@ -142,3 +154,93 @@ def test_gradients_that_are_others_for_one_sample_are_those_of_the_call(how: str
     with engine.frozen(), engine.batch(range(5)) as batch:
         model(x).sin().sum().backward()
     torch.testing.assert_close(batch.result.materialize()["module.scale"], expected["module.scale"])
+
+
+def test_outputs_of_all_samples_are_compared(ways: list[Way]) -> None:
+    # The gradients of the first and the last sample are the same in both ways.
+    def middle(module: Scaled, x: Tensor) -> Tensor:
+        weights = [1.0, 2.0, 1.0] if len(x) == 3 else [1.0] * len(x)
+        return x * module.scale * x.new_tensor(weights).reshape(-1, *[1] * (x.dim() - 1))
+
+    check(Behind(Scaled(middle)).double(), doubles(3, 2, 4))
+    assert ways == [Way.BATCH]
+
+
+class Leaking(torch.autograd.Function):
+    """Adds a row's gradient, times zero, to the row before, as kernels of some CPUs do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        before = torch.cat([grad[1:], torch.zeros_like(grad[:1])])
+        return grad + 0 * before
+
+
+def leaking(module: Scaled, x: Tensor) -> Tensor:
+    out: Tensor = Leaking.apply(x * 1) * module.scale
+    return out
+
+
+def test_nan_that_leaks_in_half_precision_only(ways: list[Way]) -> None:
+    x = torch.randn(4, 3, 4)
+    check(Behind(Scaled(leaking)).bfloat16(), x.bfloat16(), tolerance=3e-2)
+    assert ways == [Way.BATCH]
+    with pytest.raises(WrongSplitError, match=r"depends on other samples"):
+        check(Behind(Scaled(leaking)).double(), x.double(), layers="module.*")
+
+
+def test_anomaly_detection_does_not_take_nan_for_a_mistake() -> None:
+    with torch.autograd.set_detect_anomaly(True):
+        check(Behind(Experts()).double(), doubles(4, 3, 4))
+
+
+def test_gradients_that_cannot_be_computed_again_are_refused() -> None:
+    class Picky(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            if not grad.all():
+                raise ValueError("zeros")
+            return grad
+
+    def picky(module: Scaled, x: Tensor) -> Tensor:
+        out: Tensor = Picky.apply(x * module.scale)
+        return out
+
+    model = Behind(Scaled(picky)).double()
+    engine = GradientHolder(model, registry=registry(), layers="module.*")
+    with (
+        engine,
+        pytest.raises(WrongSplitError, match=r"differentiating it again failed with ValueError"),
+        engine.batch(range(3)),
+    ):
+        model(doubles(3, 4))
+
+
+def test_rows_of_samples_that_are_shared_as_if_they_were_a_table_are_refused() -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.inner = nn.Linear(4, 4), Adds()
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = self.linear(x)
+            out: Tensor = self.inner(made, made.sin())
+            return out
+
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return x * self.scale + other.mean(0)
+
+    with pytest.raises(WrongSplitError, match=r"depends on other samples"):
+        check(Shares().double(), doubles(3, 4), layers="inner.*")

@@ -28,9 +28,10 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])
-def test_mask_that_samples_share(n: int) -> None:
+def test_mask_that_samples_share(n: int, ways: list[Way]) -> None:
     # With five samples, the mask [5, 5] might be one row for each of them.
     check(Behind(Masked()).double(), doubles(n, 5, 4), torch.rand(5, 5) > 0.5)
+    assert ways == [Way.BATCH if n == 1 else Way.VMAP]
 
 
 @pytest.mark.parametrize("n", [1, 4])

@@ -25,6 +25,8 @@ def same_rows(got: Tensor, expected: Tensor, dtypes: Collection[torch.dtype]) ->
         return False
     if 1 not in (len(got), len(expected)) and len(got) != len(expected):
         return False
+    if torch.equal(got, expected):  # most are, to the bit
+        return True
     mine, theirs = got.double(), expected.double()
     same = (mine == theirs) | (mine.isnan() & theirs.isnan())
     scale = theirs.nan_to_num(0, 0, 0).abs().reshape(len(theirs), -1)
