@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ghost_core import GradientSampler, SamplerRegistry, UnsupportedLayerError
+from ghost_core import SamplerRegistry, UnsupportedLayerError
 from ghost_core.testing import GradientHolder
-from ghost_core.tracking import dotted_name
+from ghost_core.tracking import Found, Refused, dotted_name
 from ghost_layers.plugin import ghost_samplers
 from ghost_layers.replay import ReplaySampler
 from ghost_layers.transformers import formula
@@ -175,7 +175,7 @@ def test_genuine_classes_pass(registry: SamplerRegistry, name: str, dtype: torch
     for ambient in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         formula._findings.clear()
         with ambient(), torch.autocast("cpu", torch.bfloat16):
-            assert isinstance(registry.find(module), GradientSampler)
+            assert isinstance(registry.find(module), Found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,8 +194,8 @@ def test_every_listed_norm_passes_in_every_dtype(
             continue
         eps = {"eps": 1e-6} if "eps" in kind.__init__.__code__.co_varnames else {}
         found = registry.find(kind(6, **eps).to(dtype))
-        if isinstance(found, str):
-            refused[name] = found
+        if isinstance(found, Refused):
+            refused[name] = found.reason
     assert not refused
 
 
@@ -210,7 +210,7 @@ def test_check_leaves_no_trace(registry: SamplerRegistry) -> None:
     module.register_full_backward_hook(lambda *_: fired.append("backward"))
     everywhere = nn.modules.module.register_module_forward_hook(lambda *_: fired.append("global"))
     try:
-        assert isinstance(registry.find(module), GradientSampler)
+        assert isinstance(registry.find(module), Found)
     finally:
         everywhere.remove()
     assert type(module).calls == 1
@@ -230,7 +230,7 @@ def test_check_leaves_no_trace(registry: SamplerRegistry) -> None:
 def test_check_runs_once_per_class_and_configuration(registry: SamplerRegistry) -> None:
     kind: Any = called(Norm, LLAMA)
     for features in (6, 6, 8):
-        assert isinstance(registry.find(kind(features)), GradientSampler)
+        assert isinstance(registry.find(kind(features)), Found)
     assert kind.calls == 1
     registry.find(kind(eps=1e-5))
     registry.find(kind().double())
@@ -253,7 +253,7 @@ def test_neither_module_nor_class_is_kept(registry: SamplerRegistry) -> None:
 
 def test_module_without_data_is_not_checked(registry: SamplerRegistry) -> None:
     kind: Any = called(Norm, LLAMA)
-    assert isinstance(registry.find(kind().to("meta")), GradientSampler)
+    assert isinstance(registry.find(kind().to("meta")), Found)
     assert kind.calls == 0
 
 
