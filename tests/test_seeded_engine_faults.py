@@ -63,7 +63,7 @@ def test_rows_without_the_second_use_of_a_tied_parameter(gpt2, assert_rows):
 def test_last_use_of_a_tied_parameter_overwrites_the_first(gpt2, assert_dots):
     class Broken(DotProductEngine):
         def on_gradient(self, pass_, parameter, gradient):
-            self._dots[parameter.name][pass_.rows] = 0
+            self._dots[parameter.name][pass_.samples] = 0
             super().on_gradient(pass_, parameter, gradient)
 
     with pytest.raises(AssertionError, match=rf"transformer\.wte\.weight.*{OFF}"):
@@ -141,7 +141,7 @@ def test_dots_in_bfloat16(llama, assert_dots):
     class Broken(DotProductEngine):
         def on_gradient(self, pass_, parameter, gradient):
             dots = gradient.dot(self._stacked[parameter.name])
-            self._dots[parameter.name][pass_.rows] += dots.bfloat16()
+            self._dots[parameter.name][pass_.samples] += dots.bfloat16()
 
     with pytest.raises(AssertionError, match=OFF):
         assert_dots(llama, Broken)

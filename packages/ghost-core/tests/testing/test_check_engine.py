@@ -33,7 +33,7 @@ class Norms(Engine[Tensor]):
     def on_gradient(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
-        self._total[pass_.rows] += gradient.paired(gradient)
+        self._total[pass_.samples] += gradient.paired(gradient)
         return None
 
     def on_end(self, batch: Batch[Tensor]) -> Tensor:

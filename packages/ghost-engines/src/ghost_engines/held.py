@@ -153,7 +153,7 @@ class HeldGradients:
             parameter: The parameter.
             gradient: The gradients of the pass's samples.
         """
-        rows = pass_.rows
+        rows = pass_.samples
         by_rows = self._uses[parameter.name]
         by_rows.setdefault((rows.start, rows.stop), _Uses(parameter, rows)).add(gradient)
 

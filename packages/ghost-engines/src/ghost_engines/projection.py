@@ -217,7 +217,7 @@ class ProjectionEngine(Engine[ProjectedRows]):
         """Compress the output side and sum over tokens."""
         maps, block = self._maps[parameter.name], self._blocks[parameter.name]
         projected = gradient.project(maps.left, maps.right)
-        self._rows[pass_.rows, block.columns] += projected.flatten(1).to(self._rows)
+        self._rows[pass_.samples, block.columns] += projected.flatten(1).to(self._rows)
 
     def on_end(self, batch: Batch[ProjectedRows]) -> ProjectedRows:
         """Return the rows in the storage dtype."""

@@ -173,7 +173,7 @@ class ScoringEngine(Engine[ScoresT]):
             by_token = gradient.token_dot(stacked)
             self._tokens.add(pass_, parameter.name, by_token)
             dots = by_token.sum(1)
-        self._dots[parameter.name][pass_.rows] += dots
+        self._dots[parameter.name][pass_.samples] += dots
 
     def on_end(self, batch: Batch[ScoresT]) -> ScoresT:
         """Return the dots, and tell the observers."""

@@ -30,7 +30,7 @@ class TokenSum:
             self._sum = self._sum.new_zeros(len(self._sum), tokens, self._sum.shape[2])
         self._seen(pass_).setdefault(tokens, {})[parameter] = None
         if self._sum.shape[1] == tokens:  # else `total` raises
-            self._sum[pass_.rows] += dots
+            self._sum[pass_.samples] += dots
 
     def total(self) -> Tensor:
         """Return the sums, `[N, T, K]`.

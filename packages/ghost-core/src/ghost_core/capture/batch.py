@@ -58,7 +58,7 @@ class BatchCapture:
         n = self._count(args, kwargs, dim)
         started = Pass(n, self.next_start(n))
         for key in sorted(keys):
-            started.owners[key] = find_owner(key, self.owners, kwargs, started.rows)
+            started.owners[key] = find_owner(key, self.owners, kwargs, started.samples)
         self.passes.append(started)
         return started
 
@@ -89,7 +89,7 @@ class BatchCapture:
         )
 
     def next_start(self, n: int) -> int:
-        """Return the first row of a new pass.
+        """Return the position of the first sample of a new pass.
 
         Passes as long as the batch are uses of the same samples; shorter ones are micro-batches
         that follow one another. In a batch of 4 samples:

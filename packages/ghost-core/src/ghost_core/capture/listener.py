@@ -18,7 +18,7 @@ class Pass:
 
     Attributes:
         n: Number of samples in it.
-        start: Row of its first sample in the engine's batch.
+        start: Position of its first sample in the engine's batch.
         owners: For modules whose rows are not samples: the sample of each row, by key.
     """
 
@@ -27,8 +27,8 @@ class Pass:
     owners: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def rows(self) -> slice:
-        """Rows of its samples in the engine's batch."""
+    def samples(self) -> slice:
+        """Positions of its samples in the engine's batch."""
         return slice(self.start, self.start + self.n)
 
 
@@ -66,7 +66,8 @@ class Listener(ABC):
         A parameter that is used several times arrives several times; its gradient is the sum.
 
         Args:
-            pass_: The call of the model that it belongs to; `pass_.rows` are its rows in the batch.
+            pass_: The call of the model that it belongs to; `pass_.samples` are the
+                positions of its samples in the batch.
             parameter: The parameter.
             gradient: The gradients of the pass's samples.
 

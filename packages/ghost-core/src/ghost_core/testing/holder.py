@@ -67,7 +67,7 @@ class GradientHolder(Engine[Held]):
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
         """Keep the gradients."""
-        self._uses[parameter.name].append(Use(pass_.rows, gradient))
+        self._uses[parameter.name].append(Use(pass_.samples, gradient))
         return None
 
     def on_end(self, batch: Batch[Held]) -> Held:

@@ -75,7 +75,7 @@ class SignAgreementEngine(Engine[Tensor]):
     def on_gradient(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> None:
-        self._sums[pass_.rows] += gradient.materialize().sign().flatten(1).sum(1)
+        self._sums[pass_.samples] += gradient.materialize().sign().flatten(1).sum(1)
 
     def on_end(self, batch: Batch[Tensor]) -> Tensor:
         return self._sums
