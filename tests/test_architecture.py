@@ -30,7 +30,12 @@ FLOORS = [
 ]
 
 # Whose tests lie in folders named after the wings that they look into.
-TESTS = ["packages/ghost-core/tests", "tests"]
+TESTS = [
+    "packages/ghost-core/tests",
+    "packages/ghost-layers/tests",
+    "packages/ghost-engines/tests",
+    "tests",
+]
 
 # What takes seconds to import, as torch does, or need not be there, by the module that waits.
 IMPORTED_WHERE_USED = {
@@ -151,6 +156,8 @@ def files_of_tests() -> dict[str, tuple[Path, str]]:
     """Return test files by their path, with the wing that each may look into."""
     found = {}
     for path in (path for folder in TESTS for path in (ROOT / folder).rglob("*.py")):
+        if path.parent.name == "kit":
+            continue  # what tests of several wings share
         match path.relative_to(ROOT).parts:
             case ["packages", package, "tests", wing, _, *_]:
                 home = f"{package.replace('-', '_')}.{wing}"

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ghost_core.testing import per_sample_gradients
-from ghost_core.testing.cases import LAYERS, VARIANTS, Inputs, LayerExample, dense, losses
+from ghost_core.testing import (
+    LAYERS,
+    VARIANTS,
+    Inputs,
+    LayerExample,
+    dense,
+    losses,
+    per_sample_gradients,
+)
 from ghost_engines import DotProductEngine, ProjectionEngine
 
 Directions = Mapping[str, Mapping[str, Tensor]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ghost_core.testing.cases import LAYERS, VARIANTS, check_example
+from ghost_core.testing import LAYERS, VARIANTS, check_example
 
 REFUSED = {
     "batch norm 1d in training",

@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
-from ghost_core.testing import check_operations
-from ghost_core.testing.cases import LayerExample, N, capture, normal
+from ghost_core.testing import LayerExample, N, capture, check_operations, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 

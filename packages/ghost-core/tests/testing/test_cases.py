@@ -21,18 +21,21 @@ from ghost_core import (
     Record,
     SamplerRegistry,
 )
-from ghost_core.testing import PlainEmbedding, PlainLinear, cases, plain_registry
-from ghost_core.testing.cases import (
+from ghost_core.testing import (
     LAYERS,
     VARIANTS,
     LayerExample,
     N,
+    PlainEmbedding,
+    PlainLinear,
+    cases,
     check_example,
     check_layer,
     indices,
     normal,
     of_class,
     of_family,
+    plain_registry,
     semantic_key,
 )
 from ghost_core.tracking import Claim, dotted_name

@@ -3,17 +3,20 @@
 It needs nothing but ghost-core, and no test framework: checks raise `AssertionError`.
 """
 
-from ghost_core.testing.cases import (
-    LAYERS,
-    VARIANTS,
-    LayerExample,
-    check_example,
-    check_layer,
-    of_class,
-    of_family,
-    semantic_key,
-)
+from ghost_core.testing.cases import LAYERS, VARIANTS, of_class, of_family, semantic_key
 from ghost_core.testing.engines import check_engine
+from ghost_core.testing.examples import (
+    VOCABULARY,
+    Inputs,
+    LayerExample,
+    N,
+    capture,
+    dense,
+    given,
+    indices,
+    losses,
+    normal,
+)
 from ghost_core.testing.holder import GradientHolder, Held, Use
 from ghost_core.testing.operations import Gradients, check_operations
 from ghost_core.testing.oracle import agreeing_gradients, assert_within, per_sample_gradients
@@ -24,17 +27,25 @@ from ghost_core.testing.plain import (
     plain_registry,
 )
 from ghost_core.testing.projections import check_projection
-from ghost_core.testing.samplers import REDUCED_PRECISION, check_sampler
+from ghost_core.testing.samplers import (
+    REDUCED_PRECISION,
+    check_example,
+    check_layer,
+    check_sampler,
+)
 from ghost_core.testing.tiny import TinyTransformer, next_token_losses
 
 __all__ = [
     "LAYERS",
     "REDUCED_PRECISION",
     "VARIANTS",
+    "VOCABULARY",
     "GradientHolder",
     "Gradients",
     "Held",
+    "Inputs",
     "LayerExample",
+    "N",
     "PlainEmbedding",
     "PlainLayerNorm",
     "PlainLinear",
@@ -42,13 +53,19 @@ __all__ = [
     "Use",
     "agreeing_gradients",
     "assert_within",
+    "capture",
     "check_engine",
     "check_example",
     "check_layer",
     "check_operations",
     "check_projection",
     "check_sampler",
+    "dense",
+    "given",
+    "indices",
+    "losses",
     "next_token_losses",
+    "normal",
     "of_class",
     "of_family",
     "per_sample_gradients",

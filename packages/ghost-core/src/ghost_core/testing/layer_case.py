@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ghost_core import GradientSampler, SamplerRegistry, UnbalancedError
 from ghost_core.testing.holder import GradientHolder, Held
+from ghost_core.testing.losses import is_floating, losses_by_token, nonlinear_losses
 from ghost_core.testing.operations import Gradients, failing_as
 from ghost_core.testing.oracle import norms, per_sample_gradients
+from ghost_core.testing.snapshots import seeded
 from ghost_core.tracking import Claim, dotted_name
 
 HolderT = TypeVar("HolderT", bound=GradientHolder)
@@ -157,9 +158,9 @@ class LayerRun:
     def losses(self, draw: int = 0) -> Tensor:
         """Return the losses `[N]`; equal draws have equal weights and dropout masks."""
         args, kwargs = self.inputs
-        with _seeded(), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with seeded(0), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             outputs = self.model(*args, **kwargs)
-        return _losses(outputs, self.n, draw)
+        return nonlinear_losses(outputs, self.n, draw=draw)
 
     def losses_by_token(self) -> Iterator[Tensor]:
         """Yield the losses split by position of the output, `[N, T]`, for each way to see it.
@@ -170,9 +171,7 @@ class LayerRun:
         args, kwargs = self.inputs
         outputs = [leaf for leaf in tree_leaves(self.model(*args, **kwargs)) if is_floating(leaf)]
         if len(outputs) == 1 and outputs[0].dim() > 2 and _has_rows(outputs[0], self.n):
-            elements = _elements(outputs[0], self.n, _drawn(0)).reshape(outputs[0].shape)
-            yield elements.sum(-1).flatten(1)
-            yield elements.sum(1).flatten(1)
+            yield from losses_by_token(outputs[0])
 
     def gradients(self) -> list[Tensor | None]:
         """Return `.grad` of the parameters and of the inputs."""
@@ -204,35 +203,6 @@ def leading_size(inputs: Any) -> int:
     raise ValueError("no input is a tensor with samples on axis 0")
 
 
-def is_floating(value: Any) -> bool:
-    """Tell whether a value is a tensor that can require a gradient."""
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _losses(outputs: Any, n: int, draw: int) -> Tensor:
-    generator = _drawn(draw)
-    losses = [
-        _elements(leaf, n, generator).sum(1)
-        for leaf in tree_leaves(outputs)
-        if is_floating(leaf) and leaf.requires_grad and _has_rows(leaf, n)
-    ]
-    if not losses:
-        raise AssertionError(f"the module has no differentiable output with {n} rows")
-    return torch.stack(losses).sum(0)
-
-
-def _drawn(draw: int) -> Generator:
-    return Generator().manual_seed(2 + draw)
-
-
-def _elements(output: Tensor, n: int, generator: Generator) -> Tensor:
-    """Return what each element of an output adds to the losses, `[N, elements]`."""
-    values = output.double().reshape(n, output.shape[1:].numel())
-    weights = torch.randn(values.shape, dtype=torch.float64, generator=generator)
-    # The slope depends on the output, and stays moderate where the output is large.
-    return weights * (values + (1 + values**2).sqrt())
-
-
 def _transformed(inputs: Any, use: int) -> Any:
     """Return other inputs of the same kind: floats are bent, token ids reversed in each sample."""
 
@@ -254,10 +224,3 @@ def _leaf(value: Any) -> Any:
 
 def _has_rows(value: Any, n: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == n
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield

@@ -1,8 +1,11 @@
-"""The conformance test of gradient samplers: every operation against autograd, sample by sample."""
+"""The conformance tests of gradient samplers: every operation against autograd, by sample."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +13,13 @@ from torch import Generator, Tensor, nn
 
 from ghost_core import GradientSampler, InputFactor, Record, Tokens, TrackedParameter
 from ghost_core.algebra import PRECISIONS, matrix_shape
+from ghost_core.errors import GhostError, UnbalancedError
+from ghost_core.testing.examples import Draw, LayerExample, capture
 from ghost_core.testing.holder import GradientHolder
 from ghost_core.testing.layer_case import LayerCase, LayerRun, leading_size
 from ghost_core.testing.operations import check_operations, draw_projections, failing_as, project
 from ghost_core.testing.oracle import assert_within, norms, per_row, per_sample_gradients
+from ghost_core.tracking import Claim, SamplerRegistry, dotted_name
 
 REDUCED_PRECISION = {
     dtype: PRECISIONS[dtype].tolerance for dtype in (torch.float32, torch.bfloat16)
@@ -96,6 +102,77 @@ def check_sampler(
             _check_reduced(case.cast(low, f"in {low}"), bound)
         rounded = case.cast(torch.bfloat16).cast(torch.float32, "under bfloat16 autocast")
         _check_reduced(replace(rounded, autocast=True), REDUCED_PRECISION[torch.bfloat16])
+
+
+def check_layer(
+    sampler: type[GradientSampler],
+    make: Callable[[], nn.Module],
+    *inputs: tuple[Draw, ...],
+    n: int = 4,
+) -> None:
+    """Run `check_sampler` on inputs of several shapes, for one use and two, and on tied layers.
+
+    For a linear layer, with as many tokens as samples in the last:
+
+        check_layer(LinearSampler, lambda: nn.Linear(6, 7), (normal(N, 6),), (normal(N, N, 6),))
+
+    Args:
+        sampler: The sampler's class.
+        make: Makes the layer, of the very class that the sampler handles.
+        inputs: Draws of the positional inputs, samples on axis 0; see `normal` and `indices`.
+        n: Number of samples N.
+
+    Raises:
+        AssertionError: Naming parameter, operation, worst entry, error and bound.
+        GhostError: If the layer or a call is refused.
+    """
+    claim = Claim(dotted_name(type(make())), sampler, "ghost_core.testing")
+    for draws in inputs:
+        example = LayerExample("layer", make, draws, n=n)
+        for uses in (1, 2):
+            check_sampler(sampler, example.build(), *example.draw().args, uses=uses)
+        for name, _ in make().named_parameters(recurse=False):
+            tied = replace(
+                example, name=f"layers with one {name}", make=partial(_Siblings, make, name)
+            )
+            check_example(tied, registry=SamplerRegistry([claim]))
+
+
+def check_example(
+    example: LayerExample,
+    *,
+    registry: SamplerRegistry | None = None,
+    tolerance: float = 1e-9,
+) -> None:
+    """Assert that ghost is exact on an example, or refuses it with the reason expected.
+
+    Every operation on the per-sample gradients of every trainable parameter is compared with
+    autograd, run sample by sample in float64; Grams also with a batch of one sample fewer. The
+    split by sample is verified in both.
+
+    Args:
+        example: An example, such as one of `LAYERS`.
+        registry: Where samplers are found; by default those of all installed plugins.
+        tolerance: Error allowed relative to the norms of what is multiplied.
+
+    Raises:
+        AssertionError: Naming example, parameter, operation, worst entry, error and bound; or
+            that the example was not refused, or for another reason.
+        GhostError: If it was refused and should not be.
+    """
+    if example.refusal is not None:
+        _check_refused(example, registry)
+        return
+    sizes = [example.n, max(1, example.n - 1)]
+    try:
+        first, second = capture(example, sizes, registry)
+    except UnbalancedError:  # whose cause the comparison with autograd shows in detail
+        first, second = capture(example, sizes, registry, verify=False)
+    for name, gradients in first.items():
+        what = f"{example.name}, {name}"
+        if not gradients.expected.any():
+            raise AssertionError(f"{what}: the reference is zero, so nothing would be tested")
+        check_operations(gradients, second[name], tolerance=tolerance, what=what)
 
 
 class _CompressingHolder(GradientHolder):
@@ -213,3 +290,29 @@ def _check_compressed(case: LayerCase, tolerance: float) -> None:
             with failing_as(what), torch.no_grad():
                 got.append(use.project(*remaining))
         assert_within(torch.stack(got).sum(0), expected, scale, tolerance, what)
+
+
+class _Siblings(nn.Module):
+    """Calls two layers, which have one parameter in common, on the same inputs."""
+
+    def __init__(self, make: Callable[[], nn.Module], name: str) -> None:
+        super().__init__()
+        self.first, self.second = make(), make()
+        setattr(self.second, name, getattr(self.first, name))
+
+    def forward(self, *inputs: Any) -> tuple[Any, Any]:
+        """Return both outputs."""
+        return self.first(*inputs), self.second(*inputs)
+
+
+def _check_refused(example: LayerExample, registry: SamplerRegistry | None) -> None:
+    assert example.refusal is not None
+    try:
+        capture(example, [example.n], registry)
+    except GhostError as error:
+        if not re.search(example.refusal, str(error)):
+            raise AssertionError(
+                f"{example.name} was refused for another reason than {example.refusal!r}: {error}"
+            ) from error
+    else:
+        raise AssertionError(f"{example.name} was not refused: {example.refusal!r} was expected")

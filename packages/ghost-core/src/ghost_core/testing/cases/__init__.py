@@ -3,7 +3,7 @@
 `LAYERS` holds each configuration once: no two have the same semantics, sizes aside. `VARIANTS` has
 some of them again, in other sizes or made in another way. Both need nothing but torch.
 
-    from ghost_core.testing.cases import LAYERS, check_example
+    from ghost_core.testing import LAYERS, check_example
 
     for example in LAYERS.values():
         check_example(example)
@@ -16,20 +16,8 @@ from torch import nn
 
 from ghost_core.testing.cases.attention import ATTENTION, TRANSFORMERS
 from ghost_core.testing.cases.bare import BARE
-from ghost_core.testing.cases.check import capture, check_example, check_layer, dense
 from ghost_core.testing.cases.code import CODE
 from ghost_core.testing.cases.convolutions import CONVOLUTION_VARIANTS, CONVOLUTIONS
-from ghost_core.testing.cases.example import (
-    VOCABULARY,
-    Draw,
-    Inputs,
-    LayerExample,
-    N,
-    given,
-    indices,
-    losses,
-    normal,
-)
 from ghost_core.testing.cases.linear import LINEAR, LINEAR_VARIANTS
 from ghost_core.testing.cases.norms import NORM_VARIANTS, NORMS
 from ghost_core.testing.cases.parametrized import PARAMETRIZED
@@ -39,6 +27,7 @@ from ghost_core.testing.cases.semantics import semantic_key
 from ghost_core.testing.cases.shared import CALLS, SHARED
 from ghost_core.testing.cases.tables import TABLE_VARIANTS, TABLES
 from ghost_core.testing.cases.transposed import ACTIVATIONS, TRANSPOSED, TRANSPOSED_VARIANTS
+from ghost_core.testing.examples import LayerExample
 
 _FAMILIES = [
     LINEAR,
@@ -94,23 +83,4 @@ def of_class(*kinds: type[nn.Module]) -> dict[str, LayerExample]:
     }
 
 
-__all__ = [
-    "LAYERS",
-    "VARIANTS",
-    "VOCABULARY",
-    "Draw",
-    "Inputs",
-    "LayerExample",
-    "N",
-    "capture",
-    "check_example",
-    "check_layer",
-    "dense",
-    "given",
-    "indices",
-    "losses",
-    "normal",
-    "of_class",
-    "of_family",
-    "semantic_key",
-]
+__all__ = ["LAYERS", "VARIANTS", "of_class", "of_family", "semantic_key"]

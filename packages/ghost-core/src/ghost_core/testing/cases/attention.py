@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ghost_core.testing.cases import roots
-from ghost_core.testing.cases.example import LayerExample, N, given, named, normal
 from ghost_core.testing.cases.roots import around
+from ghost_core.testing.examples import LayerExample, N, given, named, normal
 
 Example = partial(LayerExample, generic=True)
 

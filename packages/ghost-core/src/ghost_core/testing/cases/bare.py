@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from ghost_core.testing.cases import roots
-from ghost_core.testing.cases.example import LayerExample, N, indices, named, normal
+from ghost_core.testing.examples import LayerExample, N, indices, named, normal
 
 Example = partial(LayerExample, generic=True)
 

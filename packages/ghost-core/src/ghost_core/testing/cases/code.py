@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ghost_core.testing.cases.bare import Owner
-from ghost_core.testing.cases.example import LayerExample, N, given, named, normal
+from ghost_core.testing.examples import LayerExample, N, given, named, normal
 
 Example = partial(LayerExample, generic=True)
 

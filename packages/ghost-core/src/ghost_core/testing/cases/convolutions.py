@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ghost_core.testing.cases import roots
-from ghost_core.testing.cases.example import LayerExample as Example
-from ghost_core.testing.cases.example import N, named, normal
 from ghost_core.testing.cases.roots import around
+from ghost_core.testing.examples import LayerExample as Example
+from ghost_core.testing.examples import N, named, normal
 
 _KINDS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MEMORY_FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}

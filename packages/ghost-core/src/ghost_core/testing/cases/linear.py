@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ghost_core.testing.cases import roots
-from ghost_core.testing.cases.example import LayerExample as Example
-from ghost_core.testing.cases.example import N, named, normal
+from ghost_core.testing.examples import LayerExample as Example
+from ghost_core.testing.examples import N, named, normal
 
 
 class Renamed(nn.Linear):

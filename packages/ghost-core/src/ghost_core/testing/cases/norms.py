@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ghost_core.testing.cases import roots
-from ghost_core.testing.cases.example import LayerExample as Example
-from ghost_core.testing.cases.example import N, named, normal
 from ghost_core.testing.cases.roots import around, evaluated
+from ghost_core.testing.examples import LayerExample as Example
+from ghost_core.testing.examples import N, named, normal
 
 _SPATIAL = {1: (5,), 2: (3, 2), 3: (2, 3, 2)}
 

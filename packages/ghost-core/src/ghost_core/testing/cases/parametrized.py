@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from ghost_core.testing.cases import roots
-from ghost_core.testing.cases.example import VOCABULARY, LayerExample, N, indices, named, normal
+from ghost_core.testing.examples import VOCABULARY, LayerExample, N, indices, named, normal
 
 Example = partial(LayerExample, generic=True)
 

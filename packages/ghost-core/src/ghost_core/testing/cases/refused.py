@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ghost_core.testing.cases import roots
-from ghost_core.testing.cases.example import VOCABULARY, N, indices, named, normal
-from ghost_core.testing.cases.example import LayerExample as Example
+from ghost_core.testing.examples import VOCABULARY, N, indices, named, normal
+from ghost_core.testing.examples import LayerExample as Example
 
 
 class Centred(roots.Around):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ghost_core.testing.cases.example import VOCABULARY
+from ghost_core.testing.examples import VOCABULARY
 
 
 class Around(nn.Module):

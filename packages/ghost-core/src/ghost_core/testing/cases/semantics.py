@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ghost_core.testing.cases.example import LayerExample, losses
+from ghost_core.testing.examples import LayerExample, losses
 from ghost_core.tracking import dotted_name
 
 _SIZES = {

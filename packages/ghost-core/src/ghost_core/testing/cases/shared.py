@@ -6,8 +6,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ghost_core.testing.cases import roots
-from ghost_core.testing.cases.example import VOCABULARY, Draw, N, indices, named, normal
-from ghost_core.testing.cases.example import LayerExample as Example
+from ghost_core.testing.examples import VOCABULARY, Draw, N, indices, named, normal
+from ghost_core.testing.examples import LayerExample as Example
 
 _TOKENS = (normal(N, 3, 6),)
 

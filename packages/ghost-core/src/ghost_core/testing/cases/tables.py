@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ghost_core.testing.cases import roots
-from ghost_core.testing.cases.example import VOCABULARY, N, indices, named, normal
-from ghost_core.testing.cases.example import LayerExample as Example
+from ghost_core.testing.examples import VOCABULARY, N, indices, named, normal
+from ghost_core.testing.examples import LayerExample as Example
 
 
 class _Renamed(nn.Embedding):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ghost_core.testing.cases import roots
-from ghost_core.testing.cases.example import LayerExample, N, named, normal
+from ghost_core.testing.examples import LayerExample, N, named, normal
 
 Example = partial(LayerExample, generic=True)
 

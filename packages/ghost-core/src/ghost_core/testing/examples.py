@@ -1,8 +1,9 @@
-"""One layer configuration: how to make it, what to call it on, and what to expect."""
+"""One layer configuration: how to make it, what to call it on, and what ghost captures of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final, NamedTuple
@@ -11,7 +12,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ghost_core.testing.holder import GradientHolder
+from ghost_core.testing.losses import nonlinear_losses
+from ghost_core.testing.operations import Gradients
+from ghost_core.testing.oracle import per_sample_gradients
 from ghost_core.testing.snapshots import seeded
+from ghost_core.tracking import SamplerRegistry
 
 N: Final = -1
 """Stands for the number of samples in the shape of an input."""
@@ -103,22 +109,7 @@ def losses(example: LayerExample, module: nn.Module, inputs: Inputs) -> Tensor:
     """
     with seeded(1):
         outputs = module(*inputs.args, **inputs.kwargs)
-    generator, n, found = Generator().manual_seed(2), inputs.n, []
-    for leaf in tree_leaves(outputs):
-        # Also those that require no gradient: the weights of the others are not to depend on it.
-        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > example.dim):
-            continue
-        leaf = leaf.movedim(example.dim, 0)
-        if len(leaf) != n:
-            continue
-        values = leaf.double().reshape(n, leaf.shape[1:].numel())
-        weights = torch.randn(values.shape[1:], dtype=torch.float64, generator=generator)
-        # The slope depends on the output, and on the sum of them over tokens.
-        each = (weights * (values + (1 + values**2).sqrt())).sum(1)
-        found.append(each + each.sin())
-    if not any(each.requires_grad for each in found):
-        raise AssertionError(f"{example.name}: no differentiable output has {n} rows")
-    return torch.stack(found).sum(0)
+    return nonlinear_losses(outputs, inputs.n, dim=example.dim, what=example.name)
 
 
 def normal(*shape: int) -> Draw:
@@ -162,3 +153,67 @@ def named(family: str, examples: Iterable[LayerExample]) -> dict[str, LayerExamp
 
 def _sized(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
     return tuple(n if size == N else size for size in shape)
+
+
+def capture(
+    example: LayerExample,
+    sizes: Sequence[int],
+    registry: SamplerRegistry | None = None,
+    *,
+    verify: bool = True,
+) -> list[dict[str, Gradients]]:
+    """Return what ghost finds in batches of an example, beside what it should find.
+
+    Args:
+        example: The example.
+        sizes: Number of samples of each batch. One engine captures them all.
+        registry: Where samplers are found; by default those of all installed plugins.
+        verify: Whether the split by sample is verified.
+
+    Returns:
+        For each batch, gradients by parameter name, to be compared by `check_operations`.
+
+    Raises:
+        AssertionError: If a parameter is missing, or no gradient arrived for it.
+        GhostError: If ghost refuses the example.
+    """
+    module = example.build()
+    engine = GradientHolder(module, registry=registry, verify=verify, **example.options)
+    with engine:
+        return [_captured(example, engine, n) for n in sizes]
+
+
+def dense(module: nn.Module) -> nn.Module:
+    """Let tables make dense gradients, which are the same numbers: for autograd's own calls."""
+    for each in module.modules():
+        if isinstance(each, nn.Embedding | nn.EmbeddingBag):
+            each.sparse = False
+    return module
+
+
+def _captured(example: LayerExample, engine: GradientHolder, n: int) -> dict[str, Gradients]:
+    # Before the call, which may change buffers and, for a table with `max_norm`, parameters.
+    twin = dense(copy.deepcopy(engine.model))
+    with engine.batch(range(n)) as batch:
+        losses(example, engine.model, _leaves(example, n)).sum().backward()
+    if engine.verifies and not batch.verified:
+        raise AssertionError(f"{example.name}: the batch was not verified")
+    expected = per_sample_gradients(twin, losses(example, twin, _leaves(example, n)))
+    uses = batch.result.uses
+    if uses.keys() != expected.keys():
+        raise AssertionError(f"{example.name}: {sorted(uses)}, expected {sorted(expected)}")
+    if missing := [name for name, arrived in uses.items() if not arrived]:
+        raise AssertionError(f"{example.name}: no gradient arrived for {', '.join(missing)}")
+    return {
+        name: Gradients([use.gradient for use in uses[name]], gradient)
+        for name, gradient in expected.items()
+    }
+
+
+def _leaves(example: LayerExample, n: int) -> Inputs:
+    """Draw inputs, of which floating ones require gradients."""
+    inputs = example.draw(n, seed=n)
+    for leaf in tree_leaves(inputs[:2]):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaf.requires_grad_()
+    return inputs
