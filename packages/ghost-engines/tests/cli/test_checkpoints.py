@@ -118,6 +118,10 @@ def test_a_checkpoint_and_a_loss_of_ones_own(checkpoint, texts, tmp_path, capsys
             "the class GPT2LMHeadModel of empty is not one of transformers",
         ),
         ('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}', "empty cannot be loaded"),
+        (
+            '{"architectures": ["GPT2Config"], "model_type": "gpt2"}',
+            "GPT2Config, which empty/config.json names, is no model",
+        ),
     ],
 )
 def test_folders_that_are_no_checkpoint(config, what, tmp_path, capsys, texts):
