@@ -4,6 +4,7 @@ import pytest
 import torch
 from command_kit import verify
 
+from ghost_core import GhostError
 from ghost_engines.cli.losses import next_token_losses
 
 # The default loss
@@ -97,3 +98,10 @@ def test_a_model_that_the_default_loss_does_not_know(capsys, tmp_path):
     assert "returned no logits (5, 7, 'vocabulary'), but (5, 3): give a loss" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("mask", ["no", torch.ones(3), torch.full((2, 5), torch.nan)])
+def test_a_mask_that_the_default_loss_does_not_know(mask, transformer):
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": mask}
+    with pytest.raises(GhostError, match="attention_mask is not one finite number for each"):
+        next_token_losses(transformer, batch)

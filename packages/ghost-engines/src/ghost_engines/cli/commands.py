@@ -79,10 +79,6 @@ def _run(options: Verify | Plugins | Store) -> int:
 def _failed(what: object, status: int) -> int:
     """Say what went wrong, in one line, and return the exit status."""
     print(f"ghost: {one_line(what)}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        stop_printing()
     return status
 
 
