@@ -206,6 +206,11 @@ def test_nothing_is_imported_inside_a_function_for_the_order_of_imports():
     assert found == IMPORTED_WHERE_USED
 
 
+def test_no_file_is_longer_than_four_hundred_lines():
+    lengths = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
 def test_the_table_of_files_says_what_the_modules_say():
     tool = runpy.run_path(str(ROOT / "tools/files_table.py"))
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
