@@ -8,7 +8,7 @@ import torch
 
 from ghost_examples.demo import baselines, convnet, tuning
 from ghost_examples.demo.annotator import Images, annotate
-from ghost_examples.demo.baselines import Fitting
+from ghost_examples.demo.baselines import Fitting, Machine
 
 
 def corners() -> tuple[Images, Images]:
@@ -48,11 +48,14 @@ def test_a_classifier_fitted_on_clean_images_tells(name: str) -> None:
 
 def test_a_machine_is_asked_about_images_that_it_was_not_fitted_on() -> None:
     data = annotate(0, n_train=300)
-    suspicion = baselines.cross_validated(data.train)
-    lone = data.train.labels.clone()
-    lone[0] = (lone[0] + 5) % 10
-    # Fitted on its own wrong label, a machine would defend it.
-    assert suspicion[0] < 0 < baselines.cross_validated(Images(data.train.images, lone))[0]
+    labels = data.truth.clone()
+    labels[0] = (labels[0] + 5) % 10
+    suspects = Images(data.train.images, labels)
+    # At such a cost, a machine defends whatever label it was fitted on.
+    suspicion = baselines.cross_validated(suspects, Machine(1e4))
+    assert suspicion[0] > 0
+    assert baselines.machine(suspects, suspects, Machine(1e4))[0] < 0
+    assert (suspicion[1:] < 0).float().mean() > 0.9
 
 
 def test_fitting_further_trains_a_copy() -> None:

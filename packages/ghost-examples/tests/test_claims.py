@@ -24,7 +24,7 @@ ACCURACY = dict.fromkeys(TITLES, 0.9) | {"value": 0.95}
         ({"loss": 0.59}, []),
         ({"loss": 0.61}, ["loss"]),
         ({"machine": 0.64}, []),
-        ({"machine": 0.66}, ["SVM"]),
+        ({"machine": 0.66}, ["SVM on clean images"]),
         ({"neighbours": 0.71}, ["nearest neighbour", "nearest neighbour"]),
         ({"further": 0.99, "crossed": 0.99}, []),
         ({"value": math.nan}, ["loss", "nearest neighbour"]),
@@ -56,13 +56,23 @@ def test_what_needs_least_and_finds_as_many_suffices(
     assert claims.suffices(PRECISION | changes) == enough
 
 
+def test_a_verdict_names_what_is_better_still(findings: Findings) -> None:
+    seed = findings.digits.seeds[0]
+    close = {20: PRECISION | {"loss": 0.79, "further": 0.805}}
+    line, _ = claims.verdicts(replace(findings.digits, seeds=[replace(seed, precision=close)]))
+    told = "in-run value 0.700, dot product 0.800, fine-tuned ConvNet 0.805"
+    assert line == f"20 clean images: loss suffices, 0.790 ({told})"
+
+
 def test_what_is_shown_was_measured(findings: Findings, capsys: pytest.CaptureFixture[str]) -> None:
     claims.show(findings.digits)
     out = capsys.readouterr().out
     assert " ".join(TITLES["value"].split()) + " " * 16 + "         0.900         0.900" in out
-    assert "20 clean images: in-run value suffices, 0.900" in out
-    assert "200 clean images: nearest neighbour suffices, 0.920" in out
-    assert "labels flipped at random, 20 clean images: loss suffices, 0.960" in out
+    assert "20 clean images: in-run value suffices, 0.900 (dot product 0.850)" in out
+    beside = "(in-run value 0.900, dot product 0.850)"
+    assert f"200 clean images: nearest neighbour suffices, 0.920 {beside}" in out
+    beside = "(in-run value 0.880, dot product 0.850)"
+    assert f"labels flipped at random, 20 clean images: loss suffices, 0.960 {beside}" in out
     assert "±" not in out
 
 

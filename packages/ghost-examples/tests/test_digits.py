@@ -4,12 +4,13 @@ import io
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ghost_core.testing import per_sample_gradients
 from ghost_examples.demo import convnet, digits
-from ghost_examples.demo.annotator import CONFUSIONS, annotate, random_flips
+from ghost_examples.demo.annotator import CONFUSIONS, Images, annotate, random_flips
 from ghost_examples.demo.convnet import Recipe
 from ghost_examples.demo.methods import BOUNDS, METHODS
 
@@ -120,6 +121,34 @@ def test_a_seed_gives_every_method_its_numbers() -> None:
     right = sum(image.is_mistake for image in found.flagged)
     assert found.precision[10]["value"] == pytest.approx(right / found.mistakes)
     assert (found.table["given"] != found.table["truth"]).sum() == found.mistakes
+
+
+def test_each_count_has_the_values_of_its_clean_images() -> None:
+    data, counts = annotate(0), [10, 150]
+    _, values = convnet.train_scored(data, counts, TINY, 0, "cpu")
+    with tqdm(disable=True) as bar:
+        found = digits.Trial(0, TINY, "cpu", bar).run(counts)
+    expected = {}
+    for n in counts:
+        lowest = sorted(range(len(data.train)), key=values[n].to_dict().__getitem__)
+        expected[n] = data.mislabelled[lowest[: found.mistakes]].float().mean().item()
+    assert expected[10] != expected[150]
+    assert {n: found.precision[n]["value"] for n in counts} == pytest.approx(expected)
+
+
+def test_a_network_is_trained_without_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Images] = []
+
+    def train(images: Images, recipe: Recipe, seed: int, device: str) -> nn.Module:
+        seen.append(images)
+        return convnet.new_model(seed, device)
+
+    monkeypatch.setattr(digits, "train", train)
+    with tqdm(disable=True) as bar:
+        trial = digits.Trial(0, TINY, "cpu", bar)
+        trial.without(torch.tensor([0, 1199]))
+    assert torch.equal(seen[0].images, trial.data.train.images[1:1199])
+    assert torch.equal(seen[0].labels, trial.data.train.labels[1:1199])
 
 
 def test_counts_are_sorted_and_told_once() -> None:

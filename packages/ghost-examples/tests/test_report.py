@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ghost_examples.demo import files, report
+from ghost_examples.demo import figures, files, report
 from ghost_examples.demo.report import Findings
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -68,6 +68,20 @@ def test_the_page_tells_everything(findings: Findings) -> None:
     ):
         assert text in page, text
     assert "failed" not in page
+
+
+def test_the_figure_shows_what_each_count_gave(
+    findings: Findings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[figures.Panel] = []
+    monkeypatch.setattr(figures, "panels", lambda shown, below: drawn.extend(shown) or "")
+    report.comparison(findings.digits)
+    precision, accuracy = ({line.title: line.values for line in each.lines} for each in drawn)
+    assert precision["nearest neighbour"] == {20: [0.5], 200: [0.92]}
+    assert precision["in-run value"] == {20: [0.9], 200: [0.9]}
+    assert precision["loss"] == {0: [0.5]}
+    assert accuracy["in-run value"] == {20: [0.95], 200: [0.95]}
+    assert drawn[1].references == {"nothing\nleft out": 0.875, "all mistakes\nleft out": 0.875}
 
 
 def test_texts_are_escaped(findings: Findings) -> None:

@@ -6,9 +6,8 @@ language model and looks up, for passages that it never saw, from which ones it 
 compares the numbers with autograd's and measures what they cost. The result is a report to open in
 a browser; its path is the last line printed.
 
-Exits with 1 if ghost's scores do not find wrong labels clearly better than the loss and, with up to
-20 clean images, than classifiers fitted on these; if a number is wrong; or if ghost changed the
-training.
+Exits with 1 if ghost's scores do not find wrong labels clearly better than the loss, or, with few
+clean images, than classifiers fitted on these; if a number is wrong; if ghost changed the training.
 
 More seeds for the figure of part 1, about half a minute each: --seeds 10
 """
@@ -66,7 +65,7 @@ def run(options: Options, sizes: Sizes) -> report.Findings:
     """Run all parts, print what they find, and write the report."""
     start = time.perf_counter()
     options.output.mkdir(parents=True, exist_ok=True)
-    _head("1. Wrong labels: what do twenty clean images find?")
+    _head("1. Wrong labels: how far do a few clean images go?")
     found = digits.run(options.seeds, options.device, sizes.recipe, options.clean)
     claims.show(found)
     _head("2. Passages: from which ones does a model learn alike?")

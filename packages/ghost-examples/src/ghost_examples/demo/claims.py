@@ -15,7 +15,7 @@ OVER_LOSS = {"precision": 0.1, "accuracy": 0.02}
 FEW = 20
 """Up to how many clean images ghost must beat classifiers that see these alone."""
 
-OVER_CLASSIFIERS = {"value": 0.05, "dot": 0.1}
+OVER_CLASSIFIERS: Mapping[str, float] = {"value": 0.05, "dot": 0.1}
 """By how much each of its scores must beat the best of them in precision."""
 
 TIE = 0.02
@@ -71,7 +71,9 @@ def verdicts(result: DigitsResult) -> list[str]:
 def _verdict(precision: ByMethod) -> str:
     enough, best = suffices(precision), max(precision, key=precision.__getitem__)
     words = f"{TITLES[enough]} suffices, {precision[enough]:.3f}"
-    return words if enough == best else f"{words} (best: {TITLES[best]}, {precision[best]:.3f})"
+    others = [name for name in (*OVER_CLASSIFIERS, best) if name != enough]
+    told = [f"{TITLES[name]} {precision[name]:.3f}" for name in dict.fromkeys(others)]
+    return f"{words} ({', '.join(told)})"
 
 
 def cell(values: Sequence[float]) -> str:

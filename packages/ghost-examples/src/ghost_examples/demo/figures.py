@@ -60,7 +60,7 @@ def panels(shown: Sequence[Panel], below: str) -> str:
     Returns:
         An `<svg>` element.
     """
-    figure = Figure(figsize=(5.6 * len(shown), 5.4), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(shown), 6), layout="constrained")
     drawn = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, panel in zip(drawn, shown, strict=True):
         _draw(axes, panel, below)

@@ -46,12 +46,12 @@ METHODS: Mapping[str, Method] = {
         "The nearest clean image of the given label is farther away than the nearest of another.",
     ),
     "machine": Method(
-        "SVM",
-        "A support vector machine, fitted on the clean images alone, prefers another label.",
+        "SVM on clean images",
+        "A support vector machine, fitted on them alone, prefers another label.",
     ),
     "alone": Method(
-        "ConvNet",
-        "The same network, fitted on the clean images alone, has a high loss on it.",
+        "ConvNet on clean images",
+        "The same network, fitted on them alone, has a high loss on it.",
     ),
     "further": Method(
         "fine-tuned ConvNet",
