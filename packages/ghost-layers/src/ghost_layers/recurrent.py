@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from ghost_core import Call, PastCall, PerSampleGradient, Record, WrongSplitError
+from ghost_core._torch import flat_weights
 from ghost_layers.replay import Forward, InputRows, ReplaySampler, Way, kept
 from ghost_layers.unrolled import Unrolled, differentiate, unroll
 
@@ -61,8 +62,7 @@ class RecurrentSampler(ReplaySampler):
     def rewritten(self, module: nn.Module, count: int) -> Forward | None:
         """Run it step by step, where nothing stands behind its weights."""
         layer: Any = module
-        plain = all(name in layer._parameters for name in layer._flat_weights_names)
-        return _outputs if plain else None
+        return _outputs if flat_weights(layer) is not None else None
 
     def gradients(
         self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]

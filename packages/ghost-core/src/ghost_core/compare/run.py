@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ghost_core._torch import accumulation_hooks, gradient_hooks
 from ghost_core.algebra import PerSampleGradient, Precision, Record, floating_dtypes
 from ghost_core.capture import Freeze, Listener, Pass, Recorder
 from ghost_core.compare.casts import CastMode
@@ -123,13 +124,13 @@ class Run(Listener):
 
     def _check_hooks(self, training: bool) -> None:
         for name, parameter in self._model.named_parameters():
-            if training and parameter._post_accumulate_grad_hooks:
+            if training and accumulation_hooks(parameter):
                 raise CaptureError(
                     f"{name} has a hook that runs when its gradient is there, and would run on "
                     "those of the comparison: compare before an engine is attached"
                 )
         for name, parameter in self.parameters.items():
-            if parameter._backward_hooks:
+            if gradient_hooks(parameter):
                 raise CaptureError(
                     f"{name} has a hook on its gradient, which contributions do not pass "
                     "through: remove the hook, or leave the parameter out with exclude=..."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ghost_core._torch import backward_hooks, forward_hooks, forward_pre_hooks
+from ghost_core._torch import backward_hooks, flat_weights, forward_hooks, forward_pre_hooks
 from ghost_core.hooks import Hook
 from ghost_core.tracking import dotted_name
 
@@ -168,11 +168,10 @@ def _copied_object(value: Any, copies: dict[int, Any]) -> Any:
 
 def _flatten(module: nn.RNNBase) -> None:
     """Tell a recurrent layer, which keeps a list of its weights, that they are others now."""
-    names = module._flat_weights_names
-    if all(name in module._parameters for name in names):
+    if (weights := flat_weights(module)) is not None:
         state: dict[str, Any] = vars(module)
-        state["_flat_weights"] = [module._parameters[name] for name in names]
-        state["_flat_weight_refs"] = [None] * len(names)
+        state["_flat_weights"] = weights
+        state["_flat_weight_refs"] = [None] * len(weights)
 
 
 def why_not_copied(module: nn.Module) -> str | None:
