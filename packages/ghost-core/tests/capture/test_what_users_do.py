@@ -1,0 +1,86 @@
+"""What users do with an attached model: they copy, pickle, hook and parametrise it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from ghost_core import CaptureError
+from ghost_core.testing import per_sample_gradients
+
+from .reused import D, Exact, Hold, N, Reused, T, inputs, squares
+
+
+def test_copies_of_the_model_are_left_alone(hold: Hold) -> None:
+    model, x = Reused().double(), inputs()
+    engine = hold(model)
+    with engine, engine.batch(range(N)) as batch:
+        average = copy.deepcopy(model)
+        squares(model(x)).sum().backward()
+        squares(average(inputs(7, T, D))).sum().backward()
+    assert len(batch.result.uses["layer.weight"]) == 3
+    assert torch.equal(average(x), model(x))
+
+
+def test_the_model_can_be_pickled_while_attached(hold: Hold) -> None:
+    model, x = Reused().double(), inputs()
+    with hold(model):
+        data = pickle.dumps(model)
+    twin = pickle.loads(data)
+    assert torch.equal(twin(x), model(x))
+
+
+def test_hooks_of_the_user_change_inputs_and_outputs_as_before(assert_exact: Exact) -> None:
+    model, x = Reused().double(), inputs()
+    model.layer.register_forward_hook(lambda module, args, output: 2 * output)
+    model.layer.register_forward_pre_hook(lambda module, args: (3 * args[0],))
+    assert_exact(model, lambda: squares(model(x)))
+
+
+def test_a_hook_that_changes_the_output_before_it_is_seen_is_not_ignored(
+    hold: Hold, assert_held
+) -> None:
+    plain, x = Reused().double(), inputs()
+    plain.layer.register_forward_hook(lambda module, args, output: 2 * output)
+    expected = per_sample_gradients(plain, squares(plain(x)))
+    model = Reused().double()
+    model.load_state_dict(plain.state_dict())
+    engine = hold(model)
+    try:
+        with engine, engine.batch(range(N)) as batch:
+            model.layer.register_forward_hook(lambda module, args, output: 2 * output, prepend=True)
+            squares(model(x)).sum().backward()
+    except CaptureError:  # a refusal is as good
+        return
+    assert_held(batch.result, expected)
+
+
+def test_backward_hooks_of_the_user_see_nothing_new(hold: Hold) -> None:
+    model, x = Reused().double(), inputs().requires_grad_()
+    seen: list[Tensor] = []
+    model.layer.register_full_backward_hook(lambda module, gi, go: seen.append(go[0]))
+    squares(model(x)).sum().backward()
+    plain = list(seen)
+    engine = hold(model)
+    with engine, engine.batch(range(N)):
+        squares(model(x)).sum().backward()
+    torch.testing.assert_close(seen[len(plain) :], plain)
+
+
+def test_hooks_on_gradients_of_parameters_are_refused(hold: Hold) -> None:
+    model = Reused().double()
+    model.layer.weight.register_hook(lambda gradient: 0 * gradient)
+    engine = hold(model)
+    with engine, pytest.raises(CaptureError, match=r"layer\.weight has a hook"):  # noqa: SIM117
+        with engine.batch(range(N)):
+            squares(model(inputs())).sum().backward()
+
+
+def test_other_values_for_parameters_are_refused(hold: Hold) -> None:
+    model = Reused().double()
+    twice = {name: 2 * parameter for name, parameter in model.named_parameters()}
+    engine = hold(model)
+    with engine, pytest.raises(CaptureError, match="functional_call"), engine.batch(range(N)):
+        torch.func.functional_call(model, twice, inputs()).sum().backward()
