@@ -10,8 +10,6 @@ from ghost_core.testing.examples import (
     Inputs,
     LayerExample,
     N,
-    capture,
-    dense,
     given,
     indices,
     losses,
@@ -34,6 +32,7 @@ from ghost_core.testing.samplers import (
     check_sampler,
 )
 from ghost_core.testing.tiny import TinyTransformer, next_token_losses
+from ghost_core.testing.trials import capture, dense
 
 __all__ = [
     "LAYERS",

@@ -1,23 +1,17 @@
-"""One layer configuration: how to make it, what to call it on, and what ghost captures of it."""
+"""One layer configuration: how to make it, and what to call it on."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ghost_core.testing.holder import GradientHolder
 from ghost_core.testing.losses import nonlinear_losses
-from ghost_core.testing.operations import Gradients
-from ghost_core.testing.oracle import per_sample_gradients
 from ghost_core.testing.snapshots import seeded
-from ghost_core.tracking import SamplerRegistry
 
 N: Final = -1
 """Stands for the number of samples in the shape of an input."""
@@ -52,6 +46,7 @@ class LayerExample:
             gradients by sample; None where it must be exact.
         generic: Whether no sampler has a formula for it, so that it takes one that replays modules.
         options: What engines need to be told about it, by keyword.
+        moved: Whether parameters are moved away from zeros and ones after it was made.
         family: Where it belongs; the table fills it in.
     """
 
@@ -64,15 +59,17 @@ class LayerExample:
     refusal: str | None = None
     generic: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    moved: bool = True
     family: str = ""
 
     def build(self) -> nn.Module:
-        """Return a new module in float64 whose parameters are not at zeros and ones."""
+        """Return a new module in float64, as described by `moved` and `frozen`."""
         with seeded(0):
             module = self.make().double()
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter.add_(torch.randn_like(parameter), alpha=0.25)
+            if self.moved:
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.add_(torch.randn_like(parameter), alpha=0.25)
         for name in self.frozen:
             module.get_parameter(name).requires_grad_(False)
         return module
@@ -93,7 +90,7 @@ class LayerExample:
         return found[-1] if found else 0
 
 
-def losses(example: LayerExample, module: nn.Module, inputs: Inputs) -> Tensor:
+def losses(example: LayerExample, module: nn.Module, inputs: Inputs, *, draw: int = 0) -> Tensor:
     """Run an example's module and return a loss per sample, float64 `[N]`.
 
     Every output counts, and the loss is nonlinear in it. Random operations of the module draw the
@@ -103,13 +100,14 @@ def losses(example: LayerExample, module: nn.Module, inputs: Inputs) -> Tensor:
         example: The example.
         module: What it built, or a module around that which returns the same.
         inputs: What it drew.
+        draw: Which random weights the outputs get; equal draws give equal weights.
 
     Raises:
         AssertionError: If no output has N rows and requires a gradient.
     """
     with seeded(1):
         outputs = module(*inputs.args, **inputs.kwargs)
-    return nonlinear_losses(outputs, inputs.n, dim=example.dim, what=example.name)
+    return nonlinear_losses(outputs, inputs.n, dim=example.dim, draw=draw, what=example.name)
 
 
 def normal(*shape: int) -> Draw:
@@ -153,67 +151,3 @@ def named(family: str, examples: Iterable[LayerExample]) -> dict[str, LayerExamp
 
 def _sized(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
     return tuple(n if size == N else size for size in shape)
-
-
-def capture(
-    example: LayerExample,
-    sizes: Sequence[int],
-    registry: SamplerRegistry | None = None,
-    *,
-    verify: bool = True,
-) -> list[dict[str, Gradients]]:
-    """Return what ghost finds in batches of an example, beside what it should find.
-
-    Args:
-        example: The example.
-        sizes: Number of samples of each batch. One engine captures them all.
-        registry: Where samplers are found; by default those of all installed plugins.
-        verify: Whether the split by sample is verified.
-
-    Returns:
-        For each batch, gradients by parameter name, to be compared by `check_operations`.
-
-    Raises:
-        AssertionError: If a parameter is missing, or no gradient arrived for it.
-        GhostError: If ghost refuses the example.
-    """
-    module = example.build()
-    engine = GradientHolder(module, registry=registry, verify=verify, **example.options)
-    with engine:
-        return [_captured(example, engine, n) for n in sizes]
-
-
-def dense(module: nn.Module) -> nn.Module:
-    """Let tables make dense gradients, which are the same numbers: for autograd's own calls."""
-    for each in module.modules():
-        if isinstance(each, nn.Embedding | nn.EmbeddingBag):
-            each.sparse = False
-    return module
-
-
-def _captured(example: LayerExample, engine: GradientHolder, n: int) -> dict[str, Gradients]:
-    # Before the call, which may change buffers and, for a table with `max_norm`, parameters.
-    twin = dense(copy.deepcopy(engine.model))
-    with engine.batch(range(n)) as batch:
-        losses(example, engine.model, _leaves(example, n)).sum().backward()
-    if engine.verifies and not batch.verified:
-        raise AssertionError(f"{example.name}: the batch was not verified")
-    expected = per_sample_gradients(twin, losses(example, twin, _leaves(example, n)))
-    uses = batch.result.uses
-    if uses.keys() != expected.keys():
-        raise AssertionError(f"{example.name}: {sorted(uses)}, expected {sorted(expected)}")
-    if missing := [name for name, arrived in uses.items() if not arrived]:
-        raise AssertionError(f"{example.name}: no gradient arrived for {', '.join(missing)}")
-    return {
-        name: Gradients([use.gradient for use in uses[name]], gradient)
-        for name, gradient in expected.items()
-    }
-
-
-def _leaves(example: LayerExample, n: int) -> Inputs:
-    """Draw inputs, of which floating ones require gradients."""
-    inputs = example.draw(n, seed=n)
-    for leaf in tree_leaves(inputs[:2]):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            leaf.requires_grad_()
-    return inputs
