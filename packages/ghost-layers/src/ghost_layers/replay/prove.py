@@ -42,13 +42,10 @@ class Search:
     Attributes:
         trial: The call.
         axes: Axis of the rows in each output as the module returned it; None for a scalar.
-        flexible: Whether a tensor with as many rows as the call may be shared by samples all the
-            same; else the layer itself defines what belongs to samples.
     """
 
     trial: Trial
     axes: tuple[int | None, ...]
-    flexible: bool
     _expected: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def known(self, plan: Plan) -> bool:
@@ -80,7 +77,7 @@ class Search:
                 "own, or keeps a state",
                 remedy=_REPEATABLE,
             )
-        if plan.count > 1 and self.flexible:
+        if plan.count > 1:
             check_unmixed(self.trial, plan, self._expected)
         return plan
 
@@ -131,9 +128,7 @@ class Search:
     def _sharings(self, all_rows: tuple[InputRows, ...]) -> Iterator[tuple[InputRows, ...]]:
         """Yield the choices of what samples share, fewest first, that leave them something."""
         own = [at for at, rows in enumerate(all_rows) if rows.own]
-        most = len(own) - 1 if self.flexible else 0
-        if len(own) > _AMBIGUOUS:
-            most = min(most, 1)
+        most = len(own) - 1 if len(own) <= _AMBIGUOUS else 1
         for size in range(most + 1) if own else ():
             for shared in combinations(own, size):
                 yield tuple(

@@ -145,7 +145,7 @@ class ReplaySampler(GradientSampler):
             return plan, replay
         trained = {key: value.requires_grad for key, value in parameters.items()}
         trial = Trial(plan, replay, call.outputs, trained)
-        search = Search(trial, axes, flexible=sides is None)
+        search = Search(trial, axes)
         kind = (signature(call, plan, inputs), tuple(trained.values()))
         try:
             return remembered(module, plan, search, kind), replay
