@@ -244,3 +244,42 @@ def test_rows_of_samples_that_are_shared_as_if_they_were_a_table_are_refused() -
 
     with pytest.raises(WrongSplitError, match=r"depends on other samples"):
         check(Shares().double(), doubles(3, 4), layers="inner.*")
+
+
+def test_mixing_of_inputs_that_need_no_gradients_is_refused() -> None:
+    def by_outputs(module: Scaled, x: Tensor) -> Tensor:
+        return x * module.scale + x.mean(0)
+
+    def by_gradients(module: Scaled, x: Tensor) -> Tensor:
+        return x + 0.0 * module.scale + module.scale.sub(module.scale.detach()) * x.mean(0)
+
+    for function in (by_outputs, by_gradients):
+        with pytest.raises(WrongSplitError, match=r"depends on other samples"):
+            check(Scaled(function).double(), doubles(3, 4))
+
+
+def test_mixing_into_later_samples_alone_is_refused() -> None:
+    def shifted(module: Scaled, x: Tensor) -> Tensor:
+        return x * module.scale + torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+    with pytest.raises(WrongSplitError, match=r"depends on other samples"):
+        check(Behind(Scaled(shifted)).double(), doubles(3, 4), layers="module.*")
+
+
+def test_kernels_without_gradients_are_not_used() -> None:
+    # They return zeros at padding, which the call with gradients did not.
+    class Encodes(Gated):
+        def __init__(self) -> None:
+            super().__init__(0.1)
+            layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+            self.layers = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+            padding[:, -1] = True
+            return self.gate * self.layers(x, src_key_padding_mask=padding)
+
+    model = Behind(Encodes()).double().eval()
+    for parameter in model.module.layers.parameters():
+        parameter.requires_grad_(False)
+    check(model, doubles(3, 2, 4), layers="linear,*.gate")

@@ -14,6 +14,7 @@ from ghost_core import (
 )
 from ghost_core.testing import GradientHolder
 from ghost_layers.replay import GenericSampler, Way
+from ghost_layers.replay.recording import taken_apart
 
 from .modules import Behind, Experts, Gated, Scaled, check, doubles, registry
 
@@ -144,9 +145,25 @@ NARROWED: dict[str, Callable[[], nn.Module]] = {
 def test_some_of_the_samples(way: str, samples: slice | Tensor, ways: list[Way]) -> None:
     call, records, slope = recorded(NARROWED[way]().double(), doubles(4, 3, 4))
     assert [each.name for each in ways] == way.split()[:1]
+    assert (call.static.random is not None) == ("random" in way)
     with full_precision(slope.device):
         whole = GenericSampler().gradients(call.past(), records, [slope])
         narrow = {name: record.narrow(samples) for name, record in records.items()}
         part = GenericSampler().gradients(call.past(), narrow, [slope[samples]])
     for name, gradient in part.items():
         torch.testing.assert_close(gradient.materialize(), whole[name].materialize()[samples])
+
+
+def test_gradients_that_do_not_fit_at_once(
+    monkeypatch: pytest.MonkeyPatch, ways: list[Way]
+) -> None:
+    monkeypatch.setattr("ghost_layers.replay.gradients._AT_ONCE", 8)
+    check(Behind(Gated(0.5, dropout=0.0)).double(), doubles(7, 3, 4))
+    assert ways == [Way.VMAP]
+
+
+def test_tensors_that_differ_in_their_gradients_alone_are_two() -> None:
+    x = doubles(3, 4).requires_grad_()
+    call = Call("", None, (x, x.detach(), x), {}, (x,), {})
+    _, _, inputs, _ = taken_apart(call, None, 3)
+    assert [value.requires_grad for value in inputs] == [True, False]

@@ -113,7 +113,10 @@ def test_several_parameters_in_a_tied_module() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("width", [4, 160])
-def test_recurrent_layer_inside(dtype: torch.dtype, width: int, ways: list[Way]) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_recurrent_layer_inside(
+    dtype: torch.dtype, width: int, frozen: bool, ways: list[Way]
+) -> None:
     # In float32, its kernel asks whether it is to be differentiated.
     class Recurs(Gated):
         def __init__(self) -> None:
@@ -125,7 +128,8 @@ def test_recurrent_layer_inside(dtype: torch.dtype, width: int, ways: list[Way])
 
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     model = Behind(Recurs()).to(dtype)
-    check(model, torch.randn(3, 5, 4, dtype=dtype), layers="*gate,linear", tolerance=tolerance)
+    inputs = torch.randn(3, 5, 4, dtype=dtype)
+    check(model, inputs, layers="*gate,linear", frozen=frozen, tolerance=tolerance)
     assert ways == [Way.BATCH]
 
 

@@ -67,11 +67,6 @@ def _changes_with_others(trial: Trial, plan: Plan, gradients: Mapping[str, Tenso
 
 def _lets_nan_through(trial: Trial, plan: Plan) -> bool:
     """Tell whether NaN in one sample's gradient reaches another sample's inputs."""
-    # A kernel of recurrent layers cannot be differentiated unless its weights require grad.
-    values = {
-        key: value.detach().requires_grad_(key in trial.trained and value.is_floating_point())
-        for key, value in trial.values.items()
-    }
     given, sources = [], []
     for rows, value in zip(plan.input_rows, trial.replay.inputs, strict=True):
         mine = rows.own and value.is_floating_point() and value.requires_grad
@@ -82,7 +77,7 @@ def _lets_nan_through(trial: Trial, plan: Plan) -> bool:
     with trial.watched(plan, trial.guard(differentiable=True)):
         outputs = [
             (value, each.axis)
-            for value, each in zip(plan.run_whole(values, given), plan.outputs, strict=True)
+            for value, each in zip(plan.run_whole(trial.values, given), plan.outputs, strict=True)
             if value.requires_grad and value.shape[each.axis] > 1
         ]
         return bool(outputs) and any(
