@@ -12,8 +12,6 @@ from ghost_core import Dense, Owned
 N = 4
 OWNER = torch.tensor([0, 1, 1, 3, 0, 3, 3])
 
-ISSUE = pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue: folded rows narrowed")
-
 INDICES: dict[str, slice | Tensor] = {
     "a slice": slice(1, 3),
     "all": slice(None),
@@ -44,7 +42,6 @@ def test_narrowed(index: slice | Tensor) -> None:
     assert torch.equal(gradient.narrow(index).materialize(), gradient.materialize()[index])
 
 
-@ISSUE
 @pytest.mark.parametrize("index", REPEATED.values(), ids=REPEATED.keys())
 def test_repeated(index: Tensor) -> None:
     gradient = owned()

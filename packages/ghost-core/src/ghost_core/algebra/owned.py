@@ -77,11 +77,15 @@ class Owned(PerSampleGradient):
     def narrow(self, samples: slice | Tensor) -> Owned:
         """Return the gradients of some of the samples."""
         kept = torch.arange(self.samples, device=self.owner.device)[samples]
-        place = torch.full((self.samples,), -1, device=self.owner.device)
-        place[kept] = torch.arange(len(kept), device=self.owner.device)
-        moved = place[self.owner]
-        index = (moved >= 0).nonzero().flatten()
-        return Owned(self.rows.narrow(index), moved[index], len(kept))
+        # Rows by sample: a sample that is asked for twice has its rows twice.
+        by_sample = self.owner.argsort(stable=True)
+        counts = torch.bincount(self.owner, minlength=self.samples)
+        first = counts.cumsum(0) - counts
+        owner = torch.arange(len(kept), device=kept.device).repeat_interleave(counts[kept])
+        before = counts[kept].cumsum(0) - counts[kept]
+        within = torch.arange(len(owner), device=kept.device) - before[owner]
+        index = by_sample[first[kept][owner] + within]
+        return Owned(self.rows.narrow(index), owner, len(kept))
 
     def _by_sample(self, values: Tensor) -> Tensor:
         """Add what belongs to one sample: `[R, ...]` to `[N, ...]`."""
