@@ -18,6 +18,7 @@ from torch import Size, Tensor, nn
 from torch.nn import functional
 
 from ghost_core import Dense, Outer, PerSampleGradient, Tokens
+from ghost_core._torch import start_of_backward
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ def differentiate(
     """
     maps = [each for each in maps if not shapes.keys().isdisjoint((each.weight, each.bias))]
     results = [result for each in maps for result in each.results]
-    found = torch.autograd.grad(outputs, results, slopes, allow_unused=True)
+    start = start_of_backward(outputs, slopes)
+    found = torch.autograd.grad(start, results, allow_unused=True)
     grads = iter(
         torch.zeros_like(result) if grad is None else grad
         for result, grad in zip(results, found, strict=True)

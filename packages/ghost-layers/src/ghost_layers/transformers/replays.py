@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import Dense, GradientSampler, PastCall, PerSampleGradient, Record
+from ghost_core._torch import start_of_backward
 from ghost_core.sampler import own_parameters
 from ghost_layers.replay import Forward, ReplaySampler, Way, floating, kept
 from ghost_layers.transformers.names import class_names
@@ -63,7 +64,8 @@ class RelativeBiasSampler(ReplaySampler):
             looked_up = list(found)  # checkpointing inside looks it up once more
             outputs, slopes = plan.sloped(returned, replay, grads)
             rows = [each for _, each in looked_up]
-            arrived = torch.autograd.grad(outputs, rows, slopes, allow_unused=True)
+            start = start_of_backward(outputs, slopes)
+            arrived = torch.autograd.grad(start, rows, allow_unused=True)
             for (bias, _), grad in zip(looked_up, arrived, strict=True):
                 if grad is not None:
                     (each,) = torch.autograd.grad(
