@@ -6,6 +6,7 @@ import pytest
 
 from ghost_examples.demo import __main__ as demo
 from ghost_examples.demo import claims, receipt
+from ghost_examples.demo.report import Findings
 
 
 def run(output: Path, sizes: demo.Sizes) -> int:
@@ -15,6 +16,36 @@ def run(output: Path, sizes: demo.Sizes) -> int:
     return ended.value.code
 
 
+def test_the_whole_demo_fails_after_too_little_training(
+    sizes: demo.Sizes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "out", sizes) == 1
+    shown = capsys.readouterr()
+    assert "FAILED: digits: precision with 20 clean images is" in shown.err
+    assert shown.out.splitlines()[-1] == str(tmp_path / "out" / "report.html")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["digits.csv", "gradients", "report.html", "results.json"]
+
+
+def test_what_it_found_decides_how_it_ends(
+    findings: Findings,
+    sizes: demo.Sizes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(demo, "run", lambda options, sizes: findings)
+    monkeypatch.setattr(claims, "shortfalls", lambda precision, accuracy: [])
+    assert run(tmp_path, sizes) == 0
+    passed = capsys.readouterr()
+    assert "FAILED" not in passed.err
+    assert passed.out.splitlines()[-1] == str(tmp_path / "report.html")
+    monkeypatch.setattr(receipt, "TOLERANCE", 0.0)
+    assert run(tmp_path, sizes) == 1
+    assert "deviate" in capsys.readouterr().err
+
+
+@pytest.mark.stress
 def test_the_whole_demo_passes_or_fails_by_its_rule(
     sizes: demo.Sizes,
     tmp_path: Path,

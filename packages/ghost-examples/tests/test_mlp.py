@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,7 +28,18 @@ def test_dot_products_are_printed_step_by_step(capsys: pytest.CaptureFixture[str
     assert lines[-1].startswith("validation loss after 2 steps: ")
 
 
-def test_it_runs_as_a_command() -> None:
+def test_it_runs_as_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "ghost_examples.mlp_dot_product"
+    monkeypatch.setattr(sys, "argv", [name, *SMALL])
+    monkeypatch.delitem(sys.modules, name)  # runpy warns of modules that are there already
+    runpy.run_module(name, run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("validation loss after 2 steps: ")
+
+
+@pytest.mark.stress
+def test_it_runs_in_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "ghost_examples.mlp_dot_product", *SMALL]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1].startswith("validation loss after 2 steps: ")

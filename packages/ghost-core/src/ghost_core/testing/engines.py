@@ -26,6 +26,7 @@ from ghost_core.testing.tiny import TinyTransformer, next_token_losses
 N = 32
 MICRO_BATCHES = 2
 TOKENS = 6
+SHORT_BATCHES = 40
 
 EngineFactory = Callable[[TinyTransformer], Engine[Any]]
 
@@ -47,7 +48,7 @@ def check_engine(
       Python afterwards;
     * after leaving, also by an exception in the batch, in the forward or in the backward pass:
       hooks, attributes and `requires_grad` are as found, and no captured tensor lives;
-    * two hundred short batches leave no more tensors behind than one hundred;
+    * eighty short batches leave no more tensors behind than forty;
     * the result has one row per sample;
     * two engines at once change nothing either, where one alone leaves training bit-identical;
     * `frozen()` makes no weight gradient and restores `requires_grad`;
@@ -230,13 +231,14 @@ def _check_many_batches(make_engine: EngineFactory) -> None:
     engine, tokens, counts = make_engine(model), _tokens(2, seed=0), []
     with engine:
         for _ in range(2):
-            for _ in range(100):
+            for _ in range(SHORT_BATCHES):
                 with engine.batch(range(2)):
                     next_token_losses(model(tokens), tokens).sum().backward()
             counts.append(live_tensors())
     if counts[1] > counts[0]:
         raise AssertionError(
-            f"200 batches left {counts[1]} tensors behind, 100 left {counts[0]}: memory grows"
+            f"{2 * SHORT_BATCHES} batches left {counts[1]} tensors behind, {SHORT_BATCHES} left "
+            f"{counts[0]}: memory grows"
         )
 
 
