@@ -10,6 +10,7 @@ from torch import nn
 
 from ghost_core.plugins import installed
 from ghost_core.testing import (
+    LAYERS,
     assert_within,
     check_engine,
     check_projection,
@@ -103,8 +104,39 @@ def test_its_layer_is_scored_by_the_engine_of_ghost(model, inputs):
         )
 
 
+def agreement(gradients):
+    """Add up the signs of all entries that are not lost in rounding."""
+    rows = torch.stack(
+        [
+            torch.cat([each[n].flatten() for each in gradients.values()])
+            for n in range(len(next(iter(gradients.values()))))
+        ]
+    )
+    lost = rows.abs() <= 1e-6 * rows.abs().max(dim=1, keepdim=True).values
+    return rows.masked_fill(lost, 0).sign().sum(1)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 def test_its_engine_keeps_what_every_engine_promises():
-    check_engine(sample.SignAgreementEngine)
+    check_engine(sample.SignAgreementEngine, expected=agreement)
+
+
+def test_signs_of_uses_instead_of_their_sum_would_be_found():
+    class Wrong(sample.SignAgreementEngine):
+        def on_start(self, batch):
+            super().on_start(batch)
+            self.signs = torch.zeros(batch.n, dtype=torch.float64)
+
+        def on_gradient(self, pass_, parameter, gradient):
+            rows = gradient.materialize().reshape(gradient.n, parameter.shape.numel())
+            self.signs[pass_.samples] += rows.sign().sum(1)
+
+        def on_end(self, batch):
+            return self.signs
+
+    tied = {"tied": LAYERS["embedding tied to a head"]}
+    with pytest.raises(AssertionError, match=r"embedding tied to a head: .* entries are off"):
+        check_engine(Wrong, expected=agreement, examples=tied)
 
 
 def test_its_engine_agrees_with_brute_force(model, inputs):

@@ -9,7 +9,14 @@ from torch import nn
 from torch.nn import functional
 
 from ghost_core import CaptureError, UnknownOptionError
-from ghost_core.testing import assert_within, check_engine, next_token_losses, per_sample_gradients
+from ghost_core.testing import (
+    LAYERS,
+    assert_within,
+    check_engine,
+    next_token_losses,
+    of_family,
+    per_sample_gradients,
+)
 from ghost_core.testing.snapshots import Watched
 from ghost_engines import NormEngine
 
@@ -332,5 +339,23 @@ def test_norms_say_whether_the_split_was_verified(mlp, inputs):
         assert measure(mlp, inputs, sum_of_squares, verify=verify).verified is verify
 
 
-def test_keeps_what_every_engine_promises():
-    check_engine(lambda model: NormEngine(model, loss_weights="sum"))
+def whole_norms(gradients):
+    rows = [each.reshape(len(each), each.shape[1:].numel()) for each in gradients.values()]
+    return torch.cat(rows, dim=1).norm(dim=1)
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [
+        pytest.param(of_family("shared"), id="shared"),
+        pytest.param(LAYERS, id="all", marks=pytest.mark.stress),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_keeps_what_every_engine_promises(examples):
+    check_engine(
+        lambda model, **options: NormEngine(model, loss_weights="sum", **options),
+        expected=whole_norms,
+        values=lambda norms: norms.total,
+        examples=examples,
+    )

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from ghost_core import Batch, Engine
 from ghost_core.state import RandomState
+from ghost_core.testing.cases import LAYERS
+from ghost_core.testing.examples import LayerExample
 from ghost_core.testing.oracle import assert_within
+from ghost_core.testing.results import EngineFactory, Expected, check_results
 from ghost_core.testing.snapshots import (
     Watched,
     assert_untouched,
@@ -28,12 +31,14 @@ MICRO_BATCHES = 2
 TOKENS = 6
 SHORT_BATCHES = 40
 
-EngineFactory = Callable[[TinyTransformer], Engine[Any]]
-
 
 def check_engine(
     make_engine: EngineFactory,
     *,
+    expected: Expected | None = None,
+    values: Callable[[Any], Tensor] | None = None,
+    examples: Mapping[str, LayerExample] = LAYERS,
+    tolerance: float = 1e-6,
     rows: Callable[[Any], int] | None = None,
     gradient_error: float | None = 0.0,
     result_holds_capture: bool = False,
@@ -54,9 +59,23 @@ def check_engine(
     * `frozen()` makes no weight gradient and restores `requires_grad`;
     * an option that does not exist is a `TypeError`.
 
+    With `expected`, numbers are compared as well, in float64: for every example, and for a
+    `TinyTransformer`, whose head is tied to its embedding, in one pass, in micro-batches, in two
+    passes of the same samples, with `layers=...`, with a gradient scaler, which is to leave no
+    trace in the result, and in a `frozen()` pass.
+
+        check_engine(SquaredNorms, expected=lambda gradients: sum(
+            rows.reshape(len(rows), -1).square().sum(1) for rows in gradients.values()))
+
     Args:
         make_engine: Makes an engine for a model that maps token ids, int64 `[N, T]` below 19, to
-            logits `[N, T, 19]`.
+            logits `[N, T, 19]`. With `expected`: for any model, with the options of `Engine` that
+            it is given by keyword.
+        expected: Computes the result, a tensor, from the gradients of the samples by autograd,
+            float64 `[N, *shape]` by the first name of each parameter selected.
+        values: Picks from a result what `expected` computes; by default, the result is a tensor.
+        examples: What numbers are compared for, by name.
+        tolerance: Error allowed in them, relative to the largest number of the result.
         rows: Returns how many samples a result covers; by default, the result is searched for a
             tensor with one row per sample.
         gradient_error: Error that the engine may make in `.grad`, relative to its norm, in
@@ -67,8 +86,11 @@ def check_engine(
         steps: Optimizer steps.
 
     Raises:
-        AssertionError: Naming what changed, and when.
+        AssertionError: Naming what changed, and when; or the number that is wrong.
+        ValueError: If a result is no tensor and `values` does not say what of it is expected.
     """
+    if expected is not None:
+        check_results(make_engine, expected, values, examples, tolerance)
     _check_unknown_option(make_engine)
     for autocast in (False, True):
         how = "under bfloat16 autocast" if autocast else "in float32"

@@ -63,22 +63,35 @@ def _tokens(values: Tensor) -> Tensor:
     return values.reshape(values.shape[0], values.shape[1:-1].numel(), values.shape[-1])
 
 
-# An engine: how much each sample's gradient agrees in sign with all others.
+# An engine: how many entries of each sample's gradient are positive, less those that are negative.
 
 
 class SignAgreementEngine(Engine[Tensor]):
-    """Sums the signs of each sample's gradient over all parameters, `[N]`."""
+    """Adds up the signs of each sample's gradient over all parameters, `[N]`.
+
+    A parameter may be used several times. Its gradient is the sum of what arrives, of which the
+    sign is known at the end only. Entries that are lost in rounding beside the largest count zero.
+    """
 
     def on_start(self, batch: Batch[Tensor]) -> None:
-        self._sums = torch.zeros(batch.n, dtype=torch.float64)
+        self._gradients = {
+            parameter.name: torch.zeros(batch.n, parameter.shape.numel(), dtype=torch.float64)
+            for parameter in self.parameters
+        }
 
     def on_gradient(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> None:
-        self._sums[pass_.samples] += gradient.materialize().sign().flatten(1).sum(1)
+        rows = self._gradients[parameter.name]
+        rows[pass_.samples] += gradient.materialize().reshape(gradient.n, rows.shape[1]).cpu()
 
     def on_end(self, batch: Batch[Tensor]) -> Tensor:
-        return self._sums
+        rows = torch.cat(list(self._gradients.values()), dim=1)
+        counted = rows.abs() > 1e-6 * rows.abs().amax(1, keepdim=True)
+        return (rows.sign() * counted).sum(1)
+
+    def on_close(self) -> None:
+        self._gradients = {}
 
 
 # A projection: keeps a random subset of coordinates.
