@@ -16,11 +16,14 @@ from tests.silent.compare import (
     squares,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from ghost_core.testing import GradientHolder
 
 N, T, D = 4, 3, 6
 MATRICES = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
@@ -29,8 +32,6 @@ PRODUCTS = [torch.ops.aten.mul.Tensor]
 KEEP = CheckpointPolicy.MUST_SAVE
 
 Context = Callable[[], Any]
-
-ISSUE = "issue: replays inside a caching mode"
 
 
 class Scale(nn.Module):
@@ -106,36 +107,19 @@ INNER: dict[str, Callable[[], nn.Module]] = {
     "closed form": lambda: nn.LayerNorm(D),
 }
 
-UNVERIFIED_FAILURES = {("roots", BEHIND), ("products", BEHIND)}
-"""Where replays break what torch keeps: the training is another one."""
-
-VERIFIED_FAILURES = {
-    *((context, inner) for context in ("matrices", "matrices, as a list") for inner in INNER),
-    ("everything", "closed form"),
-    *UNVERIFIED_FAILURES,
-}
-"""Where the probe's backward pass, the first of two, ends in a raw error."""
-
 IMPOSSIBLE = ("everything", BEHIND)
 """What torch itself cannot run."""
 
 
-def cases(*, verify: bool) -> list[Any]:
-    """Return all contexts and inner modules, those that fail today marked."""
-    return [
-        pytest.param(context, inner, marks=_marks(verify, context, inner))
-        for context in CONTEXTS
-        for inner in INNER
-        if (context, inner) != IMPOSSIBLE
-    ]
-
-
-def _marks(verify: bool, context: str, inner: str) -> list[pytest.MarkDecorator]:
-    failing = VERIFIED_FAILURES if verify else UNVERIFIED_FAILURES
-    failed = (context, inner) in failing
-    marks = [pytest.mark.xfail(strict=True, reason=ISSUE)] if failed else []
-    everyday = context in ("matrices", "roots")
-    return marks if everyday else [*marks, pytest.mark.stress]
+CASES = [
+    pytest.param(
+        context, inner, marks=[] if context in ("matrices", "roots") else [pytest.mark.stress]
+    )
+    for context in CONTEXTS
+    for inner in INNER
+    if (context, inner) != IMPOSSIBLE
+]
+"""All contexts and inner modules."""
 
 
 def models(context: str, inner: str) -> tuple[nn.Module, nn.Module]:
@@ -157,26 +141,60 @@ def check_numbers(way: str, context: str, inner: str, *, verify: bool) -> None:
     model, twin = models(context, inner)
     x = drawn(N, T, D)
     plain = twin, lambda: squares(twin(x))
-    exact_or_refused(model, lambda: squares(model(x)), way, plain=plain, verify=verify)
+    options = {"plain": plain, "verify": verify}
+    assert exact_or_refused(model, lambda: squares(model(x)), way, **options) == "exact"
 
 
-@pytest.mark.parametrize(("context", "inner"), cases(verify=True))
-def test_training_with_verification(context: str, inner: str) -> None:
-    check_training(context, inner, verify=True)
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(("context", "inner"), CASES)
+def test_training(context: str, inner: str, verify: bool) -> None:
+    check_training(context, inner, verify=verify)
 
 
-@pytest.mark.parametrize(("context", "inner"), cases(verify=False))
-def test_training_without_verification(context: str, inner: str) -> None:
-    check_training(context, inner, verify=False)
-
-
-@pytest.mark.parametrize(("context", "inner"), cases(verify=True))
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(("context", "inner"), CASES)
 @pytest.mark.parametrize("way", WAYS)
-def test_numbers_with_verification(way: str, context: str, inner: str) -> None:
-    check_numbers(way, context, inner, verify=True)
+def test_numbers(way: str, context: str, inner: str, verify: bool) -> None:
+    check_numbers(way, context, inner, verify=verify)
 
 
-@pytest.mark.parametrize(("context", "inner"), cases(verify=False))
-@pytest.mark.parametrize("way", WAYS)
-def test_numbers_without_verification(way: str, context: str, inner: str) -> None:
-    check_numbers(way, context, inner, verify=False)
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_block_that_is_not_tracked(context: str, verify: bool) -> None:
+    """No hook runs in it, and the probe's backward passes go through it all the same."""
+    model, twin = models(context, "one replayed")
+    x, first = drawn(N, T, D), nn.Linear(D, D).double()
+    both = nn.Sequential(first, model), nn.Sequential(first, twin)
+    options = {"layers": "0.*", "verify": verify}
+    assert_training_untouched(both[0], lambda: squares(both[0](x)), N, **options)
+    plain = both[1], lambda: squares(both[1](x))
+    for way in WAYS:
+        run = partial(exact_or_refused, both[0], lambda: squares(both[0](x)), way, plain=plain)
+        assert run(**options) == "exact"
+
+
+def test_modes_of_the_user_do_not_see_replays() -> None:
+    """Any mode around a module sees what it sees without ghost, but for views."""
+    model, x = nn.Sequential(Scale(), nn.Linear(D, 2)).double(), drawn(N, T, D)
+    plain, seen = Seen(), Seen()
+    with plain:
+        model(x)
+    engine = GradientHolder(model, verify=False)
+    with engine, engine.batch(range(N)):
+        with seen:
+            y = model(x)
+        squares(y).sum().backward()
+    assert seen.computed == plain.computed != []
+
+
+class Seen(TorchDispatchMode):
+    """Keeps which operations ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            self.computed.append(func)
+        return func(*args, **(kwargs or {}))

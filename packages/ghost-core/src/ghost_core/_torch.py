@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 Hooks = dict[int, Callable[..., Any]]
 """Hooks by the id of their handle, in the order in which they run; writing changes what runs."""
@@ -32,6 +36,63 @@ class DispatchMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+@contextmanager
+def foreign_modes_left() -> Iterator[None]:
+    """Leave dispatch modes that are not ghost's: what a checkpoint keeps is not ghost's to change.
+
+    Modes of torch's own machinery, which stand in for tensors or trace, stay. Torch 2.5.
+    """
+    modes: list[Any] = _python_dispatch._get_current_dispatch_mode_stack()
+    foreign = not all(isinstance(mode, DispatchMode) for mode in modes)
+    if not foreign or any(mode.is_infra_mode() for mode in modes):
+        yield
+        return
+    with _python_dispatch._disable_current_modes():
+        yield
+
+
+class _StoresKept(TorchFunctionMode):
+    """Gives out copies of what selective checkpoints keep, which they give out once.
+
+    A checkpoint computes again under a mode with the values in its `storage`: containers by
+    operation, of wrappers with a tensor `val`. It is seen here at the first function that runs
+    under it, before anything is taken. A tensor given out becomes part of a graph, so copies of
+    it, which share the memory, take its place. Torch 2.5.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function; see to the modes around it first."""
+        modes: list[Any] = _python_dispatch._get_current_dispatch_mode_stack()
+        for mode in modes:
+            if type(mode).__module__ != "torch.utils.checkpoint":
+                continue
+            storage = mode.storage
+            if not any(storage is each for each, _ in self._found):
+                self._found.append((storage, dict(storage)))
+                storage |= {key: tree_map(_given_out, kept) for key, kept in storage.items()}
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        for storage, kept in self._found:
+            storage.clear()
+            storage |= kept
+        self._found.clear()
+
+
+def _given_out(wrapper: Any) -> Any:
+    if not isinstance(getattr(wrapper, "val", None), Tensor):
+        return wrapper
+    given = copy(wrapper)
+    with torch._C._AutoDispatchBelowAutograd():  # no view of autograd's, whose graph it joins
+        given.val = wrapper.val.detach()
+    return given
 
 
 # Autograd
@@ -68,6 +129,24 @@ def start_of_backward(outputs: Iterable[Tensor], gradients: Iterable[Tensor]) ->
     with torch.enable_grad():
         start: Tensor = _Start.apply(tuple(gradients), *outputs)  # type: ignore[no-untyped-call]
     return start
+
+
+def run_backward(start: Tensor, leaf: Tensor) -> None:
+    """Run a backward pass from a scalar to a leaf alone, and leave all as it was, graph included.
+
+    What selective checkpoints take from their store is put back. `torch.autograd.grad` is not
+    used: it is a function like others to modes, which leave themselves while it runs. Torch 2.5.
+    """
+    with _StoresKept():
+        torch.autograd.Variable._execution_engine.run_backward(
+            (start,),
+            (torch.ones_like(start),),
+            True,  # keep the graph
+            False,  # make none
+            (leaf,),
+            allow_unreachable=True,
+            accumulate_grad=False,
+        )
 
 
 class _Start(torch.autograd.Function):

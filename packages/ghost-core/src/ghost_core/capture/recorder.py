@@ -105,7 +105,7 @@ class Recorder:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the model alone for a while: for validation gradients and other graphs."""
-        with self._state.silence(), flags_set(self._state.flags):
+        with self._state.pause(), flags_set(self._state.flags):
             yield
 
     def _install(self) -> None:

@@ -9,6 +9,7 @@ from enum import Enum
 
 from torch import Tensor, nn
 
+from ghost_core._torch import foreign_modes_left
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass
@@ -126,7 +127,13 @@ class CaptureState:
 
     @contextmanager
     def silence(self) -> Iterator[None]:
-        """Let calls of modules pass for a while: a sampler runs them."""
+        """Let calls of modules pass for a while: a sampler runs them, outside of foreign modes."""
+        with self.pause(), foreign_modes_left():
+            yield
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Let calls of modules pass for a while: the user runs them."""
         before, self.paused = self.paused, True
         try:
             yield

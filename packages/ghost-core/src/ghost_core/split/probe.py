@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ghost_core._torch import Hooks, backward_hooks, start_of_backward
+from ghost_core._torch import Hooks, backward_hooks, run_backward, start_of_backward
 from ghost_core.errors import CaptureError
 from ghost_core.split.axes import RowAxes
 from ghost_core.split.owners import Hit
@@ -158,7 +158,7 @@ class Prober:
                 torch.autograd.set_detect_anomaly(False),  # which takes NaN for a mistake
             ):
                 start = start_of_backward(gradients, gradients.values())
-                torch.autograd.grad(start, [self._seed], retain_graph=True, allow_unused=True)
+                run_backward(start, self._seed)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
                 raise CaptureError(
