@@ -60,18 +60,7 @@ def inputs() -> Tensor:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize(
-    "as_view",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True, raises=AssertionError, reason="issue: gradients as bucket views"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("as_view", [False, True])
 def test_distributed_data_parallel(as_view: bool) -> None:
     wrapped = DistributedDataParallel(net(), gradient_as_bucket_view=as_view)
     assert values(wrapped) == values(net())
@@ -88,7 +77,6 @@ def test_gradients_replaced_between_batches() -> None:
     assert values(net(), _replace) == values(net())
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue: gradients as bucket views")
 def test_gradients_replaced_inside_batches() -> None:
     """A hook that runs when a gradient is there puts it into another tensor."""
     model = net()

@@ -212,6 +212,16 @@ def tidy_gradient_hooks(tensor: Tensor) -> None:
         tensor._backward_hooks = None
 
 
+def tells_of_steps(optimizer: object) -> bool:
+    """Tell whether an optimizer calls hooks at its steps. Torch 2.5.
+
+    A wrapper may derive from `Optimizer` and never set itself up as one.
+    """
+    return isinstance(optimizer, torch.optim.Optimizer) and hasattr(
+        optimizer, "_optimizer_step_post_hooks"
+    )
+
+
 # Modules
 
 

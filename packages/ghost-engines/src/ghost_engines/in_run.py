@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghost_core import CaptureError, MissingExtraError, UnknownNameError
+from ghost_engines.discards import Discards
 from ghost_engines.scores import Scores
 from ghost_engines.scoring import ScoringEngine
 
 if TYPE_CHECKING:
     import pandas
+
+
+@dataclass
+class _Pending:
+    """A batch that no step was made with yet.
+
+    Attributes:
+        scores: Its scores.
+        parameters: Names of the parameters whose gradients were not thrown away.
+    """
+
+    scores: Scores
+    parameters: set[str]
 
 
 @dataclass
@@ -39,17 +54,20 @@ class InRunValues:
     Gradient clipping is not known to it: a clipped step moves less than the values say. With a
     gradient scaler, give it to the engine, or every value is multiplied by the scale.
 
-    Call `zero_grad` before a batch is opened, as usual: gradients found zero then mean that the
-    batches before were discarded. Called inside a batch, it must set gradients to None, its
-    default.
+    What `zero_grad` throws away is known by parameter, wherever it is called before the first
+    backward pass of a batch, and whoever holds the gradients: a step credits what it was made with.
+    Between two backward passes of one batch, `zero_grad` must set gradients to None, its default,
+    and is refused.
 
     Args:
         engine: The engine that scores the batches.
-        optimizer: The optimizer that makes the steps.
+        optimizer: The optimizer that makes the steps, or a wrapper that has it in `.optimizer`, as
+            Accelerate's. Steps that a scaler skips are not counted.
         direction: Name of the direction to use; the engine's only one by default.
 
     Raises:
-        CaptureError: If the optimizer does not hold a tracked parameter.
+        CaptureError: If the optimizer does not hold a tracked parameter, or does not tell of its
+            steps, or a batch is open.
     """
 
     def __init__(
@@ -60,21 +78,27 @@ class InRunValues:
         direction: str | None = None,
     ) -> None:
         self._engine = engine
-        self._optimizer = optimizer
         self._direction = direction
+        if engine.is_open:
+            raise CaptureError("make InRunValues outside of a batch, to see all of its gradients")
+        optimizer = _stepping(optimizer)
         _rates(engine, optimizer)  # raises early
         self._records: dict[int, _Record] = {}
-        self._pending: list[Scores] = []
-        self._witness: tuple[torch.nn.Parameter, Tensor] | None = None
+        self._pending: list[_Pending] = []
+        self._discards = Discards(self._parameters)
         self._steps = 0
         self.skipped_batches = 0
-        """Batches that no step followed."""
-        self._handle = optimizer.register_step_post_hook(self._credit)
+        """Batches that no step was made with."""
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
         engine.observe(self)
 
     def close(self) -> None:
         """Stop to watch the engine and the optimizer; the values stay."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._engine.unobserve(self)
 
     def __enter__(self) -> Self:
@@ -128,48 +152,75 @@ class InRunValues:
     # Called by the engine
 
     def starting(self) -> None:
-        """Drop batches whose gradients were discarded before a step was made with them.
+        """Drop what was thrown away since the last batch.
 
         Gradient scalers skip steps that overflow; then `zero_grad` is called with no step before.
         """
-        self._witness = None
-        if self._pending:
-            held = _gradients(self._optimizer)
-            if any(bool(gradient.any()) for _, gradient in held):
-                self._witness = held[0]
-            else:
-                self._drop()
+        self._drop(self._discards.start())
+
+    def arriving(self, name: str) -> None:
+        """Look whether `zero_grad` was called inside the batch."""
+        self._discards.arriving(name)
 
     def scored(self, scores: Scores) -> None:
-        """Keep the scores of a batch until a step is made with it."""
-        witness, self._witness = self._witness, None
-        if witness is not None and witness[0].grad is not witness[1]:
-            self._drop()  # zero_grad was called inside the batch
-        self._pending.append(scores)
+        """Keep the scores of a batch until a step is made with it.
 
-    def _drop(self) -> None:
-        self.skipped_batches += len(self._pending)
-        self._pending.clear()
+        Raises:
+            CaptureError: If gradients were taken out of `.grad` inside the batch.
+        """
+        lost, made = self._discards.end()
+        self._drop(lost)
+        if made:
+            self._pending.append(_Pending(scores, made))
+        elif len(scores.ids):
+            self.skipped_batches += 1  # under frozen() there is nothing to make a step with
 
-    def _credit(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _drop(self, lost: set[str]) -> None:
+        """Credit nothing for the gradients of some parameters in the batches so far."""
+        for each in self._pending:
+            each.parameters -= lost
+        kept = [each for each in self._pending if each.parameters]
+        self.skipped_batches += len(self._pending) - len(kept)
+        self._pending = kept
+
+    # Called by the optimizer
+
+    def _before_step(self, *_: Any) -> None:
         if self._engine.is_open:
             raise CaptureError(
                 "the optimizer made a step inside an open batch: close it before optimizer.step(), "
                 "so that its scores are known"
             )
+        self._drop(self._discards.lost())
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # A scaler leaves it to fused optimizers to skip a step, and tells them so.
+        overflow: Tensor | None = getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            return
         self._steps += 1
         rates = _rates(self._engine, optimizer)
-        for scores in self._pending:
-            column = self._column(scores)
-            values = torch.zeros(len(scores.ids), dtype=torch.float64)
-            for name, dots in scores.by_parameter.items():
-                values += rates[name] * dots[:, column].to("cpu", torch.float64)
-            for sample, value in zip(scores.ids.tolist(), values.tolist(), strict=True):
-                record = self._records.setdefault(sample, _Record(first_step=self._steps))
-                record.value += value
-                record.times_seen += 1
-                record.last_step = self._steps
+        for pending in self._pending:
+            self._credit(pending, rates)
         self._pending.clear()
+        self._discards.forget()
+
+    def _credit(self, pending: _Pending, rates: Mapping[str, float]) -> None:
+        scores = pending.scores
+        column = self._column(scores)
+        values = torch.zeros(len(scores.ids), dtype=torch.float64)
+        for name, dots in scores.by_parameter.items():
+            if name in pending.parameters:
+                values += rates[name] * dots[:, column].to("cpu", torch.float64)
+        for sample, value in zip(scores.ids.tolist(), values.tolist(), strict=True):
+            record = self._records.setdefault(sample, _Record(first_step=self._steps))
+            record.value += value
+            record.times_seen += 1
+            record.last_step = self._steps
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        model = self._engine.model
+        return {each.name: model.get_parameter(each.name) for each in self._engine.parameters}
 
     def _column(self, scores: Scores) -> int:
         if self._direction is None:
@@ -182,6 +233,27 @@ class InRunValues:
         if self._direction not in scores.directions:
             raise UnknownNameError("direction", self._direction, scores.directions)
         return scores.directions.index(self._direction)
+
+
+def _stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that makes the steps of one that may be a wrapper, as Accelerate's is.
+
+    Raises:
+        CaptureError: If there is none to follow.
+    """
+    inner: Any = optimizer
+    # Only what was set up as an optimizer tells of its steps.
+    while not (
+        isinstance(inner, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(inner)
+    ):
+        if not hasattr(inner, "optimizer"):
+            raise CaptureError(
+                f"{type(optimizer).__name__} does not tell of its steps",
+                reason="it is not set up as a torch.optim.Optimizer and has none in .optimizer",
+                remedy="give InRunValues the optimizer inside that makes the steps",
+            )
+        inner = inner.optimizer
+    return inner
 
 
 def _rates(engine: ScoringEngine[Any], optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -197,14 +269,3 @@ def _rates(engine: ScoringEngine[Any], optimizer: torch.optim.Optimizer) -> dict
             )
         rates[parameter.name] = float(group["lr"]) * (-1 if group.get("maximize") else 1)
     return rates
-
-
-def _gradients(
-    optimizer: torch.optim.Optimizer,
-) -> list[tuple[torch.nn.Parameter, Tensor]]:
-    return [
-        (parameter, parameter.grad)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]

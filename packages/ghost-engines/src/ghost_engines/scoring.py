@@ -34,6 +34,13 @@ class ScoreObserver(Protocol):
         """A batch is about to be captured."""
         ...
 
+    def arriving(self, name: str) -> None:
+        """A gradient arrived for a parameter that autograd did not add to `.grad` yet.
+
+        It runs during the backward pass, once for each use of the parameter.
+        """
+        ...
+
     def scored(self, scores: Scores) -> None:
         """A batch was scored."""
         ...
@@ -165,7 +172,9 @@ class ScoringEngine(Engine[ScoresT]):
     def on_gradient(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> None:
-        """Multiply with the directions."""
+        """Multiply with the directions, and tell the observers."""
+        for observer in self._observers:
+            observer.arriving(parameter.name)
         stacked = self._stacked[parameter.name]
         if self._tokens is None:
             dots = gradient.dot(stacked)
