@@ -69,26 +69,33 @@ VERIFY = """
 GradientHolder(model).verify(losses).raise_if_wrong()
 """
 
+BESIDE = """
+from torch.distributed.fsdp import fully_shard
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+expected = per_sample_gradients(model, losses(), ["3.weight", "3.bias"])
+fully_shard(model[0])
+engine = GradientHolder(model, layers="3")
+with {how}, engine.batch(range(4)) as batch:
+    losses().sum().backward()
+for name, held in batch.result.materialize().items():
+    assert torch.allclose(held, expected[name], rtol=1e-9, atol=1e-12), name
+print("exact")
+"""
+
 CODE = {
     "accelerate's optimizer": ACCELERATE,
     "sharded blocks": SHARDED + BATCH.format(how="engine"),
     "sharded blocks, frozen": SHARDED + BATCH.format(how="engine.frozen()"),
     "sharded blocks, direction": SHARDED + DIRECTION,
+    "beside a sharded block": BESIDE.format(how="engine"),
+    "beside a sharded block, frozen": BESIDE.format(how="engine.frozen()"),
     "sharded blocks, verify": SHARDED + VERIFY,
 }
 
 
-FAILING = CODE.keys() - {"sharded blocks, direction", "accelerate's optimizer"}
-
-
-def params() -> list[object]:
-    """Return what is run, with marks for what fails today."""
-    failed = pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue: crashes")
-    return [pytest.param(name, marks=[failed] if name in FAILING else []) for name in CODE]
-
-
 @pytest.mark.stress
-@pytest.mark.parametrize("name", params())
+@pytest.mark.parametrize("name", CODE)
 def test_exact_or_refused(name: str) -> None:
     pytest.importorskip("accelerate")
     body = "\n    ".join(CODE[name].splitlines())
@@ -97,3 +104,8 @@ def test_exact_or_refused(name: str) -> None:
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr.splitlines()[-1]
+    if name.startswith("beside"):
+        assert ran.stdout == "exact\n"
+    elif name.startswith("sharded"):
+        assert ran.stdout.startswith("refused 0.weight is a ")
+        assert "Remedy: " in ran.stdout

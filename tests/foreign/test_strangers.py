@@ -86,7 +86,6 @@ def test_broken_entry_points_of_an_unrelated_package(tmp_path: Path, how: str) -
     assert ran.stdout.split() == ["used", "True"]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue: saving an attached model")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_attached_model_loads_where_ghost_is_not_installed(tmp_path: Path, frozen: bool) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))

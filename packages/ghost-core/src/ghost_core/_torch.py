@@ -18,7 +18,7 @@ from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 Hooks = dict[int, Callable[..., Any]]
@@ -161,16 +161,43 @@ class _Start(torch.autograd.Function):
         return None, *ctx.gradients
 
 
+def is_graph_gone(error: RuntimeError) -> bool:
+    """Tell whether a backward pass failed since there was one before on its graph. Torch 2.5."""
+    return "backward through the graph a second time" in str(error)
+
+
+def is_composed(tensor: Tensor) -> bool:
+    """Tell whether a tensor is made of others, as sharded and quantised ones are. Torch 2.5."""
+    return is_traceable_wrapper_subclass(tensor)
+
+
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was written to; zero where torch does not count. Torch 2.5."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def address(value: object) -> int:
-    """Return where a tensor's memory starts; 0 for what has none. Torch 2.5."""
+    """Return where a tensor's memory starts; 0 for what has none of its own. Torch 2.5."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or not value.numel():
         return 0
+    if is_composed(value):
+        return 0
     return value.untyped_storage().data_ptr()
+
+
+@contextmanager
+def cudnn_enabled(enabled: bool) -> Iterator[None]:
+    """Let cuDNN be used, or not, meanwhile. Torch 2.5.
+
+    `torch.backends.cudnn.enabled` is read-only after `torch.backends.disable_global_flags()`, and
+    `torch.backends.cudnn.flags`, which is not, sets all other flags too.
+    """
+    before = torch._C._get_cudnn_enabled()
+    try:
+        torch._C._set_cudnn_enabled(enabled)
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(before)
 
 
 # Hooks

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Self, TypedDict
+from typing import Any, ClassVar, Generic, NoReturn, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
 from ghost_core.capture import Freeze, Listener, Recorder
 from ghost_core.compare import Comparison, compare
 from ghost_core.errors import CaptureError, UnknownOptionError
-from ghost_core.hooks import Hook
+from ghost_core.hooks import is_own
 from ghost_core.plugins import select
 from ghost_core.tracking import Patterns, SamplerRegistry, TrackedParameter, Tracking, track
 
@@ -135,6 +135,17 @@ class Engine(Listener, Generic[ResultT]):
         given = [f"{name}={reprlib.repr(value)}" for name, value in self._given.items()]
         return (
             f"<{', '.join([f'{kind}: {model}, {len(self.parameters)} parameters', *given, state])}>"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            CaptureError: Always.
+        """
+        raise CaptureError(
+            f"{type(self).__name__} belongs to the model it was made for, as closures that it was "
+            "given do: copy or save the model, and make a new engine for the copy"
         )
 
     @property
@@ -324,7 +335,7 @@ class Engine(Listener, Generic[ResultT]):
         """Refuse parameters frozen or unfrozen since: scores would not be those of the training."""
         for parameter in self.parameters:
             hooks = gradient_hooks(self.model.get_parameter(parameter.name))
-            if any(not isinstance(hook, Hook) for hook in hooks.values()):
+            if not all(map(is_own, hooks.values())):
                 raise CaptureError(
                     f"{parameter.name} has a hook on its gradient, which contributions do not pass "
                     "through: remove the hook, or leave the parameter out with exclude=..."

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import MethodType
 from typing import Any
 
 
 class Hook:
-    """A hook that stays behind when the model is copied or pickled."""
+    """A hook that stays behind when the model is copied or pickled.
+
+    In its place the copy has a function of the standard library that does nothing, whatever it
+    gets, so that a file loads where ghost is not installed.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -17,15 +23,14 @@ class Hook:
         return self._function(*args)
 
     def __deepcopy__(self, memo: object) -> Callable[..., None]:
-        return _ignore
+        return nullcontext().__exit__
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _get_ignore, ()
-
-
-def _ignore(*_: object) -> None:
-    """Stand in for a hook on a copy of the model."""
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, str]]:
+        return getattr, (nullcontext(), "__exit__")
 
 
-def _get_ignore() -> Callable[..., None]:
-    return _ignore
+def is_own(hook: object) -> bool:
+    """Tell whether a hook is one of ghost's, or what is left of one on a copy of a model."""
+    if isinstance(hook, MethodType):
+        return type(hook.__self__) is nullcontext
+    return isinstance(hook, Hook)

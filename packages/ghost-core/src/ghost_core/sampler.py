@@ -73,7 +73,17 @@ class Call:
             return self.args[position]
         if name in self.kwargs:
             return self.kwargs[name]
-        raise CaptureError(f"{self.name} was called without its argument {name!r}")
+        raise CaptureError(f"{self.label} was called without its argument {name!r}")
+
+    @property
+    def label(self) -> str:
+        """The module's name, for messages."""
+        return self.name or "(root)"
+
+    @property
+    def or_exclude(self) -> str:
+        """How to leave the module out, for the end of a remedy; nothing for the root."""
+        return f", or leave it out with exclude={self.name!r}" if self.name else ""
 
 
 class GradientSampler(ABC):
@@ -112,7 +122,7 @@ class GradientSampler(ABC):
     def owns(self, module: nn.Module) -> tuple[str, ...]:
         """Return the local names of the parameters it handles, of those that a module has."""
         names = own_parameters(module) if self.parameters is None else self.parameters
-        present = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        present = {name for name, _ in nn.Module.named_parameters(module, remove_duplicate=False)}
         return tuple(name for name in names if name in present)
 
     def refuse(self, module: nn.Module) -> str | None:
@@ -171,11 +181,13 @@ def own_parameters(module: nn.Module) -> tuple[str, ...]:
     """Return the local names of a module's own parameters, dotted for those that it holds apart.
 
     A parametrised `weight` is computed from `parametrizations.weight.original`, and lists and
-    dictionaries of parameters are modules, though nobody calls them.
+    dictionaries of parameters are modules, though nobody calls them. Names are those of modules and
+    attributes, whatever a class with a `named_parameters` of its own says: torch's
+    `checkpoint_wrapper` leaves itself out of them, as if it owned what is inside.
     """
     return tuple(
         name
-        for name, _ in module.named_parameters(remove_duplicate=False)
+        for name, _ in nn.Module.named_parameters(module, remove_duplicate=False)
         if name.startswith("parametrizations.") or _holders_only(module, name)
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import CaptureError, TrackedParameter, UnknownNameError
+from ghost_core._torch import is_graph_gone
 from ghost_core.algebra import accumulation_dtype
 from ghost_core.state import untouched
 
@@ -64,7 +65,8 @@ def gradient_of(
         parameters: The parameters to differentiate.
 
     Raises:
-        CaptureError: If the loss is no finite scalar that depends on the parameters.
+        CaptureError: If the loss is no finite scalar that depends on the parameters, or was
+            backpropagated before.
     """
     parameters = list(parameters)
     leaves = [model.get_parameter(parameter.name) for parameter in parameters]
@@ -76,7 +78,17 @@ def gradient_of(
                 f"direction {name!r}: the closure must return a scalar loss that depends on the "
                 f"model's parameters, not {_described(loss)}"
             )
-        gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+        except RuntimeError as error:
+            if not is_graph_gone(error):
+                raise
+            raise CaptureError(
+                f"direction {name!r}: the gradient of the closure's loss cannot be computed",
+                reason="it was backpropagated before, by the closure itself or where a loss that "
+                "was computed earlier is returned",
+                remedy="compute the loss in the closure, and return it without calling backward()",
+            ) from error
     if all(gradient is None for gradient in gradients):
         raise CaptureError(
             f"direction {name!r}: the closure's loss depends on none of the selected parameters; "

@@ -94,8 +94,8 @@ class EmbeddingBagSampler(EmbeddingSampler):
         index: Tensor = call.argument(0, "input")
         if index.dim() != 2:
             raise CaptureError(
-                f"{call.name} was called with offsets, whose bags need not be the samples: give it "
-                f"one bag per sample, [N, T], or leave it out with exclude={call.name!r}"
+                f"{call.label} was called with offsets, whose bags need not be the samples: give "
+                f"it one bag per sample, [N, T]{call.or_exclude}"
             )
         given = dict(zip(("input", "offsets", "per_sample_weights"), call.args, strict=False))
         weight = (given | call.kwargs).get("per_sample_weights")

@@ -180,7 +180,7 @@ class BatchNormSampler(ChannelScaleSampler):
         module: Any = call.module
         if module.training or module.running_mean is None:
             raise WrongSplitError(
-                f"gradients cannot be split by sample: {call.name} normalises over the batch",
+                f"gradients cannot be split by sample: {call.label} normalises over the batch",
                 reason="every sample's output depends on all others",
                 remedy="put BatchNorm layers with running statistics into evaluation mode, or use "
                 "GroupNorm",

@@ -33,7 +33,7 @@ def check_samples(call: Call, rank: int) -> None:
     shape = tuple(call.outputs[0].shape)
     if len(shape) < rank:
         raise WrongSplitError(
-            f"{call.name} returned one sample of shape {shape}, without an axis for samples",
+            f"{call.label} returned one sample of shape {shape}, without an axis for samples",
             reason=f"an output with samples has {rank} axes or more here",
-            remedy=f"give it inputs [N, ...], or leave it out with exclude={call.name!r}",
+            remedy=f"give it inputs [N, ...]{call.or_exclude}",
         )

@@ -127,8 +127,9 @@ class BatchCapture:
                 "batch is closed, or give engine.batch() fewer ids"
             )
         if missing := self.unseen - self.seen:
+            names = ", ".join(name or "(root)" for name in sorted(missing))
             raise CaptureError(
-                f"{', '.join(sorted(missing))} ran only with gradients disabled, so their "
+                f"{names} ran only with gradients disabled, so their "
                 "gradients cannot be seen. With activation checkpointing, use "
                 "use_reentrant=False; under torch.no_grad(), exclude these modules."
             )

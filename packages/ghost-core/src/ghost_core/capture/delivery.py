@@ -97,19 +97,19 @@ class Delivery:
                     for result in self._heard(kept, pass_, parameter, gradient):
                         made[local] = result.to(parameter.dtype)
         if missing := set(self.made) - set(made):
-            raise CaptureError(f"no engine made the gradient of {self.call.name}.{missing.pop()}")
+            raise CaptureError(f"no engine made the gradient of {self._name(missing.pop())}")
         return [made[local] for local in self.made]
 
     def _checked_pass(self) -> Pass:
         if self.pass_ is None:
             raise CaptureError(
-                f"{self.call.name} was recomputed by reentrant activation checkpointing, which "
+                f"{self.tracked.label} was recomputed by reentrant activation checkpointing, which "
                 "hides calls from the graph: use torch.utils.checkpoint with use_reentrant=False"
             )
         if self.batch.closed:
             raise CaptureError(
-                f"a gradient reached {self.call.name} after its batch was closed: run backward() "
-                "inside engine.batch()"
+                f"a gradient reached {self.tracked.label} after its batch was closed: run "
+                "backward() inside engine.batch()"
             )
         return self.pass_
 
@@ -150,9 +150,12 @@ class Delivery:
             if gradient.n != n or gradient.shape != self.call.shapes[local]:
                 raise CaptureError(
                     f"{sampler} returned {gradient.n} gradients of shape {tuple(gradient.shape)} "
-                    f"for {self.call.name}.{local}, of shape {tuple(self.call.shapes[local])} and "
+                    f"for {self._name(local)}, of shape {tuple(self.call.shapes[local])} and "
                     f"{n} rows"
                 )
+
+    def _name(self, local: str) -> str:
+        return self.tracked.parameters[local].name
 
 
 def _device(grads: Sequence[Tensor | None]) -> torch.device:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ghost_core._torch import is_graph_gone
 from ghost_core.algebra import PerSampleGradient, accumulation_dtype, as_rows, matrix_shape
 from ghost_core.capture import Pass
 from ghost_core.errors import CaptureError
@@ -51,7 +52,7 @@ class Remainder:
             progress: Called with 1 after each sample.
 
         Raises:
-            CaptureError: If a gradient is not finite.
+            CaptureError: If a gradient is not finite, or the losses were backpropagated before.
         """
         left = {
             name: torch.zeros(
@@ -63,9 +64,7 @@ class Remainder:
             for name, parameter in parameters.items()
         }
         for at, row in enumerate(rows):
-            gradients = torch.autograd.grad(
-                losses[row], list(parameters.values()), retain_graph=True, allow_unused=True
-            )
+            gradients = _gradients(losses[row], list(parameters.values()))
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     left[name][at] = gradient.to_dense()
@@ -119,6 +118,20 @@ def _stray(gradient: PerSampleGradient, values: Tensor) -> Tensor:
     projected = gradient.project(left, right)[0] - left @ matrix @ right.mT
     stray: Tensor = torch.where(norm == 0, dot.double().abs(), off) + projected.norm().double()
     return stray
+
+
+def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if not is_graph_gone(error):
+            raise
+        raise CaptureError(
+            "the gradients of the losses cannot be computed, with or without ghost",
+            reason="they were backpropagated before",
+            remedy="let the function that verify() takes run the model each time, and return the "
+            "losses without calling backward()",
+        ) from error
 
 
 def _norms(values: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def per_sample_gradients(
     for at, row in enumerate(rows):
         for name, gradient in zip(parameters, row, strict=True):
             if gradient is not None:
-                gradients[name][at] = gradient
+                gradients[name][at] = gradient.to_dense()
     return gradients
 
 

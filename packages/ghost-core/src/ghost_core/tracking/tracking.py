@@ -12,7 +12,7 @@ import torch
 from torch import Size, nn
 from torch.nn.parameter import is_lazy
 
-from ghost_core._torch import direct_parameters, is_compiled
+from ghost_core._torch import direct_parameters, is_compiled, is_composed
 from ghost_core.errors import CaptureError, UnsupportedLayerError
 from ghost_core.sampler import GradientSampler, own_parameters
 from ghost_core.tracking.patterns import Patterns, by_module, select_parameters
@@ -160,7 +160,8 @@ def track(
 
     Raises:
         UnknownNameError: If a pattern matches nothing.
-        CaptureError: If no trainable parameter is selected, or a module has been compiled.
+        CaptureError: If no trainable parameter is selected, one is made of other tensors, or a
+            module has been compiled.
         UnsupportedLayerError: If no sampler handles an owner of a selected parameter.
     """
     _refuse_compiled(model)
@@ -182,6 +183,7 @@ def track(
             f"no trainable parameter is selected: {trainable} of {len(names)} parameters require "
             f"gradients, layers={selection.layers!r}, exclude={selection.exclude!r}"
         )
+    _refuse_composed(parameters)
     modules = _find_owners(model, parameters, selection)
     ordered = tuple(sorted(parameters.values(), key=lambda parameter: parameter.name))
     axes = by_module(model, "batch_dim", selection.batch_dim)
@@ -259,6 +261,20 @@ def _check_handled(
             + f"\nLeave them out with exclude={','.join(dict.fromkeys(parameters))!r}, "
             + ("" if generic else "let modules be replayed, without generic=False, ")
             + "or register a sampler for them as a plugin."
+        )
+
+
+def _refuse_composed(parameters: Mapping[nn.Parameter, TrackedParameter]) -> None:
+    """Refuse parameters that are made of other tensors."""
+    found = [parameter.name for leaf, parameter in parameters.items() if is_composed(leaf)]
+    if found:
+        kind = next(type(leaf) for leaf in parameters if is_composed(leaf))
+        raise CaptureError(
+            f"{found[0]} is a {kind.__name__}, and so are {len(found) - 1} other parameters",
+            reason="such a parameter, as FSDP2's fully_shard and tensor parallelism make, is "
+            "split, and its module computes with other tensors in its place",
+            remedy="use a model whose parameters are whole, as under DistributedDataParallel, or "
+            f"leave them out with exclude={','.join(found)!r}",
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import WrongSplitError
-from ghost_core._torch import parametrizations_computed, version
+from ghost_core._torch import cudnn_enabled, parametrizations_computed, version
 from ghost_core.state import RandomState, random_state_kept
 from ghost_layers.replay.module_copy import Template
 
@@ -87,16 +87,19 @@ def conditions(
         cudnn: Whether cuDNN may be used. Its recurrent layers have no batching rules, and no
             backward pass in evaluation.
     """
-    mha, cudnn_flags = torch.backends.mha, torch.backends.cudnn
-    fast, used = mha.get_fastpath_enabled(), cudnn_flags.enabled
-    with random_state_kept(devices), warnings.catch_warnings(), parametrizations_computed():
+    mha = torch.backends.mha
+    fast = mha.get_fastpath_enabled()
+    with (
+        random_state_kept(devices),
+        warnings.catch_warnings(),
+        parametrizations_computed(),
+        cudnn_enabled(cudnn and torch.backends.cudnn.enabled),
+    ):
         warnings.simplefilter("ignore")  # the user has seen them, or they are about vmap
         if random is not None:
             random.restore()
         try:
             mha.set_fastpath_enabled(False)  # kernels without gradients
-            cudnn_flags.enabled = used and cudnn
             yield
         finally:
             mha.set_fastpath_enabled(fast)
-            cudnn_flags.enabled = used

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ghost_core._torch import backward_hooks, flat_weights, forward_hooks, forward_pre_hooks
-from ghost_core.hooks import Hook
+from ghost_core.hooks import is_own
 from ghost_core.tracking import dotted_name
 
 _HOOKS = {name: value for name, value in vars(nn.Module()).items() if "hook" in name}
@@ -188,7 +188,7 @@ def why_not_copied(module: nn.Module) -> str | None:
             after, before = backward_hooks(inside)
             hooks += [*forward_hooks(inside).values(), *after.values(), *before.values()]
         for hook in hooks:
-            if isinstance(hook, Hook):
+            if is_own(hook):
                 continue
             kind = type(hook) if not hasattr(hook, "__qualname__") else hook
             label = f"{kind.__module__}.{kind.__qualname__}"

@@ -93,7 +93,7 @@ class ReplaySampler(GradientSampler):
         except WrongSplitError as refusal:
             instead = f"{refusal.remedy}; or " if refusal.remedy else ""
             raise WrongSplitError(
-                f"gradients cannot be split by sample: {call.name or '(root)'} "
+                f"gradients cannot be split by sample: {call.label} "
                 f"({dotted_name(type(call.module))}) has to be run again for them, and cannot be",
                 reason=refusal.reason,
                 remedy=f"{instead}leave the module out with exclude=...",
