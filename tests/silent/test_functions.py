@@ -6,20 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.silent.compare import WAYS, drawn, exact_or_refused, squares
+from tests.silent.compare import WAYS, drawn, exact_or_refused, holds, squares
 from torch import Tensor, nn
 
-N, D, V = 4, 8, 6
+from ghost_core import WrongSplitError
+from ghost_core.testing import per_sample_gradients
 
-FROZEN = [
-    "attached",
-    pytest.param(
-        "frozen",
-        marks=pytest.mark.xfail(
-            strict=True, raises=AssertionError, reason="issue: functions unseen when frozen"
-        ),
-    ),
-]
+N, D, V = 4, 8, 6
 
 
 class FusedLoss(torch.autograd.Function):
@@ -52,6 +45,18 @@ class Product(torch.autograd.Function):
         return grad @ weight, grad.T @ x
 
 
+class Separate(Product):
+    """The same, with a context that is set up afterwards."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+
 @torch.library.custom_op("ghost_tests::product", mutates_args=())
 def product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.T
@@ -80,19 +85,44 @@ class Model(nn.Module):
             return FusedLoss.apply(hidden, weight, targets)
         if self.how == "function":
             return squares(Product.apply(hidden, weight))
+        if self.how == "separate":
+            return squares(Separate.apply(hidden, weight))
+        if self.how == "monitored":
+            with torch.no_grad():
+                self.average = self.body.weight.lerp(weight.mean(), 0.1).norm()
+            return squares(self.head(hidden))
         if self.how == "view":
             return squares(Product.apply(hidden, weight.view(V, D)[1:]))
         return squares(product(hidden, weight))
 
 
-@pytest.mark.parametrize("way", FROZEN)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("how", ["fused loss", "function", "custom operator"])
+@pytest.mark.parametrize("how", ["fused loss", "function", "separate", "custom operator"])
 def test_weight_of_a_module_that_is_not_called(how: str, tied: bool, way: str) -> None:
     torch.manual_seed(0)
     model = Model(how, tied).double()
     ids, targets = torch.tensor([1, 2, 3, 1]), torch.tensor([0, 5, 2, 1])
-    exact_or_refused(model, lambda: model(ids, targets), way)
+    assert exact_or_refused(model, lambda: model(ids, targets), way) == "refused"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_computed_without_gradients_is_no_use(way: str) -> None:
+    torch.manual_seed(0)
+    model = Model("monitored", tied=False).double()
+    ids, targets = torch.tensor([1, 2, 3, 1]), torch.tensor([0, 5, 2, 1])
+    assert exact_or_refused(model, lambda: model(ids, targets), way) == "exact"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_refusal_names_the_parameter_reason_and_remedy(way: str) -> None:
+    model = Model("fused loss", tied=False).double()
+    ids, targets = torch.tensor([1, 2, 3, 1]), torch.tensor([0, 5, 2, 1])
+    expected = per_sample_gradients(model, model(ids, targets))
+    with pytest.raises(WrongSplitError, match=r"head\.weight") as refused:
+        holds(model, lambda: model(ids, targets), way, expected)
+    assert "cannot be seen" in refused.value.reason
+    assert "exclude='head.weight'" in refused.value.remedy
 
 
 @pytest.mark.parametrize("way", WAYS)

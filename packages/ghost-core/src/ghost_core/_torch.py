@@ -6,9 +6,11 @@ versions up to 2.13 at least.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from types import FrameType
 from typing import Any
 
 import torch
@@ -106,6 +108,15 @@ def in_backward() -> bool:
 def backward_id() -> int:
     """Return a number of its own for the backward pass that runs; -1 if none does. Torch 2.5."""
     return int(torch._C._current_graph_task_id())
+
+
+def in_function() -> bool:
+    """Tell whether the forward pass of a `torch.autograd.Function` is running. Torch 2.5."""
+    apply = torch.autograd.Function.apply.__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not apply:
+        frame = frame.f_back
+    return frame is not None
 
 
 def will_reach(node: torch.autograd.graph.Node) -> bool:

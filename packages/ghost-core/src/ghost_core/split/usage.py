@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ghost_core._torch import DispatchMode, address, in_backward
+from ghost_core._torch import DispatchMode, address, in_backward, in_function
 from ghost_core.split.reasons import misused_row, unfit_row, used_outside
 from ghost_core.tracking import TrackedModule
 
@@ -26,6 +26,9 @@ _BROADCASTING = {
     torch.ops.aten.div_.Tensor,
 }
 """Operations whose result is the same whether one row is broadcast or expanded before."""
+
+_PLAIN = {"aten", "prims", "c10d", "_c10d_functional", "fsdp"}
+"""Namespaces of operations that are no functions with a backward pass of their own."""
 
 
 class UsageMode(DispatchMode):
@@ -81,14 +84,19 @@ class UsageMode(DispatchMode):
                 if tracked := self._expanded.get(address(value)):
                     raise unfit_row(tracked, func) from error
             raise
-        if torch.is_grad_enabled() and not in_backward():
+        if not in_backward():
+            differentiable = torch.is_grad_enabled()
             for value in given:
-                self._see_parameter(value, func, result)
-                self._see_expanded(value, func, given, result)
+                self._see_parameter(value, func, result, differentiable)
+                if differentiable:
+                    self._see_expanded(value, func, given, result)
         return result
 
-    def _see_parameter(self, value: Tensor, func: Any, result: Any) -> None:
-        """Note an operation on a parameter, or a part of one, outside of its modules."""
+    def _see_parameter(self, value: Tensor, func: Any, result: Any, differentiable: bool) -> None:
+        """Note an operation on a parameter, or a part of one, outside of its modules.
+
+        Without gradients, nothing is missed, unless a function makes them in its own way.
+        """
         # What is detached has no gradient to miss.
         if func is torch.ops.aten.detach.default or not (value.requires_grad or self._frozen):
             return
@@ -98,6 +106,8 @@ class UsageMode(DispatchMode):
             for other, name in self._names.get(address(value), ())
             if extent.start < other.stop and other.start < extent.stop
         ]
+        if names and not differentiable and not _has_own_backward(func):
+            return
         if names and self._owned().isdisjoint(names):
             self.outside.setdefault(names[0], str(func))
         if names and func is _CAST:  # autocast uses a copy in place of the weight
@@ -145,6 +155,14 @@ class UsageMode(DispatchMode):
             raise misused_row(self.shared)
         if self.outside:
             raise used_outside(self.outside)
+
+
+def _has_own_backward(func: Any) -> bool:
+    """Tell whether an operation without gradients is part of a function that makes its own.
+
+    Those of other libraries than torch may be: a function in C++ is seen nowhere else.
+    """
+    return func.namespace not in _PLAIN or in_function()
 
 
 def _extent(tensor: Tensor) -> range:
