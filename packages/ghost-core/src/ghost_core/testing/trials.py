@@ -76,7 +76,7 @@ class Trial:
         """Tell whether the module itself runs on `n` samples."""
         try:
             self.losses(self.module(), self.inputs(n)).sum().backward()
-        except (RuntimeError, ValueError, NotImplementedError):
+        except Exception:  # without ghost: whatever a module raises, it does not run this way
             return False
         return True
 
