@@ -20,7 +20,7 @@ WAYS = ("attached", "frozen")
 def holds(
     model: nn.Module, losses: Losses, way: str, expected: Mapping[str, Tensor], **options: object
 ) -> None:
-    """Assert that a batch's gradients are those expected, for the tracked parameters.
+    """Assert that gradients are those expected, in the first batch and in a later one.
 
     Raises:
         AssertionError: Where they are others.
@@ -28,11 +28,13 @@ def holds(
     """
     engine = GradientHolder(model, **options)
     n = len(next(iter(expected.values())))
-    with engine.frozen() if way == "frozen" else engine, engine.batch(range(n)) as batch:
-        losses().sum().backward()
-    model.zero_grad()
-    held = batch.result.materialize()
-    assert_same(held, {name: expected[name] for name in held})
+    with engine.frozen() if way == "frozen" else engine:
+        for _ in range(2):  # the first one is watched
+            with engine.batch(range(n)) as batch:
+                losses().sum().backward()
+            held = batch.result.materialize()
+            model.zero_grad()
+            assert_same(held, {name: expected[name] for name in held})
 
 
 def exact_or_refused(

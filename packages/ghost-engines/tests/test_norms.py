@@ -289,27 +289,18 @@ def test_token_ids_overwritten_before_the_batch_is_closed_are_refused():
         ids.zero_()
 
 
-def test_parameters_as_inputs_may_change_after_the_batch_only(inputs):
-    class Queries(nn.Module):
-        """Adds a linear map of what is learned to the input."""
-
-        def __init__(self):
-            super().__init__()
-            self.queries, self.map = nn.Parameter(torch.randn(2, 5)), nn.Linear(5, 5)
-
-        def forward(self, inputs):
-            return self.map(self.queries.expand(len(inputs), -1, -1)) + inputs[:, None]
-
-    model = Queries().double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine = NormEngine(model, loss_weights="sum", exclude="queries", verify=False)
-    refused = pytest.raises(CaptureError, match=r"owns map\.weight was overwritten")
+def test_parameters_as_inputs_may_change_after_the_batch_only():
+    model = nn.Sequential(nn.Linear(5, 5)).double()
+    given = nn.Parameter(torch.randn(4, 2, 5, dtype=torch.float64))
+    optimizer = torch.optim.SGD([*model.parameters(), given], lr=0.1)
+    engine = NormEngine(model, loss_weights="sum", verify=False)
+    refused = pytest.raises(CaptureError, match=r"owns 0\.weight was overwritten")
     with engine, refused, engine.batch(range(4)):
-        squares(model(inputs)).sum().backward()
+        squares(model(given)).sum().backward()
         optimizer.step()
-    expected = per_sample_gradients(model, squares(model(inputs)), ["map.weight", "map.bias"])
+    expected = per_sample_gradients(model, squares(model(given)), ["0.weight", "0.bias"])
     with engine, engine.batch(range(4)) as batch:
-        squares(model(inputs)).sum().backward()
+        squares(model(given)).sum().backward()
     optimizer.step()
     check_norms(batch.result, {name: expected[name] for name in batch.result.squared})
 

@@ -24,7 +24,6 @@ REFUSED = {
     "linear, behind a batch norm in training",
     "linear, unbatched",
     "normalised by its own code",
-    "one row multiplied",
     "packed sequence",
     "forward that holds the layer",
     "generator of the program",
@@ -35,7 +34,6 @@ REFUSED = {
     "sorted",
     "spectral norm, by a hook",
     "weight norm, by a hook",
-    "weight used outside",
 }
 
 

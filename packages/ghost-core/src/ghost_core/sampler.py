@@ -129,6 +129,9 @@ class GradientSampler(ABC):
         """Say why a module of the right class cannot be handled, and what to do; None if it can."""
         return None
 
+    replays: ClassVar[bool] = False
+    """Whether it runs modules again. A graph that leads to parameters already is taken instead."""
+
     def batch_dims(self, module: nn.Module, outputs: int) -> tuple[int, ...] | None:
         """Return the axis of the samples in each output, where the layer itself defines it.
 

@@ -46,24 +46,42 @@ class CallHooks:
     def install(self) -> tuple[RemovableHandle, RemovableHandle]:
         """Put them on the module."""
         module = self.tracked.module
-        self._last = module.register_forward_pre_hook(Hook(self._before))
+        self._last = module.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
         # First among the module's hooks: a user's hook may change the output.
         self._first = module.register_forward_hook(
             Hook(self._after), prepend=True, with_kwargs=True, always_call=True
         )
         return self._last, self._first
 
-    def _before(self, module: nn.Module, args: Any) -> None:
-        if not self.state.listens(module, self.tracked.module):
-            return
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.state.listens(module, self.tracked.module):
+            with self.state.silence():
+                self._begin(module, args, kwargs)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._guard(module)
         running = Running(self.tracked)
         self.state.running.append(running)
-        if torch.is_grad_enabled():
-            with self.state.silence():
-                running.before = self.tracked.sampler.prepare(module)
-            for local in self.state.made(self.tracked):
+        if not torch.is_grad_enabled():
+            return
+        running.shared = not self.tracked.row_owner and self._is_shared(args, kwargs)
+        if running.shared and self.state.flags:
+            for local in self.tracked.parameters:
+                running.lend(parameter_of(module, local))
+        if not running.shared or not self.tracked.sampler.replays:
+            running.before = self.tracked.sampler.prepare(module)
+            for local in () if running.shared else self.state.made(self.tracked):
                 running.withhold(parameter_of(module, local))
+
+    def _is_shared(self, args: Any, kwargs: Any) -> bool:
+        """Tell whether the module is called on nothing of the samples."""
+        name, sharing = self.tracked.name, self.state.sharing
+        if in_backward():
+            return name in self.state.shared_modules
+        if sharing is None or not name or not sharing.is_shared_call(args, kwargs):
+            return False
+        self.state.shared_modules.add(name)
+        return True
 
     def _guard(self, module: nn.Module) -> None:
         """Refuse calls that the hooks would not see as they are."""
@@ -95,8 +113,13 @@ class CallHooks:
         if not self.state.listens(module, self.tracked.module):
             return None
         try:
-            before = self._finished()
-            return None if output is None else self._tapped(args, kwargs, output, before)
+            with self.state.silence():
+                ended = self._finished()
+                if output is None:
+                    return None
+                if ended is not None and ended.shared:
+                    return self._followed(args, kwargs, output, ended.before)
+                return self._tapped(args, kwargs, output, None if ended is None else ended.before)
         except BaseException:
             # The root's own hooks go on, whoever failed: there is nothing left to verify.
             pass_, batch = self.state.pass_, self.state.batch
@@ -105,14 +128,27 @@ class CallHooks:
                 self.state.pass_ = None
             raise
 
-    def _finished(self) -> object:
-        """End the call, and return what the sampler kept before it."""
+    def _finished(self) -> Running | None:
+        """End the call, if its beginning was seen."""
         running = self.state.running
         if not running or running[-1].tracked is not self.tracked:
             return None
         ended = running.pop()
         ended.restore()
-        return ended.before
+        return ended
+
+    def _followed(self, args: Any, kwargs: Any, output: Any, before: object) -> Any:
+        """Follow what a module computed from nothing of the samples."""
+        sharing = self.state.sharing
+        if sharing is None:  # a recomputation
+            return None
+        leaves, structure = tree_flatten(output)
+        taken = [at for at, leaf in enumerate(leaves) if _is_differentiable(leaf, False)]
+        outputs = [leaves[at] for at in taken]
+        followed = sharing.returned(self.tracked, args, kwargs, outputs, before)
+        for at, value in zip(taken, followed, strict=True):
+            leaves[at] = value
+        return tree_unflatten(leaves, structure)
 
     def _tapped(self, args: Any, kwargs: Any, output: Any, before: object) -> Any:
         """Put a Tap behind the tensors of an output that gradients can reach."""
@@ -157,7 +193,7 @@ class CallHooks:
         state.told_apart |= axes.tell_apart(outputs)
         call = describe(tracked, outputs, axes, args, kwargs, before)
         given, outputs = outputs, self._expanded(outputs, axes)
-        with full_precision(outputs[0].device), state.silence():
+        with full_precision(outputs[0].device):
             records = dict(tracked.sampler.record(call))
             if outputs[0].shape != given[0].shape:
                 records = {local: record.expand(axes.count) for local, record in records.items()}

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ghost_core._torch import in_backward
@@ -20,6 +21,7 @@ from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.calls import CallHooks
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener
+from ghost_core.capture.shared import SharedValues
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.hooks import Hook
@@ -38,7 +40,7 @@ class Recorder:
             seed = torch.zeros((), requires_grad=True)
         self._state = CaptureState(model, seed, Verifier(model, {}, seed))
         self._handles: list[RemovableHandle] = []
-        self._dim = 0
+        self._following: SharedValues | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Recorder:
@@ -121,9 +123,9 @@ class Recorder:
         dims = {listener.tracking.batch_dim for listener, _ in state.attached} or {0}
         if len(dims) > 1:
             raise CaptureError("engines on one model must agree on batch_dim of the model itself")
-        self._dim = dims.pop()
+        state.dim = dims.pop()
         state.tracked = tracked
-        state.verifier = Verifier(state.model, tracked, state.seed, self._dim)
+        state.verifier = Verifier(state.model, tracked, state.seed, state.dim)
         if not state.attached:
             return
         root = state.model
@@ -181,6 +183,7 @@ class Recorder:
     def _close(self, batch: BatchCapture) -> None:
         state = self._state
         batch.closed = True
+        self._stop_following()
         balance, state.balance, state.batch = state.balance, None, None
         if balance is not None:
             balance.close()
@@ -198,7 +201,7 @@ class Recorder:
         if state.pass_ is not None:
             raise CaptureError("the model called itself")
         keys = {tracked.row_owner for tracked in state.tracked.values() if tracked.row_owner}
-        state.pass_ = batch.begin(args, kwargs, self._dim, keys)
+        state.pass_ = batch.begin(args, kwargs, state.dim, keys)
         state.told_apart = False
         if state.verifying:
             state.verifier.start(state.pass_.n, state.usable, bool(state.flags))
@@ -206,6 +209,34 @@ class Recorder:
                 state.balance = Balance(
                     self._balanced(), lambda: state.audience is Audience.ENGINES
                 )
+        self._follow((args, kwargs))
+
+    def _follow(self, inputs: Any) -> None:
+        """Follow shared values through this pass, unless it is known that there are none.
+
+        Where the model is not called on samples, nothing tells what belongs to them.
+        """
+        state = self._state
+        assert state.pass_ is not None
+        on_samples = any(
+            leaf.shape[axis] == state.pass_.n
+            for leaf in tree_leaves(inputs)
+            if isinstance(leaf, Tensor)
+            for axis in {0, state.dim}
+            if leaf.dim() > axis
+        )
+        if on_samples and (state.verifier.watching or state.shares is not False):
+            self._following = SharedValues(state, inputs)
+            self._following.__enter__()
+            state.sharing = self._following
+
+    def _stop_following(self) -> SharedValues | None:
+        following, self._following = self._following, None
+        if following is not None:
+            following.__exit__(None, None, None)
+            self._state.shares = bool(self._state.shared_names)
+            self._state.sharing = None
+        return following
 
     def _makes_comparable_gradients(self, batch: BatchCapture) -> bool:
         """Tell whether autograd makes the gradients that contributions add up to."""
@@ -219,17 +250,27 @@ class Recorder:
             parameter.name
             for tracked in self._state.tracked.values()
             for local, parameter in tracked.parameters.items()
-            if self._state.verifier.watching or tracked.sampler.generic or "." in local
+            if self._state.verifier.watching
+            or tracked.sampler.generic
+            or "." in local
+            or parameter.name in self._state.shared_names
         }
         parameters = dict(self._state.model.named_parameters())
         return {name: parameters[name] for name in names if name in parameters}
 
-    def _after_root(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_root(self, module: nn.Module, args: Any, output: Any) -> Any:
         state = self._state
-        if not state.listens(module, state.model) or in_backward() or state.pass_ is None:
-            return
+        if not state.listens(module, state.model) or in_backward():
+            return None
+        following = self._stop_following()
+        if state.pass_ is None:
+            return None
         pass_, batch = state.pass_, state.batch
-        state.forget_pass()
+        try:
+            if following is not None and output is not None:
+                output = following.returned_by_model(output)
+        finally:
+            state.forget_pass()
         assert batch is not None
         if output is None:  # the forward pass failed
             batch.passes.remove(pass_)
@@ -241,3 +282,4 @@ class Recorder:
                 f"every tracked module returned one row for {pass_.n} samples: was the model "
                 "called on one? Give engine.batch() the ids of the samples it is called on"
             )
+        return output

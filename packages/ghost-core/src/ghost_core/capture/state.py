@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,13 +37,17 @@ class Running:
     Attributes:
         tracked: The module.
         before: What its sampler kept before the call.
+        shared: Whether it is called on nothing of the samples.
         withheld: The parameters that do not require gradients meanwhile, since an engine makes
             these.
+        lent: The frozen ones that do meanwhile, since what they compute is shared.
     """
 
     tracked: TrackedModule
     before: object = None
+    shared: bool = False
     withheld: list[nn.Parameter] = field(default_factory=list)
+    lent: list[nn.Parameter] = field(default_factory=list)
 
     def withhold(self, parameter: nn.Parameter) -> None:
         """Keep autograd from making a parameter's gradient."""
@@ -49,10 +55,32 @@ class Running:
             self.withheld.append(parameter)
             parameter.requires_grad_(False)
 
+    def lend(self, parameter: nn.Parameter) -> None:
+        """Let autograd take gradients back to a frozen parameter."""
+        if not parameter.requires_grad:
+            self.lent.append(parameter)
+            parameter.requires_grad_(True)
+
     def restore(self) -> None:
-        """Give withheld parameters back."""
+        """Let all parameters be as they were."""
         for parameter in self.withheld:
             parameter.requires_grad_(True)
+        for parameter in self.lent:
+            parameter.requires_grad_(False)
+
+
+class Sharing(ABC):
+    """Follows values that are the same for all samples."""
+
+    @abstractmethod
+    def is_shared_call(self, args: Any, kwargs: Any) -> bool:
+        """Tell whether a module is called on nothing of the samples."""
+
+    @abstractmethod
+    def returned(
+        self, tracked: TrackedModule, args: Any, kwargs: Any, outputs: Sequence[Tensor], before: Any
+    ) -> list[Tensor]:
+        """Follow the outputs of such a call, and return what takes their place."""
 
 
 @dataclass
@@ -70,6 +98,11 @@ class CaptureState:
         batch: The open batch.
         pass_: The call of the root that is on its way.
         running: Calls of tracked modules that are on their way, the innermost last.
+        sharing: Follows shared values in this pass; None where there are none.
+        shares: Whether passes of this model have shared values; None as long as nobody looked.
+        shared_names: The parameters that are used in shared values.
+        shared_modules: The modules that are called on nothing of the samples.
+        dim: Axis of the samples in the root's inputs and outputs.
         told_apart: Whether a module in this pass had a row for each sample.
         paused: Whether hooks let everything pass.
     """
@@ -84,6 +117,11 @@ class CaptureState:
     batch: BatchCapture | None = None
     pass_: Pass | None = None
     running: list[Running] = field(default_factory=list)
+    sharing: Sharing | None = None
+    shares: bool | None = None
+    shared_names: set[str] = field(default_factory=set)
+    shared_modules: set[str] = field(default_factory=set)
+    dim: int = 0
     told_apart: bool = False
     paused: bool = False
 
@@ -116,14 +154,23 @@ class CaptureState:
             local for local, parameter in tracked.parameters.items() if parameter.name in names
         )
 
-    def usable(self) -> frozenset[str]:
-        """Return the parameters that may be used now: those of modules that run, or are let be."""
-        running = [each.tracked for each in self.running]
+    def owned(self) -> frozenset[str]:
+        """Return the parameters of the modules that run."""
         return frozenset(
             parameter.name
-            for tracked in (self.tracked.values() if self.paused else running)
-            for parameter in tracked.parameters.values()
+            for running in self.running
+            for parameter in running.tracked.parameters.values()
         )
+
+    def usable(self) -> frozenset[str]:
+        """Return the parameters that may be used now: of modules that run, shared, or let be."""
+        if self.paused:
+            return frozenset(
+                parameter.name
+                for tracked in self.tracked.values()
+                for parameter in tracked.parameters.values()
+            )
+        return self.owned() | self.shared_names
 
     @contextmanager
     def silence(self) -> Iterator[None]:

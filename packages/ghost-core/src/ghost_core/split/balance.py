@@ -56,13 +56,20 @@ class Balance:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], counts: Callable[[], bool]) -> None:
         self._counts = counts
-        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._parameters: dict[str, Tensor] = {
+            name: p for name, p in parameters.items() if p.requires_grad
+        }
         self._accounts: dict[str, _Account] = defaultdict(_Account)
         self._without = [p for p in self._parameters.values() if not gradient_hooks(p)]
         self._handles = [
             parameter.register_hook(Hook(partial(self._see, name)))
             for name, parameter in self._parameters.items()
         ]
+
+    def watch(self, name: str, leaf: Tensor) -> None:
+        """Compare contributions to another leaf too, which stands for a frozen parameter, say."""
+        self._parameters[name] = leaf
+        self._handles.append(leaf.register_hook(partial(self._see, name)))
 
     def add(
         self, name: str, gradient: PerSampleGradient, autocast: torch.dtype | None, whole: bool

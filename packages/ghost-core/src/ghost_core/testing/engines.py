@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,6 @@ from ghost_core.testing.snapshots import (
     assert_untouched,
     live_tensors,
     seeded,
-    tensors_in,
     traces,
 )
 from ghost_core.testing.tiny import TinyTransformer, next_token_losses
@@ -285,6 +285,23 @@ def _check_unknown_option(make_engine: EngineFactory) -> None:
             return
         raise AssertionError(f"a TypeError that does not name the option: {error}") from error
     raise AssertionError(f"{kind.__name__} takes an option that does not exist")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a result: in mappings, sequences, dataclasses and plain objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, list | tuple | set):
+        for each in value:
+            yield from tensors_in(each)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for each in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, each.name))
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | Engine):
+        yield from tensors_in(vars(value))
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:

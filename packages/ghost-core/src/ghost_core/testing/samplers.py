@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ghost_core import GradientSampler
-from ghost_core.algebra import PRECISIONS
+from ghost_core import GradientSampler, InputFactor, Record, Tokens, TrackedParameter
+from ghost_core.algebra import PRECISIONS, matrix_shape
 from ghost_core.errors import GhostError, UnbalancedError
-from ghost_core.testing.comparisons import (
-    check_all_operations,
-    check_compressed,
-    check_materialized,
-    check_no_sample,
-    check_reduced,
-    check_tokens,
-    check_training_is_untouched,
-    one_by_one,
+from ghost_core.testing.examples import Draw, Inputs, LayerExample
+from ghost_core.testing.holder import GradientHolder
+from ghost_core.testing.losses import is_floating, losses_by_token
+from ghost_core.testing.operations import (
+    Gradients,
+    check_operations,
+    draw_projections,
+    failing_as,
+    project,
 )
-from ghost_core.testing.examples import Draw, LayerExample
-from ghost_core.testing.operations import check_operations
-from ghost_core.testing.promises import check_promises
-from ghost_core.testing.repeated import Siblings, leading_size, repeated
+from ghost_core.testing.oracle import assert_within, norms, per_row, per_sample_gradients
+from ghost_core.testing.repeated import Repeated, Siblings, leading_size, repeated
 from ghost_core.testing.trials import Trial, capture
 from ghost_core.tracking import Claim, SamplerRegistry, dotted_name
 
@@ -60,10 +59,6 @@ def check_sampler(
       per-sample gradients, with all cross terms between uses;
     * `token_dot` token by token, where tokens are positions of the output;
     * projections of what was compressed in the forward pass;
-    * what is kept: no tensor that depends on inputs in `static`, and under autocast inputs as the
-      kernel saw them;
-    * calls with all inputs by keyword; and with several tokens a sample, where one was given and
-      the module runs on more;
     * each parameter while all others are frozen; one sample; no sample (shapes only, and where
       the module itself runs on none);
     * `.grad` and the gradients of the inputs, which must be bit-identical to those of plain
@@ -99,22 +94,21 @@ def check_sampler(
     registry = SamplerRegistry([claim])
     once, example = (repeated(module, (args, kwargs), n, each) for each in (1, uses))
     trial = Trial(example, registry, dtype, blamed=kind.__name__)
-    check_materialized(trial, n, tolerance, verify=True)
-    check_all_operations(trial, tolerance)
-    check_training_is_untouched(trial)
-    check_compressed(trial, tolerance)
-    check_tokens(replace(trial, example=once), tolerance)
-    for name, alone in one_by_one(example):
+    _check_materialized(trial, n, tolerance, verify=True)
+    _check_all_operations(trial, tolerance)
+    _check_training_is_untouched(trial)
+    _check_compressed(trial, tolerance)
+    _check_tokens(replace(trial, example=once), tolerance)
+    for name, alone in _one_by_one(example):
         label = f"with only {name} trainable"
-        check_materialized(replace(trial, example=alone, label=label), n, tolerance)
-    check_materialized(replace(trial, label="for one sample"), 1, tolerance)
-    check_no_sample(replace(trial, label="for no sample"))
+        _check_materialized(replace(trial, example=alone, label=label), n, tolerance)
+    _check_materialized(replace(trial, label="for one sample"), 1, tolerance)
+    _check_no_sample(replace(trial, label="for no sample"))
     if dtype == torch.float64:
-        check_promises(replace(trial, example=once), module, (args, kwargs), tolerance)
         for low, bound in REDUCED_PRECISION.items():
-            check_reduced(replace(trial, dtype=low, label=f"in {low}"), bound)
+            _check_reduced(replace(trial, dtype=low, label=f"in {low}"), bound)
         cast = replace(trial, dtype=torch.float32, autocast=True, label="under bfloat16 autocast")
-        check_reduced(cast, REDUCED_PRECISION[torch.bfloat16])
+        _check_reduced(cast, REDUCED_PRECISION[torch.bfloat16])
 
 
 def check_layer(
@@ -186,6 +180,172 @@ def check_example(
         if not gradients.expected.any():
             raise AssertionError(f"{what}: the reference is zero, so nothing would be tested")
         check_operations(gradients, second[name], tolerance=tolerance, what=what)
+
+
+class _CompressingHolder(GradientHolder):
+    """Compresses the input side in the forward pass, as a projection engine does."""
+
+    maps: dict[str, tuple[Tensor, Tensor]]
+    compressed: set[str]
+
+    def on_input(self, parameter: TrackedParameter, record: Record) -> Record:
+        if not isinstance(record, InputFactor):
+            return record
+        self.compressed.add(parameter.name)
+        left, right = self.maps[parameter.name]
+        seen = left if record.transposed else right
+        mixed = record.mix(seen.expand(record.groups, *seen.shape))
+        return Tokens(mixed, record.transposed)
+
+
+def _one_by_one(example: LayerExample) -> Iterator[tuple[str, LayerExample]]:
+    """Yield the example with one parameter trainable and all others frozen, for each in turn."""
+    trainable = [name for name, p in example.build().named_parameters() if p.requires_grad]
+    for name in trainable:
+        others = (other for other in trainable if other != name)
+        yield _local(name), replace(example, frozen=(*example.frozen, *others))
+
+
+def _local(name: str) -> str:
+    return name.removeprefix("layer.")
+
+
+def _of(trial: Trial, name: str) -> str:
+    """Name a parameter in a message."""
+    return f"{trial.example.name}.{_local(name)} {trial.label}".rstrip()
+
+
+def _captured(trial: Trial, n: int, *, verify: bool = False) -> dict[str, Gradients]:
+    """Return what a sampler finds and what it should find, by parameter name."""
+    try:
+        with trial.engine(GradientHolder, verify=verify) as engine:
+            found = trial.capture(engine, n)
+    except UnbalancedError:  # whose cause the comparison with autograd shows in detail
+        return _captured(trial, n)
+    for name, gradients in found.items():
+        _check_uses(engine.model, name, gradients.uses)
+    return found
+
+
+def _check_uses(model: nn.Module, name: str, arrived: Sequence[object]) -> None:
+    assert isinstance(model, Repeated)
+    if len(arrived) != model.uses:
+        raise AssertionError(f"{name}: {len(arrived)} gradients arrived for {model.uses} uses")
+
+
+def _check_all_operations(trial: Trial, tolerance: float) -> None:
+    n = trial.example.n
+    others = _captured(trial, max(1, n - 1))
+    for name, gradients in _captured(trial, n).items():
+        what = _of(trial, name)
+        check_operations(gradients, others[name], dtype=trial.wide, tolerance=tolerance, what=what)
+
+
+def _check_reduced(trial: Trial, tolerance: float) -> None:
+    if trial.runs(trial.example.n):
+        _check_all_operations(trial, tolerance)
+
+
+def _check_materialized(trial: Trial, n: int, tolerance: float, *, verify: bool = False) -> None:
+    for name, gradients in _captured(trial, n, verify=verify).items():
+        what, expected = f"{_of(trial, name)}, materialize", gradients.expected
+        if not expected.any():
+            raise AssertionError(f"{what}: the reference is zero, so nothing would be tested")
+        with failing_as(what):
+            got = torch.stack([use.materialize() for use in gradients.uses]).sum(0)
+        assert_within(got, expected, per_row(gradients.norms, expected), tolerance, what)
+
+
+def _check_no_sample(trial: Trial) -> None:
+    if not trial.runs(0):
+        return
+    for name, gradients in _captured(trial, 0).items():
+        check_operations(gradients, gradients, dtype=trial.wide, what=_of(trial, name))
+
+
+def _check_training_is_untouched(trial: Trial) -> None:
+    n = trial.example.n
+    module, inputs = trial.module(), trial.inputs(n)
+    trial.losses(module, inputs).sum().backward()
+    with trial.engine(GradientHolder, verify=False) as engine:
+        trial.hold(engine, watched := trial.inputs(n))
+    plain, found = _gradients(module, inputs), _gradients(engine.model, watched)
+    for before, after in zip(plain, found, strict=True):
+        same = before is after if before is None or after is None else torch.equal(before, after)
+        if not same:
+            raise AssertionError(
+                f"{trial.example.name}: gradients of parameters or inputs differ from "
+                "those of training without the sampler"
+            )
+
+
+def _gradients(module: nn.Module, inputs: Inputs) -> list[Tensor | None]:
+    """Return `.grad` of the parameters and of the inputs."""
+    leaves = [*module.parameters(), *filter(is_floating, tree_leaves(inputs[:2]))]
+    return [leaf.grad for leaf in leaves]
+
+
+def _check_tokens(trial: Trial, tolerance: float) -> None:
+    """Compare dots by token with gradients of the losses at one position of the output alone."""
+    n = trial.example.n
+    module, inputs = trial.module(), trial.inputs(n)
+    outputs = list(filter(is_floating, tree_leaves(module(*inputs.args, **inputs.kwargs))))
+    # Features may be on the last axis or on the second, where there are others.
+    plain = len(outputs) == 1 and outputs[0].dim() > 2 and len(outputs[0]) == n
+    splits = list(losses_by_token(outputs[0])) if plain else []
+    for name, gradients in _captured(trial, n).items():
+        (use,) = gradients.uses
+        direction = torch.randn(
+            1, *use.shape, dtype=trial.wide, generator=Generator().manual_seed(3)
+        )
+        with torch.no_grad():
+            dots = use.token_dot(direction)[:, :, 0]
+        fitting = [losses for losses in splits if losses.shape == dots.shape]
+        if dots.shape[1] == 1 or not fitting:
+            continue
+        expected = [_dots_by_token(module, name, losses, direction) for losses in fitting]
+        scale = norms(gradients.expected)[:, None] * direction.norm()
+        errors = [float((dots - each).abs().max()) for each in expected]
+        closest = expected[errors.index(min(errors))]
+        assert_within(dots, closest, scale, tolerance, f"{_of(trial, name)}, token_dot by token")
+
+
+def _dots_by_token(model: nn.Module, name: str, losses: Tensor, direction: Tensor) -> Tensor:
+    """Return the dots of the gradients of losses `[N, T]` with a direction, `[N, T]`."""
+    dots = [
+        per_sample_gradients(model, column, [name])[name].flatten(1) @ direction[0].flatten()
+        for column in losses.unbind(1)
+    ]
+    return torch.stack(dots, dim=1)
+
+
+def _check_compressed(trial: Trial, tolerance: float) -> None:
+    generator, inputs = Generator().manual_seed(1), trial.inputs(trial.example.n)
+    engine = trial.engine(_CompressingHolder, verify=False)
+    engine.compressed = set()
+    engine.maps = {
+        parameter.name: draw_projections(parameter.shape, trial.wide, generator)
+        for parameter in engine.parameters
+    }
+    expectations = trial.expected(engine.model, inputs)
+    with engine:
+        held = trial.hold(engine, inputs)
+    for path, gradients in expectations.items():
+        what = f"{_of(trial, path)}, project after compression"
+        left, right = engine.maps[path]
+        matrices = gradients.reshape(inputs.n, *matrix_shape(gradients.shape[1:]))
+        expected, scale = project(matrices, norms(gradients), left, right)
+        got = []
+        for use in held.gradients(path):
+            done = path in engine.compressed
+            transposed = getattr(getattr(use, "factor", None), "transposed", False)
+            remaining = (
+                None if done and transposed else left,
+                None if done and not transposed else right,
+            )
+            with failing_as(what), torch.no_grad():
+                got.append(use.project(*remaining))
+        assert_within(torch.stack(got).sum(0), expected, scale, tolerance, what)
 
 
 def _check_refused(example: LayerExample, registry: SamplerRegistry | None) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from ghost_core import Engine
 from ghost_core.state import random_state_kept
 
 
@@ -116,31 +114,3 @@ def live_tensors() -> int:
     """Return how many tensors Python can reach."""
     gc.collect()
     return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a value: in mappings, sequences, dataclasses and plain objects.
-
-    Modules and engines are passed over, and what is met again is not entered again.
-    """
-    yield from _tensors_in(value, set())
-
-
-def _tensors_in(value: Any, met: set[int]) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if id(value) in met or isinstance(value, type | nn.Module | Engine):
-        return
-    met.add(id(value))
-    inside: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        inside = value.values()
-    elif isinstance(value, list | tuple | set):
-        inside = value
-    elif dataclasses.is_dataclass(value):
-        inside = (getattr(value, each.name) for each in dataclasses.fields(value))
-    elif hasattr(value, "__dict__"):
-        inside = vars(value).values()
-    for each in inside:
-        yield from _tensors_in(each, met)

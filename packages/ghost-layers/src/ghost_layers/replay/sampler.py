@@ -44,6 +44,7 @@ class ReplaySampler(GradientSampler):
     """
 
     parameters: ClassVar[tuple[str, ...] | None] = None
+    replays = True
 
     def refuse(self, module: nn.Module) -> str | None:
         """Refuse modules with hooks inside, which a copy would not run, and complex parameters."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ghost_core.testing.cases import roots
@@ -52,14 +51,6 @@ class Sorted(roots.Around):
         return self.inner(inputs[order])[order.argsort()]
 
 
-class Outside(roots.Around):
-    """Uses a layer's weight outside of it."""
-
-    def forward(self, inputs: Tensor) -> Any:
-        """Call the layer, and multiply by its weight once more."""
-        return functional.linear(self.inner(inputs), self.inner.get_parameter("weight").mT)
-
-
 class WithoutGradients(roots.Around):
     """Calls a layer with gradients disabled, and one with gradients."""
 
@@ -72,18 +63,6 @@ class WithoutGradients(roots.Around):
         with torch.no_grad():
             outputs = self.inner(inputs)
         return self.head(outputs)
-
-
-class SharedRow(roots.Around):
-    """Multiplies a matrix that is computed once for all samples."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__(inner)
-        self.row = nn.Linear(6, 6)
-
-    def forward(self, inputs: Tensor) -> Any:
-        """Call the layer."""
-        return self.inner(inputs @ self.row(torch.eye(6, dtype=inputs.dtype)[None]))
 
 
 _GENERATOR = Generator().manual_seed(0)
@@ -223,19 +202,10 @@ def _tables() -> Iterator[Example]:
 def _unseen() -> Iterator[Example]:
     square = partial(nn.Linear, 6, 6)
     yield Example(
-        "weight used outside", lambda: Outside(square()), _TOKENS, refusal="outside the modules"
-    )
-    yield Example(
         "gradients disabled",
         lambda: WithoutGradients(square(), _linear()),
         _TOKENS,
         refusal="only with gradients disabled",
-    )
-    yield Example(
-        "one row multiplied",
-        lambda: SharedRow(_linear()),
-        _TOKENS,
-        refusal="one row for all samples",
     )
     yield Example(
         "recomputed by reentrant checkpointing",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 
 from ghost_core.testing.cases import roots
 from ghost_core.testing.examples import VOCABULARY, Draw, N, indices, named, normal
@@ -24,10 +27,32 @@ def _grouped() -> list[nn.Module]:
     return [whole, grouped, shared]
 
 
+class Outside(roots.Around):
+    """Uses a layer's weight outside of it."""
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Call the layer, and multiply by its weight once more."""
+        return functional.linear(self.inner(inputs), self.inner.get_parameter("weight").mT)
+
+
+class SharedRow(roots.Around):
+    """Multiplies a matrix that is computed once for all samples."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.row = nn.Linear(6, 6)
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Call the layer."""
+        return self.inner(inputs @ self.row(torch.eye(6, dtype=inputs.dtype)[None]))
+
+
 SHARED = named(
     "shared",
     [
         Example("linear, used twice", lambda: roots.Repeated(_square()), (normal(N, 6),)),
+        Example("weight used outside", lambda: Outside(_square()), _TOKENS),
+        Example("one row multiplied", lambda: SharedRow(_square()), _TOKENS),
         Example("linear, tokens, used twice", lambda: roots.Repeated(_square()), _TOKENS),
         Example(
             "linear, tokens, used twice, no bias", lambda: roots.Repeated(_square(False)), _TOKENS

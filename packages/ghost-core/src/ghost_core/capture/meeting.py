@@ -1,0 +1,193 @@
+"""Where a value that is the same for all samples meets them, and each sample's part is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.nn import functional
+
+from ghost_core.algebra import Dense, Outer, Owned, PerSampleGradient, Tokens, full_precision
+from ghost_core.capture.batch import BatchCapture
+from ghost_core.capture.listener import Pass
+from ghost_core.capture.sources import Source, by_sample, take_back
+from ghost_core.capture.state import Audience, CaptureState
+from ghost_core.errors import CaptureError
+from ghost_core.sampler import as_tokens
+from ghost_core.split import RowAxes, owner_of_rows
+
+ClosedForm = Callable[[Tensor], PerSampleGradient]
+"""Makes the gradients of a shared value from that of a result, rows first `[R, ...]`."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A value that is the same for all samples.
+
+    Attributes:
+        value: The value.
+        sources: What it is computed from; itself, where it is a source.
+    """
+
+    value: Tensor
+    sources: tuple[Source, ...]
+
+    def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
+        """Hand on the gradient of each sample."""
+        for source in self.sources:
+            if source.tensor is self.value and len(self.sources) == 1:
+                source.spread(pass_, gradient)
+                return
+        take_back(pass_, self.value, self.sources, gradient.materialize())
+
+
+@dataclass(frozen=True, eq=False)
+class Meeting:
+    """The result of an operation on shared values and on samples.
+
+    Attributes:
+        state: What the hooks on the model share.
+        batch: The batch.
+        pass_: The pass.
+        result: The result, with its graph.
+        axes: Where it has its rows.
+        shared: The shared values, each with what stands for it in this operation alone. A sample's
+            other values may come from the same sources, by another operation.
+        names: Modules whose parameters they come from.
+        forms: Closed forms by position among the shared values.
+    """
+
+    state: CaptureState
+    batch: BatchCapture
+    pass_: Pass
+    result: Tensor
+    axes: RowAxes
+    shared: tuple[tuple[Tensor, Shared], ...]
+    names: tuple[str, ...]
+    forms: Mapping[int, ClosedForm]
+
+    def deliver(
+        self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """Tell each sample's part of the gradient, and hand it to whom it is for."""
+        (grad,) = grads
+        assert grad is not None
+        audience = self.state.audience
+        if audience is Audience.PROBE:
+            probe = self.state.verifier.probe
+            assert probe is not None
+            for name in self.names:
+                probe.see(name, self.axes, self.axes.rows_first([grad]))
+        elif audience is Audience.ENGINES:
+            self._to_engines(grad)
+        return ()
+
+    def _to_engines(self, grad: Tensor) -> None:
+        if self.batch.closed:
+            raise CaptureError(
+                f"a gradient reached {self.names[0]} after its batch was closed: run backward() "
+                "inside engine.batch()"
+            )
+        self.batch.arrived = True
+        (rows,), owner = self.axes.rows_first([grad]), self._owner(grad)
+        graph = [at for at in range(len(self.shared)) if at not in self.forms]
+        # Not in silence: what is recomputed under checkpointing is to be as it was.
+        with full_precision(grad.device):
+            for at, form in self.forms.items():
+                made = form(rows)
+                if owner is not None:
+                    made = Owned(made, owner, self.pass_.n)
+                self.shared[at][1].spread(self.pass_, made)
+            stands = [self.shared[at][0] for at in graph]
+            columns = by_sample(self.result, stands, self._alone(grad, owner))
+            for at, column in zip(graph, columns, strict=True):
+                if column is not None:
+                    self.shared[at][1].spread(self.pass_, Dense(column.unsqueeze(1)))
+
+    def _owner(self, grad: Tensor) -> Tensor | None:
+        """Return the sample of each row; None where rows are samples."""
+        state, n, name = self.state, self.pass_.n, self.names[0]
+        fold = state.verifier.fold(name)
+        owner = owner_of_rows(state.tracked[name], self.axes, [grad], n, fold)
+        return None if owner is None else owner.to(grad.device)
+
+    def _alone(self, grad: Tensor, owner: Tensor | None) -> Iterator[Tensor]:
+        """Yield the gradient with that of each sample alone."""
+        n, (axis,) = self.pass_.n, self.axes.outputs
+        owner = torch.arange(n, device=grad.device) if owner is None else owner
+        owner = owner.reshape([-1 if at == axis else 1 for at in range(grad.dim())])
+        for sample in range(n):
+            yield torch.where(owner == sample, grad, 0)
+
+
+def closed_forms(
+    func: Any, args: Sequence[Any], result: Tensor, met: Sequence[tuple[Tensor, Shared]], axis: int
+) -> dict[int, ClosedForm]:
+    """Return the closed forms of an operation, by position of shared values in `met`.
+
+    Most operations have none, and are differentiated once for each sample.
+
+    Args:
+        func: The operation.
+        args: Its positional inputs.
+        result: Its result.
+        met: The shared values and what stands for them.
+        axis: Axis of the rows in the result.
+    """
+    name = getattr(func, "__name__", "")
+    forms: dict[int, ClosedForm] = {}
+    for at, (stand, shared) in enumerate(met):
+        position = next((place for place, arg in enumerate(args) if arg is stand), -1)
+        if position < 0 or sum(arg is stand for arg in args) > 1:
+            continue
+        if name in _ADDITIONS and len(args) == 2 and stand.dtype == result.dtype:
+            forms[at] = partial(_added, stand.shape, result.dim(), axis)
+        elif func is functional.linear and position == 2:
+            forms[at] = _terms
+        elif name in _PRODUCTS and position == 1 and stand.dim() == 2 and args[0] is not stand:
+            form = _product(args[0], shared, func is functional.linear, result, axis)
+            forms |= {} if form is None else {at: form}
+    return forms
+
+
+_ADDITIONS = {"add", "__add__", "__radd__", "__iadd__"}
+_PRODUCTS = {"linear", "matmul", "__matmul__", "mm"}
+
+
+def _added(shape: Size, dims: int, axis: int, rows: Tensor) -> PerSampleGradient:
+    """Return the gradient of a value that was added: that of the sum, where it was broadcast."""
+    aligned = [1] * (dims - len(shape)) + list(shape)
+    moved = [aligned[axis], *aligned[:axis], *aligned[axis + 1 :]]
+    if moved[0] != 1:  # it had rows already
+        each = rows.new_zeros(len(rows), *rows.shape)
+        each[torch.arange(len(rows)), torch.arange(len(rows))] = rows
+        values = each
+    else:
+        values = rows.unsqueeze(1)
+    summed = [at for at, size in enumerate(moved, 1) if size == 1 and values.shape[at] != 1]
+    values = values.sum(summed, keepdim=True) if summed else values
+    values = values.movedim(1, axis + 1).reshape(len(rows), *shape)
+    return Dense(values.unsqueeze(1))
+
+
+def _terms(rows: Tensor) -> PerSampleGradient:
+    """Return the gradient of a bias: that of the result, token by token."""
+    return Dense(as_tokens(rows).squeeze(2))
+
+
+def _product(
+    inputs: Any, shared: Shared, is_linear: bool, result: Tensor, axis: int
+) -> ClosedForm | None:
+    """Return the closed form of a matrix that samples are multiplied with, if there is one."""
+    tensor = shared.sources[0].tensor
+    if not isinstance(inputs, Tensor) or inputs.dim() != result.dim() or inputs.dim() < 2:
+        return None
+    if shared.value is not tensor or len(shared.sources) > 1 or axis == result.dim() - 1:
+        return None
+    inputs = as_tokens(inputs.movedim(axis, 0).to(result.dtype))
+    factor = Tokens(inputs, transposed=not is_linear)
+    return lambda rows: Outer(factor, as_tokens(rows), tensor.shape)

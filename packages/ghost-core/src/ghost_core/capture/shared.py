@@ -1,0 +1,344 @@
+"""Follows values that are the same for all samples to where they meet the samples.
+
+Positions that are looked up once for all samples, a table of relative positions, a class token or
+the weight of a tied head are no rows of samples: autograd adds up what all samples do to them. Each
+sample's part can be told where such a value meets the samples, in one row of a result:
+
+    pos = wpe(arange(T))            `[T, d]`, of no sample: followed, whatever T and N are
+    pos = pos * 0.5                 still of no sample
+    x = wte(ids) + pos              they meet: row n of x belongs to sample n
+
+In the backward pass, the gradient of x arrives unreduced. That of its row n alone, taken back to
+the parameters through the graph that is there, is the gradient of sample n, whatever else is true
+of the value: calling a value shared that is not costs time, and nothing else. Training is as it
+was: the graph is the user's, with one identity more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ghost_core._torch import in_backward
+from ghost_core.algebra import full_precision
+from ghost_core.capture.meeting import Meeting, Shared, closed_forms
+from ghost_core.capture.sources import CallSource, Form, ParameterSource, Source
+from ghost_core.capture.state import Audience, CaptureState, Sharing
+from ghost_core.capture.tap import tap
+from ghost_core.errors import WrongSplitError
+from ghost_core.split import Balance, RowAxes, describe
+from ghost_core.tracking import TrackedModule, TrackedParameter, parameter_of
+
+_ById = dict[int, Shared]
+Met = tuple[tuple[Tensor, Shared], ...]
+"""Shared values, each with what stands for it in one operation alone."""
+
+
+class SharedValues(TorchFunctionMode, Sharing):
+    """Follows shared values through one pass.
+
+    Args:
+        state: What the hooks on the model share.
+        inputs: What the model is called on.
+    """
+
+    def __init__(self, state: CaptureState, inputs: Any) -> None:
+        super().__init__()
+        self._state = state
+        self._owners: dict[int, tuple[Tensor, TrackedModule, TrackedParameter]] = {}
+        for tracked in state.tracked.values():
+            for local, parameter in tracked.parameters.items():
+                tensor = parameter_of(tracked.module, local)
+                self._owners.setdefault(id(tensor), (tensor, tracked, parameter))
+        self._sources: dict[tuple[int, bool], ParameterSource] = {}
+        self._labels: dict[Source, str] = {}
+        # Kept, so that their identities are not given away.
+        self._shared: dict[int, Shared] = {}
+        self._constant: dict[int, Tensor] = {}
+        self._samples: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for leaf in tree_leaves(inputs):
+            if isinstance(leaf, Tensor):
+                self._samples[leaf] = True
+
+    def depends(self, value: Tensor) -> bool:
+        """Tell whether a value may belong to samples."""
+        if id(value) in self._shared or id(value) in self._constant:
+            return False
+        return value in self._samples or value.grad_fn is not None
+
+    def is_shared_call(self, args: Any, kwargs: Any) -> bool:
+        """Tell whether a module is called on nothing of the samples."""
+        return not any(map(self.depends, _tensors((args, kwargs))))
+
+    def returned(
+        self, tracked: TrackedModule, args: Any, kwargs: Any, outputs: Sequence[Tensor], before: Any
+    ) -> list[Tensor]:
+        """Follow the outputs of a module that was called on nothing of the samples.
+
+        Args:
+            tracked: The module.
+            args: Its positional inputs.
+            kwargs: Its keyword inputs.
+            outputs: Its outputs.
+            before: What its sampler kept before the call.
+
+        Returns:
+            What takes their place.
+        """
+        own = {
+            local: self._source(parameter_of(tracked.module, local), stand_in=False)
+            for local in tracked.parameters
+        }
+        self._state.shared_names |= {source.parameter.name for source in own.values()}
+        form = None
+        if len(outputs) == 1 and not tracked.sampler.replays:
+            form = self._form(tracked, args, kwargs, outputs[0], before, own)
+        return [self._follow(tracked, output, form, own.values()) for output in outputs]
+
+    def _follow(
+        self,
+        tracked: TrackedModule,
+        output: Tensor,
+        form: Form | None,
+        own: Iterable[ParameterSource],
+    ) -> Tensor:
+        behind: tuple[Source, ...] = () if form else tuple(own)
+        if id(output) in self._shared:  # what the module was called on is shared itself
+            behind += self._shared[id(output)].sources
+        behind = tuple(dict.fromkeys(behind))
+        if form is None and not self._state.flags:
+            self._shared[id(output)] = Shared(output, behind)
+            return output
+        account, tensor = f"{tracked.name}, an output", output
+        if self._state.flags:
+            tensor = output.detach().requires_grad_()
+            self._watch(account, tensor)
+        source = CallSource(tensor, output, form, behind, account, self._state)
+        self._labels[source] = tracked.name
+        self._shared[id(tensor)] = Shared(tensor, (source,))
+        return tensor
+
+    def _form(
+        self,
+        tracked: TrackedModule,
+        args: Any,
+        kwargs: Any,
+        output: Tensor,
+        before: Any,
+        sources: Mapping[str, ParameterSource],
+    ) -> Form:
+        """Record a call as if it was one on a single sample."""
+        dim, value = tracked.batch_dim, output.detach()
+        axis = dim if output.dim() > dim and output.shape[dim] == 1 else None
+        if axis is None:
+            args, kwargs = tree_map(
+                lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+            )
+        axes = RowAxes(axis or 0, (axis or 0,), 1)
+        rows = [value.unsqueeze(0)] if axis is None else axes.rows_first([value])
+        call = describe(tracked, rows, axes, args, kwargs, before)
+        with full_precision(output.device), self._state.silence():
+            records = dict(tracked.sampler.record(call))
+        return Form(tracked, call.past(), records, axis, sources, self._state)
+
+    def _watch(self, account: str, leaf: Tensor) -> None:
+        """Compare what arrives for a leaf with its gradient: a use may go unseen."""
+        state = self._state
+        if state.balance is None:
+            state.balance = Balance({}, lambda: state.audience is Audience.ENGINES)
+        state.balance.watch(account, leaf)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and look at where its values come from."""
+        kwargs = kwargs or {}
+        if self._state.paused or in_backward() or _is_attribute(func):
+            return func(*args, **kwargs)
+        given = _tensors((args, kwargs))
+        shared = self._shared_among(given) if torch.is_grad_enabled() else {}
+        depends = any(map(self.depends, given))
+        if not shared:
+            return self._noted(func(*args, **kwargs), depends)
+        with self._allowed(shared.values()) as used:
+            if depends:
+                self._check_in_place(func, shared.values())
+                values = {at: each.value.view_as(each.value) for at, each in shared.items()}
+            else:
+                values = {at: each.value for at, each in shared.items()}
+            args, kwargs = tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
+            result = func(*args, **kwargs)
+            used += [value for value in _tensors(result) if value.requires_grad]
+        if not depends:
+            return self._derived(used, result, shared.values())
+        met = tuple((values[at], each) for at, each in shared.items())
+        return tree_map(lambda leaf: self._met(func, args, leaf, met), result)
+
+    @contextmanager
+    def _allowed(self, shared: Iterable[Shared]) -> Iterator[list[Tensor]]:
+        """Let an operation use the parameters that are in shared values.
+
+        Yields:
+            A list for what came of it; if it stays empty, as for a shape, it was no use of them.
+        """
+        names, known = self._state.shared_names, set(self._state.shared_names)
+        sources = [source for each in shared for source in each.sources]
+        names |= {each.parameter.name for each in sources if isinstance(each, ParameterSource)}
+        used: list[Tensor] = []
+        try:
+            yield used
+        finally:
+            if not used:
+                names &= known
+
+    def _noted(self, result: Any, depends: bool) -> Any:
+        """Note whether values without shared ones among them may belong to samples."""
+        for value in _tensors(result):
+            if not depends:
+                self._constant[id(value)] = value
+            elif not value.requires_grad:
+                self._samples[value] = True
+        return result
+
+    def _derived(self, values: Iterable[Tensor], result: Any, shared: Iterable[Shared]) -> Any:
+        """Note values computed from shared ones alone."""
+        sources = tuple(dict.fromkeys(source for each in shared for source in each.sources))
+        made = [value for value in values if id(value) not in self._owners]
+        self._shared |= {id(value): Shared(value, sources) for value in made}
+        return result
+
+    def _shared_among(self, given: Iterable[Tensor]) -> _ById:
+        """Return shared values by the identity of what was given."""
+        found: _ById = {}
+        for value in given:
+            if id(value) in self._owners:
+                if self._is_lifted(value):
+                    source = self._source(value, stand_in=bool(self._state.flags))
+                    found[id(value)] = Shared(source.tensor, (source,))
+            elif id(value) in self._shared:
+                found[id(value)] = self._shared[id(value)]
+        return found
+
+    def _is_lifted(self, value: Tensor) -> bool:
+        """Tell whether a parameter is used outside of the modules that own it."""
+        _, _, parameter = self._owners[id(value)]
+        return parameter.name not in self._state.owned()
+
+    def _source(self, value: Tensor, *, stand_in: bool) -> ParameterSource:
+        """Return the source that a parameter is, or a leaf in its place that is not frozen."""
+        key = id(value), stand_in
+        if key not in self._sources:
+            tensor, tracked, parameter = self._owners[id(value)]
+            batch = self._state.batch
+            assert batch is not None
+            account = parameter.name
+            if stand_in:
+                tensor, account = tensor.detach().requires_grad_(), f"{account}, used elsewhere"
+                self._watch(account, tensor)
+            elif self._state.flags:
+                account += ", in a shared call"  # autograd makes no gradient to compare with
+            self._sources[key] = ParameterSource(tensor, parameter, account, self._state, batch)
+            self._labels[self._sources[key]] = tracked.name
+        return self._sources[key]
+
+    def _met(self, func: Any, args: Sequence[Any], result: Any, met: Met) -> Any:
+        """Put a Tap behind a result of shared values and samples."""
+        if not isinstance(result, Tensor) or not result.requires_grad:
+            return result
+        state = self._state
+        assert state.batch is not None
+        assert state.pass_ is not None
+        names = self._names(each for _, each in met)
+        if (axes := self._axes(result, names)) is None:
+            what = "is returned by the model" if func is None else f"meets them in {_named(func)}"
+            raise WrongSplitError(
+                "gradients cannot be split by sample: what "
+                f"{', '.join(names)} computed, the same for all samples, {what}, in a value of "
+                f"shape {tuple(result.shape)}",
+                reason=f"it has no axis of {state.pass_.n} samples",
+                remedy=f"say where samples are, with batch_dim={{{names[0]!r}: axis}}, or which "
+                f"sample each row belongs to, with row_owner={{{names[0]!r}: key}}; or leave these "
+                "modules out with exclude=...",
+            )
+        state.batch.seen.update(names)
+        state.batch.kinds.update((name, axes.is_folded(state.pass_.n)) for name in names)
+        state.told_apart = True
+        forms = closed_forms(func, args, result, met, axes.outputs[0])
+        meeting = Meeting(state, state.batch, state.pass_, result, axes, met, names, forms)
+        (tapped,) = tap(meeting.deliver, state.seed, [result], (), ())
+        return tapped
+
+    def _axes(self, value: Tensor, names: Sequence[str]) -> RowAxes | None:
+        """Return where a value has its rows; None if it has none that are of samples."""
+        state = self._state
+        assert state.pass_ is not None
+        n, tracked = state.pass_.n, [state.tracked[name] for name in names]
+        keys = [each.row_owner for each in tracked if each.row_owner]
+        owner = state.pass_.owners[keys[0]] if keys else None
+        count = n if owner is None else len(owner)
+        expected = (*(each.batch_dim for each in tracked), state.dim, 0)
+        told = [axis for axis in expected if value.dim() > axis]
+        for axis in told:
+            if value.shape[axis] == count:
+                return RowAxes(0, (axis,), count, owner)
+        for axis in told if owner is None and state.verifying and n else ():
+            if value.shape[axis] and not value.shape[axis] % n:
+                return RowAxes(0, (axis,), value.shape[axis])
+        # Inside of an attention, samples may be behind positions. A probe proves any choice.
+        fitting = [axis for axis, size in enumerate(value.shape) if size == count]
+        if len(fitting) == 1:
+            return RowAxes(0, tuple(fitting), count, owner)
+        return None
+
+    def returned_by_model(self, output: Any) -> Any:
+        """Let shared values that a model returns meet the samples there.
+
+        Raises:
+            WrongSplitError: If one has no axis of samples.
+        """
+
+        def meet(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or id(leaf) not in self._shared:
+                return leaf
+            stand = leaf.view_as(leaf)
+            return self._met(None, (), stand, ((stand, self._shared[id(leaf)]),))
+
+        return tree_map(meet, output)
+
+    def _names(self, shared: Iterable[Shared]) -> tuple[str, ...]:
+        """Return the modules whose parameters shared values come from."""
+        sources = [source for each in shared for source in each.sources]
+        return tuple(dict.fromkeys(self._labels[source] for source in sources))
+
+    def _check_in_place(self, func: Any, shared: Iterable[Shared]) -> None:
+        """Refuse operations whose result is not what they return."""
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            names = ", ".join(self._names(shared))
+            raise WrongSplitError(
+                f"gradients cannot be split by sample: {_named(func)} writes a value that is the "
+                f"same for all samples, computed by {names}, into values of "
+                "samples",
+                reason="what was written cannot be told apart by sample",
+                remedy="use an operation that is not in place, or leave these modules out with "
+                "exclude=...",
+            )
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _is_attribute(func: Any) -> bool:
+    """Tell whether a function gets an attribute, such as a shape, that is no view of a tensor."""
+    name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return getattr(func, "__name__", "") == "__get__" and name not in ("T", "mT", "H", "mH")
+
+
+def _named(func: Any) -> str:
+    return str(getattr(func, "__qualname__", None) or getattr(func, "__name__", func))

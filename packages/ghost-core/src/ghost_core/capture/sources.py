@@ -1,0 +1,182 @@
+"""What shared values are computed from, and each sample's way back to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghost_core._torch import start_of_backward
+from ghost_core.algebra import Dense, PerSampleGradient, Record
+from ghost_core.capture.batch import BatchCapture
+from ghost_core.capture.listener import Pass
+from ghost_core.capture.state import CaptureState
+from ghost_core.sampler import PastCall
+from ghost_core.tracking import TrackedModule, TrackedParameter
+
+
+class Source(ABC):
+    """What a shared value is computed from.
+
+    Attributes:
+        tensor: Where gradients are taken to in the graph.
+    """
+
+    tensor: Tensor
+
+    @abstractmethod
+    def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
+        """Hand on the gradient of each sample, of the tensor's shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterSource(Source):
+    """A tracked parameter.
+
+    Attributes:
+        tensor: The parameter; where it is frozen, a leaf in its place that requires gradients.
+        parameter: The same, as it is tracked.
+        account: Under which name contributions are compared with autograd's gradient.
+        state: What the hooks on the model share.
+        batch: The batch of the use.
+    """
+
+    tensor: Tensor
+    parameter: TrackedParameter
+    account: str
+    state: CaptureState
+    batch: BatchCapture
+
+    def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
+        """Tell the engines."""
+        if self.state.balance is not None:
+            self.state.balance.add(self.account, gradient, None, True)
+        for listener in self.batch.listeners:
+            if self.parameter.name in listener.tracking.names:
+                listener.on_gradient(pass_, self.parameter, gradient)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A call on nothing of the samples, as the module's sampler sees it: as a call on one.
+
+    Attributes:
+        tracked: The module.
+        call: What is left of the call.
+        records: What its sampler kept.
+        axis: Axis of size 1 that stands for the samples in its output; None if it has none.
+        sources: The module's parameters by local name.
+        state: What the hooks on the model share.
+    """
+
+    tracked: TrackedModule
+    call: PastCall
+    records: Mapping[str, Record]
+    axis: int | None
+    sources: Mapping[str, ParameterSource]
+    state: CaptureState
+
+    def spread(self, pass_: Pass, rows: Tensor) -> None:
+        """Tell the engines, given the gradient of the output for each sample, `[N, *shape]`."""
+        if self.axis is not None:
+            rows = rows.squeeze(self.axis + 1)
+        records = {local: record.expand(len(rows)) for local, record in self.records.items()}
+        with self.state.silence():
+            gradients = self.tracked.sampler.gradients(self.call, records, [rows])
+        for local, gradient in gradients.items():
+            self.sources[local].spread(pass_, gradient)
+
+
+@dataclass(frozen=True, eq=False)
+class CallSource(Source):
+    """An output of a module that was called on nothing of the samples.
+
+    Attributes:
+        tensor: The output; where parameters are frozen, a leaf in its place.
+        output: The output, with the graph that leads to what it is computed from.
+        form: The closed form of its parameters; None where these are behind it.
+        behind: What it is computed from besides.
+        account: Under which name what arrives is compared with autograd's gradient of a leaf.
+        state: What the hooks on the model share.
+    """
+
+    tensor: Tensor
+    output: Tensor
+    form: Form | None
+    behind: tuple[Source, ...]
+    account: str
+    state: CaptureState
+
+    def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
+        """Take gradients back to what is behind."""
+        if self.state.balance is not None:
+            self.state.balance.add(self.account, gradient, None, True)
+        rows = gradient.materialize()
+        if self.form is not None:
+            self.form.spread(pass_, rows)
+        with _requiring_gradients([source.tensor for source in self.behind]):
+            take_back(pass_, self.output, self.behind, rows)
+
+
+@contextmanager
+def _requiring_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let leaves that were frozen since the graph was made be asked for."""
+    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
+    try:
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+        yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+
+
+def take_back(pass_: Pass, value: Tensor, sources: Sequence[Source], gradients: Tensor) -> None:
+    """Take the gradient of each sample back through the graph to what a value comes from.
+
+    Args:
+        pass_: The pass.
+        value: A value with its graph.
+        sources: What it is computed from; itself, where it is a source.
+        gradients: The gradient of the value for each sample, `[N, *shape]`.
+    """
+    for source in sources:
+        if source.tensor is value:
+            source.spread(pass_, Dense(gradients.unsqueeze(1)))
+    behind = [source for source in sources if source.tensor is not value]
+    columns = by_sample(value, [source.tensor for source in behind], gradients)
+    for source, column in zip(behind, columns, strict=True):
+        if column is not None:
+            source.spread(pass_, Dense(column.unsqueeze(1)))
+
+
+def by_sample(
+    value: Tensor, tensors: Sequence[Tensor], gradients: Iterable[Tensor]
+) -> list[Tensor | None]:
+    """Differentiate once for each sample.
+
+    Args:
+        value: A value with its graph, which is kept.
+        tensors: What to differentiate for.
+        gradients: The gradient of the value for each of N samples.
+
+    Returns:
+        `[N, *shape]` for each tensor; None for those that the value does not depend on.
+    """
+    if not tensors:
+        return []
+    rows = [
+        torch.autograd.grad(
+            start_of_backward([value], [each]), tensors, retain_graph=True, allow_unused=True
+        )
+        for each in gradients
+    ]
+    found: list[Tensor | None] = []
+    for tensor, column in zip(tensors, zip(*rows, strict=True), strict=True):
+        dense = [torch.zeros_like(tensor) if each is None else each.to_dense() for each in column]
+        found.append(None if all(each is None for each in column) else torch.stack(dense))
+    return found
