@@ -127,6 +127,7 @@ class Engine(Listener, Generic[ResultT]):
         self._recorder: Recorder | None = None
         self._batch: Batch[ResultT] | None = None
         self._open = False
+        self._said: set[str] = set()
 
     def __repr__(self) -> str:
         """Say what it is, what it was made with, and whether it is at work."""
@@ -213,9 +214,9 @@ class Engine(Listener, Generic[ResultT]):
             self.on_start(batch)
             with self._recorder.capture(self, batch.n, owners) as capture:
                 yield batch
-            if batch.verified and not capture.verified:
+            if batch.verified and capture.doubt:
                 batch.verified = False
-                logger.warning("modules ran for the first time in a batch, which is not verified")
+                self._say(f"{capture.doubt} in a batch, which is not verified")
             batch.finish(self.on_end(batch))
         finally:
             self._open = False
@@ -295,6 +296,12 @@ class Engine(Listener, Generic[ResultT]):
             for row in rows
         )
         return "\n".join(lines)
+
+    def _say(self, message: str) -> None:
+        """Log a warning, once."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
 
     # For subclasses
 

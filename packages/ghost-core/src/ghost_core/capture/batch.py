@@ -28,7 +28,7 @@ class BatchCapture:
         unseen: Names of those called with gradients disabled.
         arrived: Whether any gradient arrived.
         closed: Whether it is over.
-        verified: Whether every pass so far is verified, as far as engines verify.
+        doubt: Why not every pass so far is verified, as far as engines verify; empty if they are.
     """
 
     n: int
@@ -40,7 +40,7 @@ class BatchCapture:
     unseen: set[str] = field(default_factory=set)
     arrived: bool = False
     closed: bool = False
-    verified: bool = True
+    doubt: str = ""
 
     def begin(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> Pass:
         """Begin a pass.

@@ -85,6 +85,7 @@ class Delivery:
         pass_ = self._checked_pass()
         self.batch.arrived = True
         self.state.verifier.check_reached(self.tracked, self.axes.is_folded(pass_.n))
+        self.state.verifier.look(self.call.name, saved, grads)
         made: dict[str, Tensor] = {}
         with full_precision(_device(grads)):
             for at, kept in enumerate(self.kept):

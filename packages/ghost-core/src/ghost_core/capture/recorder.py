@@ -159,6 +159,7 @@ class Recorder:
             batch.check_complete()
             if self._state.balance is not None:
                 self._state.balance.check()
+            batch.doubt = self._state.verifier.doubt or batch.doubt
         finally:
             batch.listeners.remove(listener)
             if not batch.listeners:
@@ -276,7 +277,8 @@ class Recorder:
             batch.passes.remove(pass_)
         elif state.verifying and pass_.n:
             verified = state.verifier.check(output, pass_.n, batch.kinds)
-            batch.verified = batch.verified and verified
+            if not verified:
+                batch.doubt = "modules ran for the first time"
         elif pass_.n > 1 and batch.seen and not state.told_apart:
             raise WrongSplitError(
                 f"every tracked module returned one row for {pass_.n} samples: was the model "

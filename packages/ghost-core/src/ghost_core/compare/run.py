@@ -102,7 +102,7 @@ class Run(Listener):
         ):
             losses = check_losses(self._losses(), self.expected)
             (losses * weights.to(losses)).sum().backward()
-        return self.verifies and batch.verified
+        return self.verifies and not batch.doubt
 
     def on_input(self, parameter: TrackedParameter, record: Record) -> Record:
         """Note dtypes."""

@@ -175,6 +175,16 @@ def reached_elsewhere(modules: Iterable[TrackedModule]) -> WrongSplitError:
     )
 
 
+def doubted(tracked: TrackedModule, doubt: str) -> WrongSplitError:
+    """Explain folded rows in a batch in which nothing can tell how they are folded."""
+    return WrongSplitError(
+        f"{_CANNOT}: {tracked.label} has more rows than there are samples",
+        reason=f"{doubt}, which hides whose its rows are",
+        remedy="begin with a batch whose numbers are finite, or leave the module out with "
+        "exclude=...",
+    )
+
+
 def late_row(tracked: TrackedModule) -> WrongSplitError:
     """Explain one row for all samples in a pass that is not watched."""
     return WrongSplitError(

@@ -7,18 +7,27 @@ positions as samples, sorted rows, BatchNorm and folded rows all pass that check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ghost_core._torch import will_reach
 from ghost_core.split.owners import Fold, find_folds
 from ghost_core.split.probe import Kind, Probe, Prober, probed_samples
-from ghost_core.split.reasons import late_row, reached_elsewhere, unreached, wrong_split
+from ghost_core.split.reasons import doubted, late_row, reached_elsewhere, unreached, wrong_split
 from ghost_core.split.usage import UsageMode
 from ghost_core.tracking import TrackedModule
+
+
+def _any_nan(values: Iterable[Any]) -> bool:
+    """Tell whether there is NaN in any tensor; infinity is what masks are made of."""
+    return any(
+        isinstance(each, Tensor) and each.is_floating_point() and bool(each.isnan().any())
+        for each in values
+    )
 
 
 class Verifier:
@@ -50,6 +59,9 @@ class Verifier:
         self._unwatched: set[tuple[object, ...]] = set()
         self._expandable: set[str] = set()
         self._usage: UsageMode | None = None
+        self._checked: set[tuple[object, ...]] = set()
+        self.doubt = ""
+        """Why nothing is proven by what was watched in the batch; empty if all is."""
 
     @property
     def probe(self) -> Probe | None:
@@ -72,6 +84,7 @@ class Verifier:
         if signature in self._verified and signature not in self._unwatched:
             return
         self._unwatched.discard(signature)
+        self._checked.add(signature)
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         names = {
             parameter.name
@@ -90,10 +103,13 @@ class Verifier:
             folded: Whether its rows are folded.
 
         Raises:
-            WrongSplitError: If no output of the model depended on it when that was verified.
+            WrongSplitError: If no output of the model depended on it when that was verified, or
+                its rows are folded and NaN hid how.
         """
         if (tracked.name, folded) in self._unreached:
             raise unreached(tracked)
+        if folded and self.doubt and tracked.name not in self._folds and not tracked.row_owner:
+            raise doubted(tracked, self.doubt)
 
     def fold(self, name: str) -> Fold | None:
         """Return how a module's rows are folded, as far as a probe told."""
@@ -116,6 +132,23 @@ class Verifier:
         elif tracked.name not in self._expandable:
             raise late_row(tracked)
 
+    def look(self, name: str, saved: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
+        """Doubt what is watched if NaN or infinite numbers arrive at a call.
+
+        NaN is what a probe looks for, and comparisons of sums do not see it.
+
+        Args:
+            name: The module.
+            saved: What is kept of the call.
+            grads: The gradients of its outputs.
+        """
+        if self._usage is None or self.doubt:
+            return
+        if _any_nan(saved):
+            self.doubt = f"there is NaN in the inputs of {name}"
+        elif not all(bool(grad.isfinite().all()) for grad in grads if grad is not None):
+            self.doubt = f"gradients that are not finite arrived at {name}"
+
     def finish(self) -> None:
         """Raise if something was seen that makes numbers wrong, after a batch.
 
@@ -128,6 +161,10 @@ class Verifier:
     def stop(self) -> None:
         """Stop to watch."""
         self._prober.restore_hooks()
+        if self.doubt:  # the next batch is verified in place of this one
+            for signature in self._checked:
+                self._verified.pop(signature, None)
+        self._checked, self.doubt = set(), ""
         usage, self._usage = self._usage, None
         if usage is not None:
             usage.__exit__(None, None, None)
@@ -158,6 +195,8 @@ class Verifier:
             return signature not in self._unwatched
         if self._usage is None:
             self._unwatched.add(signature)
+        if self._usage is not None and _any_nan(tree_leaves(output)):
+            self.doubt = self.doubt or "there is NaN in the model's output"
         # Owners that were given may be wrong for any sample.
         owned = any(self._tracked[name].row_owner for name, _ in called)
         chosen = range(n) if owned else probed_samples(n)
@@ -170,14 +209,15 @@ class Verifier:
         self._unreached -= reached
         if n > 1:
             self._unreached |= missed - verified
-        hits = [hit for probe in probes for hit in probe.hits]
+        hits = [hit for probe in probes if not probe.mixed for hit in probe.hits]
         self._folds |= find_folds(hits, n, self._tracked)
         self._verified[signature] = verified | called
+        self._checked.add(signature)
         return self._usage is not None
 
     def _run(self, output: Any, sample: int, n: int) -> Probe:
         probe = self._prober.run(output, sample, n)
-        if probe.mixed:
+        if probe.mixed and not self.doubt:
             raise wrong_split(self._model, self._tracked, sample, probe.mixed, probe.scalars)
         return probe
 
