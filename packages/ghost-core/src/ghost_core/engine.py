@@ -37,6 +37,7 @@ class EngineOptions(TypedDict, total=False):
     grad_scaler: torch.amp.GradScaler | None
     verify: bool
     generic: bool
+    lift: bool
     batch_dim: Mapping[str, int]
     row_owner: Mapping[str, str]
     registry: SamplerRegistry | None
@@ -61,6 +62,10 @@ class Engine(Listener, Generic[ResultT]):
             mix and that what is computed once for all of them is just added.
         generic: Whether layers without a sampler of their own may be replayed by one that handles
             any module. `coverage()` shows which are.
+        lift: Whether values that are the same for all samples, and parameters used outside of the
+            modules that own them, may be followed to where they meet the samples. It costs a
+            backward pass of the operation for each sample where that has no closed form; without
+            it, they are refused.
         batch_dim: Axis of the samples, by glob over names of modules, where it is not the first:
             `{"*": 1}` for a sequence-first model, `""` for the model's own inputs and outputs.
             Later entries win.
@@ -105,6 +110,7 @@ class Engine(Listener, Generic[ResultT]):
         grad_scaler: torch.amp.GradScaler | None = None,
         verify: bool = True,
         generic: bool = True,
+        lift: bool = True,
         batch_dim: Mapping[str, int] = MappingProxyType({}),
         row_owner: Mapping[str, str] = MappingProxyType({}),
         registry: SamplerRegistry | None = None,
@@ -118,6 +124,7 @@ class Engine(Listener, Generic[ResultT]):
             layers,
             exclude,
             generic=generic,
+            lift=lift,
             batch_dim=batch_dim,
             row_owner=row_owner,
             registry=registry,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -275,3 +276,55 @@ def test_gradients_follow_several_backward_passes_and_micro_batches(
         for part in ids.split([1, N - 1]):
             losses_of(model, part).sum().backward()
     assert_held(batch.result, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(Tied, "parameters are used outside the modules"), (Added, r"wpe\.weight\] returned 3 rows")],
+)
+def test_nothing_is_followed_without_lifting(
+    hold: Hold, kind: Callable[[], nn.Module], said: str
+) -> None:
+    engine = hold(model := kind(), lift=False)
+    with engine, pytest.raises(WrongSplitError, match=said), engine.batch(range(N)):
+        losses_of(model, torch.randint(0, V, (N, 3))).sum().backward()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_use_that_nobody_sees_is_refused(hold: Hold, frozen: bool) -> None:
+    class Hidden(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+            return x + places
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            return grad, grad.sum(0)
+
+    class Hides(Base):
+        def forward(self, ids: Tensor) -> Tensor:
+            x, places = self.wte(ids), self.at(ids.shape[1])
+            return self.head(self.norm(Hidden.apply(x + places, places)))
+
+    engine = hold(model := Hides())
+    with (
+        engine.frozen() if frozen else engine,
+        pytest.raises(WrongSplitError, match=r"do not add up to the gradient of wpe"),
+        engine.batch(range(N)),
+    ):
+        losses_of(model, torch.randint(0, V, (N, 3))).sum().backward()
+
+
+def test_a_model_without_shared_values_is_not_followed_after_its_first_batch(hold: Hold) -> None:
+    class Plain(Base):
+        def forward(self, ids: Tensor) -> Tensor:
+            following.append(bool(torch.overrides._len_torch_function_stack()))
+            return self.head(self.norm(self.wte(ids)))
+
+    following: list[bool] = []
+    engine = hold(model := Plain(), exclude="wpe")
+    with engine:
+        for _ in range(3):
+            with engine.batch(range(N)):
+                losses_of(model, torch.randint(0, V, (N, 3))).sum().backward()
+    assert following == [True, False, False]

@@ -226,7 +226,8 @@ class Recorder:
             for axis in {0, state.dim}
             if leaf.dim() > axis
         )
-        if on_samples and (state.verifier.watching or state.shares is not False):
+        lifted = all(listener.tracking.lift for listener, _ in state.attached)
+        if lifted and on_samples and (state.verifier.watching or state.shares is not False):
             self._following = SharedValues(state, inputs)
             self._following.__enter__()
             state.sharing = self._following

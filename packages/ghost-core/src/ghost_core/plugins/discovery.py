@@ -93,6 +93,7 @@ def select(
     exclude: Patterns = (),
     *,
     generic: bool = True,
+    lift: bool = True,
     batch_dim: Mapping[str, int] = MappingProxyType({}),
     row_owner: Mapping[str, str] = MappingProxyType({}),
     registry: SamplerRegistry | None = None,
@@ -103,12 +104,13 @@ def select(
         layers: Globs over dotted names of modules or parameters: what to track.
         exclude: Globs over dotted names: what to leave out of it.
         generic: Whether layers without a sampler of their own may be replayed.
+        lift: Whether shared values may be followed.
         batch_dim: Axis of the samples, by glob over names of modules.
         row_owner: Key of the batch that tells the sample of each row, by glob.
         registry: Where samplers are found; by default those of all installed plugins.
     """
     known = installed().samplers if registry is None else registry
-    return Selection(known, layers, exclude, generic, batch_dim, row_owner)
+    return Selection(known, layers, exclude, generic, batch_dim, row_owner, lift)
 
 
 @functools.cache

@@ -98,6 +98,8 @@ class Tracking:
     modules: tuple[TrackedModule, ...]
     batch_dim: int = 0
     """Axis on which the model's inputs and outputs have their samples."""
+    lift: bool = True
+    """Whether values that are the same for all samples may be followed."""
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -133,6 +135,7 @@ class Selection:
         batch_dim: Axis of the samples by glob over names of modules, `""` for the model itself;
             later ones win.
         row_owner: Key of the batch by glob over names of modules.
+        lift: Whether values that are the same for all samples may be followed.
     """
 
     registry: SamplerRegistry
@@ -141,6 +144,7 @@ class Selection:
     generic: bool = True
     batch_dim: Mapping[str, int] = field(default_factory=dict)
     row_owner: Mapping[str, str] = field(default_factory=dict)
+    lift: bool = True
 
 
 def track(
@@ -187,7 +191,7 @@ def track(
     modules = _find_owners(model, parameters, selection)
     ordered = tuple(sorted(parameters.values(), key=lambda parameter: parameter.name))
     axes = by_module(model, "batch_dim", selection.batch_dim)
-    return Tracking(ordered, tuple(modules), axes.get("", 0))
+    return Tracking(ordered, tuple(modules), axes.get("", 0), selection.lift)
 
 
 def _find_owners(
