@@ -26,6 +26,7 @@ from ghost_core import (
 from ghost_core.algebra import accumulation_dtype, matrix_shape
 from ghost_core.plugins import installed
 from ghost_engines.blocks import Block, arrange
+from ghost_engines.random_modules import drawing, random_modules
 from ghost_engines.results import Result, layers
 from ghost_engines.store import STORAGE_DTYPES
 
@@ -39,10 +40,13 @@ class ProjectedRows(Result):
     Attributes:
         rows: `[N, k_total]` in the storage dtype.
         layout: Which columns belong to which parameter.
+        random: Names of modules that dropped something at random, as dropout in training mode:
+            the rows are those of one draw.
     """
 
     rows: Tensor
     layout: tuple[Block, ...]
+    random: tuple[str, ...] = ()
 
     @property
     def total(self) -> Tensor:
@@ -134,6 +138,7 @@ class ProjectionEngine(Engine[ProjectedRows]):
             for parameter in self.parameters
         }
         self._rows = torch.empty(0)
+        self._random = random_modules(model)
 
     @property
     def k_total(self) -> int:
@@ -229,7 +234,13 @@ class ProjectionEngine(Engine[ProjectedRows]):
                 f"the rows of samples {batch.ids[lost.cpu()].tolist()} overflow {self.dtype}: "
                 "choose another dtype, or scale the loss"
             )
-        return ProjectedRows(ids=batch.ids, verified=batch.verified, rows=rows, layout=self.layout)
+        return ProjectedRows(
+            ids=batch.ids,
+            verified=batch.verified,
+            rows=rows,
+            layout=self.layout,
+            random=drawing(self._random),
+        )
 
     def on_close(self) -> None:
         """Let go of the rows."""

@@ -16,6 +16,7 @@ from ghost_engines.store.files import WriterLock, make_root
 from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
 from ghost_engines.store.reader import StoreReader
 from ghost_engines.store.rows import RowBatch, checked
+from ghost_engines.store.seen import SeenIds
 from ghost_engines.store.shards import (
     Shard,
     check_contents,
@@ -48,6 +49,8 @@ class GradientStore(StoreReader):
         super().__init__(path, manifest, shards)
         self._lock = lock
         self._failed = False
+        self._said: set[str] = set()
+        self._seen: SeenIds | None = None
         if lock is not None and self._tail.length:
             # A writer replaces the last shard, with a new hash: what is in it must fit the old one.
             check_contents(path, self._tail.unit)
@@ -192,6 +195,9 @@ class GradientStore(StoreReader):
     def append(self, batch: RowBatch, loss: Tensor | None = None) -> None:
         """Add rows, and write every unit that they fill.
 
+        Samples that are stored already, and rows of a model in which dropout was at work, are
+        taken; a warning says so, once for a store.
+
         Args:
             batch: Has `ids`, int64 `[N]`, and `rows`, `[N, k_total]` in the store's dtype, on any
                 device. Both are copied.
@@ -200,6 +206,7 @@ class GradientStore(StoreReader):
         Raises:
             StoreError: If the store is not open for writing, a shape or dtype does not fit, or a
                 row is not finite. The store is as it was before.
+            DamagedStoreError: If a file went missing since the store was opened.
             OSError: If writing fails. The rows are taken nevertheless: do not append them again.
                 Call `commit`, which tries again; no other batch is accepted before it succeeds.
         """
@@ -216,9 +223,34 @@ class GradientStore(StoreReader):
                 f"the rows so far have {_losses(self.loss_dtype)}, these {_losses(loss_dtype)}"
             )
         if len(rows):
+            self._notice(batch, rows.ids)
             self.loss_dtype = loss_dtype
             self._tail = self._tail.with_rows(rows)
             self._write(partial=False)
+
+    def _notice(self, batch: RowBatch, ids: Tensor) -> None:
+        """Say once what makes rows useless and is most likely a mistake."""
+        if names := getattr(batch, "random", ()):
+            self._say(
+                "dropout",
+                f"rows are stored of a model with dropout at work in {', '.join(names[:5])}"
+                f"{', ...' if len(names) > 5 else ''}: they are those of one draw. Call "
+                "model.eval() before",
+            )
+        if "ids" in self._said:
+            return
+        if self._seen is None:
+            self._seen = SeenIds(self.ids)
+        if len(known := self._seen.known(ids)):
+            self._seen = None
+            self._say("ids", f"samples {known[:5].tolist()} are stored a second time")
+        else:
+            self._seen.add(ids)
+
+    def _say(self, subject: str, message: str) -> None:
+        if subject not in self._said:
+            self._said.add(subject)
+            logger.warning("the store at %s: %s", self.path, message)
 
     def commit(self) -> None:
         """Write all rows that are not on disk yet.
