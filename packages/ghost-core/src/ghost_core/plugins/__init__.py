@@ -1,18 +1,14 @@
 """What plugins may offer, and those that are installed."""
 
-from ghost_core.plugins.discovery import (
-    DISABLED_VARIABLE,
-    Contributions,
-    Plugin,
-    collect,
-    installed,
-    select,
-)
-from ghost_core.plugins.hookspecs import hookimpl
+from ghost_core.plugins.disabled import DISABLED_VARIABLE
+from ghost_core.plugins.discovery import Contributions, collect, installed, select
+from ghost_core.plugins.hookspecs import Override, hookimpl
+from ghost_core.plugins.offers import Plugin
 
 __all__ = [
     "DISABLED_VARIABLE",
     "Contributions",
+    "Override",
     "Plugin",
     "collect",
     "hookimpl",

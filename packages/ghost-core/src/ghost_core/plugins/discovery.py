@@ -9,56 +9,26 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 from types import MappingProxyType
-from typing import Any
 
 import pluggy
-from torch import nn
 
 from ghost_core.capture import Listener
-from ghost_core.errors import PluginError, UnknownNameError
+from ghost_core.errors import UnknownNameError
 from ghost_core.plugins import hookspecs
+from ghost_core.plugins.disabled import Disabled
+from ghost_core.plugins.offers import Offers, Plugin, told
 from ghost_core.projection import Projection
 from ghost_core.sampler import GradientSampler
-from ghost_core.tracking import Claim, Patterns, SamplerRegistry, Selection, dotted_name
+from ghost_core.tracking import Claim, Patterns, SamplerRegistry, Selection
 
 logger = logging.getLogger(__name__)
 
-_BASES = {"sampler": "GradientSampler", "engine": "Engine", "projection": "Projection"}
-
-DISABLED_VARIABLE = "GHOST_DISABLED_PLUGINS"
-"""Environment variable: names of distributions, separated by commas, whose plugins are skipped."""
-
-
-@dataclass
-class Plugin:
-    """An installed entry point and how loading it went.
-
-    Attributes:
-        name: `distribution:entry`.
-        version: Version of the distribution.
-        offers: What it contributes, as `kind name`.
-        problems: What went wrong; empty if nothing did.
-        disabled: Whether the environment switches it off.
-    """
-
-    name: str
-    version: str
-    offers: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    disabled: bool = False
-
-    @property
-    def status(self) -> str:
-        """One line on how loading went."""
-        if self.disabled:
-            return f"disabled by {DISABLED_VARIABLE}"
-        return f"failed: {'; '.join(self.problems)}" if self.problems else "loaded"
+NAMELESS = "(nameless)"
+"""Stands for the name of a distribution whose metadata has none."""
 
 
 @dataclass(frozen=True)
@@ -120,53 +90,79 @@ def installed() -> Contributions:
         [
             (distribution, entry)
             for distribution in distributions()
-            for entry in distribution.entry_points.select(group=hookspecs.GROUP)
+            for entry in _entries(distribution)
         ]
     )
+
+
+def _entries(distribution: Distribution) -> list[EntryPoint]:
+    """Return a distribution's entry points for ghost; none if they cannot be read."""
+    try:
+        return list(distribution.entry_points.select(group=hookspecs.GROUP))
+    except Exception as error:  # any package may be broken, also those that ghost has no part in
+        logger.warning(
+            "the entry points of %s cannot be read, so it has no plugins: %s",
+            _name(distribution) or distribution.locate_file(""),
+            told(error),
+        )
+        return []
+
+
+def _name(distribution: Distribution) -> str:
+    """Return a distribution's name; an empty one if its metadata has none."""
+    try:
+        return distribution.metadata["Name"] or ""
+    except Exception:  # without a name, or without metadata: the caller reports it
+        return ""
 
 
 def collect(entries: list[tuple[Distribution, EntryPoint]]) -> Contributions:
     """Load plugins and gather their offers. One that fails is reported, never fatal."""
     manager = pluggy.PluginManager(hookspecs.GROUP)
     manager.add_hookspecs(hookspecs)
-    disabled = {_canonical(name) for name in os.environ.get(DISABLED_VARIABLE, "").split(",")}
+    disabled = Disabled.now()
     plugins: dict[str, Plugin] = {}
     # Distributions may be listed twice where sys.path names a folder twice.
-    for distribution, entry in sorted(entries, key=lambda pair: (pair[0].name, pair[1].name)):
-        name = f"{distribution.name}:{entry.name}"
+    for distribution, entry in sorted(entries, key=lambda pair: (_name(pair[0]), pair[1].name)):
+        name = f"{_name(distribution) or NAMELESS}:{entry.name}"
         if name in plugins:
             continue
-        plugin = plugins[name] = Plugin(name, distribution.version)
-        if _canonical(distribution.name) in disabled:
+        plugin = plugins[name] = Plugin(name, _version(distribution))
+        if not _name(distribution):
+            plugin.problems.append("its distribution has no name in its metadata")
+        elif disabled.plugin(_name(distribution), entry.name):
             plugin.disabled = True
         else:
             _load(manager, plugin, entry)
-    offers = _Offers(plugins)
+    offers = Offers(plugins, disabled)
     samplers = offers.gather(manager, "sampler", GradientSampler)
     engines = offers.gather(manager, "engine", Listener)
     projections = offers.gather(manager, "projection", Projection)
+    disabled.warn()
     for plugin in plugins.values():
         if plugin.problems:
             logger.warning("plugin %s %s %s", plugin.name, plugin.version, plugin.status)
-    claims = [Claim(name, kind, owner) for name, (kind, owner) in samplers.items()]
+    claims = [Claim(name, offer.value, offer.plugin.name) for name, offer in samplers.items()]
     listed = tuple(sorted(plugins.values(), key=lambda plugin: plugin.name))
     return Contributions(
         listed,
         SamplerRegistry(claims, failure_note(listed)),
-        {name: kind for name, (kind, _) in engines.items()},
-        {name: kind for name, (kind, _) in projections.items()},
+        {name: offer.value for name, offer in engines.items()},
+        {name: offer.value for name, offer in projections.items()},
     )
+
+
+def _version(distribution: Distribution) -> str:
+    try:
+        return distribution.metadata["Version"] or "(no version)"
+    except Exception:  # what is in the metadata is not ours to judge
+        return "(no version)"
 
 
 def failure_note(plugins: tuple[Plugin, ...]) -> str:
     """Return a remark for error messages that names the plugins with problems."""
     broken = [plugin.name for plugin in plugins if plugin.problems or plugin.disabled]
     return f" (plugins left out: {', '.join(broken)}; see `ghost plugins`)" if broken else ""
-
-
-def _canonical(name: str) -> str:
-    """Return a distribution's name as package indexes compare names."""
-    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def _load(manager: pluggy.PluginManager, plugin: Plugin, entry: EntryPoint) -> None:
@@ -182,67 +178,9 @@ def _load(manager: pluggy.PluginManager, plugin: Plugin, entry: EntryPoint) -> N
         if misspelt:
             known = [name for name in vars(hookspecs) if name.startswith("ghost_")]
             raise UnknownNameError("hook", misspelt[0], known)
-    except Exception as error:  # a plugin may fail in any way at all
-        _leave_out(manager, plugin, error)
-
-
-def _leave_out(manager: pluggy.PluginManager, plugin: Plugin, error: Exception) -> None:
-    if manager.has_plugin(plugin.name):
-        manager.unregister(name=plugin.name)
-    plugin.problems.append(f"{type(error).__name__}: {error}")
-
-
-class _Offers:
-    """Gathers the offers of each kind, and reports bad and contested ones to their plugins."""
-
-    def __init__(self, plugins: dict[str, Plugin]) -> None:
-        self._plugins = plugins
-
-    def gather(
-        self, manager: pluggy.PluginManager, kind: str, base: type[Any]
-    ) -> dict[str, tuple[type[Any], str]]:
-        found: dict[str, list[tuple[type[Any], str]]] = {}
-        for impl in getattr(manager.hook, f"ghost_{kind}s").get_hookimpls():
-            plugin = self._plugins[impl.plugin_name]
-            try:
-                offered = _checked(impl.function(), kind, base)
-            except Exception as error:  # a plugin may fail in any way at all
-                plugin.problems.append(f"{type(error).__name__}: {error}")
-                continue
-            for name, value in offered.items():
-                found.setdefault(name, []).append((value, plugin.name))
-        accepted = {}
-        for name, rivals in found.items():
-            if len(rivals) == 1:
-                accepted[name] = rivals[0]
-                self._plugins[rivals[0][1]].offers.append(f"{kind} {name}")
-                continue
-            owners = [owner for _, owner in rivals]
-            for owner in owners:
-                others = ", ".join(other for other in owners if other != owner)
-                self._plugins[owner].problems.append(
-                    f"PluginConflictError: {kind} {name} is also offered by {others}; "
-                    f"disable one by naming its distribution in {DISABLED_VARIABLE}"
-                )
-        return accepted
-
-
-def _checked(offered: Any, kind: str, base: type[Any]) -> dict[str, type[Any]]:
-    if not isinstance(offered, Mapping):
-        raise PluginError(f"ghost_{kind}s returned {type(offered).__name__}, not a mapping")
-    checked = {}
-    for key, value in offered.items():
-        is_layer = isinstance(key, type) and issubclass(key, nn.Module)
-        if not isinstance(key, str) and not (kind == "sampler" and is_layer):
-            raise PluginError(f"ghost_{kind}s has the key {key!r}, not a name")
-        if not (isinstance(value, type) and issubclass(value, base)):
-            raise PluginError(
-                f"ghost_{kind}s offers {value!r}, which is no class of {_BASES[kind]}"
-            )
-        if missing := getattr(value, "__abstractmethods__", None):
-            raise PluginError(f"{value.__name__} does not implement {', '.join(sorted(missing))}")
-        name = key if isinstance(key, str) else dotted_name(key)
-        if name in checked:
-            raise PluginError(f"ghost_{kind}s offers {name} twice, by class and by name")
-        checked[name] = value
-    return checked
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may fail in any way at all, sys.exit among them
+        if manager.has_plugin(plugin.name):
+            manager.unregister(name=plugin.name)
+        plugin.problems.append(told(error))
