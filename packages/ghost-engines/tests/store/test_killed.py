@@ -201,7 +201,7 @@ def test_no_acknowledged_row_is_lost_or_doubled_whatever_step_a_writer_is_killed
 
 
 def test_no_acknowledged_row_is_lost_or_doubled_whenever_a_writer_is_killed(tmp_path):
-    run_killer("random", tmp_path / "g", 12)
+    run_killer("random", tmp_path / "g", 4)
 
 
 @pytest.mark.stress
