@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
@@ -55,7 +55,17 @@ def foreign_modes_left() -> Iterator[None]:
         yield
 
 
-class _StoresKept(TorchFunctionMode):
+class FunctionMode(TorchFunctionMode):
+    """A mode of ghost's that sees every function of torch, attributes of tensors included."""
+
+
+def function_modes() -> list[Any]:
+    """Return the modes that see functions of torch, the innermost last. Torch 2.5."""
+    modes: list[Any] = _get_current_function_mode_stack()
+    return modes
+
+
+class _StoresKept(FunctionMode):
     """Gives out copies of what selective checkpoints keep, which they give out once.
 
     A checkpoint computes again under a mode with the values in its `storage`: containers by
@@ -189,7 +199,9 @@ def version(tensor: Tensor) -> int:
 
 def address(value: object) -> int:
     """Return where a tensor's memory starts; 0 for what has none of its own. Torch 2.5."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided or not value.numel():
+    if not isinstance(value, Tensor) or value.is_nested or value.layout is not torch.strided:
+        return 0
+    if not value.numel():
         return 0
     if is_composed(value):
         return 0

@@ -231,4 +231,4 @@ def _is_differentiable(leaf: object, frozen: bool) -> bool:
     """Tell whether gradients can arrive at an output; frozen ones get a graph from their Tap."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return False
-    return leaf.requires_grad or frozen
+    return frozen or leaf.requires_grad

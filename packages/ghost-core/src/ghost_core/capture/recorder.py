@@ -20,7 +20,9 @@ from ghost_core._torch import in_backward
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.calls import CallHooks
 from ghost_core.capture.freeze import Freeze
+from ghost_core.capture.fused import FusedModules
 from ghost_core.capture.listener import Listener
+from ghost_core.capture.own_run import OwnRun
 from ghost_core.capture.shared import SharedValues
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
@@ -40,6 +42,8 @@ class Recorder:
             seed = torch.zeros((), requires_grad=True)
         self._state = CaptureState(model, seed, Verifier(model, {}, seed))
         self._handles: list[RemovableHandle] = []
+        self._own_run: OwnRun | None = None
+        self._fused = self._fused_modules()
         self._following: SharedValues | None = None
 
     @classmethod
@@ -116,6 +120,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._own_run = None
         tracked: dict[str, TrackedModule] = {}
         for listener, _ in state.attached:
             for each in listener.tracking.modules:
@@ -129,8 +134,14 @@ class Recorder:
         if not state.attached:
             return
         root = state.model
+        self._fused = self._fused_modules()
+        if state.flags:
+            self._own_run = OwnRun(
+                root, state, on=self._fused.present, follows=self._fused.any_plain
+            )
         before = root.register_forward_pre_hook(Hook(self._before_root), with_kwargs=True)
         self._handles.append(before)
+        self._handles += self._fused.install()
         for each in tracked.values():
             self._handles += CallHooks(each, state).install()
         self._handles.append(root.register_forward_hook(Hook(self._after_root), always_call=True))
@@ -211,6 +222,31 @@ class Recorder:
                     self._balanced(), lambda: state.audience is Audience.ENGINES
                 )
         self._follow((args, kwargs))
+        if self._own_run is not None:
+            self._own_run.start((args, kwargs))
+
+    def _fused_modules(self) -> FusedModules:
+        flags = self._state.flags
+        return FusedModules(
+            self._state.model,
+            trainable=lambda parameter: flags.get(parameter, parameter.requires_grad),
+            would=self._would,
+            note=self._note_unseen,
+        )
+
+    def _would(self, values: Any) -> bool | None:
+        """Tell whether any of some values requires gradients without ghost."""
+        if self._own_run is not None:
+            return self._own_run.would(values)
+        leaves = tree_leaves(values)
+        return any(isinstance(leaf, Tensor) and bool(leaf.requires_grad) for leaf in leaves)
+
+    def _note_unseen(self, given: Any, result: Any) -> None:
+        """Let those who follow values know of what ran without function modes."""
+        if self._own_run is not None:
+            self._own_run.note(result, would=False)
+        if self._following is not None:
+            self._following.note(given, result)
 
     def _follow(self, inputs: Any) -> None:
         """Follow shared values through this pass, unless it is known that there are none.
@@ -233,6 +269,9 @@ class Recorder:
             state.sharing = self._following
 
     def _stop_following(self) -> SharedValues | None:
+        self._fused.stop()
+        if self._own_run is not None:
+            self._own_run.stop()  # the modes in the order in which they came
         following, self._following = self._following, None
         if following is not None:
             following.__exit__(None, None, None)

@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ghost_core._torch import in_backward
+from ghost_core._torch import FunctionMode, in_backward
 from ghost_core.algebra import full_precision
 from ghost_core.capture.meeting import Meeting, Shared, closed_forms
 from ghost_core.capture.sources import CallSource, Form, ParameterSource, Source
@@ -41,7 +40,7 @@ Met = tuple[tuple[Tensor, Shared], ...]
 """Shared values, each with what stands for it in one operation alone."""
 
 
-class SharedValues(TorchFunctionMode, Sharing):
+class SharedValues(FunctionMode, Sharing):
     """Follows shared values through one pass.
 
     Args:
@@ -195,6 +194,10 @@ class SharedValues(TorchFunctionMode, Sharing):
         finally:
             if not used:
                 names &= known
+
+    def note(self, given: Any, result: Any) -> None:
+        """Note what came of something that ran unseen, without gradients."""
+        self._noted(result, any(map(self.depends, _tensors(given))))
 
     def _noted(self, result: Any, depends: bool) -> Any:
         """Note whether values without shared ones among them may belong to samples."""
