@@ -125,7 +125,12 @@ class Meeting:
 
 
 def closed_forms(
-    func: Any, args: Sequence[Any], result: Tensor, met: Sequence[tuple[Tensor, Shared]], axis: int
+    func: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    result: Tensor,
+    met: Sequence[tuple[Tensor, Shared]],
+    axis: int,
 ) -> dict[int, ClosedForm]:
     """Return the closed forms of an operation, by position of shared values in `met`.
 
@@ -134,6 +139,7 @@ def closed_forms(
     Args:
         func: The operation.
         args: Its positional inputs.
+        kwargs: Its keyword inputs.
         result: Its result.
         met: The shared values and what stands for them.
         axis: Axis of the rows in the result.
@@ -144,7 +150,8 @@ def closed_forms(
         position = next((place for place, arg in enumerate(args) if arg is stand), -1)
         if position < 0 or sum(arg is stand for arg in args) > 1:
             continue
-        if name in _ADDITIONS and len(args) == 2 and stand.dtype == result.dtype:
+        plain = len(args) == 2 and not kwargs  # add() takes a factor, alpha
+        if name in _ADDITIONS and plain and stand.dtype == result.dtype:
             forms[at] = partial(_added, stand.shape, result.dim(), axis)
         elif func is functional.linear and position == 2:
             forms[at] = _terms

@@ -118,11 +118,13 @@ class SharedValues(FunctionMode, Sharing):
         account, tensor = f"{tracked.name}, an output", output
         if self._state.flags:
             tensor = output.detach().requires_grad_()
-            self._watch(account, tensor)
+            account = self._watch(account, tensor)
         source = CallSource(tensor, output, form, behind, account, self._state)
         self._labels[source] = tracked.name
-        self._shared[id(tensor)] = Shared(tensor, (source,))
-        return tensor
+        # A leaf may not be changed in place, and a hook of the user's on it would not be met.
+        value = tensor.clone() if self._state.flags else tensor
+        self._shared[id(value)] = Shared(value, (source,))
+        return value
 
     def _form(
         self,
@@ -147,12 +149,12 @@ class SharedValues(FunctionMode, Sharing):
             records = dict(tracked.sampler.record(call))
         return Form(tracked, call.past(), records, axis, sources, self._state)
 
-    def _watch(self, account: str, leaf: Tensor) -> None:
+    def _watch(self, account: str, leaf: Tensor) -> str:
         """Compare what arrives for a leaf with its gradient: a use may go unseen."""
         state = self._state
         if state.balance is None:
             state.balance = Balance({}, lambda: state.audience is Audience.ENGINES)
-        state.balance.watch(account, leaf)
+        return state.balance.watch(account, leaf)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and look at where its values come from."""
@@ -176,7 +178,7 @@ class SharedValues(FunctionMode, Sharing):
         if not depends:
             return self._derived(used, result, shared.values())
         met = tuple((values[at], each) for at, each in shared.items())
-        return tree_map(lambda leaf: self._met(func, args, leaf, met), result)
+        return tree_map(lambda leaf: self._met(func, args, kwargs, leaf, met), result)
 
     @contextmanager
     def _allowed(self, shared: Iterable[Shared]) -> Iterator[list[Tensor]]:
@@ -242,14 +244,16 @@ class SharedValues(FunctionMode, Sharing):
             account = parameter.name
             if stand_in:
                 tensor, account = tensor.detach().requires_grad_(), f"{account}, used elsewhere"
-                self._watch(account, tensor)
+                account = self._watch(account, tensor)
             elif self._state.flags:
                 account += ", in a shared call"  # autograd makes no gradient to compare with
             self._sources[key] = ParameterSource(tensor, parameter, account, self._state, batch)
             self._labels[self._sources[key]] = tracked.name
         return self._sources[key]
 
-    def _met(self, func: Any, args: Sequence[Any], result: Any, met: Met) -> Any:
+    def _met(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, met: Met
+    ) -> Any:
         """Put a Tap behind a result of shared values and samples."""
         if not isinstance(result, Tensor) or not result.requires_grad:
             return result
@@ -271,7 +275,7 @@ class SharedValues(FunctionMode, Sharing):
         state.batch.seen.update(names)
         state.batch.kinds.update((name, axes.is_folded(state.pass_.n)) for name in names)
         state.told_apart = True
-        forms = closed_forms(func, args, result, met, axes.outputs[0])
+        forms = closed_forms(func, args, kwargs, result, met, axes.outputs[0])
         meeting = Meeting(state, state.batch, state.pass_, result, axes, met, names, forms)
         (tapped,) = tap(meeting.deliver, state.seed, [result], (), ())
         return tapped
@@ -309,7 +313,7 @@ class SharedValues(FunctionMode, Sharing):
             if not isinstance(leaf, Tensor) or id(leaf) not in self._shared:
                 return leaf
             stand = leaf.view_as(leaf)
-            return self._met(None, (), stand, ((stand, self._shared[id(leaf)]),))
+            return self._met(None, (), {}, stand, ((stand, self._shared[id(leaf)]),))
 
         return tree_map(meet, output)
 

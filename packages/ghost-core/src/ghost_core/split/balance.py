@@ -66,10 +66,17 @@ class Balance:
             for name, parameter in self._parameters.items()
         ]
 
-    def watch(self, name: str, leaf: Tensor) -> None:
-        """Compare contributions to another leaf too, which stands for a frozen parameter, say."""
+    def watch(self, name: str, leaf: Tensor) -> str:
+        """Compare contributions to another leaf too, which stands for a frozen parameter, say.
+
+        Returns:
+            The name it goes by: each leaf has an account of its own, as not all may be reached.
+        """
+        if name in self._parameters:
+            name = f"{name} ({len(self._handles)})"
         self._parameters[name] = leaf
         self._handles.append(leaf.register_hook(partial(self._see, name)))
+        return name
 
     def add(
         self, name: str, gradient: PerSampleGradient, autocast: torch.dtype | None, whole: bool

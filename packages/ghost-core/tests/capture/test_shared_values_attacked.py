@@ -1,0 +1,71 @@
+"""What users do to values that are the same for all samples on the way to the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ghost_core import Engine
+from ghost_core.testing import per_sample_gradients
+
+N, T, D, V = 4, 3, 6, 11
+Hold = Callable[..., Engine[object]]
+Use = Callable[["Model", Tensor, Tensor], Tensor]
+
+
+class Model(nn.Module):
+    """Words, positions and what is done with both."""
+
+    def __init__(self, use: Use) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(V, D), nn.Embedding(T, D)
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, V)
+        self.use = use
+        self.double()
+
+    def positions(self) -> Tensor:
+        return self.wpe(torch.arange(T))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.use(self, self.wte(ids), self.positions())))
+
+
+def hooked(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    places.register_hook(lambda grad: 2 * grad)
+    return x + places
+
+
+def changed_in_place(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return x + places.mul_(2).add_(1)
+
+
+def called_twice(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    """Of one output only what another module makes of it meets the samples."""
+    other = functional.layer_norm(model.positions(), (D,), model.norm.weight, model.norm.bias)
+    return x * model.norm(places) + other
+
+
+def scaled(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return torch.add(x, places, alpha=3)
+
+
+@pytest.mark.parametrize(
+    ("use", "frozen"),
+    [
+        (scaled, False), (scaled, True), (called_twice, False), (called_twice, True),
+        (hooked, True), (changed_in_place, True),
+    ],
+)  # fmt: skip
+def test_exact(hold: Hold, assert_held: Callable[..., None], use: Use, frozen: bool) -> None:
+    engine = hold(model := Model(use))
+    for _ in range(2):
+        ids = torch.randint(0, V, (N, T))
+        expected = per_sample_gradients(model, model(ids).sin().mean((1, 2)))
+        with engine.frozen() if frozen else engine, engine.batch(range(N)) as batch:
+            model(ids).sin().mean((1, 2)).sum().backward()
+        assert batch.verified
+        assert_held(batch.result, expected)
