@@ -221,7 +221,9 @@ def test_an_interrupt_is_no_failure_of_ghost(tmp_path, capsys):
         ("--version", ">&- 2>&-", 0),
     ],
 )
-def test_streams_that_cannot_be_written(arguments, streams, status):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_streams_that_cannot_be_written(arguments, streams, status, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     command = f'"{sys.executable}" -m ghost_engines.cli {arguments} {streams}'
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.returncode == status

@@ -34,20 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: After `--help`, or if the arguments cannot be understood.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     open_streams()
     try:
-        if arguments == ["--version"]:
-            print(f"ghost {version('ghost-engines')}")
-            return 0
-        options: Verify | Plugins | Store = _app.cli(
-            prog="ghost",
-            description="Per-sample gradients for PyTorch. `ghost --version` prints the version.",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        status = _run(options)
-        sys.stdout.flush()
+        try:
+            return _answered(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            _flush()
     except BrokenPipeError:
         stop_printing()
         return 0
@@ -57,7 +49,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _expected(error):
             raise
         return _failed(error, 2)
-    return status
+
+
+def _flush() -> None:
+    """Write what was printed, also after `--help`: at exit, nobody could say that it failed."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        stop_printing()
+        raise
+
+
+def _answered(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(f"ghost {version('ghost-engines')}")
+        return 0
+    options: Verify | Plugins | Store = _app.cli(
+        prog="ghost",
+        description="Per-sample gradients for PyTorch. `ghost --version` prints the version.",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return _run(options)
 
 
 def _run(options: Verify | Plugins | Store) -> int:
