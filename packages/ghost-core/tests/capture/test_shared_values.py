@@ -328,3 +328,43 @@ def test_a_model_without_shared_values_is_not_followed_after_its_first_batch(hol
             with engine.batch(range(N)):
                 losses_of(model, torch.randint(0, V, (N, 3))).sum().backward()
     assert following == [True, False, False]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", [Added, Tied])
+def test_a_penalty_on_a_parameter_in_shared_values_is_refused(
+    hold: Hold, kind: Callable[[], Base], frozen: bool
+) -> None:
+    engine = hold(model := kind())
+    shared = model.wpe.weight if kind is Added else model.wte.weight
+
+    def backpropagate() -> None:
+        losses = losses_of(model, torch.randint(0, V, (N, 3)))
+        (losses + shared.square().sum()).sum().backward()
+
+    refused = pytest.raises(WrongSplitError, match=r"w[tp]e\.weight")
+    with engine.frozen() if frozen else engine, refused, engine.batch(range(N)):
+        backpropagate()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_followed_use_excuses_no_other(hold: Hold, frozen: bool) -> None:
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            x, weight = ctx.saved_tensors
+            return grad @ weight, (grad.mT @ x).sum(0)
+
+    class Both(Tied):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) + Product.apply(self.wte(ids).tanh(), self.wte.weight)
+
+    engine = hold(model := Both())
+    refused = pytest.raises(WrongSplitError, match=r"wte\.weight")
+    with engine.frozen() if frozen else engine, refused, engine.batch(range(N)):
+        losses_of(model, torch.randint(0, V, (N, 3))).sum().backward()

@@ -187,15 +187,16 @@ class SharedValues(FunctionMode, Sharing):
         Yields:
             A list for what came of it; if it stays empty, as for a shape, it was no use of them.
         """
-        names, known = self._state.shared_names, set(self._state.shared_names)
         sources = [source for each in shared for source in each.sources]
-        names |= {each.parameter.name for each in sources if isinstance(each, ParameterSource)}
+        names = {each.parameter.name for each in sources if isinstance(each, ParameterSource)}
         used: list[Tensor] = []
+        before, self._state.allowed = self._state.allowed, frozenset(names)
         try:
             yield used
         finally:
-            if not used:
-                names &= known
+            self._state.allowed = before
+        if used:
+            self._state.shared_names |= names
 
     def note(self, given: Any, result: Any) -> None:
         """Note what came of something that ran unseen, without gradients."""

@@ -101,6 +101,7 @@ class CaptureState:
         sharing: Follows shared values in this pass; None where there are none.
         shares: Whether passes of this model have shared values; None as long as nobody looked.
         shared_names: The parameters that are used in shared values.
+        allowed: Those that the operation which runs may use, since it is followed.
         shared_modules: The modules that are called on nothing of the samples.
         dim: Axis of the samples in the root's inputs and outputs.
         told_apart: Whether a module in this pass had a row for each sample.
@@ -120,6 +121,7 @@ class CaptureState:
     sharing: Sharing | None = None
     shares: bool | None = None
     shared_names: set[str] = field(default_factory=set)
+    allowed: frozenset[str] = frozenset()
     shared_modules: set[str] = field(default_factory=set)
     dim: int = 0
     told_apart: bool = False
@@ -170,7 +172,7 @@ class CaptureState:
                 for tracked in self.tracked.values()
                 for parameter in tracked.parameters.values()
             )
-        return self.owned() | self.shared_names
+        return self.owned() | self.allowed
 
     @contextmanager
     def silence(self) -> Iterator[None]:
