@@ -23,6 +23,8 @@ from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
+from ghost_core.restoring import restored
+
 Hooks = dict[int, Callable[..., Any]]
 """Hooks by the id of their handle, in the order in which they run; writing changes what runs."""
 
@@ -90,8 +92,8 @@ class _StoresKept(FunctionMode):
                 storage |= {key: tree_map(_given_out, kept) for key, kept in storage.items()}
         return func(*args, **(kwargs or {}))
 
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+    def restore(self) -> None:
+        """Put back what was taken."""
         for storage, kept in self._found:
             storage.clear()
             storage |= kept
@@ -158,7 +160,12 @@ def run_backward(start: Tensor, leaf: Tensor) -> None:
     What selective checkpoints take from their store is put back. `torch.autograd.grad` is not
     used: it is a function like others to modes, which leave themselves while it runs. Torch 2.5.
     """
-    with _StoresKept():
+    with restored() as stack:
+        mode = _StoresKept()
+        # Twice, since an interrupt may end the first.
+        stack.callback(mode.restore)
+        stack.callback(mode.restore)
+        stack.enter_context(mode)
         torch.autograd.Variable._execution_engine.run_backward(
             (start,),
             (torch.ones_like(start),),

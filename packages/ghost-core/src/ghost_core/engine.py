@@ -7,7 +7,8 @@ import logging
 import reprlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, NoReturn, Self, TypedDict
 
@@ -21,6 +22,7 @@ from ghost_core.compare import Comparison, compare
 from ghost_core.errors import CaptureError, UnknownOptionError
 from ghost_core.hooks import is_own
 from ghost_core.plugins import select
+from ghost_core.restoring import restored
 from ghost_core.tracking import Patterns, SamplerRegistry, TrackedParameter, Tracking, track
 
 logger = logging.getLogger(__name__)
@@ -132,6 +134,7 @@ class Engine(Listener, Generic[ResultT]):
         self.tracking: Tracking = self._track()
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._recorder: Recorder | None = None
+        self._attached = ExitStack()
         self._batch: Batch[ResultT] | None = None
         self._open = False
         self._said: set[str] = set()
@@ -169,11 +172,17 @@ class Engine(Listener, Generic[ResultT]):
     # For users
 
     def __enter__(self) -> Self:
-        self._attach(self.freeze)
-        return self
+        stack = ExitStack()
+        try:
+            self._attach(self.freeze, stack)
+            self._attached.push(stack)
+            return self
+        except BaseException:
+            stack.close()
+            raise
 
-    def __exit__(self, *exception: object) -> None:
-        self._detach()
+    # The stack's own, without a line of ghost's at which an interrupt could come before it.
+    __exit__ = property(attrgetter("_attached.__exit__"))
 
     @contextmanager
     def frozen(self) -> Iterator[Self]:
@@ -181,11 +190,9 @@ class Engine(Listener, Generic[ResultT]):
 
         Every per-sample gradient is as without it, for less time and memory.
         """
-        self._attach(Freeze.PASS)
-        try:
+        with restored() as stack:
+            self._attach(Freeze.PASS, stack)
             yield self
-        finally:
-            self._detach()
 
     @contextmanager
     def batch(
@@ -215,9 +222,9 @@ class Engine(Listener, Generic[ResultT]):
             raise CaptureError("a batch is open already")
         self._check_flags()
         batch = self.new_batch(as_ids(ids))
-        self._batch, self._open = batch, True
         self.loss_scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
         try:
+            self._batch, self._open = batch, True
             self.on_start(batch)
             with self._recorder.capture(self, batch.n, owners) as capture:
                 yield batch
@@ -331,19 +338,16 @@ class Engine(Listener, Generic[ResultT]):
     def _track(self) -> Tracking:
         return track(self.model, self.selection, Recorder.of(self.model).flags)
 
-    def _attach(self, freeze: Freeze) -> None:
+    def _attach(self, freeze: Freeze, stack: ExitStack) -> None:
+        """Attach the engine, for as long as the stack is not closed."""
         recorder = Recorder.of(self.model)
         if difference := self.tracking.difference(self._track()):
             raise CaptureError(
                 f"the model changed since the engine was made ({difference}): make a new engine"
             )
-        recorder.attach(self, freeze)
+        stack.enter_context(recorder.serving(self, freeze))
+        stack.callback(setattr, self, "_recorder", None)
         self._recorder = recorder
-
-    def _detach(self) -> None:
-        assert self._recorder is not None
-        recorder, self._recorder = self._recorder, None
-        recorder.detach(self)
 
     def _check_flags(self) -> None:
         """Refuse parameters frozen or unfrozen since: scores would not be those of the training."""

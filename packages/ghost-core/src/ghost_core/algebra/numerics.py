@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghost_core.restoring import restored
+
 
 def accumulation_dtype(*values: Tensor | torch.dtype) -> torch.dtype:
     """Return the dtype for products and sums: float32, or float64 if a tensor or dtype is."""
@@ -24,7 +26,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
     A product of bfloat16 tensors is up to 18 % off the dot that it stands for, so every factor is
     widened before it meets a direction, and the user's speed settings do not apply to the result.
     """
-    with _exact_products(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with restored() as stack:
+        stack.enter_context(_exact_products())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
 
 

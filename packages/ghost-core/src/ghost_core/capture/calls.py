@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,15 +44,20 @@ class CallHooks:
     _first: RemovableHandle = field(init=False)
     _last: RemovableHandle = field(init=False)
 
-    def install(self) -> tuple[RemovableHandle, RemovableHandle]:
-        """Put them on the module."""
+    def install(self, handles: list[RemovableHandle]) -> None:
+        """Put them on the module.
+
+        Args:
+            handles: Where what takes them away again is added, in the line that puts them there.
+        """
         module = self.tracked.module
-        self._last = module.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
+        before, after = Hook(self._before), Hook(self._after)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._last = handles[-1]
         # First among the module's hooks: a user's hook may change the output.
-        self._first = module.register_forward_hook(
-            Hook(self._after), prepend=True, with_kwargs=True, always_call=True
-        )
-        return self._last, self._first
+        register = partial(module.register_forward_hook, prepend=True, with_kwargs=True)
+        handles.append(register(after, always_call=True))
+        self._first = handles[-1]
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.state.listens(module, self.tracked.module):
@@ -133,9 +139,8 @@ class CallHooks:
         running = self.state.running
         if not running or running[-1].tracked is not self.tracked:
             return None
-        ended = running.pop()
-        ended.restore()
-        return ended
+        running[-1].restore()
+        return running.pop()
 
     def _followed(self, args: Any, kwargs: Any, output: Any, before: object) -> Any:
         """Follow what a module computed from nothing of the samples."""

@@ -7,7 +7,7 @@ model; what these share is a `CaptureState`, and what belongs to a batch dies wi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -27,6 +27,7 @@ from ghost_core.capture.shared import SharedValues
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.hooks import Hook
+from ghost_core.restoring import restored
 from ghost_core.split import Balance, Verifier
 from ghost_core.state import flags_set
 from ghost_core.tracking import TrackedModule
@@ -45,6 +46,7 @@ class Recorder:
         self._own_run: OwnRun | None = None
         self._fused = self._fused_modules()
         self._following: SharedValues | None = None
+        self._modes = ExitStack()
 
     @classmethod
     def of(cls, model: nn.Module) -> Recorder:
@@ -63,13 +65,24 @@ class Recorder:
 
     # Attachment
 
-    def attach(self, listener: Listener, freeze: Freeze) -> None:
-        """Start to serve an engine.
+    @contextmanager
+    def serving(self, listener: Listener, freeze: Freeze) -> Iterator[None]:
+        """Serve an engine for a while; after the last one the model is as it was found.
 
         Raises:
             CaptureError: If it is attached already, a batch is open, or the engines that are
                 attached treat weight gradients in another way.
         """
+        self._check(listener, freeze)
+        with restored() as stack:
+            # Twice, since an interrupt may end the first.
+            stack.callback(self._detach, listener)
+            stack.callback(self._detach, listener)
+            self._attach(listener, freeze)
+            yield
+
+    def _check(self, listener: Listener, freeze: Freeze) -> None:
+        """Refuse an engine that cannot be attached now."""
         state = self._state
         modes = [mode for _, mode in state.attached]
         if self._serves(listener):
@@ -82,28 +95,29 @@ class Recorder:
             )
         if freeze is Freeze.CALL and Freeze.CALL in modes:
             raise CaptureError("only one engine can make the weight gradients of a model")
-        if not modes and freeze is Freeze.PASS:
+
+    def _attach(self, listener: Listener, freeze: Freeze) -> None:
+        state = self._state
+        if not state.attached and freeze is Freeze.PASS:
             state.flags |= {p: p.requires_grad for p in state.model.parameters()}
             for parameter in state.flags:
                 parameter.requires_grad_(False)
         state.attached.append((listener, freeze))
         Recorder._recorders[state.model] = self
-        try:
-            self._install()
-        except BaseException:
-            self.detach(listener)
-            raise
+        self._install()
 
-    def detach(self, listener: Listener) -> None:
-        """Stop to serve an engine; after the last one the model is as it was found."""
+    def _detach(self, listener: Listener) -> None:
+        """Take away all that `_attach` did for an engine, or began to do."""
         state = self._state
+        if state.batch is not None:
+            self._leave(state.batch, listener)
         state.attached[:] = [each for each in state.attached if each[0] is not listener]
         self._install()
         if not state.attached:
-            Recorder._recorders.pop(state.model, None)
             for parameter, flag in state.flags.items():
                 parameter.requires_grad_(flag)
             state.flags.clear()
+            Recorder._recorders.pop(state.model, None)
 
     def _serves(self, listener: Listener) -> bool:
         return any(each is listener for each, _ in self._state.attached)
@@ -139,12 +153,13 @@ class Recorder:
             self._own_run = OwnRun(
                 root, state, on=self._fused.present, follows=self._fused.any_plain
             )
-        before = root.register_forward_pre_hook(Hook(self._before_root), with_kwargs=True)
-        self._handles.append(before)
+        before, after = Hook(self._before_root), Hook(self._after_root)
+        # Each in one line with what remembers it, so that no interrupt comes in between.
+        self._handles.append(root.register_forward_pre_hook(before, with_kwargs=True))
         self._handles += self._fused.install()
         for each in tracked.values():
-            self._handles += CallHooks(each, state).install()
-        self._handles.append(root.register_forward_hook(Hook(self._after_root), always_call=True))
+            CallHooks(each, state).install(self._handles)
+        self._handles.append(root.register_forward_hook(after, always_call=True))
 
     # Batches
 
@@ -162,19 +177,18 @@ class Recorder:
         Raises:
             CaptureError: If the model ran on other samples, or not at all.
         """
-        batch = self._open(listener, n)
-        batch.owners |= owners
-        try:
+        with restored() as stack:
+            batch = self._open(listener, n)
+            # Twice, since an interrupt may end the first.
+            stack.callback(self._leave, batch, listener)
+            stack.callback(self._leave, batch, listener)
+            batch.owners |= owners
             yield batch
             self._state.verifier.finish()
             batch.check_complete()
             if self._state.balance is not None:
                 self._state.balance.check()
             batch.doubt = self._state.verifier.doubt or batch.doubt
-        finally:
-            batch.listeners.remove(listener)
-            if not batch.listeners:
-                self._close(batch)
 
     def _open(self, listener: Listener, n: int) -> BatchCapture:
         if not self._serves(listener):
@@ -192,15 +206,20 @@ class Recorder:
         batch.listeners.append(listener)
         return batch
 
-    def _close(self, batch: BatchCapture) -> None:
+    def _leave(self, batch: BatchCapture, listener: Listener) -> None:
+        """Let an engine out of a batch; the last one closes it."""
         state = self._state
+        batch.listeners[:] = [each for each in batch.listeners if each is not listener]
+        if batch.listeners or state.batch is not batch:
+            return
         batch.closed = True
         self._stop_following()
-        balance, state.balance, state.batch = state.balance, None, None
-        if balance is not None:
-            balance.close()
         state.verifier.stop()
+        if state.balance is not None:
+            state.balance.close()
+        state.balance = None
         state.forget_pass()
+        state.batch = None
 
     # Calls of the root
 
@@ -221,6 +240,7 @@ class Recorder:
                 state.balance = Balance(
                     self._balanced(), lambda: state.audience is Audience.ENGINES
                 )
+                state.balance.open()
         self._follow((args, kwargs))
         if self._own_run is not None:
             self._own_run.start((args, kwargs))
@@ -264,19 +284,19 @@ class Recorder:
         )
         lifted = all(listener.tracking.lift for listener, _ in state.attached)
         if lifted and on_samples and (state.verifier.watching or state.shares is not False):
-            self._following = SharedValues(state, inputs)
-            self._following.__enter__()
+            self._following = self._modes.enter_context(SharedValues(state, inputs))
             state.sharing = self._following
 
     def _stop_following(self) -> SharedValues | None:
         self._fused.stop()
         if self._own_run is not None:
             self._own_run.stop()  # the modes in the order in which they came
-        following, self._following = self._following, None
+        self._modes.close()
+        following = self._following
         if following is not None:
-            following.__exit__(None, None, None)
             self._state.shares = bool(self._state.shared_names)
             self._state.sharing = None
+            self._following = None
         return following
 
     def _makes_comparable_gradients(self, batch: BatchCapture) -> bool:

@@ -193,4 +193,5 @@ class CaptureState:
         """Forget a pass that an exception cut short, and give back what its calls withheld."""
         self.pass_ = None
         while self.running:
-            self.running.pop().restore()
+            self.running[-1].restore()
+            self.running.pop()

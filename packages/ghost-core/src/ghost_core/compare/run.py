@@ -67,16 +67,13 @@ class Run(Listener):
         """
         training = self._recorder.attached and not self._recorder.flags
         self._check_hooks(training)
-        self._recorder.attach(self, Freeze.NEVER if training else Freeze.PASS)
-        try:
+        with self._recorder.serving(self, Freeze.NEVER if training else Freeze.PASS):
             # Gemma's norms compute in float32, whatever the dtype: 1e-7 is no error there.
             casts = CastMode(self.parameters)
-            with self._without_ghost(), casts:
+            with casts, self._without_ghost():
                 self.expected = check_losses(self._losses()).detach()
             self.dtypes = casts.dtypes
             yield
-        finally:
-            self._recorder.detach(self)
 
     def differentiate(
         self, rows: Sequence[int], progress: Callable[[int], object] | None

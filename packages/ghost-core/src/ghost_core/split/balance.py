@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ghost_core._torch import gradient_hooks, tidy_gradient_hooks
 from ghost_core.algebra import INSIDE, PerSampleGradient, Precision, floating_dtypes
@@ -61,10 +62,13 @@ class Balance:
         }
         self._accounts: dict[str, _Account] = defaultdict(_Account)
         self._without = [p for p in self._parameters.values() if not gradient_hooks(p)]
-        self._handles = [
-            parameter.register_hook(Hook(partial(self._see, name)))
-            for name, parameter in self._parameters.items()
-        ]
+        self._handles: list[RemovableHandle] = []
+
+    def open(self) -> None:
+        """Put hooks on the parameters. Whoever calls this can call `close` already."""
+        for name, parameter in self._parameters.items():
+            see = Hook(partial(self._see, name))
+            self._handles.append(parameter.register_hook(see))
 
     def watch(self, name: str, leaf: Tensor) -> str:
         """Compare contributions to another leaf too, which stands for a frozen parameter, say.
@@ -130,7 +134,7 @@ class Balance:
             )
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, as far as there are any."""
         for handle in self._handles:
             handle.remove()
         for parameter in self._without:

@@ -8,6 +8,7 @@ positions as samples, sorted rows, BatchNorm and folded rows all pass that check
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Verifier:
         self._unwatched: set[tuple[object, ...]] = set()
         self._expandable: set[str] = set()
         self._usage: UsageMode | None = None
+        self._watching = ExitStack()
         self._checked: set[tuple[object, ...]] = set()
         self.doubt = ""
         """Why nothing is proven by what was watched in the batch; empty if all is."""
@@ -92,8 +94,8 @@ class Verifier:
             for parameter in tracked.parameters.values()
         }
         self._prober.shield_hooks()
-        self._usage = UsageMode({name: parameters[name] for name in names}, owned, frozen)
-        self._usage.__enter__()
+        usage = UsageMode({name: parameters[name] for name in names}, owned, frozen)
+        self._usage = self._watching.enter_context(usage)
 
     def check_reached(self, tracked: TrackedModule, folded: bool) -> None:
         """Raise if a gradient arrives where no probe did, so that nothing is known of its rows.
@@ -160,14 +162,13 @@ class Verifier:
 
     def stop(self) -> None:
         """Stop to watch."""
+        self._watching.close()
+        self._usage = None
         self._prober.restore_hooks()
         if self.doubt:  # the next batch is verified in place of this one
             for signature in self._checked:
                 self._verified.pop(signature, None)
         self._checked, self.doubt = set(), ""
-        usage, self._usage = self._usage, None
-        if usage is not None:
-            usage.__exit__(None, None, None)
 
     def check(self, output: Any, n: int, called: set[Kind]) -> bool:
         """Check what was watched, and probe a pass that called modules not verified yet.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ghost_core import WrongSplitError
+from ghost_core.restoring import restored
 from ghost_layers.replay.closeness import are_close, same_rows
 from ghost_layers.replay.gradients import gradients
 from ghost_layers.replay.guard import Guard
@@ -98,15 +99,17 @@ class Trial:
         real = {name: self._real[key] for name, key in self.plan.wanted.items()}
         return Guard(real, aliases or {}, differentiable=differentiable)
 
-    def watched(self, plan: Plan, guard: Guard) -> ExitStack:
-        """Return a context to run a call in."""
-        stack = ExitStack()
-        stack.enter_context(plan.conditions())
-        stack.enter_context(torch.enable_grad())
+    @contextmanager
+    def watched(self, plan: Plan, guard: Guard) -> Iterator[None]:
+        """Run a call in here."""
         # Hooks of the user, such as checkpointing's, are for the graph of the call alone.
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach))
-        stack.enter_context(guard)
-        return stack
+        hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+        with restored() as stack:
+            stack.enter_context(plan.conditions())
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(hooks)
+            stack.enter_context(guard)
+            yield
 
     def same_outputs(self, plan: Plan, got: Sequence[Tensor], rows: slice = slice(None)) -> bool:
         """Tell whether outputs are those of the call, or some rows of them."""

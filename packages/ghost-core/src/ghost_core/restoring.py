@@ -1,0 +1,28 @@
+"""Restores what was changed for a while, also where an interrupt comes at the worst moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+
+@contextmanager
+def restored() -> Iterator[ExitStack]:
+    """Yield a stack of what is to be restored, and empty it afterwards.
+
+    Ctrl-C can come between any two lines, also at the first line of a `finally`, whose others then
+    do not run, or where a `with` ends, whose context is then not left. So the stack is closed
+    twice: the second time does what an interrupt kept the first from. And a generator such as this
+    is closed with the frame that ran it, so that a `with restored()` may be interrupted where it
+    ends; modes of torch, and whatever else is no generator, are entered on the stack.
+
+    What is put on it goes there before what it takes back is changed.
+    """
+    stack = ExitStack()
+    try:
+        try:
+            yield stack
+        finally:
+            stack.close()
+    finally:
+        stack.close()
