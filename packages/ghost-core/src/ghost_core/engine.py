@@ -7,8 +7,7 @@ import logging
 import reprlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from operator import attrgetter
+from contextlib import ExitStack, closing, contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, NoReturn, Self, TypedDict
 
@@ -134,7 +133,8 @@ class Engine(Listener, Generic[ResultT]):
         self.tracking: Tracking = self._track()
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._recorder: Recorder | None = None
-        self._attached = ExitStack()
+        self.thing = ExitStack()
+        """What is closed when the engine is left, by the name that `closing` has for it."""
         self._batch: Batch[ResultT] | None = None
         self._open = False
         self._said: set[str] = set()
@@ -175,14 +175,14 @@ class Engine(Listener, Generic[ResultT]):
         stack = ExitStack()
         try:
             self._attach(self.freeze, stack)
-            self._attached.push(stack)
+            self.thing.push(stack)
             return self
         except BaseException:
             stack.close()
             raise
 
-    # The stack's own, without a line of ghost's at which an interrupt could come before it.
-    __exit__ = property(attrgetter("_attached.__exit__"))
+    # It closes `self.thing`, and has no line of ghost's at which an interrupt could come before.
+    __exit__: Callable[..., None] = closing.__exit__
 
     @contextmanager
     def frozen(self) -> Iterator[Self]:
