@@ -61,10 +61,11 @@ class Tracer:
         at: Line at which it raises, by order of execution from 1; 0 for never.
         count: Lines so far.
         where: The line it raised at, as file and number.
+        open: What the batch left open that was interrupted, before the engine was detached.
     """
 
     def __init__(self, at: int = 0) -> None:
-        self.at, self.count, self.where = at, 0, ""
+        self.at, self.count, self.where, self.open = at, 0, "", ""
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -112,7 +113,7 @@ def run(model: nn.Module, way: str, tracer: Tracer, traced: int) -> None:
             with traced_now, engine.batch(range(N)):
                 curved(model(x)).sum().backward()
     except BaseException as raised:
-        error = raised
+        error, tracer.open = raised, open_modes()
     with outside():
         context.__exit__(*((type(error), error, error.__traceback__) if error else (None,) * 3))
     if error is not None:
@@ -140,12 +141,27 @@ def interrupted(kind: str, way: str, traced: int, at: int) -> str:
         run(model, way, tracer, traced)
         left = "it was not interrupted"
     except KeyboardInterrupt:
-        left = left_behind(model, found, works=at % 25 == 0)
+        left = tracer.open or left_behind(model, found, works=at % 25 == 0)
     except Exception as error:  # another one in its place
         left = f"{type(error).__name__}: {error}"
     finally:
         close_modes()
     return f"{tracer.where}: {left}" if left else ""
+
+
+def open_modes() -> str:
+    """Return what is open of torch's modes; nothing if all is closed."""
+    if count := torch._C._len_torch_dispatch_stack():
+        return f"{count} dispatch modes are open"
+    if count := torch._C._len_torch_function_stack():
+        return f"{count} function modes are open"
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return "hooks on saved tensors are open"
+    if not torch.is_grad_enabled():
+        return "gradients are disabled"
+    nested = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return "autocast is open" if nested else ""
 
 
 def close_modes() -> None:
@@ -163,17 +179,8 @@ def close_modes() -> None:
 
 def left_behind(model: nn.Module, found: dict[str, object], *, works: bool) -> str:
     """Return what is not as it was found; empty if all is, and a new engine works if asked."""
-    if count := torch._C._len_torch_dispatch_stack():
-        return f"{count} dispatch modes are open"
-    if count := torch._C._len_torch_function_stack():
-        return f"{count} function modes are open"
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        return "hooks on saved tensors are open"
-    if torch.autocast_decrement_nesting() != -1:
-        return "autocast is open"
-    torch.autocast_increment_nesting()
-    if not torch.is_grad_enabled():
-        return "gradients are disabled"
+    if modes := open_modes():
+        return modes
     try:
         assert_untouched(found, model, "interrupted")
         model.zero_grad()
@@ -209,11 +216,11 @@ def test_while_attaching_and_detaching(kind: str, way: str) -> None:
     assert interrupt_everywhere(kind, way, 0) == []
 
 
-@pytest.mark.stress
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("number", [1, 2])
-def test_inside_a_batch(number: int, way: str) -> None:
-    assert interrupt_everywhere("small", way, number) == []
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.stress), 23])
+def test_inside_a_batch(step: int, number: int, way: str) -> None:
+    assert interrupt_everywhere("small", way, number, step) == []
 
 
 @pytest.mark.stress
