@@ -175,6 +175,7 @@ def close_modes() -> None:
     while torch.autocast_decrement_nesting() >= 0:
         pass
     torch.autocast_increment_nesting()
+    torch.set_grad_enabled(True)
 
 
 def left_behind(model: nn.Module, found: dict[str, object], *, works: bool) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ghost_core._torch import direct_buffers
+from ghost_core.restoring import restored
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,8 @@ def values_kept(tensors: Iterable[Tensor | None]) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
+        with restored() as stack:
+            stack.enter_context(torch.no_grad())
             for tensor, value in found:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)

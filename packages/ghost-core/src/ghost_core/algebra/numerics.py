@@ -28,6 +28,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """
     with restored() as stack:
         stack.enter_context(_exact_products())
+        # Again, since modes that see every function see this one too, and may be interrupted.
+        stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         yield

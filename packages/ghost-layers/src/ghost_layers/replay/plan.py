@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from ghost_core import Record
+from ghost_core.restoring import restored
 from ghost_core.state import RandomState
 from ghost_layers.replay.before import conditions
 from ghost_layers.replay.module_copy import Template, own_copy
@@ -105,7 +106,9 @@ class Plan:
         ]
         args, kwargs = tree_unflatten(leaves, self.spec)
         device, dtype = self.autocast
-        with torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False):
+        cast = torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
+        with restored() as stack:
+            stack.enter_context(cast)
             return function(module, *args, **kwargs)
 
     def returned(self, values: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
