@@ -368,3 +368,20 @@ def test_a_followed_use_excuses_no_other(hold: Hold, frozen: bool) -> None:
     refused = pytest.raises(WrongSplitError, match=r"wte\.weight")
     with engine.frozen() if frozen else engine, refused, engine.batch(range(N)):
         losses_of(model, torch.randint(0, V, (N, 3))).sum().backward()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_value_that_is_written_to_after_it_met_samples_is_refused(
+    hold: Hold, frozen: bool
+) -> None:
+    class Late(Base):
+        def forward(self, ids: Tensor) -> Tensor:
+            places = self.at(ids.shape[1]) * 1.5
+            x = self.wte(ids) + places
+            places.mul_(3)
+            return self.head(self.norm(x + places))
+
+    engine = hold(model := Late())
+    refused = pytest.raises(WrongSplitError, match=r"was written to after it had met them")
+    with engine.frozen() if frozen else engine, refused, engine.batch(range(N)):
+        losses_of(model, torch.randint(0, V, (N, 3))).sum().backward()

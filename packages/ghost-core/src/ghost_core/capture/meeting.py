@@ -11,12 +11,13 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional
 
+from ghost_core._torch import version
 from ghost_core.algebra import Dense, Outer, Owned, PerSampleGradient, Tokens, full_precision
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass
 from ghost_core.capture.sources import Source, by_sample, take_back
 from ghost_core.capture.state import Audience, CaptureState
-from ghost_core.errors import CaptureError
+from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.sampler import as_tokens
 from ghost_core.split import RowAxes, owner_of_rows
 
@@ -59,6 +60,7 @@ class Meeting:
             other values may come from the same sources, by another operation.
         names: Modules whose parameters they come from.
         forms: Closed forms by position among the shared values.
+        versions: How often each shared value had been written to.
     """
 
     state: CaptureState
@@ -69,6 +71,7 @@ class Meeting:
     shared: tuple[tuple[Tensor, Shared], ...]
     names: tuple[str, ...]
     forms: Mapping[int, ClosedForm]
+    versions: tuple[int, ...]
 
     def deliver(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -92,6 +95,7 @@ class Meeting:
                 f"a gradient reached {self.names[0]} after its batch was closed: run backward() "
                 "inside engine.batch()"
             )
+        self._check_unchanged()
         self.batch.arrived = True
         (rows,), owner = self.axes.rows_first([grad]), self._owner(grad)
         graph = [at for at in range(len(self.shared)) if at not in self.forms]
@@ -107,6 +111,19 @@ class Meeting:
             for at, column in zip(graph, columns, strict=True):
                 if column is not None:
                     self.shared[at][1].spread(self.pass_, Dense(column.unsqueeze(1)))
+
+    def _check_unchanged(self) -> None:
+        """Refuse shared values whose graph is another one than when they met the samples."""
+        for (_, shared), before in zip(self.shared, self.versions, strict=True):
+            if version(shared.value) != before and shared.value.grad_fn is not None:
+                raise WrongSplitError(
+                    "gradients cannot be split by sample: what "
+                    f"{', '.join(self.names)} computed, the same for all samples, was written to "
+                    "after it had met them",
+                    reason="the way back to its parameters is not what it was",
+                    remedy="use an operation that is not in place, or leave these modules out with "
+                    "exclude=...",
+                )
 
     def _owner(self, grad: Tensor) -> Tensor | None:
         """Return the sample of each row; None where rows are samples."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ghost_core._torch import FunctionMode, in_backward
+from ghost_core._torch import FunctionMode, in_backward, version
 from ghost_core.algebra import full_precision
 from ghost_core.capture.meeting import Meeting, Shared, closed_forms
 from ghost_core.capture.sources import CallSource, Form, ParameterSource, Source
@@ -277,7 +277,10 @@ class SharedValues(FunctionMode, Sharing):
         state.batch.kinds.update((name, axes.is_folded(state.pass_.n)) for name in names)
         state.told_apart = True
         forms = closed_forms(func, args, kwargs, result, met, axes.outputs[0])
-        meeting = Meeting(state, state.batch, state.pass_, result, axes, met, names, forms)
+        versions = tuple(version(each.value) for _, each in met)
+        meeting = Meeting(
+            state, state.batch, state.pass_, result, axes, met, names, forms, versions
+        )
         (tapped,) = tap(meeting.deliver, state.seed, [result], (), ())
         return tapped
 
