@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import wraps
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,53 @@ from torch.utils._pytree import tree_map
 
 from ghost_core.restoring import restored
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 Hooks = dict[int, Callable[..., Any]]
 """Hooks by the id of their handle, in the order in which they run; writing changes what runs."""
+
+
+def uncompiled(function: _Function) -> _Function:
+    """Make a function one that torch's compiler leaves alone, whatever runs it. Torch 2.5.
+
+    `torch.compiler.disable` imports the compiler, which takes seconds; this waits for others to.
+    """
+    disabled: list[Any] = []
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        compiler = sys.modules.get("torch._dynamo")
+        if compiler is None:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return cast(_Function, run)
+
+
+def caller_of(frame: FrameType | None) -> str:
+    """Return the module whose code called what an `uncompiled` function is, by its frame."""
+    frame = None if frame is None else frame.f_back
+    while frame is not None:
+        name: str = frame.f_globals.get("__name__", "")
+        if name != __name__ and not name.startswith("torch._dynamo"):
+            return name
+        frame = frame.f_back
+    return ""
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Let nothing compiled run meanwhile, where torch is 2.6 or newer.
+
+    What is compiled and first runs under a mode would never be used again, mode or not.
+    """
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class DispatchMode(TorchDispatchMode):
@@ -36,6 +82,10 @@ class DispatchMode(TorchDispatchMode):
     compiler from compiling it, which imports all of the compiler, for seconds, at the first
     operation; unless `_should_skip_dynamo` says no. A compiled model runs uncompiled under a mode.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
+        cls.__torch_dispatch__ = uncompiled(cls.__torch_dispatch__)  # type: ignore[method-assign]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -59,6 +109,10 @@ def foreign_modes_left() -> Iterator[None]:
 
 class FunctionMode(TorchFunctionMode):
     """A mode of ghost's that sees every function of torch, attributes of tensors included."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__torch_function__ = uncompiled(cls.__torch_function__)  # type: ignore[method-assign]
 
 
 def function_modes() -> list[Any]:
@@ -296,6 +350,26 @@ def is_compiled(module: nn.Module) -> bool:
     """Tell whether a module was compiled, by `torch.compile` or in place. Torch 2.5."""
     original = getattr(module, "_orig_mod", None)
     return isinstance(original, nn.Module) or bool(getattr(module, "_compiled_call_impl", None))
+
+
+def called_compiled() -> bool:
+    """Tell whether what runs was called through something compiled. Torch 2.5.
+
+    Of functions that were compiled, not modules, it is told from torch 2.9 on.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper":
+            return True
+        # Looking at locals keeps them alive as long as the frame: not at those of the user's.
+        if frame.f_globals.get("__name__") == _module.__name__:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, nn.Module) and is_compiled(caller):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def flat_weights(layer: nn.RNNBase) -> list[Tensor] | None:

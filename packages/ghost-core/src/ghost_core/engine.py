@@ -79,7 +79,7 @@ class Engine(Listener, Generic[ResultT]):
     Raises:
         UnknownNameError: If a glob matches nothing.
         UnsupportedLayerError: If a selected parameter belongs to a module without a sampler.
-        CaptureError: If no trainable parameter is selected or a module is compiled.
+        CaptureError: If no trainable parameter is selected, or one is in a compiled module.
     """
 
     freeze: ClassVar[Freeze] = Freeze.NEVER

@@ -7,6 +7,8 @@ from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
+from ghost_core._torch import uncompiled
+
 
 class Hook:
     """A hook that stays behind when the model is copied or pickled.
@@ -19,8 +21,8 @@ class Hook:
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
-        """Do what the hook does."""
-        return self._function(*args)
+        """Do what the hook does, out of reach of torch's compiler."""
+        return _run(self._function, args)
 
     def __deepcopy__(self, memo: object) -> Callable[..., None]:
         return nullcontext().__exit__
@@ -34,3 +36,8 @@ def is_own(hook: object) -> bool:
     if isinstance(hook, MethodType):
         return type(hook.__self__) is nullcontext
     return isinstance(hook, Hook)
+
+
+@uncompiled
+def _run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return function(*args)

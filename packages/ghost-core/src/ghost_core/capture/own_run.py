@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ghost_core._torch import FunctionMode, in_function
+from ghost_core._torch import FunctionMode, caller_of, in_function
 from ghost_core.capture.state import CaptureState
 from ghost_core.errors import CaptureError
 
@@ -77,7 +77,7 @@ class OwnRun(FunctionMode):
         if self._state.paused or not (self._follows or func == _ASKED):
             return result
         if func == _ASKED:
-            own = sys._getframe(1).f_globals.get("__name__", "").startswith("ghost_")
+            own = caller_of(sys._getframe()).startswith("ghost_")
             return result if own or result else self._answer(args[0])
         would = self.would((args, kwargs))
         if would is not False:

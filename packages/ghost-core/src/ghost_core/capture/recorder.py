@@ -6,6 +6,7 @@ model; what these share is a `CaptureState`, and what belongs to a batch dies wi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ghost_core._torch import in_backward
+from ghost_core._torch import called_compiled, in_backward
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.calls import CallHooks
 from ghost_core.capture.freeze import Freeze
@@ -32,6 +33,8 @@ from ghost_core.split import Balance, Verifier
 from ghost_core.state import flags_set
 from ghost_core.tracking import TrackedModule
 
+logger = logging.getLogger(__name__)
+
 
 class Recorder:
     """Hooks on one model, shared by the engines attached to it. Get it from `Recorder.of`."""
@@ -43,6 +46,7 @@ class Recorder:
             seed = torch.zeros((), requires_grad=True)
         self._state = CaptureState(model, seed, Verifier(model, {}, seed))
         self._handles: list[RemovableHandle] = []
+        self._told_compiled = False
         self._own_run: OwnRun | None = None
         self._fused = self._fused_modules()
         self._following: SharedValues | None = None
@@ -231,6 +235,13 @@ class Recorder:
         assert batch is not None
         if state.pass_ is not None:
             raise CaptureError("the model called itself")
+        if not self._told_compiled and called_compiled():
+            self._told_compiled = True
+            logger.warning(
+                "the model was compiled, and runs as if it was not while ghost is attached: scores "
+                "are exact, the training is the uncompiled one, and nothing is faster. Call the "
+                "compiled model where no engine is attached, or compile what is not tracked"
+            )
         keys = {tracked.row_owner for tracked in state.tracked.values() if tracked.row_owner}
         state.pass_ = batch.begin(args, kwargs, state.dim, keys)
         state.told_apart = False

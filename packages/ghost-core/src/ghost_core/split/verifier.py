@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ghost_core._torch import will_reach
+from ghost_core._torch import eagerly, will_reach
 from ghost_core.split.owners import Fold, find_folds
 from ghost_core.split.probe import Kind, Probe, Prober, probed_samples
 from ghost_core.split.reasons import doubted, late_row, reached_elsewhere, unreached, wrong_split
@@ -95,6 +95,7 @@ class Verifier:
         }
         self._prober.shield_hooks()
         usage = UsageMode({name: parameters[name] for name in names}, owned, frozen)
+        self._watching.enter_context(eagerly())
         self._usage = self._watching.enter_context(usage)
 
     def check_reached(self, tracked: TrackedModule, folded: bool) -> None:

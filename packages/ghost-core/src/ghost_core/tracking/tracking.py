@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -168,7 +168,6 @@ def track(
             module has been compiled.
         UnsupportedLayerError: If no sampler handles an owner of a selected parameter.
     """
-    _refuse_compiled(model)
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, leaf in model.named_parameters(remove_duplicate=False):
         if is_lazy(leaf):
@@ -181,6 +180,7 @@ def track(
         for leaf, aliases in names.items()
         if flags.get(leaf, leaf.requires_grad) and aliases[0] in selected
     }
+    _refuse_compiled(model, parameters.keys())
     if not parameters:
         trainable = sum(flags.get(leaf, leaf.requires_grad) for leaf in names)
         raise CaptureError(
@@ -282,11 +282,13 @@ def _refuse_composed(parameters: Mapping[nn.Parameter, TrackedParameter]) -> Non
         )
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def _refuse_compiled(model: nn.Module, tracked: Collection[nn.Parameter]) -> None:
+    """Refuse compiled modules with tracked parameters inside; others run as they are."""
     for name, module in model.named_modules():
-        if is_compiled(module):
+        if is_compiled(module) and any(each in tracked for each in module.parameters()):
             raise CaptureError(
                 f"{name or 'the model'} ({dotted_name(type(module))}) is compiled, and a compiled "
                 "module ignores hooks added later. Give the engine the uncompiled model and "
-                "attach it before torch.compile."
+                "attach it before torch.compile, or leave the compiled module's parameters out "
+                "with exclude=..."
             )
