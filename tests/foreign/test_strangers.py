@@ -139,7 +139,6 @@ def garbage_of_batches(frozen: bool, first: int) -> Counter[str]:
     return found
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue: cyclic garbage of a batch")
 @pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_batch_leaves_no_cyclic_garbage(frozen: bool, first: int) -> None:

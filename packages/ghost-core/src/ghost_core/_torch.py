@@ -22,8 +22,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map
 
+from ghost_core._trees import tree_map
 from ghost_core.restoring import restored
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from ghost_core._torch import (
@@ -20,6 +20,7 @@ from ghost_core._torch import (
     has_global_forward_hooks,
     in_backward,
 )
+from ghost_core._trees import tree_flatten
 from ghost_core.algebra import full_precision
 from ghost_core.capture.delivery import Delivery, keep
 from ghost_core.capture.state import CaptureState, Running

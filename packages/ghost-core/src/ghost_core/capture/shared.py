@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ghost_core._torch import FunctionMode, in_backward, version
+from ghost_core._trees import tree_map
 from ghost_core.algebra import full_precision
 from ghost_core.capture.meeting import Meeting, Shared, closed_forms
 from ghost_core.capture.sources import CallSource, Form, ParameterSource, Source

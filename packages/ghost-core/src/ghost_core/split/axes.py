@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ghost_core._trees import tree_map
 from ghost_core.errors import WrongSplitError
 from ghost_core.sampler import Call
 from ghost_core.split.reasons import wrong_rows

@@ -9,6 +9,7 @@ import torch
 from torch import Size, Tensor
 
 from ghost_core._torch import start_of_backward
+from ghost_core._trees import vmap
 from ghost_layers.replay.plan import Plan, Replay, Way
 
 _AT_ONCE = 2**25
@@ -55,6 +56,11 @@ def _by_copies(
         own = own if replay.rows is None else [value[replay.rows] for value in own]
         elements = sum(value.numel() for value in wanted.values())
         parts = list(torch.arange(len(grads[0])).split(max(1, _AT_ONCE // max(1, elements))))
+
+    def one(given: list[Tensor]) -> list[Tensor]:
+        mine = dict(zip(wanted, given, strict=False))
+        return plan.run_one(_with(plan, replay, mine), replay.inputs, given[len(wanted) :])
+
     made = []
     for part in parts:
         leaves = {
@@ -62,11 +68,8 @@ def _by_copies(
             for local, value in wanted.items()
         }
 
-        def one(leaves: dict[str, Tensor], own: list[Tensor]) -> list[Tensor]:
-            return plan.run_one(_with(plan, replay, leaves), replay.inputs, own)
-
         own_part = [value[part] for value in own]
-        outputs = torch.vmap(one, randomness=plan.randomness)(leaves, own_part)
+        outputs = vmap(one, [*leaves.values(), *own_part], plan.randomness)
         made.append(_differentiated(outputs, [grad[part] for grad in grads], leaves))
     joined = {local: torch.cat([each[at] for each in made]) for at, local in enumerate(wanted)}
     if plan.random is None or replay.rows is None:

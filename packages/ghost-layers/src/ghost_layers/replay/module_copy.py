@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from ghost_core._torch import backward_hooks, flat_weights, forward_hooks, forward_pre_hooks
+from ghost_core._trees import tree_flatten
 from ghost_core.hooks import is_own
 from ghost_core.tracking import dotted_name
 

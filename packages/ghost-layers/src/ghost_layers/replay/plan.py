@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from ghost_core import Record
+from ghost_core._trees import vmap
 from ghost_core.restoring import restored
 from ghost_core.state import RandomState
 from ghost_layers.replay.before import conditions
@@ -153,7 +154,7 @@ class Plan:
                 for value, each in zip(outputs, self.outputs, strict=True)
             ]
         one = partial(self.run_one, values, inputs)
-        return list(torch.vmap(one, randomness=self.randomness)(self.own(inputs)))
+        return vmap(one, self.own(inputs), self.randomness)
 
     def sloped(
         self, returned: Sequence[Tensor], replay: Replay, grads: Sequence[Tensor | None]

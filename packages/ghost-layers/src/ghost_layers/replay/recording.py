@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten
 
 from ghost_core import Call, WrongSplitError
+from ghost_core._trees import tree_flatten
 from ghost_core.tracking import dotted_name
 
 

@@ -1,0 +1,63 @@
+"""Trees and vmap as torch has them, without its reference cycles.
+
+The helpers of torch's own know themselves: what they hold waits for the collector, and so does
+memory. Private names of torch, all of them in torch 2.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import vmap as _functorch
+from torch.utils import _pytree
+
+from ghost_core.restoring import restored
+
+
+def tree_flatten(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], _pytree.TreeSpec]:
+    """Return the leaves of a tree and its structure, for torch's `tree_unflatten`. Torch 2.5."""
+    leaves: list[Any] = []
+    return leaves, _structure(tree, leaves, is_leaf)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return a tree with other leaves. Torch 2.5."""
+    leaves, structure = tree_flatten(tree)
+    return _pytree.tree_unflatten([function(leaf) for leaf in leaves], structure)
+
+
+def _structure(
+    node: Any, leaves: list[Any], is_leaf: Callable[[Any], bool] | None
+) -> _pytree.TreeSpec:
+    kind = _pytree._get_node_type(node)
+    if kind not in _pytree.SUPPORTED_NODES or (is_leaf is not None and is_leaf(node)):
+        leaves.append(node)
+        return _pytree._LEAF_SPEC
+    children, context = _pytree.SUPPORTED_NODES[kind].flatten_fn(node)
+    inside = [_structure(child, leaves, is_leaf) for child in children]
+    return _pytree.TreeSpec(kind, context, inside)
+
+
+def vmap(
+    function: Callable[[list[Tensor]], Sequence[Tensor]], given: Sequence[Tensor], randomness: str
+) -> list[Tensor]:
+    """Run a function of a row of each tensor on all rows at once, as `torch.vmap` does. Torch 2.5.
+
+    Args:
+        function: Takes a list of tensors, and returns tensors.
+        given: The tensors, all with as many rows, at least one.
+        randomness: What to do where random numbers are drawn, as `torch.vmap` takes it.
+    """
+    _functorch.lazy_load_decompositions()  # type: ignore[attr-defined]
+    count = len(given[0])
+    with restored() as stack:
+        nesting = _functorch.vmap_increment_nesting(count, randomness)
+        level = stack.enter_context(nesting)
+        rows = [torch._C._functorch._add_batch_dim(each, 0, level) for each in given]
+        made = function(rows)
+        return [torch._C._functorch._remove_batch_dim(each, level, count, 0) for each in made]
