@@ -110,7 +110,8 @@ class Meeting:
             columns = by_sample(self.result, stands, self._alone(grad, owner))
             for at, column in zip(graph, columns, strict=True):
                 if column is not None:
-                    self.shared[at][1].spread(self.pass_, Dense(column.unsqueeze(1)))
+                    value = self.shared[at][1]
+                    take_back(self.pass_, value.value, value.sources, column)
 
     def _check_unchanged(self) -> None:
         """Refuse shared values whose graph is another one than when they met the samples."""

@@ -169,14 +169,18 @@ def by_sample(
     """
     if not tensors:
         return []
-    rows = [
-        torch.autograd.grad(
-            start_of_backward([value], [each]), tensors, retain_graph=True, allow_unused=True
-        )
-        for each in gradients
-    ]
+    rows = [_differentiated(value, tensors, each) for each in gradients]
     found: list[Tensor | None] = []
     for tensor, column in zip(tensors, zip(*rows, strict=True), strict=True):
         dense = [torch.zeros_like(tensor) if each is None else each.to_dense() for each in column]
         found.append(None if all(each is None for each in column) else torch.stack(dense))
     return found
+
+
+def _differentiated(
+    value: Tensor, tensors: Sequence[Tensor], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    if value.is_complex():  # where no backward pass starts of itself
+        return torch.autograd.grad(value, tensors, gradient, retain_graph=True, allow_unused=True)
+    start = start_of_backward([value], [gradient])
+    return torch.autograd.grad(start, tensors, retain_graph=True, allow_unused=True)
