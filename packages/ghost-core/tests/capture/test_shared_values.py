@@ -307,12 +307,12 @@ def test_a_use_that_nobody_sees_is_refused(hold: Hold, frozen: bool) -> None:
             return self.head(self.norm(Hidden.apply(x + places, places)))
 
     engine = hold(model := Hides())
-    with (
-        engine.frozen() if frozen else engine,
-        pytest.raises(WrongSplitError, match=r"do not add up to the gradient of wpe"),
-        engine.batch(range(N)),
-    ):
+    refused = pytest.raises(WrongSplitError, match=r"do not add up to the gradient of wpe")
+    with engine.frozen() if frozen else engine, refused as error, engine.batch(range(N)):
         losses_of(model, torch.randint(0, V, (N, 3))).sum().backward()
+    excluded = "wpe" if frozen else "wpe.weight"
+    assert error.value.remedy.endswith(f"exclude={excluded!r}")
+    hold(model, exclude=excluded)  # the remedy names what there is
 
 
 def test_a_model_without_shared_values_is_not_followed_after_its_first_batch(hold: Hold) -> None:

@@ -121,6 +121,8 @@ class Balance:
                 wrong[name] = account.off / scale if scale else float("inf")
         if wrong:
             worst = max(wrong, key=lambda name: wrong[name])
+            # What stands for a parameter or a module has an account named "it, ...".
+            named = dict.fromkeys(name.partition(", ")[0] for name in wrong)
             raise UnbalancedError(
                 f"the contributions of all samples do not add up to the gradient of {worst}: they "
                 f"are {wrong[worst]:.1e} of their norms apart, and so are those of "
@@ -130,7 +132,7 @@ class Balance:
                 "parameters, or a module computes something else in the backward pass than its "
                 "sampler takes it for",
                 remedy="return what the loss is computed from, compute penalties outside of "
-                f"engine.batch(), or leave parameters out with exclude={','.join(wrong)!r}",
+                f"engine.batch(), or leave parameters out with exclude={','.join(named)!r}",
             )
 
     def close(self) -> None:
