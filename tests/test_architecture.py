@@ -17,7 +17,7 @@ PACKAGES = ["ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"]
 FLOORS = [
     {"restoring"},
     {"errors", "_trees"},
-    {"_torch"},
+    {"_torch", "arguments"},
     {"algebra"},
     {"sampler", "projection"},
     {"hooks", "state", "batch"},

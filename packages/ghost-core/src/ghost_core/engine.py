@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core._torch import gradient_hooks
+from ghost_core.arguments import module
 from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
 from ghost_core.capture import Freeze, Listener, Recorder
 from ghost_core.compare import Comparison, compare
@@ -116,7 +117,7 @@ class Engine(Listener, Generic[ResultT]):
         row_owner: Mapping[str, str] = MappingProxyType({}),
         registry: SamplerRegistry | None = None,
     ) -> None:
-        self.model = model
+        self.model = module(model)
         self.verifies = verify
         self.loss_scale = 1.0
         """What the loss of the open batch was multiplied with, by the gradient scaler."""

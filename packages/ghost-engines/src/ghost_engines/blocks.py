@@ -11,6 +11,7 @@ from torch import Size
 
 from ghost_core import CaptureError, TrackedParameter
 from ghost_core.algebra import matrix_shape
+from ghost_core.arguments import whole
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,11 @@ def arrange(
     """
     if (dim is None) == (total_dim is None):
         raise CaptureError("give either dim (per parameter) or total_dim (of a row)")
-    for name, value in (("dim", dim), ("total_dim", total_dim), ("min_dim", min_dim)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise CaptureError(f"{name} must be at least 1, a whole number, not {value!r}")
-    if dim is not None:
-        shares = [dim] * len(parameters)
+    min_dim = whole("min_dim", min_dim, least=1)
+    if total_dim is None:
+        shares = [whole("dim", dim, least=1)] * len(parameters)
     else:
-        assert total_dim is not None
-        shares = _shares(parameters, total_dim, min_dim)
+        shares = _shares(parameters, whole("total_dim", total_dim, least=1), min_dim)
     blocks: list[Block] = []
     offset = 0
     for parameter, share in zip(parameters, shares, strict=True):

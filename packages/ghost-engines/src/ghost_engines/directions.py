@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,26 @@ class Direction:
             self.age = 0
         self.age += 1
         return due
+
+
+def check_closure(name: str, closure: Closure) -> None:
+    """Refuse a closure that cannot be called without arguments.
+
+    Raises:
+        CaptureError: If it needs some.
+    """
+    try:
+        signature = inspect.signature(closure)
+    except ValueError:  # some builtins do not tell
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise CaptureError(
+            f"direction {name!r}: the closure takes arguments",
+            reason=f"it is called without any, and there is a {error}",
+            remedy="give a function of nothing, such as lambda: loss(model, validation_batch)",
+        ) from error
 
 
 def gradient_of(

@@ -66,8 +66,8 @@ class InRunValues:
         direction: Name of the direction to use; the engine's only one by default.
 
     Raises:
-        CaptureError: If the optimizer does not hold a tracked parameter, or does not tell of its
-            steps, or a batch is open.
+        CaptureError: If the engine scores no batches, the optimizer does not hold a tracked
+            parameter or does not tell of its steps, or a batch is open.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class InRunValues:
         *,
         direction: str | None = None,
     ) -> None:
-        self._engine = engine
+        self._engine = _scoring(engine)
         self._direction = direction
         if engine.is_open:
             raise CaptureError("make InRunValues outside of a batch, to see all of its gradients")
@@ -106,6 +106,13 @@ class InRunValues:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        """Say how many samples there are, and of how many steps."""
+        facts = [f"{len(self)} samples", f"{self._steps} steps"]
+        if self.skipped_batches:
+            facts.append(f"{self.skipped_batches} batches without one")
+        return f"<{type(self).__name__}: {', '.join(facts)}>"
 
     def __len__(self) -> int:
         return len(self._records)
@@ -233,6 +240,24 @@ class InRunValues:
         if self._direction not in scores.directions:
             raise UnknownNameError("direction", self._direction, scores.directions)
         return scores.directions.index(self._direction)
+
+
+def _scoring(engine: object) -> ScoringEngine[Any]:
+    """Return an engine that scores batches.
+
+    Raises:
+        CaptureError: If it does not.
+    """
+    if isinstance(engine, ScoringEngine):
+        return engine
+    is_class = isinstance(engine, type)
+    kind = engine.__name__ if isinstance(engine, type) else type(engine).__name__
+    raise CaptureError(
+        f"{kind} is a class, not an engine" if is_class else f"{kind} scores no batches",
+        reason="values are sums of the scores of batches",
+        remedy="give InRunValues the engine first, such as a DotProductEngine(model), then the "
+        "optimizer",
+    )
 
 
 def _stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -24,6 +24,7 @@ from ghost_core import (
     UnknownNameError,
 )
 from ghost_core.algebra import accumulation_dtype, matrix_shape
+from ghost_core.arguments import whole
 from ghost_core.plugins import installed
 from ghost_engines.blocks import Block, arrange
 from ghost_engines.random_modules import drawing, random_modules
@@ -123,10 +124,8 @@ class ProjectionEngine(Engine[ProjectedRows]):
         super().__init__(model, **options)
         if dim is None and total_dim is None:
             dim = 256
-        if type(seed) is not int:
-            raise CaptureError(f"seed must be a whole number, not {seed!r}")
         self.dtype = _storage_dtype(dtype)
-        self.seed = seed
+        self.seed = whole("seed", seed)
         self.init = init
         self.layout: tuple[Block, ...] = arrange(
             self.parameters, dim=dim, total_dim=total_dim, min_dim=min_dim
@@ -134,7 +133,7 @@ class ProjectionEngine(Engine[ProjectedRows]):
         self._blocks = {block.parameter: block for block in self.layout}
         projection = installed().projection(init)()
         self._maps = {
-            parameter.name: _draw(projection, seed, parameter, self._blocks[parameter.name])
+            parameter.name: _draw(projection, self.seed, parameter, self._blocks[parameter.name])
             for parameter in self.parameters
         }
         self._rows = torch.empty(0)

@@ -20,7 +20,8 @@ from ghost_core import (
     UnknownNameError,
 )
 from ghost_core.algebra import accumulation_dtype
-from ghost_engines.directions import Closure, Direction, given
+from ghost_core.arguments import whole
+from ghost_engines.directions import Closure, Direction, check_closure, given
 from ghost_engines.scores import Scores
 from ghost_engines.tokens import TokenSum
 
@@ -103,8 +104,8 @@ class ScoringEngine(Engine[ScoresT]):
 
         Raises:
             UnknownNameError: If a name is no parameter of the model.
-            CaptureError: If a tracked parameter is missing, a shape or value is wrong, or
-                `refresh` is given with tensors or is not positive.
+            CaptureError: If a tracked parameter is missing, a shape or value is wrong, the closure
+                takes arguments, or `refresh` is given with tensors or is not positive.
         """
         if isinstance(direction, Mapping):
             if refresh is not None:
@@ -112,9 +113,9 @@ class ScoringEngine(Engine[ScoresT]):
             tensors = given(name, direction, self.model, self.parameters)
             self._directions[name] = Direction(name, None, 1, tensors)
         elif callable(direction):
-            if refresh is not None and refresh < 1:
-                raise CaptureError(f"refresh must be a number of batches from 1 on, not {refresh}")
-            self._directions[name] = Direction(name, direction, refresh or 1, {})
+            batches = 1 if refresh is None else whole("refresh", refresh, least=1)
+            check_closure(name, direction)
+            self._directions[name] = Direction(name, direction, batches, {})
         else:
             raise CaptureError(
                 f"direction {name!r} must be a closure or a mapping of tensors, not "

@@ -145,7 +145,7 @@ def test_an_unknown_metric_lists_those_that_exist(stored):
         (torch.tensor([[0.0] * 4, [float("nan")] * 4]), {}, r"queries \[1\] are not finite"),
         (torch.tensor([[1.0] * 4, [0.0] * 4]), {"metric": "cosine"}, r"queries \[1\] are zero"),
         (torch.randn(2, 4), {"k": 0}, "k must be at least 1"),
-        (torch.randn(2, 4), {"block": 0}, "at least 1 row"),
+        (torch.randn(2, 4), {"block": 0}, "rows of a block must be at least 1"),
         (torch.full((2, 4), 1e38), {}, "overflow"),
     ],
 )

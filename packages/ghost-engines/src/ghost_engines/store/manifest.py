@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from ghost_core.arguments import whole
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.files import write_atomically
@@ -75,24 +76,22 @@ class Manifest:
         """Describe the rows that an engine makes.
 
         Raises:
-            StoreError: If a number is not positive, the dtype cannot be stored, or a value has no
-                JSON form.
+            StoreError: If what is given makes no rows, a number is not positive, the dtype cannot
+                be stored, or a value has no JSON form.
         """
+        _check_engine(engine)
         dtype = str(engine.dtype).removeprefix("torch.")
         if dtype not in STORAGE_DTYPES:
             raise StoreError(
                 f"rows of dtype {dtype} cannot be stored; choose {', '.join(STORAGE_DTYPES)}"
             )
-        for name, number in (("unit", unit), ("the engine's k_total", engine.k_total)):
-            if number < 1:
-                raise StoreError(f"{name} must be at least 1, not {number}")
         return cls(
-            engine.k_total,
+            whole("the engine's k_total", engine.k_total, least=1, error=StoreError),
             dtype,
-            unit,
+            whole("unit", unit, least=1, error=StoreError),
             _plain("the engine's manifest", engine.manifest()),
-            _plain("info", info or {}),
-            _plain("notes", notes or {}),
+            _plain("info", {} if info is None else info),
+            _plain("notes", {} if notes is None else notes),
             {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         )
 
@@ -156,8 +155,12 @@ class Manifest:
         }
 
     def differences(self, other: Manifest) -> list[str]:
-        """Return a line for each entry in which another manifest's rows differ from these."""
-        return list(_differences("", self.identity(), other.identity()))
+        """Return a line for each entry in which another manifest's rows differ from these.
+
+        What a row is as a whole comes first, then its layers one by one.
+        """
+        found = _differences("", self.identity(), other.identity())
+        return sorted(found, key=lambda line: line.startswith("engine.layers"))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -165,7 +168,31 @@ class Manifest:
         return STORAGE_DTYPES[self.dtype]
 
 
+def _check_engine(engine: object) -> None:
+    """Refuse what makes no rows."""
+    remedy = "give the engine that makes the rows, such as ProjectionEngine(model, dim=256)"
+    if isinstance(engine, type):
+        raise StoreError(
+            f"{engine.__name__} is a class, not an engine",
+            reason="only an engine that was made for a model knows its rows",
+            remedy=remedy,
+        )
+    missing = [name for name in ("k_total", "dtype", "manifest") if not hasattr(engine, name)]
+    if missing:
+        raise StoreError(
+            f"a {type(engine).__name__} makes no rows to store",
+            reason=f"it has no {', '.join(missing)}",
+            remedy=remedy,
+        )
+
+
 def _plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise StoreError(
+            f"{name} must be a mapping, not {value!r}",
+            reason="its entries are compared by name",
+            remedy=f'give a name to each, as in {name}={{"run": "run1"}}',
+        )
     try:
         plain = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError) as error:

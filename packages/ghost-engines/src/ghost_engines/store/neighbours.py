@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ghost_core import UnknownNameError
 from ghost_core.algebra import accumulation_dtype, full_precision
+from ghost_core.arguments import whole
 from ghost_engines.store.errors import StoreError
 from ghost_engines.store.progress import Progress
 from ghost_engines.store.rows import StoredRows
@@ -19,7 +20,7 @@ METRICS = ("cosine", "dot")
 """How a row can be compared with a query."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Neighbours:
     """The best rows for each query, best first; of equal scores the lower ordinal first.
 
@@ -32,6 +33,11 @@ class Neighbours:
     scores: Tensor
     ids: Tensor
     ordinals: Tensor
+
+    def __repr__(self) -> str:
+        """Say how many there are."""
+        (q, k), dtype = self.scores.shape, str(self.scores.dtype).removeprefix("torch.")
+        return f"{type(self).__name__}(Q={q}, k={k}, {dtype})"
 
 
 class RowReader(Protocol):
@@ -69,8 +75,7 @@ def search(
     """
     if metric not in METRICS:
         raise UnknownNameError("metric", metric, METRICS)
-    if k < 1:
-        raise StoreError(f"k must be at least 1, not {k}")
+    k = whole("k", k, least=1, error=StoreError)
     dtype = _check_queries(store, queries)
     best = _nothing(len(queries), min(k, len(store)), dtype, queries.device)
     start = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ghost_core.arguments import whole
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.neighbours import Neighbours, search
@@ -99,7 +100,8 @@ class StoreReader:
             StoreError: If there are no such rows.
             DamagedStoreError: If a file went missing.
         """
-        stop = len(self) if stop is None else stop
+        start = whole("start", start, error=StoreError)
+        stop = len(self) if stop is None else whole("stop", stop, error=StoreError)
         if not 0 <= start <= stop <= len(self):
             raise StoreError(f"there are no rows {start} to {stop}: the store has {len(self)}")
         return concatenate([*self._pieces(start, stop)] or [self._nothing()]).rows
@@ -114,8 +116,7 @@ class StoreReader:
             StoreError: If the size is not positive.
             DamagedStoreError: If a file went missing.
         """
-        if size < 1:
-            raise StoreError(f"a block must have at least 1 row, not {size}")
+        size = whole("the rows of a block", size, least=1, error=StoreError)
         for piece in self._pieces(0, len(self)):
             for start in range(0, len(piece), size):
                 yield piece[start : start + size]

@@ -9,6 +9,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from ghost_core import Batch
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import StoreError
 from ghost_engines.store.manifest import Manifest
@@ -122,6 +123,7 @@ def checked(batch: RowBatch, loss: Tensor | None, manifest: Manifest) -> StoredR
     Raises:
         StoreError: If a shape or a dtype does not fit, or a row is not finite.
     """
+    _check_tensors(batch, loss)
     ids, rows = batch.ids, batch.rows
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise StoreError(f"ids must be int64 [N], not {_kind(ids)}")
@@ -147,6 +149,32 @@ def checked(batch: RowBatch, loss: Tensor | None, manifest: Manifest) -> StoredR
             "the batch was stored"
         )
     return StoredRows(_copied(ids), _copied(rows), None if loss is None else _copied(loss))
+
+
+def _check_tensors(batch: object, loss: object) -> None:
+    """Refuse what has no rows, which are most often those that an engine's batch has."""
+    kind = type(batch).__name__
+    if missing := [f"no {name}" for name in ("ids", "rows") if not hasattr(batch, name)]:
+        raise StoreError(
+            f"a {kind} has {' and '.join(missing)}, so it cannot be stored",
+            reason="rows are stored with the ids of their samples",
+            remedy="append batch.result once the batch is closed"
+            if isinstance(batch, Batch)
+            else "append what a ProjectionEngine found: engine.collect()",
+        )
+    for name in ("ids", "rows"):
+        _check_tensor(f"{name} of a {kind}", getattr(batch, name))
+    if loss is not None:
+        _check_tensor("loss", loss)
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise StoreError(
+            f"{name} is a {type(value).__name__}, not a tensor",
+            reason="nothing is cast here",
+            remedy="make a tensor of it, in the dtype that is to be stored",
+        )
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,9 @@ from ghost_engines.store.shards import (
 
 logger = logging.getLogger(__name__)
 
-StrPath = str | Path
+StrPath = str | os.PathLike[str]
+
+_SHOWN = 6  # differences between a store's rows and an engine's
 
 
 class GradientStore(StoreReader):
@@ -55,6 +58,15 @@ class GradientStore(StoreReader):
             # A writer replaces the last shard, with a new hash: what is in it must fit the old one.
             check_contents(path, self._tail.unit)
             self._tail = replace(self._tail, parts=(self._part(self._tail.unit).copy(),))
+
+    def __repr__(self) -> str:
+        """Say where it is, what is in it, and whether it is open for writing."""
+        facts = [str(self.path), f"{len(self)} rows of {self.k_total} {self.manifest.dtype}"]
+        if waiting := len(self) - self.committed:
+            facts.append(f"{waiting} not committed")
+        if self._lock is not None:
+            facts.append("open for writing")
+        return f"<{type(self).__name__}: {', '.join(facts)}>"
 
     # Opening and closing
 
@@ -83,7 +95,7 @@ class GradientStore(StoreReader):
                 does not fit.
             OSError: If it cannot be written.
         """
-        root = Path(path).absolute()
+        root = _root(path)
         manifest = Manifest.of(engine, unit=unit, info=info, notes=notes)
         if root.exists() and not root.is_dir():
             raise StoreError(f"{root} is a file; a store is a folder")
@@ -126,13 +138,16 @@ class GradientStore(StoreReader):
             DamagedStoreError: If a file is missing, cut off or of another store.
             OSError: If it cannot be written.
         """
-        root = Path(path).absolute()
+        root = _root(path)
         manifest = Manifest.read(root)
         now = Manifest.of(engine, unit=manifest.unit, info=info)
         if differences := manifest.differences(now):
-            shown = "; ".join(differences[:12])
-            more = f"; and {len(differences) - 12} more" if len(differences) > 12 else ""
-            raise StoreError(f"the rows would not be those of the store at {root}: {shown}{more}")
+            raise StoreError(
+                f"the rows would not be those of the store at {root}: {_listed(differences)}",
+                reason="rows that were made in another way cannot be compared",
+                remedy="make the engine and info as they were when the store was made, or make "
+                "another store with GradientStore.create(path, engine)",
+            )
         if manifest.versions != now.versions:
             logger.warning(
                 "the store at %s was made with %s; now: %s", root, manifest.versions, now.versions
@@ -156,7 +171,7 @@ class GradientStore(StoreReader):
             StoreError: If there is none.
             DamagedStoreError: If a file is missing, cut off or of another store.
         """
-        root = Path(path).absolute()
+        root = _root(path)
         manifest = Manifest.read(root)
         return cls(root, manifest, find_shards(root, manifest), None)
 
@@ -285,6 +300,22 @@ class GradientStore(StoreReader):
                 f"the store at {self.path} belongs to the process that this one was forked from"
             )
         self._lock.check_place()
+
+
+def _root(path: StrPath) -> Path:
+    """Return the folder of a store."""
+    if not isinstance(path, str | os.PathLike):
+        raise StoreError(
+            f"{path!r} is no path of a store",
+            reason=f"it is of type {type(path).__name__}",
+            remedy="give the folder of the store first, as a str or a Path",
+        )
+    return Path(path).absolute()
+
+
+def _listed(differences: list[str]) -> str:
+    more = len(differences) - _SHOWN
+    return "; ".join([*differences[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _losses(dtype: torch.dtype | None) -> str:
