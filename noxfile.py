@@ -92,6 +92,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what ghost costs: a table, JSON and a plot. `-- --list` names the cases."""
+    install_in_place(session)
+    session.run("python", "-m", "bench", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation, or serve it: `nox -s docs -- serve`."""
     install(session, groups=["docs"])

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "ghost-examples": EVERYTHING,
 }
 DEFAULT_SESSIONS = ["lint", "typecheck", "tests", "docs", "build", "wheels", "isolated"]
-SESSIONS = {*DEFAULT_SESSIONS, "demo", "stress"}
+SESSIONS = {*DEFAULT_SESSIONS, "bench", "demo", "stress"}
 
 # Paths that exist on one machine only: from the root (not after a name or a host), or a drive.
 MACHINE_PATH = re.compile(

@@ -1,0 +1,45 @@
+"""Language models: GPT-2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.case import Case, Setting, Way
+from bench.steps import Loss, plain, scored
+
+
+def gpt2(setting: Setting) -> tuple[nn.Module, Loss, int]:
+    """Return GPT-2 without dropout, the loss of a batch of token ids, and N."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # takes seconds
+
+    layers, width, length, n = (2, 16, 8, 4) if setting.tiny else (4, 256, 128, 8)
+    vocabulary = 50 if setting.tiny else 2048
+    config = GPT2Config(
+        n_layer=layers, n_embd=width, n_head=4, vocab_size=vocabulary, n_positions=length,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=2,
+        use_cache=False,
+    )  # fmt: skip
+    model: Any = GPT2LMHeadModel(config)
+    ids = torch.randint(vocabulary, (n, length), device=setting.device)
+    return model.to(setting.device), lambda model: model(ids, labels=ids).loss, n
+
+
+def gpt2_modes(setting: Setting) -> Mapping[str, Way]:
+    """Make a plain step, and scored ones in the modes of dot products."""
+    model, loss, n = gpt2(setting)
+    return {"plain": plain(model, loss), "exact": scored(setting, model, loss, n)}
+
+
+CASES = [
+    Case(
+        "gpt2_dots",
+        "GPT-2, 4 layers of 256, N = 8, T = 128, dots with one direction, by mode",
+        gpt2_modes,
+        goals={"exact": 1.32},
+        needs=("transformers",),
+    ),
+]

@@ -1,0 +1,102 @@
+"""The benchmarks run and count right. What they measure is for a person to read, not for a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bench.case import Case, Group, Way
+from bench.command import main
+from bench.registry import CASES, GROUPS, chosen
+from bench.report import rows, table
+from bench.rounds import Timed, interleaved
+
+QUICK = ("demo_convnet", "attention_alone")
+
+
+def test_names_are_unique_and_groups_are_known() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert {case.group for case in CASES if case.group} == {group.name for group in GROUPS}
+    assert chosen(["attention_*"]) == [case for case in CASES if "attention" in case.name]
+
+
+def test_a_misspelt_case_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"no case is named 'atention'.*attention_alone"):
+        chosen(["atention"])
+
+
+def test_ways_take_turns_and_only_their_steps_are_timed() -> None:
+    done, now = [], [0.0]
+
+    def way(name: str, seconds: float) -> Way:
+        def run() -> None:
+            done.append(name)
+            now[0] += seconds
+
+        def before() -> None:
+            now[0] += 100
+
+        return Way(run, before)
+
+    ways = {"plain": way("plain", 1), "scored": way("scored", 3)}
+    taken = interleaved(ways, 2, lambda: None, lambda: now[0])
+    assert taken == {"plain": [1, 1], "scored": [3, 3]}
+    assert done == ["plain", "scored", "scored", "plain", "plain", "scored"]
+
+
+def test_ratios_are_those_of_the_same_round() -> None:
+    timed = Timed([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
+    assert timed.ratio == 2  # of 2, 3, 1
+    assert timed.least == 2
+
+
+def test_the_table_says_which_goals_were_reached() -> None:
+    def case(name: str, goal: float) -> Case:
+        return Case(name, "", lambda _: {}, goals={"scored": goal}, group="both")
+
+    plain = Timed([1.0], [1.0])
+    results = {
+        "reached": {"plain": plain, "scored": Timed([2.0], [1.0])},
+        "missed": {"plain": plain, "scored": Timed([4.0], [1.0])},
+    }
+    group = Group("both", "", {"scored": 2.9})
+    lines = list(rows([case("reached", 2.0), case("missed", 3.9)], [group], results))
+    assert [(row.case, row.ratio, row.verdict) for row in lines if row.goal] == [
+        ("reached", 2.0, "yes, goal 2"),
+        ("missed", 4.0, "NO, goal 3.9"),
+        ("both: median of 2", 3.0, "NO, goal 2.9"),
+    ]
+    assert len(table(lines).splitlines()) == 1 + 6
+
+
+def test_the_command_writes_table_json_and_plot(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("matplotlib")
+    _run(tmp_path, QUICK)
+    assert (tmp_path / "bench.svg").stat().st_size
+    text = (tmp_path / "bench.txt").read_text()
+    assert text in capsys.readouterr().out
+    assert all(name in text for name in QUICK)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_runs(tmp_path: Path, case: Case) -> None:
+    for name in case.needs:
+        pytest.importorskip(name)
+    _run(tmp_path, [case.name])
+
+
+def _run(folder: Path, names: tuple[str, ...] | list[str]) -> None:
+    """Run cases at tiny sizes and look at what was written."""
+    threads = torch.get_num_threads()
+    only = [part for name in names for part in ("--only", name)]
+    assert main(["--tiny", "--rounds=2", f"--out={folder}", *only]) == 0
+    assert torch.get_num_threads() == threads == 1
+    written = json.loads((folder / "bench.json").read_text())
+    assert set(written["seconds"]) == set(names)
+    for ways in written["seconds"].values():
+        assert len(ways) > 1
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in ways.values())
+    assert written["environment"]["device"] == "cpu"
