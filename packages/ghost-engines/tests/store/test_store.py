@@ -240,7 +240,7 @@ def test_a_shard_that_is_replaced_while_it_is_opened_is_read_again(tmp_path, mon
         opened.append(path)
         return file
 
-    monkeypatch.setattr("ghost_engines.store.shards.safe_open", replaced_once)
+    monkeypatch.setattr("ghost_engines.store.tensor_files.safe_open", replaced_once)
     assert torch.equal(reader.rows(), batch(0, 2).rows)
     assert len(opened) == 2
     store.close()

@@ -13,9 +13,9 @@ from typing import Any, Protocol, Self
 import torch
 
 from ghost_core.arguments import whole
+from ghost_engines.files import write_atomically
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
-from ghost_engines.store.files import write_atomically
 from ghost_engines.versions import version
 
 SCHEMA = 1

@@ -12,8 +12,8 @@ from torch import Tensor
 from ghost_core import UnknownNameError
 from ghost_core.algebra import accumulation_dtype, full_precision
 from ghost_core.arguments import whole
+from ghost_engines.progress import Progress
 from ghost_engines.store.errors import StoreError
-from ghost_engines.store.progress import Progress
 from ghost_engines.store.rows import StoredRows
 
 METRICS = ("cosine", "dot")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ghost_core.arguments import whole
+from ghost_engines.progress import Progress
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.neighbours import Neighbours, search
-from ghost_engines.store.progress import Progress
 from ghost_engines.store.rows import StoredRows, Tail, concatenate
 from ghost_engines.store.shards import (
     Shard,

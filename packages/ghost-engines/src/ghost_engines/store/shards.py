@@ -7,36 +7,30 @@ names. The last shard may be partial; a fuller version of it takes its place.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from ghost_engines.files import remove_temporaries
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError
-from ghost_engines.store.files import remove_temporaries, write_atomically
 from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.rows import StoredRows
+from ghost_engines.store.tensor_files import (
+    SAFETENSORS_NAMES,
+    header,
+    read_from,
+    sha256_of,
+    write_tensors,
+)
 
 SHARDS = "shards"
 _PER_FOLDER = 1000
 _PATTERN = "*/g-*.safetensors"
-_SAFETENSORS_NAMES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-_LOSS_DTYPES = {_SAFETENSORS_NAMES[dtype]: dtype for dtype in STORAGE_DTYPES.values()}
-
-ResultT = TypeVar("ResultT")
+_LOSS_DTYPES = {SAFETENSORS_NAMES[dtype]: dtype for dtype in STORAGE_DTYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -63,13 +57,8 @@ def write_shard(root: Path, manifest: Manifest, unit: int, rows: StoredRows) -> 
     Raises:
         OSError: If that fails; a shard that was there before still is.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in rows.tensors().items()}
-    metadata = {
-        "fingerprint": manifest.fingerprint,
-        "unit": str(unit),
-        "sha256": _sha256(tensors),
-    }
-    write_atomically(shard_path(root, unit), save(tensors, metadata), root)
+    metadata = {"fingerprint": manifest.fingerprint, "unit": str(unit)}
+    write_tensors(shard_path(root, unit), rows.tensors(), metadata, root)
 
 
 def read_shard(root: Path, unit: int) -> StoredRows:
@@ -78,7 +67,7 @@ def read_shard(root: Path, unit: int) -> StoredRows:
     Raises:
         DamagedStoreError: If the file is missing or cut off.
     """
-    return _read(shard_path(root, unit), _rows)
+    return read_from(shard_path(root, unit), _rows)
 
 
 def read_ids(root: Path, unit: int) -> Tensor:
@@ -87,7 +76,7 @@ def read_ids(root: Path, unit: int) -> Tensor:
     Raises:
         DamagedStoreError: If the file is missing or cut off.
     """
-    ids: Tensor = _read(shard_path(root, unit), lambda file: file.get_tensor("ids"))
+    ids: Tensor = read_from(shard_path(root, unit), lambda file: file.get_tensor("ids"))
     return ids
 
 
@@ -98,8 +87,8 @@ def check_contents(root: Path, unit: int) -> None:
         DamagedStoreError: If they differ.
     """
     path = shard_path(root, unit)
-    (metadata, _), rows = _read(path, lambda file: (_header(file), _rows(file)))
-    if _sha256(rows.tensors()) != metadata.get("sha256"):
+    (metadata, _), rows = read_from(path, lambda file: (header(file), _rows(file)))
+    if sha256_of(rows.tensors()) != metadata.get("sha256"):
         raise DamagedStoreError(f"{path} was altered: its contents do not fit its sha256")
 
 
@@ -150,7 +139,7 @@ def _unit_of(root: Path, path: Path) -> int:
 
 def _inspect(root: Path, manifest: Manifest, unit: int, *, last: bool) -> Shard:
     path = shard_path(root, unit)
-    metadata, found = _read(path, _header)
+    metadata, found = read_from(path, header)
     if metadata.get("fingerprint") != manifest.fingerprint:
         raise DamagedStoreError(f"{path} belongs to another store: its fingerprint does not fit")
     if metadata.get("unit") != str(unit):
@@ -158,8 +147,8 @@ def _inspect(root: Path, manifest: Manifest, unit: int, *, last: bool) -> Shard:
     n = found["ids"][0][0] if "ids" in found and found["ids"][0] else 0
     loss = found.pop("loss", None)
     expected = {
-        "g": ([n, manifest.k_total], _SAFETENSORS_NAMES[manifest.torch_dtype]),
-        "ids": ([n], _SAFETENSORS_NAMES[torch.int64]),
+        "g": ([n, manifest.k_total], SAFETENSORS_NAMES[manifest.torch_dtype]),
+        "ids": ([n], SAFETENSORS_NAMES[torch.int64]),
     }
     fits = found == expected and (loss is None or (loss[0] == [n] and loss[1] in _LOSS_DTYPES))
     if not fits or "sha256" not in metadata:
@@ -169,43 +158,6 @@ def _inspect(root: Path, manifest: Manifest, unit: int, *, last: bool) -> Shard:
     return Shard(n, None if loss is None else _LOSS_DTYPES[loss[1]])
 
 
-def _sha256(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(tensors[name].view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read(path: Path, get: Callable[[Any], ResultT]) -> ResultT:
-    """Get something from a shard that a writer may replace at any moment."""
-    while True:
-        version = _version(path)
-        try:
-            with safe_open(path, "pt") as file:
-                result = get(file)
-        except (SafetensorError, FileNotFoundError) as error:
-            if _version(path) == version:
-                raise DamagedStoreError(f"{path} is cut off or not a shard: {error}") from error
-        else:
-            # safetensors opens the path twice: the header and the data may be of two versions.
-            if _version(path) == version:
-                return result
-
-
-def _version(path: Path) -> tuple[int, int, int]:
-    try:
-        status = path.stat()
-    except FileNotFoundError as error:
-        raise DamagedStoreError(f"{path} is missing") from error
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
 def _rows(file: Any) -> StoredRows:
     loss = file.get_tensor("loss") if "loss" in set(file.keys()) else None
     return StoredRows(file.get_tensor("ids"), file.get_tensor("g"), loss)
-
-
-def _header(file: Any) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:
-    pieces = {name: file.get_slice(name) for name in set(file.keys())}
-    shapes = {name: (piece.get_shape(), str(piece.get_dtype())) for name, piece in pieces.items()}
-    return file.metadata() or {}, shapes

@@ -12,8 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ghost_engines.files import make_root
 from ghost_engines.store.errors import DamagedStoreError, StoreError
-from ghost_engines.store.files import WriterLock, make_root
+from ghost_engines.store.lock import WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
 from ghost_engines.store.reader import StoreReader
 from ghost_engines.store.rows import RowBatch, checked
