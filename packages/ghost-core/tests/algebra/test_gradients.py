@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Size, Tensor
 
 import ghost_core.algebra.gradients
+import ghost_core.algebra.outer
 from ghost_core import Dense, Lookups, Outer, PerSampleGradient, Tokens
 from ghost_core.algebra import chunks, gram_of_uses, matrix_shape, paired_of_uses
 from ghost_core.testing import Gradients, assert_within, check_operations
@@ -108,7 +109,9 @@ def test_every_operation_adds_up_over_uses(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_chunks_do_not_change_results(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ghost_core.algebra.gradients, "chunks", partial(chunks, limit=1))
+    for module in (ghost_core.algebra.gradients, ghost_core.algebra.outer):
+        monkeypatch.setattr(module, "chunks", partial(chunks, limit=1))
+    monkeypatch.setattr(ghost_core.algebra.outer, "AT_ONCE", 1)
     make = CASES[case]
     check_operations(of(make(N)), of(make(M)), what=case)
 

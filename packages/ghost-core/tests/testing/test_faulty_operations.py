@@ -6,12 +6,14 @@ The faults are those that samplers had in earlier systems, one small subclass ea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ghost_core import Call, InputFactor, Lookups, Outer, PastCall, PerSampleGradient, Record
+from ghost_core.algebra import Reduced
 from ghost_core.testing import PlainEmbedding, PlainLinear, check_sampler
 
 from .inputs import D, P, sequence, token_ids
@@ -90,6 +92,47 @@ class Asymmetric(Outer):
         return super().gram(other).sort(0).values
 
 
+class LastNotAdded(Outer):
+    """Leaves a sample out of the sum that comes with dots."""
+
+    def reduce(
+        self, directions: Tensor | None = None, *, norms: bool = False, total: bool = False
+    ) -> Reduced:
+        found = super().reduce(directions, norms=norms, total=total)
+        return replace(found, total=self.narrow(slice(0, -1)).sum()) if total else found
+
+
+class FirstDirection(Outer):
+    """Multiplies what it builds with one direction only."""
+
+    def reduce(
+        self, directions: Tensor | None = None, *, norms: bool = False, total: bool = False
+    ) -> Reduced:
+        if directions is not None:
+            directions = directions[:1].expand_as(directions)
+        return super().reduce(directions, norms=norms, total=total)
+
+
+class NormOfSum(Outer):
+    """Takes the sum's norm for that of each sample."""
+
+    def reduce(
+        self, directions: Tensor | None = None, *, norms: bool = False, total: bool = False
+    ) -> Reduced:
+        found = super().reduce(directions, norms=norms, total=total)
+        squared = self.sum().square().sum().expand(self.n)
+        return replace(found, squared_norms=squared) if norms else found
+
+
+class Unasked(Outer):
+    """Returns what was not asked for."""
+
+    def reduce(
+        self, directions: Tensor | None = None, *, norms: bool = False, total: bool = False
+    ) -> Reduced:
+        return super().reduce(directions, norms=norms, total=True)
+
+
 class SeededLinear(PlainLinear):
     outer: type[Outer]
 
@@ -115,6 +158,10 @@ class SeededLinear(PlainLinear):
         (Unweighted, r"Linear\.weight, sum with weights: .* off"),
         (OneSided, r"Linear\.weight, project\(left, right\): .* off"),
         (WrongRows, r"Linear\.weight, materialize after narrow\(1, None\): .* off"),
+        (LastNotAdded, r"Linear\.weight, sum of reduce, K=1.*: .* off"),
+        (FirstDirection, r"Linear\.weight, dots of reduce, K=3.*: .* off"),
+        (NormOfSum, r"Linear\.weight, norms of reduce, K=1.*: .* off"),
+        (Unasked, r"Linear\.weight, reduce, K=2.*: something else than asked for came"),
         (Asymmetric, r"Linear\.weight, gram with itself: .* off"),
     ],
 )
@@ -150,6 +197,13 @@ class OncePerRow(Lookups):
         return torch.where(same.cumsum(-1) > 1, 0, same)
 
 
+class NormsByToken(Lookups):
+    """Adds up squares of tokens that share a row."""
+
+    def squared_norms(self, grad: Tensor) -> Tensor:
+        return grad.square().sum((1, 2, 3))
+
+
 class SeededEmbedding(PlainEmbedding):
     rows: type[Lookups]
 
@@ -163,7 +217,8 @@ class SeededEmbedding(PlainEmbedding):
     ("rows", "message"),
     [
         (LastWins, r"Embedding\.weight, materialize: .* entries are off"),
-        (OncePerRow, r"Embedding\.weight, paired: .* entries are off"),
+        (OncePerRow, r"Embedding\.weight, gram with itself: .* entries are off"),
+        (NormsByToken, r"Embedding\.weight, paired: .* entries are off"),
     ],
 )
 def test_duplicate_rows(rows: type[Lookups], message: str) -> None:

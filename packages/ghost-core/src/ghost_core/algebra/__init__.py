@@ -1,9 +1,8 @@
 """What a per-sample gradient is and what can be asked of it; knows no module and no model."""
 
+from ghost_core.algebra.dense import Dense
 from ghost_core.algebra.factors import InputFactor, Lookups, Record, Tokens
 from ghost_core.algebra.gradients import (
-    Dense,
-    Outer,
     PerSampleGradient,
     as_rows,
     gram_of_uses,
@@ -11,8 +10,10 @@ from ghost_core.algebra.gradients import (
     paired_of_uses,
 )
 from ghost_core.algebra.numerics import accumulation_dtype, chunks, full_precision
+from ghost_core.algebra.outer import Outer
 from ghost_core.algebra.owned import Owned
 from ghost_core.algebra.precision import INSIDE, PRECISIONS, Precision, floating_dtypes
+from ghost_core.algebra.reduced import Reduced
 
 __all__ = [
     "INSIDE",
@@ -25,6 +26,7 @@ __all__ = [
     "PerSampleGradient",
     "Precision",
     "Record",
+    "Reduced",
     "Tokens",
     "accumulation_dtype",
     "as_rows",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ class InputFactor(Record, ABC):
 
     compressed: bool = False
     """Whether the inputs are projected, so that d is k."""
+
+    can_be_built: ClassVar[bool] = True
+    """Whether gradients of single samples are no larger than what they are computed from."""
 
     @property
     @abstractmethod
@@ -110,6 +113,14 @@ class InputFactor(Record, ABC):
         """
         return torch.einsum("ntgp,ntgd->ngpd", grad, self.dense().to(grad.dtype))
 
+    def squared_norms(self, grad: Tensor) -> Tensor | None:
+        """Return `‖g_n‖²`, `[N]`, where there is a closed form that takes least; else None.
+
+        Args:
+            grad: `[N, T, G, p]`, float32 or float64.
+        """
+        return None
+
     def sum_outer(self, grad: Tensor) -> Tensor:
         """Sum the outer products over tokens and samples: `[N, T, G, p]` to `[G, p, d]`."""
         return torch.einsum("ntgp,ntgd->gpd", grad, self.dense().to(grad.dtype))
@@ -156,6 +167,7 @@ class Lookups(InputFactor):
     size: int
     weight: Tensor | None = None
     transposed = True
+    can_be_built: ClassVar[bool] = False
 
     @property
     def groups(self) -> int:
@@ -199,6 +211,16 @@ class Lookups(InputFactor):
         table = rows.new_zeros(n, self.size, p)
         table.scatter_add_(1, self.index.unsqueeze(2).expand(-1, -1, p), rows)
         return table.mT.unsqueeze(1)
+
+    def squared_norms(self, grad: Tensor) -> Tensor:
+        """Add up what each row of the table gets from a sample, with no table built."""
+        index, order = self.index.sort(1)
+        # Tokens that look up the same row are neighbours now, and get the same place.
+        place = functional.pad(index[:, 1:] != index[:, :-1], (1, 0)).cumsum(1)  # [N, T]
+        rows = self._weighted(grad)[:, :, 0]  # [N, T, p]
+        rows = rows.gather(1, order.unsqueeze(2).expand_as(rows))
+        sums = torch.zeros_like(rows).scatter_add_(1, place.unsqueeze(2).expand_as(rows), rows)
+        return sums.square().sum((1, 2))
 
     def sum_outer(self, grad: Tensor) -> Tensor:
         """Scatter the gradient of all samples into one table: `[1, p, size]`."""

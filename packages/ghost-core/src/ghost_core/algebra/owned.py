@@ -9,6 +9,7 @@ from torch import Size, Tensor
 
 from ghost_core.algebra.gradients import PerSampleGradient, built_gram, built_paired
 from ghost_core.algebra.numerics import chunks
+from ghost_core.algebra.reduced import Reduced
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ class Owned(PerSampleGradient):
     def sum(self, weights: Tensor | None = None) -> Tensor:
         """Return the weighted gradient of the batch."""
         return self.rows.sum(None if weights is None else weights[self.owner])
+
+    def reduce(
+        self, directions: Tensor | None = None, *, norms: bool = False, total: bool = False
+    ) -> Reduced:
+        """Reduce rows, and add up dots by sample; norms of sums are no sums of norms."""
+        found = self.rows.reduce(directions, total=total)
+        return Reduced(
+            found.total,
+            None if found.dots is None else self._by_sample(found.dots),
+            self.paired(self) if norms else None,
+        )
 
     def materialize(self) -> Tensor:
         """Build the gradients, `[N, *shape]`."""

@@ -82,6 +82,7 @@ def check_operations(
     check.sums()
     check.narrowed()
     check.pairs()
+    check.reductions()
     check.grams("itself", gradients)
     check.grams("another batch", others)
     check.projections()
@@ -151,6 +152,31 @@ class _Checker:
         got = self._run("paired", partial(paired_of_uses, uses, uses))
         self._assert("paired", got, squared, scale)
 
+    def reductions(self) -> None:
+        """Compare what comes in one go, in the ways that engines ask for it."""
+        flat, scale = self.gradients.flat, self.gradients.norms
+        for k, norms_too, total in ((1, True, True), (3, False, True), (2, True, False)):
+            directions = self._draw(k, *self.gradients.shape)
+            vectors = directions.double().reshape(k, flat.shape[1])
+            what = f"reduce, K={k}, norms={norms_too}, total={total}"
+            with failing_as(f"{self.what}, {what}"), torch.no_grad():
+                found = [
+                    use.reduce(directions, norms=norms_too, total=total)
+                    for use in self.gradients.uses
+                ]
+            scales = scale[:, None] * norms(vectors)
+            self._assert_each(f"dots of {what}", [r.dots for r in found], flat @ vectors.mT, scales)
+            if total:
+                whole = flat.sum(0).reshape(self.gradients.shape)
+                self._assert_each(f"sum of {what}", [r.total for r in found], whole, scale.sum())
+            if norms_too and len(found) == 1:
+                squares, single = norms(flat) ** 2, [r.squared_norms for r in found]
+                self._assert_each(f"norms of {what}", single, squares, scale**2)
+            if any((r.total is None) is total for r in found) or any(
+                (r.squared_norms is None) is norms_too for r in found
+            ):
+                raise AssertionError(f"{self.what}, {what}: something else than asked for came")
+
     def grams(self, whom: str, others: Gradients) -> None:
         mine, theirs = self.gradients, others
         expected = mine.flat @ theirs.flat.mT
@@ -201,6 +227,24 @@ class _Checker:
                 f"{self.what}, {operation}: dtype {got.dtype}, expected {self.dtype}"
             )
         return got
+
+    def _assert_each(
+        self,
+        operation: str,
+        found: Sequence[Tensor | None],
+        expected: Tensor,
+        scale: Tensor,
+    ) -> None:
+        """Compare the sum over uses of what may be missing."""
+        if any(value is None for value in found):
+            raise AssertionError(f"{self.what}, {operation}: missing")
+        there = [value for value in found if value is not None]
+        for value in there:
+            if value.dtype != self.dtype:
+                raise AssertionError(
+                    f"{self.what}, {operation}: dtype {value.dtype}, expected {self.dtype}"
+                )
+        self._assert(operation, torch.stack(there).sum(0), expected, scale)
 
     def _assert(self, operation: str, got: Tensor, expected: Tensor, scale: Tensor) -> None:
         assert_within(got, expected, scale, self.tolerance, f"{self.what}, {operation}")

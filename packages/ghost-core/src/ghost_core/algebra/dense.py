@@ -1,0 +1,94 @@
+"""Gradients that are given as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Size, Tensor
+
+from ghost_core.algebra.gradients import (
+    PerSampleGradient,
+    as_rows,
+    built_gram,
+    built_paired,
+    matrix_shape,
+)
+from ghost_core.algebra.numerics import accumulation_dtype
+from ghost_core.algebra.reduced import Reduced, reduce_built
+
+
+@dataclass(frozen=True)
+class Dense(PerSampleGradient):
+    """Gradients given as they are: biases, norms, and whatever has no cheaper form.
+
+    Attributes:
+        terms: `[N, T, *shape]`, terms of each gradient that are summed over T on use. T is 1 where
+            they cannot be told apart.
+    """
+
+    terms: Tensor
+    shape: Size = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", self.terms.shape[2:])
+
+    @property
+    def n(self) -> int:
+        """Number of samples N."""
+        return self.terms.shape[0]
+
+    def token_dot(self, directions: Tensor) -> Tensor:
+        """Return the dots term by term, `[N, T, K]`."""
+        dtype = accumulation_dtype(self.terms, directions)
+        terms = self.terms.to(dtype).reshape(*self.terms.shape[:2], self.shape.numel())
+        return terms @ as_rows(directions.to(dtype)).mT
+
+    def dot(self, directions: Tensor) -> Tensor:
+        """Return `⟨g_n, v_k⟩`, `[N, K]`."""
+        gradients = self.materialize()
+        dtype = accumulation_dtype(gradients, directions)
+        return as_rows(gradients.to(dtype)) @ as_rows(directions.to(dtype)).mT
+
+    def gram(self, other: PerSampleGradient) -> Tensor:
+        """Return `⟨g_n, h_m⟩`, `[N, M]`."""
+        return built_gram(self, other)
+
+    def paired(self, other: PerSampleGradient) -> Tensor:
+        """Return `⟨g_n, h_n⟩`, `[N]`."""
+        return built_paired(self, other)
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Project the gradients as matrices, `[N, k_left, k_right]`."""
+        matrix = self.materialize().reshape(self.n, *matrix_shape(self.shape))
+        dtype = accumulation_dtype(matrix, *(side for side in (left, right) if side is not None))
+        matrix = matrix.to(dtype)
+        if left is not None:
+            matrix = left.to(dtype) @ matrix
+        return matrix if right is None else matrix @ right.to(dtype).mT
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        """Return the weighted gradient of the batch."""
+        gradients = self.materialize()
+        if weights is None:
+            return gradients.sum(0)
+        dtype = accumulation_dtype(gradients, weights)
+        return torch.einsum("n,n...->...", weights.to(dtype), gradients.to(dtype))
+
+    def materialize(self) -> Tensor:
+        """Return the gradients, `[N, *shape]`."""
+        return self.terms.sum(1, dtype=accumulation_dtype(self.terms))
+
+    def reduce(
+        self, directions: Tensor | None = None, *, norms: bool = False, total: bool = False
+    ) -> Reduced:
+        """Sum the terms once, whatever is asked for."""
+        flat = None if directions is None else as_rows(directions)
+        found = reduce_built([as_rows(self.materialize())], flat, norms=norms, total=total)
+        if found.total is None:
+            return found
+        return replace(found, total=found.total.reshape(self.shape))
+
+    def narrow(self, samples: slice | Tensor) -> Dense:
+        """Return the gradients of some of the samples: a slice, or their positions."""
+        return Dense(self.terms[samples])
