@@ -48,7 +48,7 @@ IMPORTED_WHERE_USED = {
         "ghost_engines.cli.verify",
     },
     "ghost_engines.cli.models": {"transformers"},
-    "ghost_engines.in_run": {"pandas"},
+    "ghost_engines.values.in_run": {"pandas"},
 }
 
 Graph = dict[str, set[str]]

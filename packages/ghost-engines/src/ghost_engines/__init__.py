@@ -10,19 +10,20 @@ if TYPE_CHECKING:
     from ghost_engines.dot_product import DotProductEngine
     from ghost_engines.gram import Between, Gram, GramEngine
     from ghost_engines.holding import HoldingEngine, LossWeights
-    from ghost_engines.in_run import InRunValues
     from ghost_engines.norms import NormEngine, Norms
     from ghost_engines.projection import ProjectedRows, ProjectionEngine
     from ghost_engines.results import Result, SummedResult
     from ghost_engines.scores import Scores, SegmentScores
     from ghost_engines.scoring import ScoreObserver, ScoringEngine
     from ghost_engines.store import DamagedStoreError, GradientStore, Neighbours, StoreError
+    from ghost_engines.values import CreditedStep, InRunValues
 
 __all__ = [
     "Between",
     "Block",
     "CosineEngine",
     "Cosines",
+    "CreditedStep",
     "DamagedStoreError",
     "DotProductEngine",
     "GradientStore",
@@ -47,8 +48,8 @@ __all__ = [
 ]
 
 _ROOMS = (
-    "blocks", "cosine", "digest", "dot_product", "gram", "holding", "in_run", "norms", "projection",
-    "results", "scores", "scoring", "store",
+    "blocks", "cosine", "digest", "dot_product", "gram", "holding", "norms", "projection",
+    "results", "scores", "scoring", "store", "values",
 )  # fmt: skip
 """The modules that the names above come from."""
 

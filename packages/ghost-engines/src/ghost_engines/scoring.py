@@ -35,10 +35,13 @@ class ScoreObserver(Protocol):
         """A batch is about to be captured."""
         ...
 
-    def arriving(self, name: str) -> None:
-        """A gradient arrived for a parameter that autograd did not add to `.grad` yet.
+    def arriving(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> None:
+        """A gradient arrived that autograd did not add to the parameter's `.grad` yet.
 
-        It runs during the backward pass, once for each use of the parameter.
+        It runs during the backward pass, once for each use of the parameter, with what
+        `Engine.on_gradient` is told.
         """
         ...
 
@@ -175,7 +178,7 @@ class ScoringEngine(Engine[ScoresT]):
     ) -> None:
         """Multiply with the directions, and tell the observers."""
         for observer in self._observers:
-            observer.arriving(parameter.name)
+            observer.arriving(pass_, parameter, gradient)
         stacked = self._stacked[parameter.name]
         if self._tokens is None:
             dots = gradient.dot(stacked)

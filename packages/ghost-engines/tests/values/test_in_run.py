@@ -327,29 +327,77 @@ def test_closing_twice_is_harmless(mlp):
         training.values.close()
 
 
-def test_several_directions_need_a_name(mlp, draw_directions):
+def test_every_direction_has_a_column(mlp, draw_directions):
     optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
     inputs = torch.randn(3, 5, dtype=torch.float64)
     engine = DotProductEngine(mlp)
     for name, direction in draw_directions(mlp, 2).items():
         engine.add_direction(name, direction)
-
-    def step():
-        optimizer.zero_grad()
+    values = InRunValues(engine, optimizer)
+    named = InRunValues(engine, optimizer, direction="random 1")
+    with engine, values, named:
         with engine.batch(range(3)) as batch:
             squares(mlp(inputs)).sum().backward()
         optimizer.step()
-        return batch
+    total = 0.1 * batch.result.total
+    assert values.directions == ("random 0", "random 1")
+    for column, name in enumerate(values.directions):
+        got = torch.tensor([values[sample, name] for sample in range(3)], dtype=torch.float64)
+        assert_within(got, total[:, column], total.norm())
+        assert values.to_dict(name) == dict(enumerate(got.tolist()))
+    assert named.to_dict() == values.to_dict("random 1")
+    assert named.to_dict() != values.to_dict("random 0")
+    for ask in (lambda: values[0], values.to_dict):
+        with pytest.raises(CaptureError, match="2 directions: name one of random 0, random 1"):
+            ask()
+    with pytest.raises(UnknownNameError, match="did you mean 'random 1'"):
+        values[0, "random1"]
+    pytest.importorskip("pandas")
+    columns = ["id", "value_random 0", "value_random 1", *COLUMNS[2:]]
+    assert list(values.to_pandas().columns) == columns
+    assert list(named.to_pandas().columns) == COLUMNS
 
-    nameless = InRunValues(engine, optimizer)
-    message = r"2 directions: name one.*random 0, random 1"
-    with engine, nameless, pytest.raises(CaptureError, match=message):
+
+def test_directions_stay_the_same_while_values_are_added_up(mlp, draw_directions):
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    engine = DotProductEngine(mlp)
+    first, second = draw_directions(mlp, 2).values()
+    engine.add_direction("first", first)
+
+    def step():
+        with engine.batch(range(3)):
+            squares(mlp(torch.randn(3, 5, dtype=torch.float64))).sum().backward()
+        optimizer.step()
+
+    with engine, InRunValues(engine, optimizer, direction="first") as one:
+        with InRunValues(engine, optimizer):
+            step()
+            engine.add_direction("second", second)
+            with pytest.raises(CaptureError, match="are first, second now, and were first"):
+                step()
         step()
-    named = InRunValues(engine, optimizer, direction="random 1")
-    with engine, named:
-        batch = step()
-    got = torch.tensor([named[sample] for sample in range(3)], dtype=torch.float64)
-    assert_within(got, 0.1 * batch.result.total[:, 1], batch.result.total.norm())
+    assert one.steps == 2
+
+
+def test_every_credited_step_is_told(training):
+    told = []
+    handle = training.values.on_credit(told.append)
+    training.optimizer.step()
+    for ids in ([3, 5, 3], [5, 7]):
+        training.batch(ids)
+    training.step()
+    handle.remove()
+    training.batch([1])
+    training.step()
+    assert [step.step for step in told] == [1, 2]
+    assert [step.ids.tolist() for step in told] == [[], [3, 5, 3, 5, 7]]
+    assert told[1].ids.dtype == torch.int64
+    assert told[1].values.dtype == torch.float64
+    assert told[1].values.shape == (5, 1)
+    assert told[1].directions == ("val",)
+    sums = torch.zeros(8, dtype=torch.float64).index_add(0, told[1].ids, told[1].values[:, 0])
+    values = training.values.to_dict()
+    assert all(sums[sample].item() == pytest.approx(values[sample]) for sample in (3, 5, 7))
 
 
 def test_unknown_direction_lists_what_exists(mlp, draw_directions):

@@ -1,0 +1,6 @@
+"""In-run values: what each training sample did for validation losses while training ran."""
+
+from ghost_engines.values.credit import CreditedStep
+from ghost_engines.values.in_run import InRunValues
+
+__all__ = ["CreditedStep", "InRunValues"]

@@ -1,0 +1,198 @@
+"""Follows the batches of an engine and the steps of an optimizer, and tells what steps credit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghost_core import CaptureError, Pass, PerSampleGradient, TrackedParameter, UnknownNameError
+from ghost_engines.scores import Scores
+from ghost_engines.scoring import ScoringEngine
+from ghost_engines.values.credit import CreditedStep, OnCredit
+from ghost_engines.values.discards import Discards
+from ghost_engines.values.optimizers import rates, skipped, stepping
+
+
+@dataclass
+class _Pending:
+    """A batch that no step was made with yet.
+
+    Attributes:
+        scores: Its scores.
+        parameters: Names of the parameters whose gradients were not thrown away.
+    """
+
+    scores: Scores
+    parameters: set[str]
+
+
+class Follower:
+    """Credits each step to the batches whose gradients it is made with.
+
+    Args:
+        engine: The engine that scores the batches.
+        optimizer: The optimizer that makes the steps, or a wrapper of it.
+        direction: Name of the only direction to use; all by default.
+        on_credit: Is told of each step.
+
+    Attributes:
+        steps: Number of steps so far.
+        skipped_batches: Number of batches that no step was made with.
+
+    Raises:
+        CaptureError: If the engine scores no batches, the optimizer does not hold a tracked
+            parameter or does not tell of its steps, or a batch is open.
+    """
+
+    def __init__(
+        self,
+        engine: ScoringEngine[Any],
+        optimizer: torch.optim.Optimizer,
+        direction: str | None,
+        on_credit: OnCredit,
+    ) -> None:
+        self._engine = _scoring(engine)
+        if engine.is_open:
+            raise CaptureError("make InRunValues outside of a batch, to see all of its gradients")
+        optimizer = stepping(optimizer)
+        rates(engine, optimizer)  # raises early
+        self._direction = direction
+        self._on_credit = on_credit
+        self._pending: list[_Pending] = []
+        self._discards = Discards(self._parameters)
+        self._directions: tuple[str, ...] = () if direction is None else (direction,)
+        self.steps = 0
+        self.skipped_batches = 0
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        engine.observe(self)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Names of the directions: those of the first batch, and before it those of the engine."""
+        return self._directions or self._engine.directions
+
+    def close(self) -> None:
+        """Stop to watch the engine and the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._engine.unobserve(self)
+
+    # Called by the engine
+
+    def starting(self) -> None:
+        """Drop what was thrown away since the last batch.
+
+        Gradient scalers skip steps that overflow; then `zero_grad` is called with no step before.
+        """
+        self._drop(self._discards.start())
+
+    def arriving(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> None:
+        """Look whether `zero_grad` was called inside the batch."""
+        self._discards.arriving(parameter.name)
+
+    def scored(self, scores: Scores) -> None:
+        """Keep the scores of a batch until a step is made with it.
+
+        Raises:
+            CaptureError: If gradients were taken out of `.grad` inside the batch, or the engine has
+                other directions than before.
+            UnknownNameError: If the engine does not have the direction.
+        """
+        self._check_directions(scores)
+        lost, made = self._discards.end()
+        self._drop(lost)
+        if made:
+            self._pending.append(_Pending(scores, made))
+        elif len(scores.ids):
+            self.skipped_batches += 1  # under frozen() there is nothing to make a step with
+
+    def _drop(self, lost: set[str]) -> None:
+        """Credit nothing for the gradients of some parameters in the batches so far."""
+        for each in self._pending:
+            each.parameters -= lost
+        kept = [each for each in self._pending if each.parameters]
+        self.skipped_batches += len(self._pending) - len(kept)
+        self._pending = kept
+
+    def _check_directions(self, scores: Scores) -> None:
+        if self._direction is not None:
+            if self._direction not in scores.directions:
+                raise UnknownNameError("direction", self._direction, scores.directions)
+        elif self._directions not in ((), scores.directions):
+            raise CaptureError(
+                f"the engine's directions are {', '.join(scores.directions)} now, and were "
+                f"{', '.join(self._directions)} when values were first credited",
+                reason="a value is a sum over steps, and would lack some",
+                remedy="give InRunValues the one direction that stays with direction=..., or make "
+                "another InRunValues for the new ones",
+            )
+        else:
+            self._directions = scores.directions
+
+    # Called by the optimizer
+
+    def _before_step(self, *_: Any) -> None:
+        if self._engine.is_open:
+            raise CaptureError(
+                "the optimizer made a step inside an open batch: close it before optimizer.step(), "
+                "so that its scores are known"
+            )
+        self._drop(self._discards.lost())
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if skipped(optimizer):
+            return
+        self.steps += 1
+        pending, self._pending = self._pending, []
+        self._discards.forget()
+        self._on_credit(self._credited(pending, rates(self._engine, optimizer)))
+
+    def _credited(self, pending: list[_Pending], rates: Mapping[str, float]) -> CreditedStep:
+        values = [self._values(each, rates) for each in pending]
+        nothing = torch.zeros(0, len(self.directions), dtype=torch.float64)
+        return CreditedStep(
+            step=self.steps,
+            ids=torch.cat([torch.zeros(0, dtype=torch.int64), *(p.scores.ids for p in pending)]),
+            values=torch.cat([nothing, *values]),
+            directions=self.directions,
+        )
+
+    def _values(self, pending: _Pending, rates: Mapping[str, float]) -> Tensor:
+        """Return what a batch is credited with, float64 `[N, K]` on the CPU."""
+        scores = pending.scores
+        values = torch.zeros(len(scores.ids), len(scores.directions), dtype=torch.float64)
+        for name, dots in scores.by_parameter.items():
+            if name in pending.parameters:
+                values += rates[name] * dots.to("cpu", torch.float64)
+        return values[:, [scores.directions.index(name) for name in self.directions]]
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        model = self._engine.model
+        return {each.name: model.get_parameter(each.name) for each in self._engine.parameters}
+
+
+def _scoring(engine: object) -> ScoringEngine[Any]:
+    """Return an engine that scores batches.
+
+    Raises:
+        CaptureError: If it does not.
+    """
+    if isinstance(engine, ScoringEngine):
+        return engine
+    is_class = isinstance(engine, type)
+    kind = engine.__name__ if isinstance(engine, type) else type(engine).__name__
+    raise CaptureError(
+        f"{kind} is a class, not an engine" if is_class else f"{kind} scores no batches",
+        reason="values are sums of the scores of batches",
+        remedy="give InRunValues the engine first, such as a DotProductEngine(model), then the "
+        "optimizer",
+    )

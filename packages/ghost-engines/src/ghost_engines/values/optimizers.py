@@ -1,0 +1,58 @@
+"""What an optimizer tells: which one makes the steps, at which rates, and whether it made one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghost_core import CaptureError
+from ghost_core._torch import tells_of_steps
+from ghost_engines.scoring import ScoringEngine
+
+
+def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that makes the steps of one that may be a wrapper, as Accelerate's is.
+
+    Raises:
+        CaptureError: If there is none to follow.
+    """
+    inner: Any = optimizer
+    while not (isinstance(inner, torch.optim.Optimizer) and tells_of_steps(inner)):
+        if not hasattr(inner, "optimizer"):
+            raise CaptureError(
+                f"{type(optimizer).__name__} does not tell of its steps",
+                reason="it is not set up as a torch.optim.Optimizer and has none in .optimizer",
+                remedy="give InRunValues the optimizer inside that makes the steps",
+            )
+        inner = inner.optimizer
+    return inner
+
+
+def rates(engine: ScoringEngine[Any], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rate of each tracked parameter, negative where a loss is maximised.
+
+    Raises:
+        CaptureError: If the optimizer does not hold one of them.
+    """
+    held = {leaf: group for group in optimizer.param_groups for leaf in group["params"]}
+    found = {}
+    for parameter in engine.parameters:
+        group = held.get(engine.model.get_parameter(parameter.name))
+        if group is None:
+            raise CaptureError(
+                f"the optimizer does not hold {parameter.name}: leave it out with exclude=..., "
+                "since no step changes it"
+            )
+        found[parameter.name] = float(group["lr"]) * (-1 if group.get("maximize") else 1)
+    return found
+
+
+def skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether the step that was called for is none.
+
+    A scaler leaves it to fused optimizers to skip a step, and tells them so.
+    """
+    overflow: Tensor | None = getattr(optimizer, "found_inf", None)
+    return overflow is not None and bool(overflow)

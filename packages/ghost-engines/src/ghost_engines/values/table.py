@@ -1,0 +1,90 @@
+"""The values of all samples so far, a row each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ghost_engines.values.credit import CreditedStep
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+class Table:
+    """Adds up what steps credit, by sample id. Rows are in the order in which samples came.
+
+    Args:
+        directions: Names of the K directions.
+    """
+
+    def __init__(self, directions: Iterable[str]) -> None:
+        self.directions = tuple(directions)
+        self._rows: dict[int, int] = {}
+        k = len(self.directions)
+        # Longer than there are samples, so that they need not grow with each.
+        self._values: Floats = np.zeros((0, k))
+        self._shares: Floats = np.zeros((0, k))
+        self._counts: Integers = np.zeros((0, 3), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, sample: object) -> bool:
+        return sample in self._rows
+
+    @property
+    def ids(self) -> Integers:
+        """Sample ids, int64 `[S]`."""
+        return np.fromiter(self._rows, dtype=np.int64, count=len(self))
+
+    @property
+    def values(self) -> Floats:
+        """Sums over steps, float64 `[S, K]`."""
+        return self._values[: len(self)]
+
+    @property
+    def shares(self) -> Floats:
+        """Sums of values over the magnitudes of all in their step, float64 `[S, K]`.
+
+        Every step hands out as much, whatever its learning rate and however large the gradients.
+        """
+        return self._shares[: len(self)]
+
+    @property
+    def counts(self) -> Integers:
+        """How often each sample was credited, first and last by which step, int64 `[S, 3]`."""
+        return self._counts[: len(self)]
+
+    def row(self, sample: int) -> int:
+        """Return where a sample stands."""
+        return self._rows[sample]
+
+    def add(self, credited: CreditedStep) -> None:
+        """Add what a step credited."""
+        known = len(self)
+        ids = credited.ids.tolist()
+        rows = np.array([self._rows.setdefault(each, len(self)) for each in ids], dtype=np.int64)
+        self._grow()
+        values = credited.values.numpy()
+        magnitudes = np.abs(values).sum(0)
+        shares = np.divide(values, magnitudes, out=np.zeros_like(values), where=magnitudes != 0)
+        np.add.at(self._values, rows, values)
+        np.add.at(self._shares, rows, shares)
+        np.add.at(self._counts[:, 0], rows, 1)
+        self._counts[known : len(self), 1] = credited.step
+        self._counts[rows, 2] = credited.step
+
+    def _grow(self) -> None:
+        if len(self) > len(self._values):
+            more = 2 * len(self)
+            self._values, self._shares, self._counts = (
+                _longer(each, more) for each in (self._values, self._shares, self._counts)
+            )
+
+
+def _longer(rows: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    return np.concatenate([rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)])
