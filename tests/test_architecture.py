@@ -16,8 +16,8 @@ PACKAGES = ["ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"]
 # Names on one floor do not know each other. The package's own name is its face.
 FLOORS = [
     {"restoring"},
-    {"errors", "_trees"},
-    {"_torch", "arguments"},
+    {"errors", "_trees", "switches"},
+    {"_torch", "arguments", "process"},
     {"algebra"},
     {"sampler", "projection"},
     {"hooks", "state", "batch"},

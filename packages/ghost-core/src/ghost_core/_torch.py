@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as _module
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -60,19 +59,6 @@ def caller_of(frame: FrameType | None) -> str:
             return name
         frame = frame.f_back
     return ""
-
-
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Let nothing compiled run meanwhile, where torch is 2.6 or newer.
-
-    What is compiled and first runs under a mode would never be used again, mode or not.
-    """
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 class DispatchMode(TorchDispatchMode):
@@ -269,21 +255,6 @@ def address(value: object) -> int:
     return value.untyped_storage().data_ptr()
 
 
-@contextmanager
-def cudnn_enabled(enabled: bool) -> Iterator[None]:
-    """Let cuDNN be used, or not, meanwhile. Torch 2.5.
-
-    `torch.backends.cudnn.enabled` is read-only after `torch.backends.disable_global_flags()`, and
-    `torch.backends.cudnn.flags`, which is not, sets all other flags too.
-    """
-    before = torch._C._get_cudnn_enabled()
-    try:
-        torch._C._set_cudnn_enabled(enabled)
-        yield
-    finally:
-        torch._C._set_cudnn_enabled(before)
-
-
 # Hooks
 
 
@@ -377,13 +348,3 @@ def flat_weights(layer: nn.RNNBase) -> list[Tensor] | None:
     found = direct_parameters(layer)
     names = layer._flat_weights_names
     return [found[name] for name in names] if found.keys() >= set(names) else None  # type: ignore[misc]
-
-
-@contextmanager
-def parametrizations_computed() -> Iterator[None]:
-    """Compute parametrised values anew at each use, also in `parametrize.cached()`. Torch 2.5."""
-    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
-    try:
-        yield
-    finally:
-        parametrize._cache_enabled = before

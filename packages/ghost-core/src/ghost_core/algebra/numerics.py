@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ghost_core.process import exact_products
 from ghost_core.restoring import restored
 
 
@@ -25,51 +25,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
     A product of bfloat16 tensors is up to 18 % off the dot that it stands for, so every factor is
     widened before it meets a direction, and the user's speed settings do not apply to the result.
+    These settings are the whole process's: what other threads compute meanwhile is exact as well,
+    and they are as the user chose them once no thread is inside.
     """
     with restored() as stack:
-        stack.enter_context(_exact_products())
+        stack.enter_context(exact_products())
         # Again, since modes that see every function see this one too, and may be interrupted.
         stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
-
-
-def _precision_settings() -> tuple[Any, ...]:
-    """Return torch's switches for float32 products, from torch 2.9 on."""
-    backends: Any = torch.backends
-    cudnn, mkldnn = backends.cudnn, backends.mkldnn
-    return backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    if not hasattr(torch.backends.cudnn, "conv"):
-        with _exact_products_before_2_9():
-            yield
-        return
-    # Reading the older settings is an error once the newer ones were used; this way both work.
-    settings = _precision_settings()
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
-
-
-@contextmanager
-def _exact_products_before_2_9() -> Iterator[None]:
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution
 
 
 def chunks(n: int, elements_per_sample: int, limit: int = 2**25) -> Iterator[slice]:

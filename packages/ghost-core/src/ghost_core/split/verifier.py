@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ghost_core._torch import eagerly, will_reach
+from ghost_core._torch import will_reach
+from ghost_core.process import eagerly
 from ghost_core.split.owners import Fold, find_folds
 from ghost_core.split.probe import Kind, Probe, Prober, probed_samples
 from ghost_core.split.reasons import doubted, late_row, reached_elsewhere, unreached, wrong_split

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ghost_core import WrongSplitError
-from ghost_core._torch import cudnn_enabled, parametrizations_computed, version
+from ghost_core._torch import version
+from ghost_core.process import parametrizations_computed, replayable, without_cudnn
 from ghost_core.state import RandomState, random_state_kept
 from ghost_layers.replay.module_copy import Template
 
@@ -87,19 +87,12 @@ def conditions(
         cudnn: Whether cuDNN may be used. Its recurrent layers have no batching rules, and no
             backward pass in evaluation.
     """
-    mha = torch.backends.mha
-    fast = mha.get_fastpath_enabled()
     with (
         random_state_kept(devices),
-        warnings.catch_warnings(),
+        replayable(),
         parametrizations_computed(),
-        cudnn_enabled(cudnn and torch.backends.cudnn.enabled),
+        nullcontext() if cudnn else without_cudnn(),
     ):
-        warnings.simplefilter("ignore")  # the user has seen them, or they are about vmap
         if random is not None:
             random.restore()
-        try:
-            mha.set_fastpath_enabled(False)  # kernels without gradients
-            yield
-        finally:
-            mha.set_fastpath_enabled(fast)
+        yield

@@ -1,0 +1,122 @@
+"""What ghost sets in the whole process for a while, whatever other threads do meanwhile.
+
+Some of the names of torch are private; what torch 2.5 has is there in all versions up to 2.13.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+from ghost_core.restoring import restored
+from ghost_core.switches import Switch, Switches
+
+# float32 products
+
+
+def _exact_products() -> Iterator[Switch]:
+    if not hasattr(torch.backends.cudnn, "conv"):  # before torch 2.9
+        cudnn: Any = torch.backends.cudnn
+        yield Switch(
+            torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
+        )
+        yield Switch(
+            partial(getattr, cudnn, "allow_tf32"), partial(setattr, cudnn, "allow_tf32"), False
+        )
+        return
+    # Reading the older settings is an error once the newer ones were used; this way both work.
+    # `torch.backends` calls these functions, at six times the time, and they are called often.
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    backends = {"cuda": ("matmul", "conv", "rnn"), "mkldnn": ("matmul", "conv", "rnn")}
+    for backend, operations in backends.items():
+        for each in operations:
+            yield Switch(partial(read, backend, each), partial(write, backend, each), "ieee")
+
+
+_EXACT = Switches(*_exact_products())
+
+
+def exact_products() -> AbstractContextManager[None]:
+    """Multiply float32 as it is meanwhile, not as TF32 or bfloat16."""
+    return _EXACT.thrown()
+
+
+# Kernels and the compiler
+
+_WITHOUT_CUDNN = Switches(Switch(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False))
+
+
+def without_cudnn() -> AbstractContextManager[None]:
+    """Let cuDNN not be used meanwhile.
+
+    `torch.backends.cudnn.enabled` is read-only after `torch.backends.disable_global_flags()`, and
+    `torch.backends.cudnn.flags`, which is not, sets all other flags too.
+    """
+    return _WITHOUT_CUDNN.thrown()
+
+
+@contextmanager
+def _warnings_ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_REPLAYABLE = Switches(
+    Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
+    Switch.of(_warnings_ignored),
+)
+
+
+def replayable() -> AbstractContextManager[None]:
+    """Run a call once more meanwhile: without kernels that have no gradients, nor warnings.
+
+    The user has seen the warnings, or they are about vmap.
+    """
+    return _REPLAYABLE.thrown()
+
+
+_EAGER = Switches(Switch.of(lambda: torch.compiler.set_stance("force_eager")))
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Let nothing compiled run meanwhile, where torch is 2.6 or newer.
+
+    What is compiled and first runs under a mode would never be used again, mode or not.
+    """
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    with _EAGER.thrown():
+        yield
+
+
+# Parametrised values
+
+
+@contextmanager
+def parametrizations_computed() -> Iterator[None]:
+    """Compute parametrised values anew at each use, also in `parametrize.cached()`.
+
+    That counts who is inside, in any thread. So is here, down instead of up, whoever else comes and
+    goes meanwhile.
+    """
+    taken: list[int] = []
+    with restored() as stack:
+        stack.callback(_give_back, taken)
+        stack.callback(_give_back, taken)
+        taken[:], parametrize._cache_enabled = [parametrize._cache_enabled], 0
+        yield
+
+
+def _give_back(taken: list[int]) -> None:
+    while taken:
+        parametrize._cache_enabled += taken.pop()
