@@ -91,13 +91,17 @@ def train(model, kinds, *, autocast=False, checkpointing=False, steps=STEPS):
     return [batch.result for batch in batches]
 
 
+def stress(*kinds):
+    return pytest.param(kinds, marks=pytest.mark.stress)
+
+
 @pytest.fixture(scope="module")
 def trained_without():
     """Train without ghost, once for each setting."""
     return {}
 
 
-@pytest.mark.parametrize("kinds", [("dots",), ("rows",), KINDS], ids="+".join)
+@pytest.mark.parametrize("kinds", [stress("dots"), stress("rows"), KINDS], ids="+".join)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_parameters_are_equal(autocast, checkpointing, kinds, make_model, gpt2, trained_without):

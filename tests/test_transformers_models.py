@@ -28,13 +28,20 @@ EXPECTED_REFUSALS: dict[str, str] = {
 
 EXACT = [name for name in FAMILIES if name not in EXPECTED_REFUSALS]
 
+UNLIKE_EACH_OTHER = {"gpt2", "llama", "mixtral", "mamba", "bert", "t5", "vit", "llava"}
+
+SOME = [
+    name if name in UNLIKE_EACH_OTHER else pytest.param(name, marks=pytest.mark.stress)
+    for name in EXACT
+]
+
 
 @pytest.mark.parametrize("name", EXACT)
 def test_every_parameter(name):
     compare(FAMILIES[name].case(4))
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", SOME)
 def test_as_many_samples_as_tokens(name):
     """Nothing tells the axes apart by size."""
     square = FAMILIES[name].square
@@ -47,7 +54,7 @@ def test_one_sample(name):
     compare(FAMILIES[name].case(1))
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", SOME)
 def test_frozen(name):
     compare(FAMILIES[name].case(3), frozen=True)
 

@@ -45,8 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return _failed("interrupted", 128 + signal.SIGINT)
+    except OSError as error:
+        return _failed(error, 2)
     except Exception as error:
-        if not _expected(error):
+        from ghost_core import GhostError  # which has been imported by what raised one
+
+        if not isinstance(error, GhostError):
             raise
         return _failed(error, 2)
 
@@ -93,9 +97,3 @@ def _failed(what: object, status: int) -> int:
     """Say what went wrong, in one line, and return the exit status."""
     print(f"ghost: {one_line(what)}", file=sys.stderr)
     return status
-
-
-def _expected(error: Exception) -> bool:
-    from ghost_core import GhostError  # which has been imported by what raised one
-
-    return isinstance(error, GhostError | OSError)
