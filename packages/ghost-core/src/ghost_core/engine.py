@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, NoReturn, Self, TypedDict
+from typing import Any, Generic, NoReturn, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class Engine(Listener, Generic[ResultT]):
         CaptureError: If no trainable parameter is selected, or one is in a compiled module.
     """
 
-    freeze: ClassVar[Freeze] = Freeze.NEVER
+    freeze: Freeze = Freeze.NEVER
     """What happens to weight gradients while the engine is attached by `with engine:`."""
 
     _given: Mapping[str, object]
@@ -227,7 +227,7 @@ class Engine(Listener, Generic[ResultT]):
         try:
             self._batch, self._open = batch, True
             self.on_start(batch)
-            with self._recorder.capture(self, batch.n, owners) as capture:
+            with self._recorder.capture(self, self.rows(batch), owners) as capture:
                 yield batch
             if batch.verified and capture.doubt:
                 batch.verified = False
@@ -323,6 +323,10 @@ class Engine(Listener, Generic[ResultT]):
     def new_batch(self, ids: Tensor) -> Batch[ResultT]:
         """Return the object that `batch` yields, for ids `[N]`."""
         return Batch(ids, self.verifies)
+
+    def rows(self, batch: Batch[ResultT]) -> int:
+        """Return how many samples the model is called on for a batch; by default its own."""
+        return batch.n
 
     def on_start(self, batch: Batch[ResultT]) -> None:
         """Prepare for a batch."""

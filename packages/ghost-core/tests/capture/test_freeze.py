@@ -8,15 +8,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ghost_core import Batch, CaptureError, Freeze, Pass, PerSampleGradient, TrackedParameter
+from ghost_core import (
+    Batch,
+    CaptureError,
+    Freeze,
+    Pass,
+    PerSampleGradient,
+    SamplerRegistry,
+    TrackedParameter,
+    UnbalancedError,
+)
 from ghost_core.testing import (
     GradientHolder,
     Held,
+    PlainLinear,
     TinyTransformer,
     next_token_losses,
     per_sample_gradients,
 )
 from ghost_core.testing.snapshots import assert_untouched, traces
+from ghost_core.tracking import Claim, dotted_name
 
 N, T = 4, 5
 
@@ -48,9 +59,12 @@ def ids() -> Tensor:
     return torch.randint(0, 19, (N, T))
 
 
-@pytest.fixture
-def make(registry) -> Callable[..., Summing]:
-    return lambda model, **options: Summing(model, registry=registry, **options)
+@pytest.fixture(params=[True, False], ids=["verified", "trusted"])
+def make(registry, request) -> Callable[..., Summing]:
+    """Make an engine: in a batch that is verified, autograd makes gradients beside it."""
+    return lambda model, **options: Summing(
+        model, registry=registry, verify=request.param, **options
+    )
 
 
 def train(model: nn.Module, ids: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -208,6 +222,84 @@ def test_an_engine_that_forgets_a_gradient_is_an_error(registry, ids: Tensor) ->
         engine.batch(range(N)),
     ):
         train(model, ids)
+
+
+class FirstTwo(Summing):
+    """Gives parameters the gradient of the first two samples."""
+
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor:
+        super().on_gradient(pass_, parameter, gradient)
+        return gradient.narrow(slice(0, 2)).sum()
+
+
+class WithPositions(nn.Module):
+    """Positions that are looked up once for all samples, and a head tied by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(19, 6), nn.Embedding(T, 6)
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + 2 * self.positions(torch.arange(T))
+        return nn.functional.linear(torch.tanh(self.inner(x)), self.tokens.weight)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("exclude", [(), "positions"])
+def test_parameters_get_what_the_engine_makes_where_autograd_does_too(
+    registry, ids: Tensor, verify: bool, exclude: str
+) -> None:
+    model = WithPositions().double()
+    expected = per_sample_gradients(model, next_token_losses(model(ids), ids))
+    engine = FirstTwo(model, registry=registry, verify=verify, exclude=exclude)
+    with engine:
+        for _ in range(2):
+            model.zero_grad()
+            with engine.batch(range(N)) as batch:
+                next_token_losses(model(ids), ids).sum().backward()
+            assert batch.verified is verify
+            for name, parameter in model.named_parameters():
+                samples = N if name == "positions.weight" and exclude else 2
+                torch.testing.assert_close(parameter.grad, expected[name][:samples].sum(0))
+
+
+def test_only_plain_sums_are_taken_for_what_autograd_makes(registry, ids: Tensor) -> None:
+    class Wrong(FirstTwo):
+        plain_sums = True
+
+    model = WithPositions().double()
+    expected = per_sample_gradients(model, next_token_losses(model(ids), ids))
+    with Wrong(model, registry=registry, verify=False) as engine, engine.batch(range(N)):
+        next_token_losses(model(ids), ids).sum().backward()
+    grad = model.positions.weight.grad
+    torch.testing.assert_close(grad, expected["positions.weight"].sum(0))
+
+
+def test_a_result_left_in_an_attribute_is_found() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Leaves(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.layer.left
+
+    class Leaves(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.left = nn.functional.linear(x, self.weight)
+            return super().forward(x)
+
+    class LeavesSampler(PlainLinear):
+        methods = ()
+
+    model, x = Model().double(), torch.randn(N, 3, dtype=torch.float64)
+    known = SamplerRegistry([Claim(dotted_name(Leaves), LeavesSampler, "test")])
+    engine = Summing(model, registry=known)
+    with engine, pytest.raises(UnbalancedError, match=r"layer\.weight"), engine.batch(range(N)):
+        model(x).sum().backward()
 
 
 def test_only_one_engine_makes_gradients(make, hold) -> None:

@@ -77,7 +77,8 @@ class CallHooks:
                 running.lend(parameter_of(module, local))
         if not running.shared or not self.tracked.sampler.replays:
             running.before = self.tracked.sampler.prepare(module)
-            for local in () if running.shared else self.state.made(self.tracked):
+            withheld = () if running.shared else self.state.withheld(self.tracked)
+            for local in withheld:
                 running.withhold(parameter_of(module, local))
 
     def _is_shared(self, args: Any, kwargs: Any) -> bool:
@@ -174,7 +175,7 @@ class CallHooks:
         if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
             raise CaptureError(f"{self.tracked.label} returned complex numbers: exclude it")
         # Where parameters are frozen, outputs get a graph from their Tap.
-        frozen = bool(self.state.flags) or bool(self.state.made(self.tracked))
+        frozen = bool(self.state.flags) or bool(self.state.withheld(self.tracked))
         taken = [at for at, leaf in enumerate(leaves) if _is_differentiable(leaf, frozen)]
         if not taken:
             batch.unseen.add(name)
@@ -204,10 +205,13 @@ class CallHooks:
             if outputs[0].shape != given[0].shape:
                 records = {local: record.expand(axes.count) for local, record in records.items()}
             kept, saved = keep(batch.listeners, tracked, records)
-        made = state.made(tracked)
+        if state.pass_ is not None:
+            for parameter in tracked.parameters.values():
+                state.pass_.use(parameter.name)
+        made, withheld = state.made(tracked), bool(state.withheld(tracked))
         parameters = [parameter_of(tracked.module, local) for local in made]
         past = call.past()
-        delivery = Delivery(state, batch, state.pass_, tracked, past, axes, kept, made)
+        delivery = Delivery(state, batch, state.pass_, tracked, past, axes, kept, made, withheld)
         tapped = tap(delivery.deliver, state.seed, outputs, parameters, saved)
         for output, was in zip(tapped, given, strict=True):
             if output.shape != was.shape and state.verifying:  # expanded from one row

@@ -55,6 +55,7 @@ class Delivery:
         axes: Where the call has its rows.
         kept: How the engines keep its records.
         made: Local names of the parameters whose gradients an engine makes.
+        withheld: Whether autograd was kept from making them.
     """
 
     state: CaptureState
@@ -65,6 +66,7 @@ class Delivery:
     axes: RowAxes
     kept: list[Kept]
     made: tuple[str, ...]
+    withheld: bool
 
     def deliver(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -96,10 +98,22 @@ class Delivery:
                             parameter.name, gradient, self.call.autocast, kept.whole
                         )
                     for result in self._heard(kept, pass_, parameter, gradient):
-                        made[local] = result.to(parameter.dtype)
+                        if local in self.made:
+                            made[local] = self._returned(parameter, gradient, result)
         if missing := set(self.made) - set(made):
             raise CaptureError(f"no engine made the gradient of {self._name(missing.pop())}")
         return [made[local] for local in self.made]
+
+    def _returned(
+        self, parameter: TrackedParameter, gradient: PerSampleGradient, made: Tensor
+    ) -> Tensor:
+        """Return what the Tap adds to a parameter's gradient, given what an engine made of it."""
+        if self.withheld and self.state.balance is None:
+            return made.to(parameter.dtype)
+        correction = made - gradient.sum()
+        if self.state.balance is not None:
+            self.state.balance.correct(parameter.name, correction)
+        return (made if self.withheld else correction).to(parameter.dtype)
 
     def _checked_pass(self) -> Pass:
         if self.pass_ is None:

@@ -20,16 +20,27 @@ class Pass:
         n: Number of samples in it.
         start: Position of its first sample in the engine's batch.
         owners: For modules whose rows are not samples: the sample of each row, by key.
+        used: Names of the parameters that were used so far.
+        several: Those of which several gradients may arrive in a backward pass: that were used more
+            than once, or in values that are the same for all samples.
     """
 
     n: int
     start: int
     owners: dict[str, Tensor] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    several: set[str] = field(default_factory=set)
 
     @property
     def samples(self) -> slice:
         """Positions of its samples in the engine's batch."""
         return slice(self.start, self.start + self.n)
+
+    def use(self, name: str, *, shared: bool = False) -> None:
+        """Note a use of a parameter, by itself or in a value that is the same for all samples."""
+        if shared or name in self.used:
+            self.several.add(name)
+        self.used.add(name)
 
 
 class Listener(ABC):
@@ -44,6 +55,9 @@ class Listener(ABC):
     verifies: bool
     balanced: ClassVar[bool] = True
     """Whether contributions must add up to autograd's gradients, where these are made."""
+    plain_sums: bool = False
+    """Whether the gradients that it returns are the sums of all samples', as those that autograd
+    makes are, so that these need no correction."""
 
     def on_input(self, parameter: TrackedParameter, record: Record) -> Record:
         """Keep a record in the forward pass, or compress it if it is an `InputFactor`.

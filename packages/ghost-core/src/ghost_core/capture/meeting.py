@@ -15,11 +15,12 @@ from ghost_core._torch import version
 from ghost_core.algebra import Dense, Outer, Owned, PerSampleGradient, Tokens, full_precision
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass
-from ghost_core.capture.sources import Source, by_sample, take_back
+from ghost_core.capture.sources import ParameterSource, Source, by_sample, take_back
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.sampler import as_tokens
 from ghost_core.split import RowAxes, owner_of_rows
+from ghost_core.tracking import TrackedParameter
 
 ClosedForm = Callable[[Tensor], PerSampleGradient]
 """Makes the gradients of a shared value from that of a result, rows first `[R, ...]`."""
@@ -61,6 +62,7 @@ class Meeting:
         names: Modules whose parameters they come from.
         forms: Closed forms by position among the shared values.
         versions: How often each shared value had been written to.
+        corrected: The parameters whose gradients by autograd need correction.
     """
 
     state: CaptureState
@@ -72,6 +74,7 @@ class Meeting:
     names: tuple[str, ...]
     forms: Mapping[int, ClosedForm]
     versions: tuple[int, ...]
+    corrected: tuple[ParameterSource, ...]
 
     def deliver(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -87,7 +90,12 @@ class Meeting:
                 probe.see(name, self.axes, self.axes.rows_first([grad]))
         elif audience is Audience.ENGINES:
             self._to_engines(grad)
-        return ()
+            return [self._correction(source.parameter) for source in self.corrected]
+        return [None] * len(self.corrected)
+
+    def _correction(self, parameter: TrackedParameter) -> Tensor | None:
+        correction = self.state.corrections.pop(parameter.name, None)
+        return None if correction is None else correction.to(parameter.dtype)
 
     def _to_engines(self, grad: Tensor) -> None:
         if self.batch.closed:

@@ -314,7 +314,8 @@ class Recorder:
         """Tell whether autograd makes the gradients that contributions add up to."""
         balanced = all(each.balanced for each in batch.listeners)
         engines_make = any(freeze is Freeze.CALL for _, freeze in self._state.attached)
-        return balanced and not self._state.flags and not engines_make
+        comparable = self._state.verifier.watching or not engines_make
+        return balanced and not self._state.flags and comparable
 
     def _balanced(self) -> dict[str, nn.Parameter]:
         """Return parameters to compare: all while verifying, those without a formula always."""

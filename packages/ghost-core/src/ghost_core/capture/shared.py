@@ -28,6 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ghost_core._torch import FunctionMode, in_backward, version
 from ghost_core._trees import tree_map
 from ghost_core.algebra import full_precision
+from ghost_core.capture.listener import Pass
 from ghost_core.capture.meeting import Meeting, Shared, closed_forms
 from ghost_core.capture.sources import CallSource, Form, ParameterSource, Source
 from ghost_core.capture.state import Audience, CaptureState, Sharing
@@ -279,11 +280,21 @@ class SharedValues(FunctionMode, Sharing):
         state.told_apart = True
         forms = closed_forms(func, args, kwargs, result, met, axes.outputs[0])
         versions = tuple(version(each.value) for _, each in met)
+        corrected = self._noted_uses(met, state.pass_)
         meeting = Meeting(
-            state, state.batch, state.pass_, result, axes, met, names, forms, versions
+            state, state.batch, state.pass_, result, axes, met, names, forms, versions, corrected
         )
-        (tapped,) = tap(meeting.deliver, state.seed, [result], (), ())
+        parameters = [source.tensor for source in corrected]
+        (tapped,) = tap(meeting.deliver, state.seed, [result], parameters, ())
         return tapped
+
+    def _noted_uses(self, met: Met, pass_: Pass) -> tuple[ParameterSource, ...]:
+        """Note the uses of parameters, and return those whose gradients need correction."""
+        sources = [reached for _, each in met for one in each.sources for reached in one.reached()]
+        for source in sources:
+            pass_.use(source.parameter.name, shared=True)
+        by_name = {source.parameter.name: source for source in sources}
+        return tuple(by_name.values()) if self._state.reweights() else ()
 
     def _axes(self, value: Tensor, names: Sequence[str]) -> RowAxes | None:
         """Return where a value has its rows; None if it has none that are of samples."""

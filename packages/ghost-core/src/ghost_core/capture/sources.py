@@ -29,6 +29,10 @@ class Source(ABC):
     tensor: Tensor
 
     @abstractmethod
+    def reached(self) -> Iterator[ParameterSource]:
+        """Yield the parameters that gradients are handed on to."""
+
+    @abstractmethod
     def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
         """Hand on the gradient of each sample, of the tensor's shape."""
 
@@ -51,13 +55,20 @@ class ParameterSource(Source):
     state: CaptureState
     batch: BatchCapture
 
+    def reached(self) -> Iterator[ParameterSource]:
+        """Yield itself."""
+        yield self
+
     def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
         """Tell the engines."""
         if self.state.balance is not None:
             self.state.balance.add(self.account, gradient, None, True)
         for listener in self.batch.listeners:
             if self.parameter.name in listener.tracking.names:
-                listener.on_gradient(pass_, self.parameter, gradient)
+                made = listener.on_gradient(pass_, self.parameter, gradient)
+                if made is not None and self.state.reweights():
+                    name = self.parameter.name
+                    self.state.correct(self.account, name, made - gradient.sum())
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,13 @@ class CallSource(Source):
     behind: tuple[Source, ...]
     account: str
     state: CaptureState
+
+    def reached(self) -> Iterator[ParameterSource]:
+        """Yield the parameters of the module, and those behind it."""
+        if self.form is not None:
+            yield from self.form.sources.values()
+        for source in self.behind:
+            yield from source.reached()
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
         """Take gradients back to what is behind."""

@@ -106,6 +106,8 @@ class CaptureState:
         dim: Axis of the samples in the root's inputs and outputs.
         told_apart: Whether a module in this pass had a row for each sample.
         paused: Whether hooks let everything pass.
+        corrections: What a parameter gets beside what autograd makes for it, by name, while
+            gradients of a shared value are told apart.
     """
 
     model: nn.Module
@@ -126,6 +128,7 @@ class CaptureState:
     dim: int = 0
     told_apart: bool = False
     paused: bool = False
+    corrections: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def audience(self) -> Audience:
@@ -155,6 +158,26 @@ class CaptureState:
         return tuple(
             local for local, parameter in tracked.parameters.items() if parameter.name in names
         )
+
+    def withheld(self, tracked: TrackedModule) -> tuple[str, ...]:
+        """Return those that autograd is kept from making: none in a pass that is watched."""
+        return () if self.verifier.watching else self.made(tracked)
+
+    def reweights(self) -> bool:
+        """Tell whether an engine makes other gradients in the open batch than autograd does."""
+        assert self.batch is not None
+        return any(
+            freeze is Freeze.CALL and not listener.plain_sums
+            for listener, freeze in self.attached
+            if listener in self.batch.listeners
+        )
+
+    def correct(self, account: str, name: str, correction: Tensor) -> None:
+        """Note what a parameter gets beside what autograd makes for it."""
+        if self.balance is not None:
+            self.balance.correct(account, correction)
+        before = self.corrections.get(name)
+        self.corrections[name] = correction if before is None else before + correction
 
     def owned(self) -> frozenset[str]:
         """Return the parameters of the modules that run."""

@@ -104,6 +104,14 @@ class Balance:
         account.scale += float(gradient.paired(gradient).clamp(min=0).sqrt().sum())
         account.dtypes.update(floating_dtypes(gradient), () if autocast is None else (autocast,))
 
+    def correct(self, name: str, correction: Tensor) -> None:
+        """Note what an engine adds to the sum of what arrived for a parameter."""
+        if name in self._parameters:
+            account = self._accounts[name]
+            account.arrived = (
+                correction if account.arrived is None else account.arrived + correction
+            )
+
     def check(self) -> None:
         """Raise if something is missing.
 
