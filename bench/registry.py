@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from bench import attention, convolution, language
+from bench import attention, convolution, foreign, language
 from bench.case import Case, Group
 
-CASES: tuple[Case, ...] = (*language.CASES, *convolution.CASES, *attention.CASES)
+CASES: tuple[Case, ...] = (
+    *language.CASES,
+    *convolution.CASES,
+    *attention.CASES,
+    *foreign.CASES,
+)
 """In the order of the table."""
 
-GROUPS: tuple[Group, ...] = ()
+GROUPS: tuple[Group, ...] = (foreign.GROUP,)
 
 
 def chosen(patterns: list[str]) -> list[Case]:

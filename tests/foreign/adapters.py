@@ -18,10 +18,12 @@ class Base(nn.Module):
         adapt: Makes an adapted layer of a linear one; None to leave layers alone.
     """
 
-    def __init__(self, adapt: type[nn.Module] | None = None) -> None:
+    def __init__(
+        self, adapt: type[nn.Module] | None = None, width: int = 8, vocabulary: int = 11
+    ) -> None:
         super().__init__()
-        self.emb, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
-        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.emb, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
         self.requires_grad_(False)
         if adapt is not None:
             self.q, self.v = adapt(self.q), adapt(self.v)
@@ -44,8 +46,9 @@ class LoRA(nn.Module):
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
-        self.base_layer = base
-        self.lora_A, self.lora_B = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+        self.base_layer, width = base, base.in_features
+        self.lora_A = nn.Linear(width, 2, bias=False)
+        self.lora_B = nn.Linear(2, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + 2 * self.lora_B(self.lora_A(x))

@@ -33,10 +33,10 @@ class GCN(nn.Module):
             x = self.lin(x)
             return x.index_add(0, target, weight * x[source]) + self.bias
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.first, self.second = self.Convolution(3, 8), self.Convolution(8, 8)
-        self.head = nn.Linear(8, 2)
+        self.first, self.second = self.Convolution(3, width), self.Convolution(width, width)
+        self.head = nn.Linear(width, 2)
 
     def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
         x = self.second(self.first(x, edge_index).relu(), edge_index)
@@ -94,11 +94,11 @@ class GINPlain(nn.Module):
 class DLRM(nn.Module):
     """Bags of a sparse feature by offsets, joined with dense features by dot products."""
 
-    def __init__(self, mode: str, *, sparse: bool = False) -> None:
+    def __init__(self, mode: str, *, sparse: bool = False, width: int = 8, rows: int = 7) -> None:
         super().__init__()
-        self.bag, self.mode = nn.EmbeddingBag(7, 8, mode=mode, sparse=sparse), mode
-        self.user = nn.Embedding(5, 8, sparse=sparse)
-        self.bottom, self.top = nn.Linear(3, 8), nn.Linear(11, 1)
+        self.bag, self.mode = nn.EmbeddingBag(rows, width, mode=mode, sparse=sparse), mode
+        self.user = nn.Embedding(5, width, sparse=sparse)
+        self.bottom, self.top = nn.Linear(3, width), nn.Linear(width + 3, 1)
 
     def forward(
         self, dense: Tensor, items: Tensor, offsets: Tensor, users: Tensor, weights: Tensor

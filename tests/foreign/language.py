@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,12 +15,14 @@ from torch.nn import functional as F  # noqa: N812
 class NanoGPT(nn.Module):
     """Positions are looked up for `arange(T)`, without an axis for samples; the head is tied."""
 
-    def __init__(self, tied: bool = True) -> None:
+    def __init__(
+        self, tied: bool = True, width: int = 8, vocabulary: int = 11, length: int = 6
+    ) -> None:
         super().__init__()
-        self.wte, self.wpe = nn.Embedding(11, 8), nn.Embedding(6, 8)
-        self.h = nn.ModuleList([Block(causal=True) for _ in range(2)])
-        self.ln_f = nn.LayerNorm(8)
-        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.h = nn.ModuleList([Block(width, causal=True) for _ in range(2)])
+        self.ln_f = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.wte.weight = self.lm_head.weight
 
@@ -41,15 +44,15 @@ class NanoGPTWithTargets(NanoGPT):
 class Llama(nn.Module):
     """torchtune's TransformerDecoder: rotary, RMS norms, gated MLP."""
 
-    def __init__(self, tied: str = "") -> None:
+    def __init__(self, tied: str = "", width: int = 8, vocabulary: int = 11) -> None:
         super().__init__()
-        self.tok_embeddings = nn.Embedding(11, 8)
-        self.q, self.k, self.v, self.o = (nn.Linear(8, 8, bias=False) for _ in range(4))
-        self.w1, self.w2, self.w3 = (nn.Linear(8, 8, bias=False) for _ in range(3))
-        self.sa_norm, self.mlp_norm, self.norm = (nn.RMSNorm(8) for _ in range(3))
+        self.tok_embeddings = nn.Embedding(vocabulary, width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.w1, self.w2, self.w3 = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.sa_norm, self.mlp_norm, self.norm = (nn.RMSNorm(width) for _ in range(3))
         self.tied = tied
         if not tied:
-            self.output = nn.Linear(8, 11, bias=False)
+            self.output = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tok_embeddings(ids)
@@ -79,9 +82,9 @@ class Positions(nn.Module):
 class RelativeBias(nn.Module):
     """A table looked up for all pairs of positions: T5's way, in x-transformers."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int = 6) -> None:
         super().__init__()
-        self.table = nn.Embedding(11, 2)
+        self.table = nn.Embedding(2 * length - 1, 2)
 
     def forward(self, length: int) -> Tensor:
         return self.table(distances(length)).permute(2, 0, 1)
@@ -115,18 +118,20 @@ class XTransformer(nn.Module):
 
     def __init__(
         self,
-        positions: type[nn.Module] | None = None,
-        bias: type[nn.Module] | None = None,
+        positions: Callable[[], nn.Module] | None = None,
+        bias: Callable[[], nn.Module] | None = None,
         memory: int = 0,
         tied: bool = False,
+        width: int = 8,
+        vocabulary: int = 11,
     ) -> None:
         super().__init__()
-        self.token_emb = nn.Embedding(11, 8)
+        self.token_emb = nn.Embedding(vocabulary, width)
         self.pos_emb = positions() if positions else None
         self.rel_pos = bias() if bias else None
-        self.memory_tokens = nn.Parameter(torch.randn(memory, 8)) if memory else None
-        self.block, self.norm = Block(causal=True), nn.LayerNorm(8)
-        self.to_logits = None if tied else nn.Linear(8, 11, bias=False)
+        self.memory_tokens = nn.Parameter(torch.randn(memory, width)) if memory else None
+        self.block, self.norm = Block(width, causal=True), nn.LayerNorm(width)
+        self.to_logits = None if tied else nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.token_emb(ids)
@@ -144,12 +149,13 @@ class XTransformer(nn.Module):
 class QueryKeyNorm(nn.Module):
     """Attention with learned scales `[heads, 1, d]` behind normalised queries and keys, and GLU."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8, vocabulary: int = 11) -> None:
         super().__init__()
-        self.emb = nn.Embedding(11, 8)
-        self.to_qkv, self.to_out = nn.Linear(8, 24, bias=False), nn.Linear(8, 16)
-        self.q_scale, self.k_scale = (nn.Parameter(torch.ones(2, 1, 4)) for _ in range(2))
-        self.logits = nn.Linear(8, 11)
+        self.emb = nn.Embedding(vocabulary, width)
+        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.to_out = nn.Linear(width, 2 * width)
+        self.q_scale, self.k_scale = (nn.Parameter(torch.ones(2, 1, width // 2)) for _ in range(2))
+        self.logits = nn.Linear(width, vocabulary)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.emb(ids)
@@ -161,17 +167,20 @@ class QueryKeyNorm(nn.Module):
 class Mixtral(nn.Module):
     """litgpt's LLaMAMoE: rows of all samples are routed to experts, two for each token."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8, vocabulary: int = 11) -> None:
         super().__init__()
-        self.emb, self.gate = nn.Embedding(11, 8), nn.Linear(8, 3, bias=False)
+        self.emb, self.gate = nn.Embedding(vocabulary, width), nn.Linear(width, 3, bias=False)
         self.experts = nn.ModuleList(
-            [nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)) for _ in range(3)]
+            [
+                nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+                for _ in range(3)
+            ]
         )
-        self.head = nn.Linear(8, 11)
+        self.head = nn.Linear(width, vocabulary)
 
     def forward(self, ids: Tensor) -> Tensor:
         embedded = self.emb(ids)
-        x = embedded.reshape(-1, 8)
+        x = embedded.flatten(0, 1)
         weights, chosen = self.gate(x).topk(2, -1)
         weights, y = weights.softmax(-1), torch.zeros_like(x)
         for at, expert in enumerate(self.experts):

@@ -10,6 +10,7 @@ import pytest
 from tests.foreign.adapters import ADAPTERS
 from tests.foreign.foreign import WAYS, Foreign, check
 from tests.foreign.graphs import GRAPHS
+from tests.foreign.images import IMAGES
 from tests.foreign.language import LANGUAGE
 from tests.foreign.pending import PENDING, REFUSED
 from tests.foreign.rows import ROWS
@@ -17,7 +18,7 @@ from tests.foreign.vision import VISION
 
 from ghost_core import GhostError
 
-ALL = [*LANGUAGE, *VISION, *GRAPHS, *ADAPTERS, *ROWS]
+ALL = [*LANGUAGE, *VISION, *IMAGES, *GRAPHS, *ADAPTERS, *ROWS]
 
 NAMES = {foreign.name for foreign in ALL}
 

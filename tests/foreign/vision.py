@@ -20,9 +20,9 @@ class WindowAttention(nn.Module):
         shift: How far windows are shifted.
     """
 
-    def __init__(self, functional: bool, shift: int) -> None:
+    def __init__(self, functional: bool, shift: int, width: int) -> None:
         super().__init__()
-        self.attn, self.shift, self.functional = Attention(), shift, functional
+        self.attn, self.shift, self.functional = Attention(width), shift, functional
         self.relative_position_bias_table = nn.Parameter(torch.randn(3, 2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,11 +43,11 @@ class WindowAttention(nn.Module):
 class Swin(nn.Module):
     """Two blocks, plain and shifted windows, patches merged between them."""
 
-    def __init__(self, functional: bool = False) -> None:
+    def __init__(self, functional: bool = False, width: int = 8) -> None:
         super().__init__()
-        self.embed, self.norm = nn.Conv1d(3, 8, 2, 2), nn.LayerNorm(8)
-        self.plain, self.shifted = (WindowAttention(functional, shift) for shift in (0, 1))
-        self.merge, self.head = nn.Linear(16, 8, bias=False), nn.Linear(8, 3)
+        self.embed, self.norm = nn.Conv1d(3, width, 2, 2), nn.LayerNorm(width)
+        self.plain, self.shifted = (WindowAttention(functional, shift, width) for shift in (0, 1))
+        self.merge, self.head = nn.Linear(2 * width, width, bias=False), nn.Linear(width, 3)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.norm(self.embed(image).mT)
@@ -59,16 +59,16 @@ class Swin(nn.Module):
 class SwinV2Bias(nn.Module):
     """Swin V2: biases are an MLP of relative coordinates, scaled cosine attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.embed, self.qkv = nn.Linear(3, 8), nn.Linear(8, 24)
+        self.embed, self.qkv = nn.Linear(3, width), nn.Linear(width, 3 * width)
         self.cpb_mlp = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 2, bias=False))
         self.logit_scale = nn.Parameter(torch.ones(2, 1, 1))
-        self.head = nn.Linear(8, 3)
+        self.head = nn.Linear(width, 3)
 
     def forward(self, patches: Tensor) -> Tensor:
         n, length, _ = patches.shape
-        qkv = self.qkv(self.embed(patches)).view(n, length, 3, 2, 4)
+        qkv = self.qkv(self.embed(patches)).view(n, length, 3, 2, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         far = torch.arange(1 - length, length, dtype=patches.dtype)[:, None]
         table = self.cpb_mlp(far.sign() * far.abs().log1p())
@@ -85,19 +85,19 @@ class Beit(nn.Module):
         shared: Whether one table serves all blocks, computed by the model, as in BEiT.
     """
 
-    def __init__(self, shared: bool) -> None:
+    def __init__(self, shared: bool, width: int = 8, length: int = 4) -> None:
         super().__init__()
-        self.embed, self.shared = nn.Linear(3, 8), shared
-        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
-        self.table = nn.Parameter(torch.randn(9, 2)) if shared else None
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
-        self.gamma_1, self.head = nn.Parameter(0.1 * torch.ones(8)), nn.Linear(8, 3)
+        self.embed, self.shared = nn.Linear(3, width), shared
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+        self.table = nn.Parameter(torch.randn(2 * length + 1, 2)) if shared else None
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.gamma_1, self.head = nn.Parameter(0.1 * torch.ones(width)), nn.Linear(width, 3)
 
     def forward(self, patches: Tensor) -> Tensor:
         x = torch.cat((self.cls_token.expand(len(patches), -1, -1), self.embed(patches)), 1)
         joined = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, joined).unflatten(-1, (3, 2, 4))
+        qkv = F.linear(x, self.qkv.weight, joined).unflatten(-1, (3, 2, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         scores = q @ k.mT
         if self.table is not None:
@@ -119,12 +119,12 @@ class MaxViT(nn.Module):
         def get_bias(self) -> Tensor:
             return self.table[distances(2)].permute(2, 0, 1)[None]
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.stem = nn.Conv1d(3, 8, 3, padding=1)
-        self.block, self.grid = Attention(), Attention()
+        self.stem = nn.Conv1d(3, width, 3, padding=1)
+        self.block, self.grid = Attention(width), Attention(width)
         self.block_bias, self.grid_bias = self.Bias(), self.Bias()
-        self.head = nn.Linear(8, 3)
+        self.head = nn.Linear(width, 3)
 
     def forward(self, image: Tensor) -> Tensor:
         x = F.gelu(self.stem(image)).mT
@@ -139,12 +139,12 @@ class MaxViT(nn.Module):
 class Detr(nn.Module):
     """DETR: queries are an embedding's weight, repeated for each sample; sequence first inside."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8, queries: int = 5, pixels: int = 4) -> None:
         super().__init__()
-        self.input_proj, self.query_embed = nn.Conv1d(3, 8, 1), nn.Embedding(5, 8)
-        self.row_embed = nn.Embedding(4, 8)
-        self.attn, self.norm = nn.MultiheadAttention(8, 2), nn.LayerNorm(8)
-        self.class_embed, self.bbox_embed = nn.Linear(8, 3), nn.Linear(8, 4)
+        self.input_proj, self.query_embed = nn.Conv1d(3, width, 1), nn.Embedding(queries, width)
+        self.row_embed = nn.Embedding(pixels, width)
+        self.attn, self.norm = nn.MultiheadAttention(width, 2), nn.LayerNorm(width)
+        self.class_embed, self.bbox_embed = nn.Linear(width, 3), nn.Linear(width, 4)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         x = self.input_proj(image).permute(2, 0, 1)
@@ -157,13 +157,13 @@ class Detr(nn.Module):
 class OpenClip(nn.Module):
     """open_clip's towers: class token, positional parameters, projections, a scale nobody uses."""
 
-    def __init__(self, scaled: bool = False) -> None:
+    def __init__(self, scaled: bool = False, width: int = 8, length: int = 3) -> None:
         super().__init__()
-        self.conv1 = nn.Conv1d(3, 8, 2, 2, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(8))
-        self.positional_embedding = nn.Parameter(torch.randn(4, 8))
-        self.ln_pre, self.block = nn.LayerNorm(8), Block()
-        self.proj = nn.Parameter(torch.randn(8, 6))
+        self.conv1 = nn.Conv1d(3, width, 2, 2, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.positional_embedding = nn.Parameter(torch.randn(length + 1, width))
+        self.ln_pre, self.block = nn.LayerNorm(width), Block(width)
+        self.proj = nn.Parameter(torch.randn(width, 6))
         self.logit_scale, self.scaled = nn.Parameter(torch.tensor(1.0)), scaled
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,18 +178,18 @@ class OpenClip(nn.Module):
 class XCiT(nn.Module):
     """Positions of one row, from a convolution of a constant, then repeated for each sample."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.embed, self.position = nn.Conv1d(3, 8, 2, 2), nn.Conv1d(2, 8, 1)
+        self.embed, self.position = nn.Conv1d(3, width, 2, 2), nn.Conv1d(2, width, 1)
         self.temperature = nn.Parameter(torch.ones(2, 1, 1))
-        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+        self.qkv, self.head = nn.Linear(width, 3 * width), nn.Linear(width, 3)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.embed(image).mT
         at = torch.arange(x.shape[1], dtype=x.dtype)
         encoded = self.position(torch.stack((at.sin(), at.cos()))[None])
         x = x + encoded.repeat(len(x), 1, 1).mT
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 4, 1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 4, 1)
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.temperature
         return self.head((scores.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2).mean(1))
 
@@ -230,18 +230,19 @@ class LeViTAttention(nn.Module):
 class MViT(nn.Module):
     """MViT: relative positions by axis from tables, pooled queries; a branch multiplied by zero."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8, length: int = 4) -> None:
         super().__init__()
-        self.embed, self.qkv = nn.Linear(3, 8), nn.Linear(8, 24)
-        self.pool_q, self.norm_q = nn.Conv1d(4, 4, 2, 2, groups=4, bias=False), nn.LayerNorm(4)
-        self.rel_pos = nn.Parameter(torch.randn(7, 4))
-        self.unused, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.embed, self.qkv = nn.Linear(3, width), nn.Linear(width, 3 * width)
+        self.pool_q = nn.Conv1d(width // 2, width // 2, 2, 2, groups=width // 2, bias=False)
+        self.norm_q = nn.LayerNorm(width // 2)
+        self.rel_pos = nn.Parameter(torch.randn(2 * length - 1, width // 2))
+        self.unused, self.head = nn.Linear(width, width), nn.Linear(width, 3)
 
     def forward(self, patches: Tensor) -> Tensor:
         n, length, _ = patches.shape
         x = self.embed(patches)
-        q, k, v = self.qkv(x).view(n, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
-        q = self.pool_q(q.flatten(0, 1).mT).mT.reshape(n, 2, length // 2, 4)
+        q, k, v = self.qkv(x).view(n, length, 3, 2, -1).permute(2, 0, 3, 1, 4)
+        q = self.pool_q(q.flatten(0, 1).mT).mT.reshape(n, 2, length // 2, -1)
         q = self.norm_q(q)
         relative = self.rel_pos[distances(length)[::2]]
         scores = q @ k.mT + torch.einsum("nhqc,qkc->nhqk", q, relative)
@@ -253,15 +254,16 @@ class MViT(nn.Module):
 class ConvNeXt(nn.Module):
     """Depthwise convolution, channels-last norm, layer scale, and a group norm without a bias."""
 
-    def __init__(self, affine: bool) -> None:
+    def __init__(self, affine: bool, width: int = 8) -> None:
         super().__init__()
-        self.stem, self.dw = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.norm, self.pw = nn.LayerNorm(8), nn.Linear(8, 8)
-        self.gamma = nn.Parameter(torch.full((8,), 0.1))
-        self.group = nn.GroupNorm(2, 8)
+        self.stem = nn.Conv2d(3, width, 2, 2)
+        self.dw = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm, self.pw = nn.LayerNorm(width), nn.Linear(width, width)
+        self.gamma = nn.Parameter(torch.full((width,), 0.1))
+        self.group = nn.GroupNorm(2, width)
         if not affine:
             self.group.register_parameter("bias", None)
-        self.head = nn.Linear(8, 3)
+        self.head = nn.Linear(width, 3)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.stem(image.to(memory_format=torch.channels_last))
