@@ -317,6 +317,11 @@ def direct_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def direct_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a module's children by name; changes show in it. Torch 2.5."""
+    return module._modules
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether a module was compiled, by `torch.compile` or in place. Torch 2.5."""
     original = getattr(module, "_orig_mod", None)

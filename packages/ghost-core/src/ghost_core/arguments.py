@@ -1,10 +1,11 @@
-"""Checks of what users give: models and whole numbers."""
+"""Checks of what users give: models, whole numbers, names, switches, scalers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ghost_core.errors import CaptureError, GhostError
@@ -52,4 +53,58 @@ def module(value: Any) -> nn.Module:
         f"the model must be a torch.nn.Module, not {value!r}",
         reason=reason,
         remedy="give the model itself, the object that the training loop calls",
+    )
+
+
+def switch(name: str, value: Any) -> bool:
+    """Return a switch, which nothing else that is true or false may stand for.
+
+    Args:
+        name: What it is, for the error.
+        value: What was given.
+
+    Raises:
+        CaptureError: If it is neither True nor False.
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise CaptureError(
+        f"{name} must be True or False, not {value!r}",
+        reason=f"it is of type {type(value).__name__}",
+        remedy=f"write {name}=True or {name}=False",
+    )
+
+
+def text(name: str, value: Any) -> str:
+    """Return a name or another text.
+
+    Args:
+        name: What it is, for the error.
+        value: What was given.
+
+    Raises:
+        CaptureError: If it is no text.
+    """
+    if isinstance(value, str):
+        return value
+    raise CaptureError(
+        f"{name} must be a str, not {value!r}",
+        reason=f"it is of type {type(value).__name__}",
+        remedy="give it by name",
+    )
+
+
+def scaler(value: Any) -> torch.amp.GradScaler | None:
+    """Return a gradient scaler, or None.
+
+    Raises:
+        CaptureError: If it does not tell its scale.
+    """
+    if value is None or hasattr(value, "get_scale"):
+        found: torch.amp.GradScaler | None = value
+        return found
+    raise CaptureError(
+        f"grad_scaler must be a torch.amp.GradScaler, not {value!r}",
+        reason="its scale is read in each batch, and divided out",
+        remedy="give the scaler that multiplies the loss",
     )

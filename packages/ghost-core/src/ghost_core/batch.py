@@ -59,19 +59,47 @@ def as_ids(ids: SampleIds) -> Tensor:
     Raises:
         CaptureError: If they are not one integer per sample.
     """
-    if isinstance(ids, Sequence) and any(isinstance(sample, str) for sample in ids):
-        raise CaptureError("ids must be one integer per sample, not strings")
+    if isinstance(ids, Sequence):
+        if any(isinstance(sample, str) for sample in ids):
+            raise _no_ids(", not strings")
+        ids = [int(each) if isinstance(each, np.integer) else each for each in ids]
+        if any(isinstance(each, int) and not _MIN <= each <= _MAX for each in ids):
+            raise _too_large()
     try:
         tensor = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CaptureError(f"ids must be one integer per sample: {error}") from error
+        raise _no_ids(f", not a {type(ids).__name__}", str(error)) from error
     if tensor.numel() == 0 and tensor.dim() == 1:
         return tensor.to("cpu", torch.int64)
-    wrong = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
-    if tensor.dtype == torch.uint64 and tensor.numel():
-        wrong = wrong or int(tensor.cpu().numpy().max()) > torch.iinfo(torch.int64).max
-    if tensor.dim() != 1 or wrong:
-        raise CaptureError(
-            f"ids must be one integer per sample, not {tensor.dtype} of shape {tuple(tensor.shape)}"
-        )
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise _no_ids(f", not {tensor.dtype} of shape {tuple(tensor.shape)}")
+    if tensor.dim() == 0:
+        raise _no_ids(f", not the number {tensor.item()}", remedy=f"range({tensor.item()})")
+    if tensor.dim() != 1:
+        raise _no_ids(f", not {tensor.dtype} of shape {tuple(tensor.shape)}")
+    if tensor.dtype == torch.uint64 and int(tensor.cpu().numpy().max()) > _MAX:
+        raise _too_large()
     return tensor.to("cpu", torch.int64, copy=True)
+
+
+_MIN, _MAX = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+
+
+def _no_ids(
+    found: str, reason: str = "results are told apart by the ids of the samples", remedy: str = ""
+) -> CaptureError:
+    """Say what was given in place of ids."""
+    return CaptureError(
+        f"ids must be one integer per sample{found}",
+        reason=reason,
+        remedy=f"give integers [N], such as {remedy or 'range(len(batch))'}",
+    )
+
+
+def _too_large() -> CaptureError:
+    """Say that an id is too large."""
+    return CaptureError(
+        "ids must be one integer per sample that fits into int64",
+        reason="one of them does not, and another number would be stored for it",
+        remedy="give each sample's position in the data instead, and keep a table of the names",
+    )

@@ -8,6 +8,7 @@ import reprlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Generic, NoReturn, Self, TypedDict
 
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core._torch import gradient_hooks
-from ghost_core.arguments import module
+from ghost_core.arguments import module, scaler, switch
 from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
-from ghost_core.capture import Freeze, Listener, Recorder
+from ghost_core.capture import Freeze, Listener, Recorder, not_attached, open_already
 from ghost_core.compare import Comparison, compare
 from ghost_core.errors import CaptureError, UnknownOptionError
 from ghost_core.hooks import is_own
 from ghost_core.plugins import select
-from ghost_core.restoring import restored
+from ghost_core.restoring import Leave, restored
 from ghost_core.tracking import Patterns, SamplerRegistry, TrackedParameter, Tracking, track
 
 logger = logging.getLogger(__name__)
@@ -118,10 +119,10 @@ class Engine(Listener, Generic[ResultT]):
         registry: SamplerRegistry | None = None,
     ) -> None:
         self.model = module(model)
-        self.verifies = verify
+        self.verifies = switch("verify", verify)
         self.loss_scale = 1.0
         """What the loss of the open batch was multiplied with, by the gradient scaler."""
-        self._grad_scaler = grad_scaler
+        self._grad_scaler = scaler(grad_scaler)
         self.selection = select(
             layers,
             exclude,
@@ -134,8 +135,8 @@ class Engine(Listener, Generic[ResultT]):
         self.tracking: Tracking = self._track()
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._recorder: Recorder | None = None
-        self.thing = ExitStack()
-        """What is closed when the engine is left, by the name that `closing` has for it."""
+        self._attachment = ExitStack()
+        self._leaving = closing(self._attachment)
         self._batch: Batch[ResultT] | None = None
         self._open = False
         self._said: set[str] = set()
@@ -176,14 +177,13 @@ class Engine(Listener, Generic[ResultT]):
         stack = ExitStack()
         try:
             self._attach(self.freeze, stack)
-            self.thing.push(stack)
+            self._attachment.push(stack)
             return self
         except BaseException:
             stack.close()
             raise
 
-    # It closes `self.thing`, and has no line of ghost's at which an interrupt could come before.
-    __exit__: Callable[..., None] = closing.__exit__
+    __exit__: Callable[..., None] = Leave(attrgetter("_leaving.__exit__"))
 
     @contextmanager
     def frozen(self) -> Iterator[Self]:
@@ -218,9 +218,9 @@ class Engine(Listener, Generic[ResultT]):
             WrongSplitError: If gradients cannot be split by sample.
         """
         if self._recorder is None:
-            raise CaptureError("attach the engine first: with engine: ...")
+            raise not_attached()
         if self._open:
-            raise CaptureError("a batch is open already")
+            raise open_already()
         self._check_flags()
         batch = self.new_batch(as_ids(ids))
         self.loss_scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()

@@ -67,7 +67,8 @@ class UnknownNameError(GhostError, ValueError):
             message += f"; did you mean {close[0]!r}?"
         else:
             message += "."
-        shown = ", ".join(listed[:40]) or "none"
+        # The name of the model itself, among its modules, is empty.
+        shown = ", ".join(each or "'' (the model)" for each in listed[:40]) or "none"
         more = f" and {len(listed) - 40} more" if len(listed) > 40 else ""
         message += f" Available: {shown}{more}."
         super().__init__(message + (f" {hint}" if hint else ""))

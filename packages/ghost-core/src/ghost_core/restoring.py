@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -26,3 +27,15 @@ def restored() -> Iterator[ExitStack]:
             stack.close()
     finally:
         stack.close()
+
+
+class Leave(property):
+    """The `__exit__` of an object that has another context do it, found by `operator.attrgetter`.
+
+    A with statement looks it up before it enters, so that no line of ghost's, at which an interrupt
+    could come, runs before what it leaves is left.
+    """
+
+    def __call__(self, owner: Any, *exception: Any) -> Any:
+        """Leave: `ExitStack` asks the class, and calls what it finds with the object."""
+        return self.__get__(owner)(*exception)

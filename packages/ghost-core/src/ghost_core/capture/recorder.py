@@ -24,6 +24,14 @@ from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.fused import FusedModules
 from ghost_core.capture.listener import Listener
 from ghost_core.capture.own_run import OwnRun
+from ghost_core.capture.places import Places
+from ghost_core.capture.refusals import (
+    attached_already,
+    attached_late,
+    disagreeing,
+    not_attached,
+    open_already,
+)
 from ghost_core.capture.shared import SharedValues
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
@@ -51,6 +59,7 @@ class Recorder:
         self._fused = self._fused_modules()
         self._following: SharedValues | None = None
         self._modes = ExitStack()
+        self._places = Places(model, ())
 
     @classmethod
     def of(cls, model: nn.Module) -> Recorder:
@@ -90,13 +99,11 @@ class Recorder:
         state = self._state
         modes = [mode for _, mode in state.attached]
         if self._serves(listener):
-            raise CaptureError("this engine is attached already")
+            raise attached_already()
         if state.batch is not None:
-            raise CaptureError("cannot attach an engine while a batch is open")
+            raise attached_late()
         if modes and (Freeze.PASS in modes) != (freeze is Freeze.PASS):
-            raise CaptureError(
-                "engines on one model must agree: use frozen() for all of them, or for none"
-            )
+            raise disagreeing()
         if freeze is Freeze.CALL and Freeze.CALL in modes:
             raise CaptureError("only one engine can make the weight gradients of a model")
 
@@ -152,6 +159,7 @@ class Recorder:
         if not state.attached:
             return
         root = state.model
+        self._places = Places(root, (each.module for each in tracked.values()))
         self._fused = self._fused_modules()
         if state.flags:
             self._own_run = OwnRun(
@@ -196,13 +204,13 @@ class Recorder:
 
     def _open(self, listener: Listener, n: int) -> BatchCapture:
         if not self._serves(listener):
-            raise CaptureError("attach the engine first: with engine: ...")
+            raise not_attached()
         batch = self._state.batch
         if batch is None:
             batch = self._state.batch = BatchCapture(n, [listener])
             return batch
         if any(other is listener for other in batch.listeners):
-            raise CaptureError("a batch is open already")
+            raise open_already()
         if batch.n != n:
             raise CaptureError(f"another engine opened this batch for {batch.n} samples")
         if batch.passes:
@@ -235,6 +243,7 @@ class Recorder:
         assert batch is not None
         if state.pass_ is not None:
             raise CaptureError("the model called itself")
+        self._places.check()
         if not self._told_compiled and called_compiled():
             self._told_compiled = True
             logger.warning(

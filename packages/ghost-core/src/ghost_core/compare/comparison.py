@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core.algebra import chunks
+from ghost_core.arguments import whole
 from ghost_core.compare.diagnosis import diagnose
 from ghost_core.compare.report import Comparison, check_parameters
 from ghost_core.compare.run import Losses, Run
@@ -100,9 +101,7 @@ def choose_samples(n: int, samples: int) -> tuple[int, ...]:
     Raises:
         CaptureError: If `samples` is not positive.
     """
-    if samples < 1:
-        raise CaptureError(f"samples must be at least 1, not {samples}")
-    count = min(samples, n)
+    count = min(whole("samples", samples, least=1), n)
     return tuple(round(at * (n - 1) / max(count - 1, 1)) for at in range(count))
 
 

@@ -16,8 +16,9 @@ from types import MappingProxyType
 
 import pluggy
 
+from ghost_core.arguments import switch
 from ghost_core.capture import Listener
-from ghost_core.errors import UnknownNameError
+from ghost_core.errors import CaptureError, UnknownNameError
 from ghost_core.plugins import hookspecs
 from ghost_core.plugins.disabled import Disabled
 from ghost_core.plugins.offers import Offers, Plugin, told
@@ -78,8 +79,18 @@ def select(
         batch_dim: Axis of the samples, by glob over names of modules.
         row_owner: Key of the batch that tells the sample of each row, by glob.
         registry: Where samplers are found; by default those of all installed plugins.
+
+    Raises:
+        CaptureError: If `generic`, `lift` or `registry` is of another kind.
     """
     known = installed().samplers if registry is None else registry
+    if not isinstance(known, SamplerRegistry):
+        raise CaptureError(
+            f"registry must be a SamplerRegistry, not {registry!r}",
+            reason=f"it is of type {type(registry).__name__}",
+            remedy="make one of claims, or leave it out for the samplers of all plugins",
+        )
+    generic, lift = switch("generic", generic), switch("lift", lift)
     return Selection(known, layers, exclude, generic, batch_dim, row_owner, lift)
 
 

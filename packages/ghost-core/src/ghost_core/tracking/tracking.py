@@ -13,6 +13,7 @@ from torch import Size, nn
 from torch.nn.parameter import is_lazy
 
 from ghost_core._torch import direct_parameters, is_compiled, is_composed
+from ghost_core.arguments import text, whole
 from ghost_core.errors import CaptureError, UnsupportedLayerError
 from ghost_core.sampler import GradientSampler, own_parameters
 from ghost_core.tracking.patterns import Patterns, by_module, select_parameters
@@ -174,7 +175,7 @@ def track(
             raise CaptureError(f"{name} has no shape yet: run the model once before")
         names[leaf].append(name)
     selected = select_parameters(names.values(), selection.layers)
-    selected -= select_parameters(names.values(), selection.exclude)
+    selected -= select_parameters(names.values(), selection.exclude, "exclude")
     parameters = {
         leaf: TrackedParameter(aliases[0], tuple(aliases), leaf.shape, leaf.dtype, leaf.device)
         for leaf, aliases in names.items()
@@ -190,7 +191,7 @@ def track(
     _refuse_composed(parameters)
     modules = _find_owners(model, parameters, selection)
     ordered = tuple(sorted(parameters.values(), key=lambda parameter: parameter.name))
-    axes = by_module(model, "batch_dim", selection.batch_dim)
+    axes = by_module(model, "batch_dim", selection.batch_dim, whole)
     return Tracking(ordered, tuple(modules), axes.get("", 0), selection.lift)
 
 
@@ -198,8 +199,8 @@ def _find_owners(
     model: nn.Module, parameters: Mapping[nn.Parameter, TrackedParameter], selection: Selection
 ) -> list[TrackedModule]:
     """Find the modules that own the tracked parameters, outer ones first, and their samplers."""
-    axes = by_module(model, "batch_dim", selection.batch_dim)
-    owners = by_module(model, "row_owner", selection.row_owner)
+    axes = by_module(model, "batch_dim", selection.batch_dim, whole)
+    owners = by_module(model, "row_owner", selection.row_owner, text)
     modules: list[TrackedModule] = []
     unhandled: list[tuple[str, Iterable[TrackedParameter], str]] = []
     taken: set[tuple[nn.Module, str]] = set()

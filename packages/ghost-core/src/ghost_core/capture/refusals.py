@@ -1,0 +1,68 @@
+"""What is said where an engine is attached, or a batch opened, at the wrong time."""
+
+from __future__ import annotations
+
+from ghost_core.errors import CaptureError
+
+
+def not_attached() -> CaptureError:
+    """Say that a batch was opened of an engine that is not attached."""
+    return CaptureError(
+        "attach the engine first",
+        reason="nothing is captured before",
+        remedy="run the training loop inside with engine: ..., or a pass without training inside "
+        "with engine.frozen(): ...",
+    )
+
+
+def attached_already() -> CaptureError:
+    """Say that an engine was attached twice."""
+    return CaptureError(
+        "this engine is attached already",
+        reason="its hooks would count every gradient twice",
+        remedy="write with engine: (or with engine.frozen():) once around the loop, or make "
+        "another engine",
+    )
+
+
+def attached_late() -> CaptureError:
+    """Say that an engine was attached inside another one's batch."""
+    return CaptureError(
+        "cannot attach an engine while a batch is open",
+        reason="it would miss what the batch has captured",
+        remedy="attach all engines of a model before the first batch",
+    )
+
+
+def open_already() -> CaptureError:
+    """Say that an engine's batch was opened inside one of its own."""
+    return CaptureError(
+        "a batch is open already",
+        reason="an engine captures one batch at a time",
+        remedy="close it first: leave with engine.batch(...): before the next. Micro-batches and "
+        "further passes of the same samples go inside one",
+    )
+
+
+def disagreeing() -> CaptureError:
+    """Say that one engine freezes the parameters and another one does not."""
+    return CaptureError(
+        "engines on one model must agree: use frozen() for all of them, or for none",
+        reason="frozen() keeps autograd from making the gradients of all parameters",
+        remedy="attach this one afterwards, or in the same way",
+    )
+
+
+def moved(name: str, gone: bool) -> CaptureError:
+    """Say that a module was replaced or removed while an engine is attached.
+
+    Args:
+        name: Its name.
+        gone: Whether there is none of this name any more.
+    """
+    what = "is gone" if gone else "is another module than when the engine was attached"
+    return CaptureError(
+        f"{name} {what}",
+        reason="gradients are captured by hooks on the modules that were there",
+        remedy="leave the engine, change the model, and make a new engine",
+    )
