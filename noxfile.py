@@ -73,14 +73,14 @@ def typecheck(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test but the stress tests, on the packages in place."""
-    install_in_place(session, "test", "models")
+    install_in_place(session, "test", "models", "tables")
     run_tests(session)
 
 
 @nox.session
 def stress(session: nox.Session) -> None:
     """Run the stress tests: many kills, many rows, long loops."""
-    install_in_place(session, "test", "models")
+    install_in_place(session, "test", "models", "tables")
     run_tests(session, "-m", "stress")
 
 
@@ -143,7 +143,7 @@ def build(session: nox.Session) -> None:
 @nox.session(requires=["build"], reuse_venv=False)
 def wheels(session: nox.Session) -> None:
     """Install the built wheels and a third-party plugin, then test them together."""
-    install(session, *map(str, sorted(DIST.glob("*.whl"))), groups=["test", "models"])
+    install(session, *map(str, sorted(DIST.glob("*.whl"))), groups=["test", "models", "tables"])
     install(session, "tests/plugins/ghost-plugin-sample")
     run_tests(session, "tests")
 

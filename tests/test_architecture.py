@@ -48,6 +48,8 @@ IMPORTED_WHERE_USED = {
         "ghost_engines.cli.verify",
     },
     "ghost_engines.cli.models": {"transformers"},
+    "ghost_engines.plots": {"matplotlib.figure"},
+    "ghost_engines.tables": {"pandas", "pyarrow"},
     "ghost_engines.values.in_run": {"pandas"},
 }
 

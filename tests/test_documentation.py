@@ -18,6 +18,7 @@ from ghost_engines import DotProductEngine, ProjectionEngine
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "docs/quickstart.md"
+DATASET = "docs/dataset.md"
 FRAGMENTS = ("README.md", "docs/loop.md")  # their code needs names that the reader has already
 BLOCK = re.compile(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", re.M | re.S)
 HEADING = re.compile(r"^#+ (.*)$", re.M)
@@ -156,6 +157,22 @@ def test_quickstart_runs_as_it_is():
     assert scores.total.shape == (8, 1)
     torch.testing.assert_close(sum(scores.by_layer.values()), scores.total)
     assert namespace["neighbours"].ids.shape == (16, 3)
+
+
+def test_a_data_set_is_scored_as_the_page_says():
+    pytest.importorskip("pandas")
+    pytest.importorskip("matplotlib")
+    namespace = {}
+    with torch.random.fork_rng(devices=[]):
+        for block in blocks(DATASET):
+            run(block, namespace)
+    table, again = namespace["table"], namespace["again"]
+    assert repr(table) in blocks(DATASET)[0].code
+    (columns,) = re.findall(r"scores.csv.*# (.*)", blocks(DATASET)[1].code)
+    assert ", ".join(table.columns()) == columns
+    assert namespace["worst"]["id"].tolist() == table.scores[:, 0].argsort()[:10].tolist()
+    assert again.ids.tolist() == namespace["order"].tolist()
+    assert Path("scores.svg").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ghost_engines.blocks import Block
     from ghost_engines.cosine import CosineEngine, Cosines
+    from ghost_engines.dataset import PerSampleLoss, ScoreTable, score_dataset
     from ghost_engines.digest import model_digest
     from ghost_engines.dot_product import DotProductEngine
     from ghost_engines.gram import Between, Gram, GramEngine
@@ -35,21 +36,24 @@ __all__ = [
     "Neighbours",
     "NormEngine",
     "Norms",
+    "PerSampleLoss",
     "ProjectedRows",
     "ProjectionEngine",
     "Result",
     "ScoreObserver",
+    "ScoreTable",
     "Scores",
     "ScoringEngine",
     "SegmentScores",
     "StoreError",
     "SummedResult",
     "model_digest",
+    "score_dataset",
 ]
 
 _ROOMS = (
-    "blocks", "cosine", "digest", "dot_product", "gram", "holding", "norms", "projection",
-    "results", "scores", "scoring", "store", "values",
+    "blocks", "cosine", "dataset", "digest", "dot_product", "gram", "holding", "norms",
+    "projection", "results", "scores", "scoring", "store", "values",
 )  # fmt: skip
 """The modules that the names above come from."""
 

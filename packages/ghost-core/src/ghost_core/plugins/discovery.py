@@ -48,6 +48,16 @@ class Contributions:
     engines: Mapping[str, type[Listener]]
     projections: Mapping[str, type[Projection]]
 
+    def engine(self, name: str) -> type[Listener]:
+        """Return an engine class by name.
+
+        Raises:
+            UnknownNameError: If no plugin offers it.
+        """
+        if name not in self.engines:
+            raise UnknownNameError("engine", name, self.engines, failure_note(self.plugins))
+        return self.engines[name]
+
     def projection(self, name: str) -> type[Projection]:
         """Return a projection class by name.
 

@@ -1,0 +1,115 @@
+"""Pictures of numbers by sample."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ghost_core import MissingExtraError, UnknownNameError
+from ghost_engines.files import write_atomically
+from ghost_engines.tables import check_folder, extremes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HELPFUL, HARMFUL = "tab:blue", "tab:red"
+_KINDS = (".pdf", ".png", ".svg")
+
+
+def sample_figure(
+    ids: np.ndarray,
+    values: np.ndarray,
+    names: Sequence[str],
+    what: str,
+    *,
+    signed: bool,
+    top: int,
+    over: tuple[str, np.ndarray, np.ndarray] | None = None,
+) -> Figure:
+    """Draw the highest and lowest values by sample, and how they are distributed.
+
+    Args:
+        ids: Sample ids, `[N]`.
+        values: `[N, K]`. Those that are not finite are left out.
+        names: Names of the K columns, a row of pictures each.
+        what: What the values are.
+        signed: Whether positive means helpful, and negative harmful.
+        top: How many samples to name of each.
+        over: The name of another axis, its points `[B]`, and sums of values at them `[B, K]`.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    columns = 2 if over is None else 3
+    rows = max(len(names), 1)
+    figure: Figure = _figure("plot()", figsize=(5 * columns, 1.5 + 3 * rows))
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
+    for at, name in enumerate(names):
+        ends = "most helpful, most harmful" if signed else "highest, lowest"
+        _draw_extremes(grid[at][0], ids, values[:, at], extremes(values[:, at], top, signed=signed))
+        grid[at][0].set(title=f"{name}: {ends}", xlabel=what, ylabel="sample")
+        finite = values[np.isfinite(values[:, at]), at]
+        grid[at][1].hist(finite, bins=40, color=HELPFUL)
+        grid[at][1].axvline(0, color="black", linewidth=0.8)
+        grid[at][1].set(title=f"{name}: distribution", xlabel=what, ylabel="samples")
+        if over is not None:
+            axis, points, sums = over
+            grid[at][2].plot(points, sums[:, at], color=HELPFUL)
+            grid[at][2].axhline(0, color="black", linewidth=0.8)
+            grid[at][2].set(title=f"{name}: over time", xlabel=axis, ylabel=f"sum of {what}s")
+    return figure
+
+
+def check_picture(path: Path) -> None:
+    """Raise if a picture cannot be written to a file.
+
+    Raises:
+        UnknownNameError: If its name does not end as that of a kind of picture that is known.
+        MissingExtraError: If matplotlib is not installed.
+        OSError: If its folder is not there.
+    """
+    if path.suffix not in _KINDS:
+        raise UnknownNameError("kind of picture", path.suffix, _KINDS, f"It is the end of {path}.")
+    _figure(str(path))
+    check_folder(path)
+
+
+def save(figure: Figure, path: str | Path | None) -> Figure:
+    """Write a figure to a file, if a path is given, and return it.
+
+    Raises:
+        UnknownNameError: If the file's name does not end as that of a kind of picture.
+        OSError: If it cannot be written; a file that was there before still is.
+    """
+    if path is not None:
+        path = Path(path)
+        check_picture(path)
+        data = io.BytesIO()
+        figure.savefig(data, format=path.suffix[1:])
+        write_atomically(path.absolute(), data.getvalue(), path.absolute().parent)
+    return figure
+
+
+def _draw_extremes(
+    axes: Any, ids: np.ndarray, values: np.ndarray, ends: tuple[np.ndarray, np.ndarray]
+) -> None:
+    helpful, harmful = ends
+    chosen = np.concatenate([helpful, harmful[::-1]])
+    colours = [HELPFUL] * len(helpful) + [HARMFUL] * len(harmful)
+    places = np.arange(len(chosen))
+    axes.barh(places, values[chosen], color=colours)
+    axes.set_yticks(places, [str(each) for each in ids[chosen]])
+    axes.invert_yaxis()
+
+
+def _figure(purpose: str, **options: Any) -> Any:
+    """Make a figure that no window and no global state knows of."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "ghost-engines[plot]", purpose) from error
+    return Figure(layout="constrained", **options)
