@@ -123,6 +123,7 @@ def prepared(section):
         engine.add_direction("val", lambda: loss_fn(model, val_batch))
     return {
         "DotProductEngine": DotProductEngine,
+        "adam": torch.optim.AdamW(model.parameters()),
         "b": torch.randn(3),
         "batch": draw(32),
         "ids": range(32),

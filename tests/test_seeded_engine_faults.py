@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ghost_core import Dense, InputFactor, Outer
-from ghost_engines import DotProductEngine, ProjectionEngine, directions
+from ghost_engines import DotProductEngine, ProjectionEngine
+from ghost_engines.directions import Source
 from ghost_layers import convolution
 
 OFF = "entries are off"
@@ -176,10 +177,10 @@ def test_rows_with_rounded_gradients(dtype, llama, assert_rows):
 
 def test_direction_of_sums_multiplied(llama, monkeypatch, assert_dots):
     """A direction of several samples as ΣA·ΣB, in place of ΣAB."""
-    exact = directions.gradient_of
+    exact = Source.tensors
 
-    def multiplied(name, closure, model, parameters):
-        found = exact(name, closure, model, parameters)
+    def multiplied(source):
+        found, model = exact(source), source.model
         inputs, grads, handles = {}, {}, []
 
         def hook(path):
@@ -191,14 +192,14 @@ def test_direction_of_sums_multiplied(llama, monkeypatch, assert_dots):
 
         linear = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
         handles = [each.register_forward_hook(hook(path)) for path, each in linear.items()]
-        torch.autograd.grad(closure(), list(model.parameters()))
+        torch.autograd.grad(source.closure(), list(model.parameters()))
         for handle in handles:
             handle.remove()
         for path in linear:
             found[f"{path}.weight"] = torch.outer(grads[path], inputs[path])
         return found
 
-    monkeypatch.setattr(directions, "gradient_of", multiplied)
+    monkeypatch.setattr(Source, "tensors", multiplied)
     with pytest.raises(AssertionError, match=rf"(lm_head|_proj)\.weight.*{OFF}"):
         assert_dots(llama)
 

@@ -8,6 +8,13 @@ if TYPE_CHECKING:
     from ghost_engines.cosine import CosineEngine, Cosines
     from ghost_engines.dataset import PerSampleLoss, ScoreTable, score_dataset
     from ghost_engines.digest import model_digest
+    from ghost_engines.directions import (
+        adam_aware,
+        load_direction,
+        save_direction,
+        second_order,
+        unit_norm,
+    )
     from ghost_engines.dot_product import DotProductEngine
     from ghost_engines.gram import Between, Gram, GramEngine
     from ghost_engines.holding import HoldingEngine, LossWeights
@@ -47,13 +54,18 @@ __all__ = [
     "SegmentScores",
     "StoreError",
     "SummedResult",
+    "adam_aware",
+    "load_direction",
     "model_digest",
+    "save_direction",
     "score_dataset",
+    "second_order",
+    "unit_norm",
 ]
 
 _ROOMS = (
-    "blocks", "cosine", "dataset", "digest", "dot_product", "gram", "holding", "norms",
-    "projection", "results", "scores", "scoring", "store", "values",
+    "blocks", "cosine", "dataset", "digest", "directions", "dot_product", "gram", "holding",
+    "norms", "projection", "results", "scores", "scoring", "store", "values",
 )  # fmt: skip
 """The modules that the names above come from."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Protocol, TypeVar, Unpack
+from typing import Any, Protocol, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,9 @@ from ghost_core import (
     Pass,
     PerSampleGradient,
     TrackedParameter,
-    UnknownNameError,
 )
 from ghost_core.algebra import accumulation_dtype
-from ghost_core.arguments import whole
-from ghost_engines.directions import Closure, Direction, check_closure, given
+from ghost_engines.directions import Closure, Directions, Transform
 from ghost_engines.scores import Scores
 from ghost_engines.tokens import TokenSum
 
@@ -81,7 +79,7 @@ class ScoringEngine(Engine[ScoresT]):
         if per_token:
             self._check_positions()
         self._per_token = per_token
-        self._directions: dict[str, Direction] = {}
+        self._directions = Directions(model, self.parameters)
         self._stacked: dict[str, Tensor] = {}
         self._dots: dict[str, Tensor] = {}
         self._tokens: TokenSum | None = None
@@ -90,41 +88,54 @@ class ScoringEngine(Engine[ScoresT]):
     @property
     def directions(self) -> tuple[str, ...]:
         """Names of the directions, in the order of their columns."""
-        return tuple(self._directions)
+        return self._directions.names
 
     def add_direction(
-        self, name: str, direction: Closure | Mapping[str, Tensor], *, refresh: int | None = None
+        self,
+        name: str,
+        direction: Closure | Mapping[str, Tensor],
+        *,
+        refresh: int | None = None,
+        transform: Transform | None = None,
+        training: bool = False,
     ) -> None:
         """Add a direction, or replace the one of this name.
 
         Args:
             name: Its name.
-            direction: A closure that returns the scalar loss whose gradient is the direction, or a
-                tensor for each tracked parameter by name. The closure runs in evaluation mode and
-                leaves no trace; a single direction can be linear in many validation samples.
-            refresh: For a closure: batches after which it is called again; by default 1, so that
-                the direction always belongs to the current parameters.
+            direction: A closure that returns the scalar loss whose gradient is the direction, or
+                one that returns the direction itself, a tensor for each tracked parameter by name;
+                or these tensors. The closure runs in evaluation mode and leaves no trace; a
+                single direction can be linear in many validation samples.
+            refresh: Batches after which it is made anew; by default 1, so that the direction always
+                belongs to the current parameters. Tensors without a transform stay as they are.
+            transform: What to make of it: `adam_aware(optimizer)`, `second_order(step)`,
+                `unit_norm`, or a function that takes a direction by parameter name and returns
+                another.
+            training: Whether the closure runs with the model as it is, instead of in evaluation
+                mode.
 
         Raises:
             UnknownNameError: If a name is no parameter of the model.
             CaptureError: If a tracked parameter is missing, a shape or value is wrong, the closure
-                takes arguments, or `refresh` is given with tensors or is not positive.
+                takes arguments, `refresh` is not positive, or an option goes with a closure only.
         """
-        if isinstance(direction, Mapping):
-            if refresh is not None:
-                raise CaptureError("refresh goes with a closure; tensors stay as they are")
-            tensors = given(name, direction, self.model, self.parameters)
-            self._directions[name] = Direction(name, None, 1, tensors)
-        elif callable(direction):
-            batches = 1 if refresh is None else whole("refresh", refresh, least=1)
-            check_closure(name, direction)
-            self._directions[name] = Direction(name, direction, batches, {})
-        else:
-            raise CaptureError(
-                f"direction {name!r} must be a closure or a mapping of tensors, not "
-                f"{type(direction).__name__}"
-            )
-        self._stacked.clear()
+        self._directions.add(
+            name, direction, refresh=refresh, transform=transform, training=training
+        )
+
+    def direction(self, name: str) -> dict[str, Tensor]:
+        """Return a direction as it was in the last batch, or as it would be now before the first.
+
+        Returns:
+            A tensor for each tracked parameter by name; `save_direction` writes it to a file.
+
+        Raises:
+            UnknownNameError: If there is none of this name.
+            CaptureError: If it cannot be made.
+        """
+        with self.paused():
+            return self._directions[name].current()
 
     def remove_direction(self, name: str) -> None:
         """Remove a direction.
@@ -132,10 +143,23 @@ class ScoringEngine(Engine[ScoresT]):
         Raises:
             UnknownNameError: If there is none of this name.
         """
-        if name not in self._directions:
-            raise UnknownNameError("direction", name, self._directions)
-        del self._directions[name]
-        self._stacked.clear()
+        self._directions.remove(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of directions that are not made anew in each batch.
+
+        After `load_state_dict` in another process, scores go on as they would have in this one.
+        `InRunValues.state_dict` has it inside.
+        """
+        return {"directions": self._directions.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the engine did whose state it is, with the same directions added.
+
+        Raises:
+            CaptureError: If it had others.
+        """
+        self._directions.load_state_dict(state["directions"])
 
     def observe(self, observer: ScoreObserver) -> None:
         """Tell an observer of every batch from now on."""
@@ -150,27 +174,15 @@ class ScoringEngine(Engine[ScoresT]):
         """Renew the directions that are due."""
         for observer in self._observers:
             observer.starting()
-        if not self._directions:
-            raise CaptureError("there is nothing to score against: call add_direction first")
         with self.paused():
-            # All of them are asked: each counts its batches.
-            changed = [
-                each.renew(self.model, self.parameters) for each in self._directions.values()
-            ]
-        if any(changed) or not self._stacked:
-            self._stacked = {
-                parameter.name: torch.stack(
-                    [each.tensors[parameter.name] for each in self._directions.values()]
-                )
-                for parameter in self.parameters
-            }
+            self._stacked = self._directions.renewed()
         self._dots = {
-            name: stacked.new_zeros(batch.n, len(self._directions))
+            name: stacked.new_zeros(batch.n, len(self.directions))
             for name, stacked in self._stacked.items()
         }
         if self._per_token:
             dtype = accumulation_dtype(*self._dots.values())
-            shape, device = (batch.n, 0, len(self._directions)), self.parameters[0].device
+            shape, device = (batch.n, 0, len(self.directions)), self.parameters[0].device
             self._tokens = TokenSum(torch.zeros(shape, dtype=dtype, device=device))
 
     def on_gradient(

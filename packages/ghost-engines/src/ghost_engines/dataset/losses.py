@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ghost_core import CaptureError, TrackedParameter
 from ghost_core.compare import check_losses
 from ghost_engines.dataset.batches import Batches
-from ghost_engines.directions import gradient_of
+from ghost_engines.directions import Source
 
 PerSampleLoss = Callable[[Any, Any], Tensor]
 """Runs the model, its first argument, on a batch, its second, and returns a loss for each sample,
@@ -69,7 +69,7 @@ def target_gradient(
     Raises:
         CaptureError: If losses are not as they must be, or nothing can depend on the target.
     """
-    parameters = list(parameters)
+    parameters = tuple(parameters)
     sums: dict[str, Tensor] = {}
     count = 0
     for batch in data:
@@ -80,7 +80,7 @@ def target_gradient(
             sizes.append(len(losses))
             return losses.sum()
 
-        found = gradient_of(name, summed, model, parameters)
+        found = Source(name, summed, model, parameters).tensors()
         dtypes = {key: value.dtype for key, value in found.items()}
         for key, value in found.items():
             sums[key] = sums[key].add_(value) if key in sums else value.double()

@@ -208,9 +208,75 @@ def test_loss_of_another_model_is_refused(mlp, inputs):
 
 def test_closure_whose_gradient_is_not_finite_is_refused(mlp, inputs):
     engine = DotProductEngine(mlp)
-    engine.add_direction("nan", lambda: squares(mlp(inputs)).mean() * torch.nan)
+    engine.add_direction("nan", lambda: (squares(mlp(inputs)) * 0).mean().sqrt())
     with pytest.raises(CaptureError, match="direction 'nan' is not finite at"):
         train(engine, mlp, inputs)
+
+
+def test_closure_whose_loss_is_not_finite_is_refused(mlp, inputs):
+    engine = DotProductEngine(mlp)
+    engine.add_direction("loss", lambda: squares(mlp(inputs)).mean() * torch.nan)
+    with pytest.raises(CaptureError, match="direction 'loss': the closure's loss is nan"):
+        train(engine, mlp, inputs)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    "returned",
+    [lambda loss: loss, lambda loss: None, torch.detach],
+    ids=["loss", "nothing", "detached"],
+)
+def test_closure_that_calls_backward_is_told_so(returned, keep, mlp, inputs):
+    def closure():
+        loss = squares(mlp(inputs)).mean()
+        loss.backward(retain_graph=keep)
+        return returned(loss)
+
+    engine = DotProductEngine(mlp)
+    engine.add_direction("loss", closure)
+    with pytest.raises(CaptureError, match="direction 'loss': the closure called backward"):
+        train(engine, mlp, inputs)
+    assert all(parameter.grad is None for parameter in mlp.parameters())
+
+
+# Other kinds of closures
+
+
+def test_closure_may_return_the_direction_itself(mlp, inputs, draw_directions, assert_scores):
+    drawn, calls = draw_directions(mlp, 3), []
+
+    def closure():
+        calls.append(1)
+        return list(drawn.values())[len(calls) - 1]
+
+    engine = DotProductEngine(mlp)
+    engine.add_direction("made", closure, refresh=2)
+    expected = per_sample_gradients(mlp, squares(mlp(inputs)))
+    for at in range(4):
+        assert_scores(train(engine, mlp, inputs), expected, {"made": drawn[f"random {at // 2}"]})
+    engine.add_direction("made", lambda: {"0.bias": torch.ones(7)})
+    with pytest.raises(CaptureError, match=r"direction 'made' has no tensor for 0\.weight"):
+        train(engine, mlp, inputs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_closure_runs_in_evaluation_mode_or_as_the_model_is(training, inputs):
+    model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.BatchNorm1d(6)).double()
+    model[2].eval()
+    modes = []
+
+    def closure():
+        modes.append([module.training for module in model])
+        return squares(model(inputs)).mean()
+
+    engine = DotProductEngine(model)
+    engine.add_direction("loss", closure, training=training)
+    train(engine, model, inputs)
+    assert modes == [[training, training, False]]
+    assert [module.training for module in model] == [True, True, False]
+    zeros = {name: torch.zeros_like(each) for name, each in model.named_parameters()}
+    with pytest.raises(CaptureError, match="training=True goes with a closure"):
+        engine.add_direction("given", zeros, training=True)
 
 
 @pytest.mark.parametrize("refresh", [0, -1])

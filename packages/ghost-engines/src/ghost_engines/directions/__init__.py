@@ -1,0 +1,25 @@
+"""Directions: what per-sample gradients are multiplied with."""
+
+from ghost_engines.directions.closures import Closure, Source
+from ghost_engines.directions.collection import Directions
+from ghost_engines.directions.files import load_direction, save_direction
+from ghost_engines.directions.transforms import (
+    Gradient,
+    Transform,
+    adam_aware,
+    second_order,
+    unit_norm,
+)
+
+__all__ = [
+    "Closure",
+    "Directions",
+    "Gradient",
+    "Source",
+    "Transform",
+    "adam_aware",
+    "load_direction",
+    "save_direction",
+    "second_order",
+    "unit_norm",
+]

@@ -1,0 +1,176 @@
+"""Calls a user's closure for a direction, and differentiates the loss that it returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ghost_core import CaptureError, TrackedParameter
+from ghost_core._torch import is_graph_gone
+from ghost_core.state import untouched
+from ghost_engines.directions.given import finite, given, widened
+
+Closure = Callable[[], Tensor | Mapping[str, Tensor]]
+"""Computes a scalar loss with the model, or the direction itself by parameter name."""
+
+
+def check_closure(name: str, closure: Closure) -> None:
+    """Refuse a closure that cannot be called without arguments.
+
+    Raises:
+        CaptureError: If it needs some.
+    """
+    try:
+        signature = inspect.signature(closure)
+    except ValueError:  # some builtins do not tell
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise CaptureError(
+            f"direction {name!r}: the closure takes arguments",
+            reason=f"it is called without any, and there is a {error}",
+            remedy="give a function of nothing, such as lambda: loss(model, validation_batch)",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """A closure, and how it is called: without touching the training around it.
+
+    Random number generators, buffers, modes and `.grad` are as before afterwards.
+
+    Attributes:
+        name: The direction's name, for errors.
+        closure: The user's function.
+        model: The model.
+        parameters: The tracked parameters.
+        training: Whether it runs with the model as it is, instead of in evaluation mode.
+    """
+
+    name: str
+    closure: Closure
+    model: nn.Module
+    parameters: tuple[TrackedParameter, ...]
+    training: bool = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Call the closure; return what it gives, or the gradient of the loss that it gives.
+
+        Raises:
+            CaptureError: If the loss is no finite scalar that depends on the parameters, or was
+                backpropagated before, or what is returned is no direction.
+            UnknownNameError: If a name that is returned is no parameter of the model.
+        """
+        with self._called() as result:
+            if isinstance(result, Mapping):
+                return given(self.name, result, self.model, self.parameters)
+            gradients = self._differentiated(self._loss(result))
+        return finite(self.name, {key: widened(each) for key, each in gradients.items()})
+
+    def curvature(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return `H step`, with the Hessian H of the closure's loss: one product with it.
+
+        Args:
+            step: A change of each tracked parameter.
+
+        Raises:
+            CaptureError: If the closure returns no loss, or as `tensors` does.
+        """
+        # Torch's plain formula for attention is the one whose second derivative is known.
+        with sdpa_kernel(SDPBackend.MATH), self._called() as result:
+            if isinstance(result, Mapping):
+                raise CaptureError(
+                    f"direction {self.name!r} has no second order",
+                    reason="its closure returns tensors, and no loss that has a Hessian",
+                    remedy="return the scalar loss, or use the first order",
+                )
+            gradients = self._differentiated(self._loss(result), create_graph=True)
+            slope = sum((gradients[key] * step[key].to(gradients[key])).sum() for key in gradients)
+            assert isinstance(slope, Tensor)
+            leaves = self.leaves()
+            products: Sequence[Tensor | None] = [None] * len(leaves)
+            if slope.requires_grad:  # else the loss is linear
+                products = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
+        found = _filled(leaves, products)
+        return finite(self.name, {key: widened(each.detach()) for key, each in found.items()})
+
+    def leaves(self) -> dict[str, nn.Parameter]:
+        """Return the tracked parameters by name."""
+        return {each.name: self.model.get_parameter(each.name) for each in self.parameters}
+
+    @contextmanager
+    def _called(self) -> Iterator[object]:
+        """Call the closure, and undo afterwards what that did."""
+        with torch.enable_grad(), untouched(self.model):
+            if not self.training:
+                self.model.eval()
+            yield self.closure()
+
+    def _loss(self, result: object) -> Tensor:
+        """Return what the closure gave as a scalar loss."""
+        if any(leaf.grad is not None for leaf in self.leaves().values()):  # they were set aside
+            raise CaptureError(
+                f"direction {self.name!r}: the closure called backward()",
+                reason="its gradients are computed where the loss that it returns is",
+                remedy="return the loss without calling backward()",
+            )
+        if not isinstance(result, Tensor) or result.numel() != 1 or not result.requires_grad:
+            raise CaptureError(
+                f"direction {self.name!r}: the closure must return a scalar loss that depends on "
+                f"the model's parameters, or a direction by parameter name, not "
+                f"{_described(result)}"
+            )
+        if not result.isfinite().all():
+            raise CaptureError(
+                f"direction {self.name!r}: the closure's loss is {result.item()}",
+                reason="a loss that is not finite has no gradient to score against",
+                remedy="look for what makes it so: the validation batch, or parameters that "
+                "diverged",
+            )
+        return result.sum()
+
+    def _differentiated(self, loss: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
+        leaves = self.leaves()
+        try:
+            gradients = torch.autograd.grad(
+                loss, list(leaves.values()), allow_unused=True, create_graph=create_graph
+            )
+        except RuntimeError as error:
+            if not is_graph_gone(error):
+                raise
+            raise CaptureError(
+                f"direction {self.name!r}: the gradient of the closure's loss cannot be computed",
+                reason="it was backpropagated before, by the closure itself or where a loss that "
+                "was computed earlier is returned",
+                remedy="compute the loss in the closure, and return it without calling backward()",
+            ) from error
+        if all(gradient is None for gradient in gradients):
+            raise CaptureError(
+                f"direction {self.name!r}: the closure's loss depends on none of the selected "
+                "parameters; does it call another model?"
+            )
+        return _filled(leaves, gradients)
+
+
+def _filled(
+    leaves: Mapping[str, nn.Parameter], gradients: Sequence[Tensor | None]
+) -> dict[str, Tensor]:
+    """Return gradients by name, zeros where there are none."""
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient.to_dense()
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+    }
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        graph = "with" if value.requires_grad else "without"
+        return f"a tensor of shape {tuple(value.shape)} {graph} a gradient"
+    return type(value).__name__

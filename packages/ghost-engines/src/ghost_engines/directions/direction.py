@@ -1,0 +1,139 @@
+"""One direction of an engine: where it comes from, and when it is renewed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghost_core import CaptureError, TrackedParameter
+from ghost_core.arguments import whole
+from ghost_engines.directions.closures import Closure, Source, check_closure
+from ghost_engines.directions.given import finite, given, widened
+from ghost_engines.directions.transforms import Gradient, Transform
+
+
+@dataclass
+class Direction:
+    """One direction.
+
+    Attributes:
+        name: Its name.
+        source: What calls the closure; None if it was given as tensors.
+        fixed: The tensors that it was given as; empty if it has a closure.
+        transform: What is done to them.
+        refresh: Batches after which it is renewed; None for never.
+        tensors: The direction by parameter name; empty before it was made.
+        age: Batches since it was made.
+    """
+
+    name: str
+    source: Source | None
+    fixed: Gradient
+    transform: Transform | None
+    refresh: int | None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    age: int = 0
+
+    def renew(self) -> bool:
+        """Make it anew if it is time to, and count the batch.
+
+        Returns:
+            Whether the direction changed.
+        """
+        due = not self.tensors or (self.refresh is not None and self.age >= self.refresh)
+        if due:
+            self.tensors = self._made()
+            self.age = 0
+        self.age += 1
+        return due
+
+    def current(self) -> dict[str, Tensor]:
+        """Return it as it is, or would be."""
+        return dict(self.tensors or self._made())
+
+    def _made(self) -> dict[str, Tensor]:
+        raw = self.fixed
+        if self.source is not None:
+            raw = Gradient(self.source.tensors(), self.source, self.fixed.leaves)
+        if self.transform is None:
+            return dict(raw)
+        with torch.no_grad():
+            made = self.transform(raw)
+        return self._checked(made)
+
+    def _checked(self, made: Any) -> dict[str, Tensor]:
+        """Refuse what is no direction for the same parameters."""
+        leaves = self.fixed.leaves
+        if not isinstance(made, Mapping) or made.keys() != leaves.keys():
+            got = f"of {', '.join(map(str, made))}" if isinstance(made, Mapping) else repr(made)
+            raise CaptureError(
+                f"direction {self.name!r}: the transform must return a tensor for each of "
+                f"{', '.join(leaves)}, not {got}"
+            )
+        for key, tensor in made.items():
+            if not isinstance(tensor, Tensor) or tensor.shape != leaves[key].shape:
+                raise CaptureError(
+                    f"direction {self.name!r}: the transform must return a tensor of shape "
+                    f"{tuple(leaves[key].shape)} for {key}"
+                )
+        return finite(self.name, {key: widened(made[key].detach()) for key in leaves})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what another process needs to go on as this one would."""
+        kept = self.refresh is not None and self.refresh > 1
+        return {"age": self.age, "tensors": dict(self.tensors) if kept else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the process did whose state it is."""
+        self.age = state["age"]
+        leaves = self.fixed.leaves
+        self.tensors = {
+            name: tensor.to(leaves[name].device, copy=True)
+            for name, tensor in state["tensors"].items()
+        }
+
+
+def direction_of(
+    name: str,
+    given_as: Closure | Mapping[str, Tensor],
+    model: nn.Module,
+    parameters: Iterable[TrackedParameter],
+    *,
+    refresh: int | None,
+    transform: Transform | None,
+    training: bool,
+) -> Direction:
+    """Return a direction; see `ScoringEngine.add_direction`.
+
+    Raises:
+        UnknownNameError: If a name is no parameter of the model.
+        CaptureError: If a tracked parameter is missing, a shape or value is wrong, the closure
+            takes arguments, or an option does not go with what is given.
+    """
+    parameters = tuple(parameters)
+    leaves = {each.name: model.get_parameter(each.name) for each in parameters}
+    every = None if refresh is None else whole("refresh", refresh, least=1)
+    if transform is not None and not callable(transform):
+        raise CaptureError(
+            f"direction {name!r}: transform must be a function of a direction, not "
+            f"{type(transform).__name__}"
+        )
+    if isinstance(given_as, Mapping):
+        if training:
+            raise CaptureError("training=True goes with a closure; tensors call no model")
+        if every is not None and transform is None:
+            raise CaptureError("refresh goes with a closure; tensors stay as they are")
+        fixed = Gradient(given(name, given_as, model, parameters), None, leaves)
+        return Direction(name, None, fixed, transform, (every or 1) if transform else None)
+    if callable(given_as):
+        check_closure(name, given_as)
+        source = Source(name, given_as, model, parameters, training)
+        return Direction(name, source, Gradient({}, source, leaves), transform, every or 1)
+    raise CaptureError(
+        f"direction {name!r} must be a closure or a mapping of tensors, not "
+        f"{type(given_as).__name__}"
+    )
