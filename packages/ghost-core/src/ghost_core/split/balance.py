@@ -29,14 +29,20 @@ class _Account:
     Attributes:
         made: The gradient that autograd made; None if it made none.
         arrived: The sum of all contributions.
-        scale: Sum of the norms of all contributions.
+        norms: Sum of the norms of all contributions, which is read when the batch ends: a GPU would
+            have to be waited for.
         dtypes: Floating dtypes that were seen.
     """
 
     made: Tensor | None = None
     arrived: Tensor | None = None
-    scale: float = 0
+    norms: Tensor | None = None
     dtypes: set[torch.dtype] = field(default_factory=set)
+
+    @property
+    def scale(self) -> float:
+        """Sum of the norms of all contributions."""
+        return 0 if self.norms is None else float(self.norms)
 
     @property
     def off(self) -> float:
@@ -101,7 +107,8 @@ class Balance:
             return
         account, total = self._accounts[name], gradient.sum()
         account.arrived = total if account.arrived is None else account.arrived + total
-        account.scale += float(gradient.paired(gradient).clamp(min=0).sqrt().sum())
+        norms = gradient.paired(gradient).clamp(min=0).sqrt().sum()
+        account.norms = norms if account.norms is None else account.norms + norms
         account.dtypes.update(floating_dtypes(gradient), () if autocast is None else (autocast,))
 
     def correct(self, name: str, correction: Tensor) -> None:
