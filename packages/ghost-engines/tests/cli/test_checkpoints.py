@@ -1,7 +1,9 @@
 """`ghost verify` on checkpoints of transformers."""
 
 import json
+import shutil
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -74,6 +76,23 @@ def test_a_checkpoint_and_texts(checkpoint, texts, capsys):
     assert tracked[0] == ["tracked: 16 of 16 trainable parameters"]
     assert len(checks) == 17
     assert verdict.startswith("exact: the gradients of 4 of 4 samples agree")
+
+
+PLANTED = "transformers regex yaml tokenizers safetensors sympy jinja2 tqdm random".split()  # noqa: SIM905
+"""Modules that may be imported while a checkpoint is loaded and verified."""
+
+
+def test_no_file_that_lies_in_a_checkpoint_is_imported(checkpoint, texts, tmp_path):
+    folder = tmp_path / "downloaded"
+    shutil.copytree(checkpoint, folder)
+    shutil.copy(texts, folder / "texts.txt")
+    for name in PLANTED:
+        code = f"from pathlib import Path\nPath({str(tmp_path)!r}, 'ran-{name}').touch()\n"
+        (folder / f"{name}.py").write_text(code)
+    command = [sys.executable, "-P", "-m", "ghost_engines.cli", "verify", ".", "--data=texts.txt"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert list(tmp_path.glob("ran-*")) == []
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_checkpoint_and_lines_of_json(checkpoint, tmp_path, capsys):

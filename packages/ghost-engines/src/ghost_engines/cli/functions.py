@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ from ghost_engines.cli.errors import CommandError
 
 
 @contextmanager
-def importable_from_here() -> Iterator[None]:
-    """Let modules in the current directory be imported, as `python -m` does."""
+def _importable_from_here(name: str) -> Iterator[None]:
+    """Let a module that lies in the current directory be imported, with what it imports.
+
+    The directory is on the path for this one import only, and for no other module's: what happens
+    to lie beside a checkpoint that somebody downloaded must not be imported by anybody.
+    """
     before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
     importlib.invalidate_caches()
+    here = str(Path.cwd())
+    if PathFinder.find_spec(name.partition(".")[0], [here]) is not None:
+        sys.path.insert(0, here)
     try:
         yield
     finally:
@@ -43,7 +50,8 @@ def find_function(text: str, option: str) -> Callable[..., Any]:
     if not all(part.isidentifier() for part in [*name.split("."), *path.split(".")]):
         raise CommandError(f"{option}: {text!r} is not of the form module:function")
     try:
-        module = importlib.import_module(name)
+        with _importable_from_here(name):
+            module = importlib.import_module(name)
     except KeyboardInterrupt:
         raise
     except BaseException as error:

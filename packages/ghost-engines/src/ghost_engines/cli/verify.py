@@ -22,7 +22,7 @@ from ghost_core.compare import Comparison, compare
 from ghost_core.plugins import select
 from ghost_engines.cli.batches import load_batch
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import find_function, importable_from_here, raised, reporting
+from ghost_engines.cli.functions import find_function, raised, reporting
 from ghost_engines.cli.losses import next_token_losses
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Verify
@@ -40,32 +40,31 @@ def verify(options: Verify) -> int:
     random.seed(options.seed)
     np.random.seed(options.seed)
     torch.manual_seed(options.seed)
-    with importable_from_here():
-        subject = _load(options)
-        reporting(subject.model.train, "MODEL: its method train")(options.train)
-        described = reporting(lambda: [*subject.described()], "MODEL: looking at it")()
+    subject = _load(options)
+    reporting(subject.model.train, "MODEL: its method train")(options.train)
+    described = reporting(lambda: [*subject.described()], "MODEL: looking at it")()
+    with while_read():
+        print_table(("property", "value"), described)
+    bar = tqdm(total=options.samples, desc="samples", disable=None, delay=1.0, leave=False)
+    try:
+        with bar:
+            found = compare(
+                subject.model,
+                subject.losses,
+                select(options.layers, options.exclude),
+                samples=options.samples,
+                tolerance=options.tolerance,
+                progress=bar.update,
+            )
+    except (UnsupportedLayerError, WrongSplitError) as error:
         with while_read():
-            print_table(("property", "value"), described)
-        bar = tqdm(total=options.samples, desc="samples", disable=None, delay=1.0, leave=False)
-        try:
-            with bar:
-                found = compare(
-                    subject.model,
-                    subject.losses,
-                    select(options.layers, options.exclude),
-                    samples=options.samples,
-                    tolerance=options.tolerance,
-                    progress=bar.update,
-                )
-        except (UnsupportedLayerError, WrongSplitError) as error:
-            with while_read():
-                print(f"\nrefused: {error}")
-            return 1
-        except GhostError:
-            raise
-        except Exception as error:  # of torch, such as out of memory, or of the model
-            logger.debug("the comparison failed", exc_info=True)
-            raise CommandError(raised("the comparison", error)) from error
+            print(f"\nrefused: {error}")
+        return 1
+    except GhostError:
+        raise
+    except Exception as error:  # of torch, such as out of memory, or of the model
+        logger.debug("the comparison failed", exc_info=True)
+        raise CommandError(raised("the comparison", error)) from error
     with while_read():
         _print_findings(subject.model, found)
     return 0 if found.ok else 1
