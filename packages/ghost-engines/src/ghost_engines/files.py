@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 TEMPORARY = ".ghost-tmp"
 """Suffix of a file that is being written."""
 
 
-def write_atomically(path: Path, data: bytes, root: Path) -> None:
+def write_atomically(path: Path, data: bytes | Sequence[bytes | memoryview], root: Path) -> None:
     """Write or replace a file so that it is on disk, and complete, once this returns.
 
     Args:
         path: The file, in or below `root`. Folders that are missing between them are made.
-        data: Its contents.
+        data: Its contents, as a whole or in parts.
         root: A folder that is there, and on disk.
 
     Raises:
@@ -28,7 +29,7 @@ def write_atomically(path: Path, data: bytes, root: Path) -> None:
         folder.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        _write(temporary, data)
+        _write(temporary, [data] if isinstance(data, bytes) else data)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -51,18 +52,66 @@ def make_root(path: Path) -> None:
         _sync_folder(folder.parent)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder."""
-    for leftover in folder.glob(f"*{TEMPORARY}"):
-        leftover.unlink(missing_ok=True)
+def open_regular(path: Path) -> int:
+    """Open a file for reading, and nothing else: on a pipe or a device one may wait forever.
 
+    Returns:
+        A descriptor, to be closed with `os.close`.
 
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    Raises:
+        ValueError: If it is something else than a file.
+        OSError: If it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is not a file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_regular(path: Path, longest: int) -> bytes:
+    """Read a file as a whole.
+
+    Args:
+        path: The file.
+        longest: The most bytes that it may have.
+
+    Raises:
+        ValueError: If it is something else than a file, or longer.
+        OSError: If it cannot be read.
+    """
+    with open(open_regular(path), "rb") as file:
+        data = file.read(longest + 1)
+    if len(data) > longest:
+        raise ValueError(f"it has more than {longest} bytes")
+    return data
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder.
+
+    Raises:
+        OSError: If it cannot be listed, or something cannot be removed.
+    """
+    with os.scandir(folder) as entries:
+        leftovers = [entry for entry in entries if entry.name.endswith(TEMPORARY)]
+    for leftover in leftovers:
+        if not leftover.is_dir(follow_symlinks=False):
+            Path(leftover.path).unlink(missing_ok=True)
+
+
+def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    # What stands there may be what a killed writer left, but no link or pipe to write through.
+    kind = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | kind, 0o666)
+    try:
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -31,6 +31,8 @@ class Failing:
         real = getattr(os, self.name)
 
         def call(*arguments: Any, **named: Any) -> Any:
+            if self.name == "open" and reads(*arguments):
+                return real(*arguments, **named)
             self.calls += 1
             if self.calls > self.at and self.broken:
                 if self.name == "write":
@@ -40,6 +42,11 @@ class Failing:
             return real(*arguments, **named)
 
         return call
+
+
+def reads(path: Any, flags: int, mode: int = 0) -> bool:
+    """Return whether a file is opened to be read, which no write does."""
+    return not flags & (os.O_WRONLY | os.O_RDWR) and not os.path.isdir(path)
 
 
 @contextmanager
@@ -212,6 +219,9 @@ def test_data_is_on_disk_before_its_name_and_the_name_before_the_acknowledgement
         ("replace", str(shard)),
         ("fsync", str(shard.parent)),
         ("fsync", str(root / "shards")),
+        ("fsync", str(root)),
+        ("fsync", str(root / "committed.json.ghost-tmp")),
+        ("replace", str(root / "committed.json")),
         ("fsync", str(root)),
     ]
     seen.clear()

@@ -9,7 +9,7 @@ from store_kit import DTYPES, FakeEngine, assert_holds, batch, fill, make
 
 from ghost_core import GhostError
 from ghost_engines.store import DamagedStoreError, GradientStore, StoredRows, StoreError
-from ghost_engines.store.shards import shard_path
+from ghost_engines.store.listing import shard_path
 
 # Creating, resuming, closing
 

@@ -10,7 +10,7 @@ from store_kit import FakeEngine, make
 from torch import Tensor
 
 from ghost_engines.store import DamagedStoreError, GradientStore, StoreError
-from ghost_engines.store.shards import shard_path
+from ghost_engines.store.listing import shard_path
 
 # Tampered files
 

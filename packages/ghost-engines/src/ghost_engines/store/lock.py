@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import weakref
 from pathlib import Path
+from typing import BinaryIO
 
 from ghost_engines.store.errors import StoreError
 
@@ -29,18 +31,22 @@ class WriterLock:
 
     def __init__(self, root: Path) -> None:
         self._path = root / LOCK
-        self._file = open(self._path, "ab")  # noqa: SIM115 - it is held until `release`
+        self._file = _opened(self._path)
         try:
+            _open_locks.add(self)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.close()
             raise StoreError(
                 f"another writer has {root} open: close it first, or open it for reading"
             ) from error
+        except OSError as error:
+            self._file.close()
+            error.filename = str(self._path)  # flock is given a number, and names no file
+            raise
         except BaseException:
             self._file.close()
             raise
-        _open_locks.add(self)
 
     @property
     def held(self) -> bool:
@@ -64,6 +70,16 @@ class WriterLock:
     def release(self) -> None:
         """Let the next writer in."""
         self._file.close()
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file to lock it, and nothing else: opening a pipe waits for whoever reads it."""
+    kind = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    file = open(os.open(path, kind, 0o666), "rb")  # noqa: SIM115 - it is held until `release`
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise StoreError(f"{path} is not a file: remove it")
+    return file
 
 
 _open_locks: weakref.WeakSet[WriterLock] = weakref.WeakSet()

@@ -7,13 +7,14 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
 
 from ghost_core.arguments import whole
-from ghost_engines.files import write_atomically
+from ghost_engines.files import read_regular, write_atomically
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.versions import version
@@ -23,6 +24,8 @@ MANIFEST = "manifest.json"
 LIBRARIES = ("ghost-core", "ghost-layers", "ghost-engines", "torch", "numpy", "safetensors")
 
 _ABSENT = object()
+_LONGEST = 1 << 28
+_MOST = 1 << 48
 
 
 class RowEngine(Protocol):
@@ -105,13 +108,11 @@ class Manifest:
         """
         path = root / MANIFEST
         try:
-            data = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # no name of a file
+            content = json.loads(read_regular(path, _LONGEST))
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(
                 f"there is no store at {root}: make one with GradientStore.create(path, engine)"
             ) from error
-        try:
-            content = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise DamagedStoreError(f"{path} is not JSON: {error}") from error
         if isinstance(content, dict) and content.get("schema", SCHEMA) != SCHEMA:
@@ -122,8 +123,9 @@ class Manifest:
         try:
             fingerprint = content.pop("fingerprint")
             manifest = cls(**content)
-            intact = manifest.fingerprint == fingerprint and manifest.dtype in STORAGE_DTYPES
-        except (AttributeError, KeyError, TypeError) as error:
+            manifest._check_types()
+            intact = manifest.fingerprint == fingerprint
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise DamagedStoreError(f"{path} is not a store's manifest: {error!r}") from error
         if not intact:
             raise DamagedStoreError(f"{path} was altered: its fingerprint does not fit")
@@ -139,7 +141,7 @@ class Manifest:
         data = json.dumps(content, indent=1) + "\n"
         write_atomically(root / MANIFEST, data.encode(), root)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Sha256, in hexadecimal, of the canonical JSON of all that changes a value."""
         canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
@@ -161,6 +163,22 @@ class Manifest:
         """
         found = _differences("", self.identity(), other.identity())
         return sorted(found, key=lambda line: line.startswith("engine.layers"))
+
+    def _check_types(self) -> None:
+        """Check what was read from a file.
+
+        Raises:
+            TypeError: If an entry is none of its kind.
+        """
+        for name, kind in (("engine", dict), ("info", dict), ("notes", dict), ("versions", dict)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is {getattr(self, name)!r}")
+        for name in ("k_total", "unit"):
+            number = getattr(self, name)
+            if type(number) is not int or not 1 <= number <= _MOST:
+                raise TypeError(f"{name} is {number!r}")
+        if not isinstance(self.dtype, str) or self.dtype not in STORAGE_DTYPES:
+            raise TypeError(f"dtype is {self.dtype!r}")
 
     @property
     def torch_dtype(self) -> torch.dtype:

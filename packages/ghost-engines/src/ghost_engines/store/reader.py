@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,16 +12,21 @@ from torch import Tensor
 from ghost_core.arguments import whole
 from ghost_engines.progress import Progress
 from ghost_engines.store.errors import DamagedStoreError, StoreError
-from ghost_engines.store.manifest import Manifest
+from ghost_engines.store.listing import shard_path
+from ghost_engines.store.manifest import MANIFEST, Manifest
 from ghost_engines.store.neighbours import Neighbours, search
-from ghost_engines.store.rows import StoredRows, Tail, concatenate
+from ghost_engines.store.place import Place
+from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.shards import (
     Shard,
     check_contents,
-    read_ids,
-    read_shard,
-    shard_path,
+    inspect,
+    open_shard,
+    read_checked,
+    rows_of,
 )
+from ghost_engines.store.tail import Tail
+from ghost_engines.store.tensor_files import TensorFile
 
 
 class StoreReader:
@@ -30,6 +36,7 @@ class StoreReader:
         path: Folder of the store.
         manifest: What the rows are.
         shards: What is on disk.
+        check: Whether to compare each shard with its hash when it is read for the first time.
 
     Attributes:
         path: Folder of the store.
@@ -37,7 +44,12 @@ class StoreReader:
         loss_dtype: Dtype of the losses; None if there are none.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, shards: list[Shard]) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, shards: list[Shard], *, check: bool = True
+    ) -> None:
+        self._place = Place(path / MANIFEST)
+        self._check = check
+        self._checked: dict[int, tuple[int, int, int]] = {}
         self.path = path
         self.manifest = manifest
         full = sum(shard.n == manifest.unit for shard in shards)
@@ -69,20 +81,18 @@ class StoreReader:
         """Sample ids in order of the rows, int64 `[len]`; read anew each time.
 
         Raises:
-            DamagedStoreError: If a file went missing.
+            DamagedStoreError: If a file went missing or was altered.
         """
-        full = (read_ids(self.path, unit) for unit in range(self._tail.unit))
-        return torch.cat([*full, self._part(self._tail.unit).ids])
+        return self._column("ids", torch.int64)
 
     @property
     def losses(self) -> Tensor | None:
         """Losses in order of the rows, `[len]`, if they were stored; read anew each time.
 
         Raises:
-            DamagedStoreError: If a file went missing.
+            DamagedStoreError: If a file went missing or was altered.
         """
-        found = [part.loss for part in self._pieces(0, len(self)) if part.loss is not None]
-        return torch.cat(found) if found else None
+        return None if self.loss_dtype is None else self._column("loss", self.loss_dtype)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return rows from ordinal `start` up to and without `stop`.
@@ -104,7 +114,18 @@ class StoreReader:
         stop = len(self) if stop is None else whole("stop", stop, error=StoreError)
         if not 0 <= start <= stop <= len(self):
             raise StoreError(f"there are no rows {start} to {stop}: the store has {len(self)}")
-        return concatenate([*self._pieces(start, stop)] or [self._nothing()]).rows
+        pieces = self._pieces(start, stop)
+        first = next(pieces, None)
+        if first is not None and len(first) == stop - start:
+            return first.rows
+        # A piece is copied and let go: a process can have some 65,000 maps, all in all.
+        rows = torch.empty(stop - start, self.k_total, dtype=self.dtype, device="cpu")
+        at = 0
+        while first is not None:
+            rows[at : at + len(first)] = first.rows
+            at += len(first)
+            first = next(pieces, None)
+        return rows
 
     def blocks(self, size: int = 4096) -> Iterator[StoredRows]:
         """Yield all rows in order, mapped from the files.
@@ -166,7 +187,8 @@ class StoreReader:
         with Progress(self.committed, "verify", progress) as bar:
             for unit in self._units_on_disk():
                 try:
-                    check_contents(self.path, unit)
+                    with self._opened(unit) as file:
+                        check_contents(file)
                 except DamagedStoreError as error:
                     problems.append(str(error))
                 bar.advance(min(self.manifest.unit, self.committed - unit * self.manifest.unit))
@@ -187,28 +209,57 @@ class StoreReader:
 
     def _pieces(self, start: int, stop: int) -> Iterator[StoredRows]:
         """Yield the rows from `start` up to `stop`, shard by shard."""
-        size, last = self.manifest.unit, self._tail.unit
-        for unit in range(min(start // size, last), last + 1):
-            first = unit * size
-            if first < stop and len(
-                piece := self._part(unit)[max(start - first, 0) : stop - first]
-            ):
-                yield piece
+        for unit, part in self._parts(start, stop):
+            if (piece := self._in_memory(unit, part)) is not None:
+                yield piece.copy()
+                continue
+            with self._opened(unit) as file:
+                self._check_once(unit, file)
+                piece = rows_of(file)[part]
+            yield piece
 
-    def _part(self, unit: int) -> StoredRows:
-        """Return the rows of a unit; of the last one, those that are only in memory too."""
-        if unit == self._tail.unit and self._tail.parts:
-            return concatenate(self._tail.parts)
+    def _column(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return one number of each row."""
+        column = torch.empty(len(self), dtype=dtype, device="cpu")
+        for unit, part in self._parts(0, len(self)):
+            if (piece := self._in_memory(unit, part)) is not None:
+                found = piece.tensors()[name]
+            else:
+                with self._opened(unit) as file:
+                    whole = read_checked(file, name) if self._check else file.read_tensor(name)
+                found = whole[part]
+            first = unit * self.manifest.unit
+            column[first + part.start : first + part.stop] = found
+        return column
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """Yield the units with rows from `start` up to `stop`, and which of their rows."""
+        size = self.manifest.unit
+        while start < stop:
+            unit, first = divmod(start, size)
+            end = min(stop - unit * size, size)
+            yield unit, slice(first, end)
+            start = unit * size + end
+
+    def _in_memory(self, unit: int, part: slice) -> StoredRows | None:
+        """Return some rows of a unit as views, if they are in memory; they may be of several."""
+        if self._tail.memory is None or unit < self._tail.unit:
+            return None
+        first = (unit - self._tail.unit) * self.manifest.unit
+        return self._tail.rows[first + part.start : first + part.stop]
+
+    @contextmanager
+    def _opened(self, unit: int) -> Iterator[TensorFile]:
+        """Open a shard that has the rows that it had when the store was opened, or more."""
         expected = min(self.manifest.unit, len(self) - unit * self.manifest.unit)
-        if expected == 0:
-            return self._nothing()
-        rows = read_shard(self.path, unit)
-        if len(rows) < expected:
-            path = shard_path(self.path, unit)
-            raise DamagedStoreError(f"{path} holds {len(rows)} rows, it had {expected}")
-        return rows[:expected]  # a writer may have added to it since it was opened
+        with open_shard(self.path, self.manifest, unit) as file:
+            self._place.check()  # the shard was there before: it is of the store that is there now
+            if (n := inspect(file, self.manifest, unit).n) < expected:
+                raise DamagedStoreError(f"{file.path} holds {n} rows, it had {expected}")
+            yield file
 
-    def _nothing(self) -> StoredRows:
-        rows = torch.empty(0, self.k_total, dtype=self.dtype)
-        loss = None if self.loss_dtype is None else torch.empty(0, dtype=self.loss_dtype)
-        return StoredRows(torch.empty(0, dtype=torch.int64), rows, loss)
+    def _check_once(self, unit: int, file: TensorFile) -> None:
+        """Compare a shard with its hash if it was not, or was replaced since."""
+        if self._check and self._checked.get(unit) != file.version:
+            check_contents(file)
+            self._checked[unit] = file.version

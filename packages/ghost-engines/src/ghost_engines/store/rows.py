@@ -1,8 +1,7 @@
-"""Rows in memory: what a caller appends, what a shard holds, and the tail that is not full."""
+"""Rows in memory: what a caller appends, and what a shard holds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ghost_core import Batch
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import StoreError
+from ghost_engines.store.finite import all_finite
 from ghost_engines.store.manifest import Manifest
 
 
@@ -61,59 +61,8 @@ class StoredRows:
         return tensors if self.loss is None else {**tensors, "loss": self.loss}
 
 
-def concatenate(parts: Sequence[StoredRows]) -> StoredRows:
-    """Return one or more runs of rows as one; a single run as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    losses = [part.loss for part in parts if part.loss is not None]
-    return StoredRows(
-        torch.cat([part.ids for part in parts]),
-        torch.cat([part.rows for part in parts]),
-        torch.cat(losses) if losses else None,
-    )
-
-
-@dataclass(frozen=True)
-class Tail:
-    """What comes after the units that are full on disk.
-
-    It is never changed, only replaced, by one assignment: an interrupt finds the state before or
-    after a step, and a step that is repeated writes the same shard again.
-
-    Attributes:
-        unit: The unit that the first of the rows opens.
-        length: Number of rows.
-        written: How many of them are on disk.
-        parts: The rows as they were appended; nothing if all are on disk and no writer needs them.
-    """
-
-    unit: int
-    length: int = 0
-    written: int = 0
-    parts: tuple[StoredRows, ...] = ()
-
-    def with_rows(self, rows: StoredRows) -> Self:
-        """Return it with rows added."""
-        length = self.length + len(rows)
-        return type(self)(self.unit, length, self.written, (*self.parts, rows))
-
-    def written_out(self) -> Self:
-        """Return it without the rows that are not on disk, and nothing in memory."""
-        return type(self)(self.unit, self.written, self.written)
-
-    def split(self, unit_size: int) -> tuple[StoredRows, Self]:
-        """Return the rows of its unit, and what it is once these are on disk."""
-        rows = concatenate(self.parts)
-        head, rest = rows[:unit_size], rows[unit_size:]
-        if len(head) < unit_size:
-            return head, type(self)(self.unit, len(head), len(head), (head,))
-        if len(rest) < unit_size:
-            rest = rest.copy()  # a view would keep the whole unit in memory
-        return head, type(self)(self.unit + 1, len(rest), 0, (rest,) if len(rest) else ())
-
-
 def checked(batch: RowBatch, loss: Tensor | None, manifest: Manifest) -> StoredRows:
-    """Return a copy of a batch on the CPU.
+    """Return a batch as rows of a store, on the device on which it is.
 
     Args:
         batch: The batch, on any device.
@@ -121,7 +70,7 @@ def checked(batch: RowBatch, loss: Tensor | None, manifest: Manifest) -> StoredR
         manifest: What the store holds.
 
     Raises:
-        StoreError: If a shape or a dtype does not fit, or a row is not finite.
+        StoreError: If a shape or a dtype does not fit.
     """
     _check_tensors(batch, loss)
     ids, rows = batch.ids, batch.rows
@@ -140,15 +89,23 @@ def checked(batch: RowBatch, loss: Tensor | None, manifest: Manifest) -> StoredR
         raise StoreError(
             f"loss must be [{len(ids)}], of dtype {', '.join(STORAGE_DTYPES)}, not {_kind(loss)}"
         )
-    finite = rows.detach().isfinite().all(dim=1).cpu()
-    if not finite.all():
-        bad = ids.cpu()[~finite].tolist()
-        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        raise StoreError(
-            f"the rows of samples {', '.join(map(str, bad[:20]))}{more} are not finite; no row of "
-            "the batch was stored"
-        )
-    return StoredRows(_copied(ids), _copied(rows), None if loss is None else _copied(loss))
+    return StoredRows(ids, rows, loss)
+
+
+def check_finite(found: StoredRows) -> None:
+    """Refuse rows that are not finite, in memory of their own.
+
+    Raises:
+        StoreError: If there are any.
+    """
+    if all_finite(found.rows):
+        return
+    bad = found.ids[~found.rows.isfinite().all(dim=1)].tolist()
+    more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
+    raise StoreError(
+        f"the rows of samples {', '.join(map(str, bad[:20]))}{more} are not finite; no row of the "
+        "batch was stored"
+    )
 
 
 def _check_tensors(batch: object, loss: object) -> None:
@@ -175,10 +132,6 @@ def _check_tensor(name: str, value: object) -> None:
             reason="nothing is cast here",
             remedy="make a tensor of it, in the dtype that is to be stored",
         )
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _kind(tensor: Tensor) -> str:

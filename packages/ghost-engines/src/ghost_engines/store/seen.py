@@ -12,6 +12,10 @@ class SeenIds:
     def __init__(self, ids: Tensor) -> None:
         self._runs = [ids.sort().values]
 
+    def __len__(self) -> int:
+        """Return how many ids were added, one that was added twice as two."""
+        return sum(map(len, self._runs))
+
     def known(self, ids: Tensor) -> Tensor:
         """Return those of some ids `[N]` that were added before."""
         known = torch.zeros(ids.shape, dtype=torch.bool)

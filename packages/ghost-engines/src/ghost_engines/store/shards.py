@@ -7,33 +7,31 @@ names. The last shard may be partial; a fuller version of it takes its place.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ghost_engines.files import remove_temporaries
 from ghost_engines.store.dtypes import STORAGE_DTYPES
-from ghost_engines.store.errors import DamagedStoreError
+from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.listing import SHARDS, listed_units, shard_path
 from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.rows import StoredRows
-from ghost_engines.store.tensor_files import (
-    SAFETENSORS_NAMES,
-    header,
-    read_from,
-    sha256_of,
-    write_tensors,
-)
+from ghost_engines.store.tensor_files import TensorFile, header, sha256_of, write_tensors
+from ghost_engines.store.tensor_layout import SAFETENSORS_NAMES
 
-SHARDS = "shards"
-_PER_FOLDER = 1000
-_PATTERN = "*/g-*.safetensors"
 _LOSS_DTYPES = {SAFETENSORS_NAMES[dtype]: dtype for dtype in STORAGE_DTYPES.values()}
 
+_SHOWN = 20
+"""The most problems that an error names."""
 
-@dataclass(frozen=True)
+_UNLISTED = 1000
+"""The most shards that writers may have added while a folder was listed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """A shard that is on disk.
 
@@ -46,50 +44,128 @@ class Shard:
     loss_dtype: torch.dtype | None
 
 
-def shard_path(root: Path, unit: int) -> Path:
-    """Return where a unit's shard is."""
-    return root / SHARDS / f"{unit // _PER_FOLDER:05d}" / f"g-{unit:08d}.safetensors"
-
-
-def write_shard(root: Path, manifest: Manifest, unit: int, rows: StoredRows) -> None:
+def write_shard(
+    root: Path, manifest: Manifest, unit: int, rows: StoredRows, *, replaced: int
+) -> None:
     """Write a unit's shard; it is on disk once this returns.
 
+    Args:
+        root: Folder of the store.
+        manifest: What the rows are.
+        unit: The unit.
+        rows: Its rows so far.
+        replaced: How many of them the shard on disk has, as far as the writer knows.
+
     Raises:
-        OSError: If that fails; a shard that was there before still is.
+        StoreError: If there is a shard with other rows, which is left as it is.
+        DamagedStoreError: If there is something that is no shard of this store.
+        OSError: If writing fails; a shard that was there before still is.
     """
+    path = shard_path(root, unit)
+    tensors = rows.tensors()
+    if path.exists():
+        with open_shard(root, manifest, unit) as file:
+            n = inspect(file, manifest, unit).n
+            # One that a failed write has left holds what is written again now.
+            known = n == replaced or file.metadata["sha256"] == sha256_of(tensors)
+        if not known:
+            raise StoreError(
+                f"{path} has {n} rows and is not overwritten",
+                reason=f"this writer knows of {replaced} rows there: it, or another program, has "
+                "not seen all that is in the store",
+                remedy="close the store and resume it",
+            )
     metadata = {"fingerprint": manifest.fingerprint, "unit": str(unit)}
-    write_tensors(shard_path(root, unit), rows.tensors(), metadata, root)
+    for name in sorted(tensors.keys() - {"g"}):  # these are also read without the rows
+        metadata[_own_hash(name)] = sha256_of({name: tensors[name]})
+    write_tensors(path, tensors, metadata, root)
 
 
-def read_shard(root: Path, unit: int) -> StoredRows:
-    """Read a unit's shard, mapped into memory; what is written to the tensors stays in memory.
-
-    Raises:
-        DamagedStoreError: If the file is missing or cut off.
-    """
-    return read_from(shard_path(root, unit), _rows)
+def _own_hash(name: str) -> str:
+    return f"sha256.{name}"
 
 
-def read_ids(root: Path, unit: int) -> Tensor:
-    """Read a unit's sample ids, int64 `[n]`.
+def open_shard(root: Path, manifest: Manifest, unit: int) -> TensorFile:
+    """Open a unit's shard, which its header says that it is.
 
     Raises:
-        DamagedStoreError: If the file is missing or cut off.
+        DamagedStoreError: If the file is missing, cut off, or of another store or unit.
+        OSError: If it cannot be read.
     """
-    ids: Tensor = read_from(shard_path(root, unit), lambda file: file.get_tensor("ids"))
-    return ids
+    file = TensorFile(shard_path(root, unit))
+    try:
+        if file.metadata.get("fingerprint") != manifest.fingerprint:
+            raise DamagedStoreError(
+                f"{file.path} belongs to another store: its fingerprint does not fit"
+            )
+        if file.metadata.get("unit") != str(unit):
+            raise DamagedStoreError(
+                f"{file.path} holds unit {file.metadata.get('unit')}: it was renamed"
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
-def check_contents(root: Path, unit: int) -> None:
-    """Compare a shard's contents with its hash.
+def inspect(file: TensorFile, manifest: Manifest, unit: int) -> Shard:
+    """Return what an open shard holds, as its header says.
+
+    Raises:
+        DamagedStoreError: If these are no rows of the store, or too many.
+    """
+    metadata, found = header(file)
+    n = found["ids"][0][0] if "ids" in found and found["ids"][0] else 0
+    loss = found.pop("loss", None)
+    expected = {
+        "g": ([n, manifest.k_total], SAFETENSORS_NAMES[manifest.torch_dtype]),
+        "ids": ([n], SAFETENSORS_NAMES[torch.int64]),
+    }
+    fits = found == expected and (loss is None or (loss[0] == [n] and loss[1] in _LOSS_DTYPES))
+    if not fits or not isinstance(metadata.get("sha256"), str):
+        raise DamagedStoreError(f"{file.path} was altered: it holds {found}, not {expected}")
+    if not 1 <= n <= manifest.unit:
+        raise DamagedStoreError(f"{file.path} holds {n} rows, not {manifest.unit}")
+    return Shard(n, None if loss is None else _LOSS_DTYPES[loss[1]])
+
+
+def check_contents(file: TensorFile) -> None:
+    """Compare an open shard's contents with its hash.
 
     Raises:
         DamagedStoreError: If they differ.
     """
-    path = shard_path(root, unit)
-    (metadata, _), rows = read_from(path, lambda file: (header(file), _rows(file)))
-    if sha256_of(rows.tensors()) != metadata.get("sha256"):
-        raise DamagedStoreError(f"{path} was altered: its contents do not fit its sha256")
+    tensors = {name: file.get_tensor(name) for name in file.places}
+    if sha256_of(tensors) != file.metadata.get("sha256"):
+        raise DamagedStoreError(f"{file.path} was altered: its contents do not fit its sha256")
+
+
+def read_checked(file: TensorFile, name: str) -> Tensor:
+    """Read one number of each row of an open shard, and compare it with its hash.
+
+    Raises:
+        DamagedStoreError: If it was altered, or the file is cut off.
+        OSError: If it cannot be read.
+    """
+    own = file.metadata.get(_own_hash(name))
+    if own is None:  # written by a version that hashed all together
+        check_contents(file)
+        return file.read_tensor(name)
+    tensor = file.read_tensor(name)
+    if sha256_of({name: tensor}) != own:
+        raise DamagedStoreError(f"{file.path} was altered: its {name} does not fit its sha256")
+    return tensor
+
+
+def rows_of(file: TensorFile) -> StoredRows:
+    """Return the rows of an open shard, mapped if they are large.
+
+    Raises:
+        DamagedStoreError: If the file is cut off.
+        OSError: If it cannot be read.
+    """
+    loss = file.get_tensor("loss") if "loss" in file.places else None
+    return StoredRows(file.get_tensor("ids"), file.get_tensor("g"), loss)
 
 
 def find_shards(root: Path, manifest: Manifest) -> list[Shard]:
@@ -99,65 +175,43 @@ def find_shards(root: Path, manifest: Manifest) -> list[Shard]:
 
     Raises:
         DamagedStoreError: If a shard is missing, partial though not the last, cut off, misplaced,
-            or of another store. All such files are named.
+            or of another store. The first such files are named.
+        OSError: If a folder cannot be listed, or a shard cannot be read.
     """
-    listed = {_unit_of(root, path) for path in (root / SHARDS).glob(_PATTERN)}
-    shards: list[Shard] = []
+    listed = listed_units(root)
+    last = listed[-1] if listed else -1
     problems: list[str] = []
-    for unit in range(max(listed, default=-1) + 1):
-        try:
-            # Not more than is listed: a later shard may be there only since the listing, and
-            # each one before it has then been full when its header is read.
-            shards.append(_inspect(root, manifest, unit, last=unit == max(listed)))
-        except DamagedStoreError as error:
-            problems.append(str(error))
+    units: Iterable[int] = range(last + 1)
+    # Not more than is listed: a later shard may be there only since the listing, and each one
+    # before it has then been full when its header is read. Some before it may have been added
+    # while others were listed, but not as many as one stray name can stand for.
+    if last + 1 - len(listed) > _UNLISTED:
+        problems.append(f"{last + 1 - len(listed)} shards before {shard_path(root, last)}")
+        problems[0] += " are missing: was it put there by mistake?"
+        units = listed
+    shards = _inspected(root, manifest, units, last, problems)
     if len({shard.loss_dtype for shard in shards}) > 1:
         problems.append(f"the shards in {root / SHARDS} do not all have the same kind of loss")
     if problems:
-        more = f"\nand {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise DamagedStoreError("\n".join(problems[:20]) + more)
+        more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DamagedStoreError("\n".join(problems[:_SHOWN]) + more)
     return shards
 
 
-def has_shards(root: Path) -> bool:
-    """Return whether there is any shard."""
-    return any((root / SHARDS).glob(_PATTERN))
-
-
-def clean(root: Path) -> None:
-    """Remove what writers that were killed have left behind."""
-    for folder in (root, *(root / SHARDS).glob("*")):
-        remove_temporaries(folder)
-
-
-def _unit_of(root: Path, path: Path) -> int:
-    digits = path.name.removeprefix("g-").removesuffix(".safetensors")
-    if not digits.isdecimal() or shard_path(root, int(digits)) != path:
-        raise DamagedStoreError(f"{path} is not where a shard of that name belongs: remove it")
-    return int(digits)
-
-
-def _inspect(root: Path, manifest: Manifest, unit: int, *, last: bool) -> Shard:
-    path = shard_path(root, unit)
-    metadata, found = read_from(path, header)
-    if metadata.get("fingerprint") != manifest.fingerprint:
-        raise DamagedStoreError(f"{path} belongs to another store: its fingerprint does not fit")
-    if metadata.get("unit") != str(unit):
-        raise DamagedStoreError(f"{path} holds unit {metadata.get('unit')}: it was renamed")
-    n = found["ids"][0][0] if "ids" in found and found["ids"][0] else 0
-    loss = found.pop("loss", None)
-    expected = {
-        "g": ([n, manifest.k_total], SAFETENSORS_NAMES[manifest.torch_dtype]),
-        "ids": ([n], SAFETENSORS_NAMES[torch.int64]),
-    }
-    fits = found == expected and (loss is None or (loss[0] == [n] and loss[1] in _LOSS_DTYPES))
-    if not fits or "sha256" not in metadata:
-        raise DamagedStoreError(f"{path} was altered: it holds {found}, not {expected}")
-    if not 1 <= n <= manifest.unit or (n < manifest.unit and not last):
-        raise DamagedStoreError(f"{path} holds {n} rows, not {manifest.unit}")
-    return Shard(n, None if loss is None else _LOSS_DTYPES[loss[1]])
-
-
-def _rows(file: Any) -> StoredRows:
-    loss = file.get_tensor("loss") if "loss" in set(file.keys()) else None
-    return StoredRows(file.get_tensor("ids"), file.get_tensor("g"), loss)
+def _inspected(
+    root: Path, manifest: Manifest, units: Iterable[int], last: int, problems: list[str]
+) -> list[Shard]:
+    """Return what the shards of some units hold; add to the problems what is wrong with others."""
+    shards = []
+    for unit in units:
+        try:
+            with open_shard(root, manifest, unit) as file:
+                shard = inspect(file, manifest, unit)
+                if shard.n < manifest.unit and unit != last:
+                    raise DamagedStoreError(
+                        f"{file.path} holds {shard.n} rows, not {manifest.unit}"
+                    )
+            shards.append(shard)
+        except DamagedStoreError as error:
+            problems.append(str(error))
+    return shards

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from ghost_engines.files import make_root
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.listing import clean, has_shards
 from ghost_engines.store.lock import WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
 from ghost_engines.store.reader import StoreReader
-from ghost_engines.store.rows import RowBatch, checked
+from ghost_engines.store.record import RECORD, check_record, read_record, write_record
+from ghost_engines.store.rows import RowBatch, check_finite, checked
 from ghost_engines.store.seen import SeenIds
 from ghost_engines.store.shards import (
     Shard,
     check_contents,
-    clean,
     find_shards,
-    has_shards,
+    rows_of,
     write_shard,
 )
 
@@ -48,17 +49,27 @@ class GradientStore(StoreReader):
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, shards: list[Shard], lock: WriterLock | None
+        self,
+        path: Path,
+        manifest: Manifest,
+        shards: list[Shard],
+        lock: WriterLock | None,
+        *,
+        recorded: int = 0,
+        check: bool = True,
     ) -> None:
-        super().__init__(path, manifest, shards)
+        super().__init__(path, manifest, shards, check=check)
+        check_record(path, recorded, len(self))
         self._lock = lock
-        self._failed = False
+        self._recorded = recorded
         self._said: set[str] = set()
         self._seen: SeenIds | None = None
         if lock is not None and self._tail.length:
             # A writer replaces the last shard, with a new hash: what is in it must fit the old one.
-            check_contents(path, self._tail.unit)
-            self._tail = replace(self._tail, parts=(self._part(self._tail.unit).copy(),))
+            with self._opened(self._tail.unit) as file:
+                check_contents(file)
+                rows = rows_of(file)[: self._tail.length].copy()
+            self._tail = replace(self._tail, memory=rows)
 
     def __repr__(self) -> str:
         """Say where it is, what is in it, and whether it is open for writing."""
@@ -108,10 +119,10 @@ class GradientStore(StoreReader):
                     f"there is a store at {root} already: go on with GradientStore.resume(path, "
                     "engine), or read it with GradientStore.open(path)"
                 )
-            if has_shards(root):
+            if has_shards(root) or (root / RECORD).exists():
                 raise DamagedStoreError(
                     f"{root / MANIFEST} is missing, but there are shards: restore it, or remove "
-                    "them"
+                    f"them and {root / RECORD}"
                 )
             clean(root)
             manifest.write(root)
@@ -156,25 +167,33 @@ class GradientStore(StoreReader):
         lock = WriterLock(root)
         try:
             clean(root)
-            return cls(root, manifest, find_shards(root, manifest), lock)
+            recorded = read_record(root, manifest)
+            return cls(root, manifest, find_shards(root, manifest), lock, recorded=recorded)
         except BaseException:
             lock.release()
             raise
 
     @classmethod
-    def open(cls, path: StrPath) -> Self:
+    def open(cls, path: StrPath, *, check: bool = True) -> Self:
         """Open a store for reading.
 
         Args:
             path: Folder of the store.
+            check: Whether to compare each shard with its hash when it is read for the first time.
+                Without it, rows that the disk or another program altered are not noticed before
+                `verify` is called.
 
         Raises:
             StoreError: If there is none.
             DamagedStoreError: If a file is missing, cut off or of another store.
+            OSError: If a file or folder cannot be read.
         """
         root = _root(path)
         manifest = Manifest.read(root)
-        return cls(root, manifest, find_shards(root, manifest), None)
+        # A writer may add to the store meanwhile, so what must be there is read first.
+        recorded = read_record(root, manifest)
+        shards = find_shards(root, manifest)
+        return cls(root, manifest, shards, None, recorded=recorded, check=check)
 
     def __enter__(self) -> Self:
         return self
@@ -195,16 +214,18 @@ class GradientStore(StoreReader):
         Raises:
             OSError: If writing fails; rows that were not acknowledged are lost then.
         """
-        lock, self._lock = self._lock, None
-        if lock is None:
+        if self._lock is None:
             return
         try:
-            if lock.held:
-                lock.check_place()
+            if self._lock.held:
+                self._lock.check_place()
                 self._write(partial=True)
+                self._record()
         finally:
+            # In this order, whatever is repeated after an interrupt does nothing twice.
             self._tail = self._tail.written_out()
-            lock.release()
+            self._lock.release()
+            self._lock = None
 
     # Writing
 
@@ -222,15 +243,18 @@ class GradientStore(StoreReader):
         Raises:
             StoreError: If the store is not open for writing, a shape or dtype does not fit, or a
                 row is not finite. The store is as it was before.
-            DamagedStoreError: If a file went missing since the store was opened.
+            DamagedStoreError: If a file went missing or was altered since the store was opened.
             OSError: If writing fails. The rows are taken nevertheless: do not append them again.
                 Call `commit`, which tries again; no other batch is accepted before it succeeds.
+
+        After an interrupt the same call can be repeated: if the rows were taken, it is refused as
+        it is after a failed write.
         """
         self._check_writable()
-        if self._failed:
+        if not self._tail.settled:
             raise StoreError(
-                "an earlier write failed, whose rows were taken: call commit() to try again; do "
-                "not append them again"
+                "an earlier write failed or was interrupted, whose rows were taken: call commit() "
+                "to try again; do not append them again"
             )
         rows = checked(batch, loss, self.manifest)
         loss_dtype = None if rows.loss is None else rows.loss.dtype
@@ -238,11 +262,17 @@ class GradientStore(StoreReader):
             raise StoreError(
                 f"the rows so far have {_losses(self.loss_dtype)}, these {_losses(loss_dtype)}"
             )
-        if len(rows):
-            self._notice(batch, rows.ids)
-            self.loss_dtype = loss_dtype
-            self._tail = self._tail.with_rows(rows)
-            self._write(partial=False)
+        if not len(rows):
+            return
+        tail = self._tail.with_rows(rows, self.manifest.unit)
+        added = tail.rows[self._tail.length :]
+        check_finite(added)
+        self._notice(batch, added.ids)
+        self.loss_dtype = loss_dtype
+        # The rows are taken by the next line, and that the caller knows it is said by the last.
+        self._tail = tail
+        self._write(partial=False)
+        self._tail = self._tail.after()
 
     def _notice(self, batch: RowBatch, ids: Tensor) -> None:
         """Say once what makes rows useless and is most likely a mistake."""
@@ -255,7 +285,7 @@ class GradientStore(StoreReader):
             )
         if "ids" in self._said:
             return
-        if self._seen is None:
+        if self._seen is None or len(self._seen) != len(self):  # as after an interrupt
             self._seen = SeenIds(self.ids)
         if len(known := self._seen.known(ids)):
             self._seen = None
@@ -279,16 +309,25 @@ class GradientStore(StoreReader):
             OSError: If writing fails. No row is lost: call it again.
         """
         self._check_writable()
+        self._tail = self._tail.unsettled()
         self._write(partial=True)
+        self._record()
+        self._tail = self._tail.after()
 
     def _write(self, *, partial: bool) -> None:
         size = self.manifest.unit
-        self._failed = True
         while self._tail.length >= size or (partial and self._tail.length > self._tail.written):
             rows, after = self._tail.split(size)
-            write_shard(self.path, self.manifest, self._tail.unit, rows)
+            write_shard(
+                self.path, self.manifest, self._tail.unit, rows, replaced=self._tail.written
+            )
             self._tail = after
-        self._failed = False
+
+    def _record(self) -> None:
+        """Record how many rows are on disk, if that has changed."""
+        if self._recorded != self.committed:
+            write_record(self.path, self.manifest, self.committed)
+            self._recorded = self.committed
 
     def _check_writable(self) -> None:
         if self._lock is None:
@@ -311,6 +350,15 @@ def _root(path: StrPath) -> Path:
             reason=f"it is of type {type(path).__name__}",
             remedy="give the folder of the store first, as a str or a Path",
         )
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError("it has a null character")
+    except ValueError as error:
+        raise StoreError(
+            f"there is no store at {os.fspath(path)!r}: no file can have that name",
+            reason=str(error),
+            remedy="give the folder of the store first",
+        ) from error
     return Path(path).absolute()
 
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ghost_engines.files import write_atomically
+from ghost_engines.files import open_regular, write_atomically
 from ghost_engines.store.errors import DamagedStoreError
+from ghost_engines.store.tensor_layout import (
+    LENGTH_BYTES,
+    Place,
+    decode,
+    encode,
+    header_length,
+    in_order,
+)
 
-SAFETENSORS_NAMES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-"""What safetensors calls the dtypes that are stored."""
+_HEAD = 4096
+"""Bytes to read at first; a store's header is shorter."""
+
+_WORTH_MAPPING = 1 << 20
+"""Bytes from which on a tensor is mapped. A process can have some 65,000 maps, all in all."""
 
 ResultT = TypeVar("ResultT")
 
@@ -34,7 +38,7 @@ def write_tensors(
 
     Args:
         path: The file, in or below `root`.
-        tensors: The tensors by name.
+        tensors: The tensors by name, of dtypes that are stored.
         metadata: What else the header says.
         root: A folder that is there, and on disk.
 
@@ -42,47 +46,147 @@ def write_tensors(
         OSError: If that fails; a file that was there before still is.
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(whole, {**metadata, "sha256": sha256_of(whole)}), root)
+    head = encode(whole, {**metadata, "sha256": sha256_of(whole)})
+    write_atomically(path, [head, *(_bytes(whole[name]) for name in in_order(whole))], root)
 
 
 def sha256_of(tensors: Mapping[str, Tensor]) -> str:
     """Return the sha256 of the bytes of contiguous tensors, in order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(tensors[name].view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
 
 
-def read_from(path: Path, get: Callable[[Any], ResultT]) -> ResultT:
-    """Get something from an open file that a writer may replace at any moment.
+def _bytes(tensor: Tensor) -> memoryview:
+    # A view of the flat tensor: one of no rows has no last axis to view otherwise.
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_from(path: Path, get: Callable[[TensorFile], ResultT]) -> ResultT:
+    """Get something from a file that a writer may replace at any moment.
 
     Raises:
-        DamagedStoreError: If the file is missing or cut off.
+        DamagedStoreError: If the file is missing, cut off or no file of tensors.
+        OSError: If it cannot be read.
     """
-    while True:
-        version = _version(path)
-        try:
-            with safe_open(path, "pt") as file:
-                result = get(file)
-        except (SafetensorError, FileNotFoundError) as error:
-            if _version(path) == version:
-                raise DamagedStoreError(f"{path} is cut off or not a shard: {error}") from error
-        else:
-            # safetensors opens the path twice: the header and the data may be of two versions.
-            if _version(path) == version:
-                return result
+    with TensorFile(path) as file:
+        return get(file)
 
 
-def _version(path: Path) -> tuple[int, int, int]:
-    try:
-        status = path.stat()
-    except FileNotFoundError as error:
-        raise DamagedStoreError(f"{path} is missing") from error
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def header(file: Any) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:
+def header(file: TensorFile) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:
     """Return the metadata of an open file, and shapes and dtypes by the names of its tensors."""
-    pieces = {name: file.get_slice(name) for name in set(file.keys())}
-    shapes = {name: (piece.get_shape(), str(piece.get_dtype())) for name, piece in pieces.items()}
-    return file.metadata() or {}, shapes
+    shapes = {name: (place.shape, place.dtype) for name, place in file.places.items()}
+    return file.metadata, shapes
+
+
+class TensorFile:
+    """An open file of tensors. What a writer puts in its place from now on does not show.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        path: The file.
+        version: What tells it from a file that replaces it.
+        metadata: What the header says beside the tensors.
+        places: Where its tensors are, by name.
+
+    Raises:
+        DamagedStoreError: If the file is missing, cut off or no file of tensors.
+        OSError: If it cannot be read.
+    """
+
+    path: Path
+    version: tuple[int, int, int]
+    metadata: dict[str, Any]
+    places: dict[str, Place]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = open_regular(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DamagedStoreError(f"{path} is missing") from error
+        except ValueError as error:
+            raise DamagedStoreError(f"{path} is not a shard: {error}") from error
+        try:
+            status = os.fstat(self._descriptor)
+            self.version = status.st_ino, status.st_mtime_ns, status.st_size
+            self._size = status.st_size
+            self.metadata, self.places = self._layout()
+        except ValueError as error:
+            self.close()
+            raise DamagedStoreError(f"{path} is cut off or not a shard: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Tensors that were mapped stay."""
+        os.close(self._descriptor)
+
+    def keys(self) -> Iterable[str]:
+        """Return the names of its tensors."""
+        return self.places.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Return a tensor, mapped if it is large; what is written to it stays in memory.
+
+        Raises:
+            DamagedStoreError: If the file is cut off.
+            OSError: If it cannot be read.
+        """
+        place = self.places[name]
+        if place.stop - place.start < _WORTH_MAPPING:
+            return self.read_tensor(name)
+        try:
+            storage = torch.UntypedStorage.from_file(
+                f"/dev/fd/{self._descriptor}", False, self._size
+            )
+        except RuntimeError as error:
+            raise DamagedStoreError(f"{self.path} cannot be mapped: {error}") from error
+        whole = torch.empty(0, dtype=torch.uint8, device="cpu")
+        whole.set_(storage)  # type: ignore[arg-type]
+        return whole[place.start : place.stop].view(self._dtype(name)).view(place.shape)
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Return a tensor in memory of its own.
+
+        Raises:
+            DamagedStoreError: If the file is cut off.
+            OSError: If it cannot be read.
+        """
+        place = self.places[name]
+        tensor = torch.empty(place.shape, dtype=self._dtype(name), device="cpu")
+        self._read_into(_bytes(tensor), place.start)
+        return tensor
+
+    def _dtype(self, name: str) -> torch.dtype:
+        place = self.places[name]
+        if place.torch_dtype is None:
+            raise DamagedStoreError(f"{self.path} holds {name} as {place.dtype}, which is not read")
+        return place.torch_dtype
+
+    def _layout(self) -> tuple[dict[str, Any], dict[str, Place]]:
+        head = os.pread(self._descriptor, _HEAD, 0)
+        length = header_length(head, self._size)
+        text = head[LENGTH_BYTES : LENGTH_BYTES + length]
+        if len(text) < length:
+            longer = bytearray(length)
+            self._read_into(memoryview(longer), LENGTH_BYTES)
+            text = bytes(longer)
+        return decode(text, self._size)
+
+    def _read_into(self, into: memoryview, start: int) -> None:
+        while into:
+            read = os.preadv(self._descriptor, [into], start)
+            if read == 0:
+                raise DamagedStoreError(f"{self.path} is cut off at byte {start}")
+            into, start = into[read:], start + read
