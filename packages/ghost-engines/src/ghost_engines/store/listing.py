@@ -16,8 +16,7 @@ _PREFIX, _SUFFIX = "g-", ".safetensors"
 
 def shard_path(root: Path, unit: int) -> Path:
     """Return where a unit's shard is."""
-    folder = f"{unit // _PER_FOLDER:05d}"
-    return root / SHARDS / folder / f"{_PREFIX}{unit:08d}{_SUFFIX}"
+    return root.joinpath(SHARDS, *_names(unit))
 
 
 def listed_units(root: Path) -> list[int]:
@@ -27,7 +26,7 @@ def listed_units(root: Path) -> list[int]:
         DamagedStoreError: If a shard or a folder is not where one of that name belongs.
         OSError: If a folder cannot be listed: what is in it is not known then, and may be all.
     """
-    return sorted(_unit_of(root, path) for path in _shards(root))
+    return sorted(_unit_of(root, *names) for names in _shards(root))
 
 
 def has_shards(root: Path) -> bool:
@@ -51,12 +50,13 @@ def clean(root: Path) -> None:
         remove_temporaries(folder)
 
 
-def _shards(root: Path) -> Iterator[Path]:
+def _shards(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield the names of the folder and the file of each shard."""
     for folder in _folders(root):
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith(_PREFIX) and entry.name.endswith(_SUFFIX):
-                    yield folder / entry.name
+                    yield folder.name, entry.name
 
 
 def _folders(root: Path) -> list[Path]:
@@ -75,9 +75,14 @@ def _folders(root: Path) -> list[Path]:
     return [folder / entry.name for entry in found]
 
 
-def _unit_of(root: Path, path: Path) -> int:
-    digits = path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-    # Python refuses to read numbers of some thousand digits; names of files may have 255.
-    if not digits.isdecimal() or shard_path(root, int(digits)) != path:
+def _unit_of(root: Path, folder: str, name: str) -> int:
+    digits = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    if not digits.isdecimal() or _names(int(digits)) != (folder, name):
+        path = root / SHARDS / folder / name
         raise DamagedStoreError(f"{path} is not where a shard of that name belongs: remove it")
     return int(digits)
+
+
+def _names(unit: int) -> tuple[str, str]:
+    """Return the names of a shard's folder and file. 100,000 of them are made to open a store."""
+    return f"{unit // _PER_FOLDER:05d}", f"{_PREFIX}{unit:08d}{_SUFFIX}"

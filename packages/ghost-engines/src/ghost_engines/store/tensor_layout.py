@@ -122,10 +122,14 @@ def decode(header: bytes, size: int) -> tuple[dict[str, Any], dict[str, Place]]:
 
 
 def _place(name: str, entry: Any, base: int) -> Place:
-    match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
-            if all(type(length) is int and length >= 0 for length in shape) and start <= stop:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if type(dtype) is str and type(shape) is list and 0 <= start <= stop:
+            numbers = {type(number) for number in (start, stop, *shape)}
+            if numbers == {int} and min(shape, default=0) >= 0:
                 return Place(dtype, shape, base + start, base + stop)
+    except (KeyError, TypeError, ValueError):
+        pass  # what is wrong with it does not matter
     raise ValueError(f"its header does not say where {name!r} is")
 
 
