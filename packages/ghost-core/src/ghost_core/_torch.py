@@ -162,6 +162,11 @@ def backward_id() -> int:
     return int(torch._C._current_graph_task_id())
 
 
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function after the backward pass that runs, unless that fails. Torch 2.5."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def in_function() -> bool:
     """Tell whether the forward pass of a `torch.autograd.Function` is running. Torch 2.5."""
     apply = torch.autograd.Function.apply.__code__

@@ -263,3 +263,63 @@ def test_engines_can_be_attached_where_gradients_are_off(
         ):
             loss(model(x)).backward()
     assert_held(batch.result, expected)
+
+
+class Failing:
+    """A hook on a gradient that fails the first time."""
+
+    def __init__(self) -> None:
+        self.armed = False
+
+    def __call__(self, grad: Tensor) -> None:
+        if self.armed:
+            self.armed = False
+            raise KeyError
+
+
+@pytest.mark.parametrize("again", ["backward", "both", "nothing"])
+def test_a_backward_pass_that_failed_halfway_is_refused(
+    hold: Hold, model: nn.Module, x: Tensor, again: str
+) -> None:
+    """What had arrived would count twice, or what had not would be missing."""
+    engine, failing = hold(model), Failing()
+
+    def hook(module: nn.Module, args: object, output: Tensor) -> None:
+        if failing.armed:
+            output.register_hook(failing)
+
+    model.first.register_forward_hook(hook)
+
+    def run() -> None:
+        failing.armed = True
+        with engine.batch(range(N)):
+            output = model(x)
+            with pytest.raises(KeyError):
+                loss(output).backward(retain_graph=True)
+            if again == "backward":
+                loss(output).backward()
+            if again == "both":
+                loss(model(x)).backward()
+
+    with engine:
+        with engine.batch(range(N)):
+            loss(model(x)).backward()
+        with pytest.raises(CaptureError, match="a backward pass was not completed") as caught:
+            run()
+        assert "another" in caught.value.remedy
+        with engine.batch(range(N)):
+            loss(model(x)).backward()
+
+
+def test_a_backward_pass_that_fails_before_anything_arrived_may_be_repeated(
+    hold: Hold, assert_held, model: nn.Module, x: Tensor
+) -> None:
+    engine, failing = hold(model), Failing()
+    with engine, engine.batch(range(N)) as batch:
+        output = model(x)
+        failing.armed = True
+        output.register_hook(failing)
+        with pytest.raises(KeyError):
+            loss(output).backward(retain_graph=True)
+        loss(output).backward()
+    assert_held(batch.result, per_sample_gradients(model, model(x).square().sum(1)))

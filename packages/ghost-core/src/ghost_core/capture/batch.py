@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from threading import RLock, get_ident
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ghost_core._torch import after_backward, backward_id
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.errors import CaptureError
 from ghost_core.split import find_owner
@@ -27,8 +30,11 @@ class BatchCapture:
         kinds: The same, with whether their rows are folded.
         unseen: Names of those called with gradients disabled.
         arrived: Whether any gradient arrived.
+        unfinished: Backward passes that gradients arrived in and that are not complete.
         closed: Whether it is over.
         doubt: Why not every pass so far is verified, as far as engines verify; empty if they are.
+        thread: The thread that it belongs to.
+        lock: Held while engines are told of a gradient: autograd has a thread for each device.
     """
 
     n: int
@@ -39,8 +45,11 @@ class BatchCapture:
     kinds: set[tuple[str, bool]] = field(default_factory=set)
     unseen: set[str] = field(default_factory=set)
     arrived: bool = False
+    unfinished: set[int] = field(default_factory=set)
     closed: bool = False
     doubt: str = ""
+    thread: int = field(default_factory=get_ident)
+    lock: RLock = field(default_factory=RLock)
 
     def begin(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> Pass:
         """Begin a pass.
@@ -112,8 +121,24 @@ class BatchCapture:
             )
         return covered
 
+    def arrive(self) -> None:
+        """Note that a gradient arrived, in the backward pass that runs."""
+        self.arrived = True
+        number = backward_id()
+        if number not in self.unfinished:
+            self.unfinished.add(number)
+            after_backward(partial(self.unfinished.discard, number))
+
     def check_complete(self) -> None:
-        """Raise if the passes do not make up the batch."""
+        """Raise if the passes do not make up the batch, or a backward pass broke off."""
+        if self.unfinished:
+            raise CaptureError(
+                "a backward pass was not completed, though gradients had arrived in it",
+                reason="it failed and the error was caught inside engine.batch(), so that what had "
+                "arrived is only a part, or counts twice where the pass was repeated",
+                remedy="let the error end the batch, and open another to try again, with .grad as "
+                "it was before",
+            )
         if not self.passes:
             raise CaptureError(
                 "the model was not called with gradients enabled inside engine.batch(). If it is "

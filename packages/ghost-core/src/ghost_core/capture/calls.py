@@ -61,6 +61,7 @@ class CallHooks:
         self._first = handles[-1]
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.state.check_thread(module, self.tracked.module)
         if self.state.listens(module, self.tracked.module):
             with self.state.silence():
                 self._begin(module, args, kwargs)

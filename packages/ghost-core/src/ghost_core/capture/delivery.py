@@ -85,7 +85,7 @@ class Delivery:
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor]:
         pass_ = self._checked_pass()
-        self.batch.arrived = True
+        self.batch.arrive()
         self.state.verifier.check_reached(self.tracked, self.axes.is_folded(pass_.n))
         self.state.verifier.look(self.call.name, saved, grads)
         made: dict[str, Tensor] = {}
@@ -93,13 +93,14 @@ class Delivery:
             for at, kept in enumerate(self.kept):
                 for local, gradient in self._gradients(pass_, kept, saved, grads):
                     parameter = self.tracked.parameters[local]
-                    if self.state.balance is not None and not at:
-                        self.state.balance.add(
-                            parameter.name, gradient, self.call.autocast, kept.whole
-                        )
-                    for result in self._heard(kept, pass_, parameter, gradient):
-                        if local in self.made:
-                            made[local] = self._returned(parameter, gradient, result)
+                    with self.batch.lock:
+                        if self.state.balance is not None and not at:
+                            self.state.balance.add(
+                                parameter.name, gradient, self.call.autocast, kept.whole
+                            )
+                        for result in self._heard(kept, pass_, parameter, gradient):
+                            if local in self.made:
+                                made[local] = self._returned(parameter, gradient, result)
         if missing := set(self.made) - set(made):
             raise CaptureError(f"no engine made the gradient of {self._name(missing.pop())}")
         return [made[local] for local in self.made]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class FusedModules:
         self.any_plain = not all(self._trains.values())
         """Whether any has no trainable parameter, so that its inputs decide."""
         self._would, self._note = would, note
-        self._running: list[tuple[nn.Module, ExitStack]] = []
+        self._running: list[tuple[int, nn.Module, ExitStack]] = []
 
     def install(self) -> Iterator[RemovableHandle]:
         """Put hooks on them, those of tracked modules come later."""
@@ -64,7 +65,7 @@ class FusedModules:
     def stop(self) -> None:
         """End calls that were cut short."""
         while self._running:
-            self._running.pop()[1].close()
+            self._running.pop()[2].close()
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         modes = function_modes()
@@ -74,10 +75,10 @@ class FusedModules:
             self._trains[module] or self._would((args, kwargs)) is not False
         ):
             return
-        self._running.append((module, ExitStack()))
-        self._running[-1][1].enter_context(torch._C.DisableTorchFunction())
+        self._running.append((get_ident(), module, ExitStack()))
+        self._running[-1][2].enter_context(torch._C.DisableTorchFunction())
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._running and self._running[-1][0] is module:
-            self._running.pop()[1].close()
+        if self._running and self._running[-1][:2] == (get_ident(), module):
+            self._running.pop()[2].close()
             self._note((args, kwargs), output)

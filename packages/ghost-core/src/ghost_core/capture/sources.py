@@ -61,14 +61,15 @@ class ParameterSource(Source):
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
         """Tell the engines."""
-        if self.state.balance is not None:
-            self.state.balance.add(self.account, gradient, None, True)
-        for listener in self.batch.listeners:
-            if self.parameter.name in listener.tracking.names:
-                made = listener.on_gradient(pass_, self.parameter, gradient)
-                if made is not None and self.state.reweights():
-                    name = self.parameter.name
-                    self.state.correct(self.account, name, made - gradient.sum())
+        with self.batch.lock:
+            if self.state.balance is not None:
+                self.state.balance.add(self.account, gradient, None, True)
+            for listener in self.batch.listeners:
+                if self.parameter.name in listener.tracking.names:
+                    made = listener.on_gradient(pass_, self.parameter, gradient)
+                    if made is not None and self.state.reweights():
+                        name = self.parameter.name
+                        self.state.correct(self.account, name, made - gradient.sum())
 
 
 @dataclass(frozen=True)

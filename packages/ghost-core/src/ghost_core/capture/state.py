@@ -5,18 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
+from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ghost_core._torch import foreign_modes_left
+from ghost_core._torch import foreign_modes_left, in_backward
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass
+from ghost_core.errors import CaptureError
 from ghost_core.split import Balance, Verifier
 from ghost_core.tracking import TrackedModule
+
+_SILENT: ContextVar[frozenset[int]] = ContextVar("silent", default=frozenset())
+"""States of which a sampler runs modules in this context, which a thread of its own may share."""
 
 
 class Audience(Enum):
@@ -105,7 +112,7 @@ class CaptureState:
         shared_modules: The modules that are called on nothing of the samples.
         dim: Axis of the samples in the root's inputs and outputs.
         told_apart: Whether a module in this pass had a row for each sample.
-        paused: Whether hooks let everything pass.
+        resting: Whether the user runs the model, so that hooks let everything pass.
         corrections: What a parameter gets beside what autograd makes for it, by name, while
             gradients of a shared value are told apart.
     """
@@ -127,8 +134,13 @@ class CaptureState:
     shared_modules: set[str] = field(default_factory=set)
     dim: int = 0
     told_apart: bool = False
-    paused: bool = False
+    resting: bool = False
     corrections: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def paused(self) -> bool:
+        """Whether hooks let everything pass that runs in this thread."""
+        return self.resting or id(self) in _SILENT.get()
 
     @property
     def audience(self) -> Audience:
@@ -145,8 +157,26 @@ class CaptureState:
         return self.batch is not None and any(each.verifies for each in self.batch.listeners)
 
     def listens(self, module: nn.Module, expected: nn.Module) -> bool:
-        """Tell whether a hook is to look at a call: not of a copy, nor where it is paused."""
-        return module is expected and self.batch is not None and not self.paused
+        """Tell whether a hook is to look at a call.
+
+        Not at one of a copy, nor where it is paused, nor in a thread that the batch is not of. What
+        is recomputed is in threads of autograd's.
+        """
+        if module is not expected or self.batch is None or self.paused:
+            return False
+        return self.batch.thread == get_ident() or in_backward()
+
+    def check_thread(self, module: nn.Module, expected: nn.Module) -> None:
+        """Refuse a call with gradients in a thread that the open batch is not of."""
+        batch = self.batch
+        if module is not expected or batch is None or self.paused:
+            return
+        if batch.thread != get_ident() and torch.is_grad_enabled() and not in_backward():
+            raise CaptureError(
+                "the model was called in another thread than the one that opened the batch",
+                reason="whose samples these are cannot be told, and gradients of both add up",
+                remedy="call it under torch.no_grad() in other threads, or when no batch is open",
+            )
 
     def made(self, tracked: TrackedModule) -> tuple[str, ...]:
         """Return the parameters whose gradients an engine makes in the open batch, local names."""
@@ -200,17 +230,22 @@ class CaptureState:
     @contextmanager
     def silence(self) -> Iterator[None]:
         """Let calls of modules pass for a while: a sampler runs them, outside of foreign modes."""
-        with self.pause(), foreign_modes_left():
-            yield
+        before = _SILENT.get()
+        try:
+            _SILENT.set(before | {id(self)})
+            with foreign_modes_left():
+                yield
+        finally:
+            _SILENT.set(before)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Let calls of modules pass for a while: the user runs them."""
-        before, self.paused = self.paused, True
+        before, self.resting = self.resting, True
         try:
             yield
         finally:
-            self.paused = before
+            self.resting = before
 
     def forget_pass(self) -> None:
         """Forget a pass that an exception cut short, and give back what its calls withheld."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,9 +139,11 @@ class Trial:
         for output in plan.outputs:
             like = self.recorded[output.index]
             slopes[output.index] = torch.randn(2, *like.shape[1:], generator=generator).to(like)
-        # In a thread of its own, where the user's hooks on saved tensors do not see this.
+        # In a thread of its own, where the user's hooks on saved tensors do not see this; in this
+        # context, in which ghost's hooks are silent.
         with ThreadPoolExecutor(max_workers=1) as apart:
             return apart.submit(
+                copy_context().run,
                 gradients,
                 replace(plan, wanted={key: key for key in compared}),
                 replay.narrow(torch.tensor([0, plan.count - 1])),
