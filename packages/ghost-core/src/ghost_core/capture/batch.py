@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock, get_ident
@@ -34,7 +35,6 @@ class BatchCapture:
         closed: Whether it is over.
         doubt: Why not every pass so far is verified, as far as engines verify; empty if they are.
         thread: The thread that it belongs to.
-        lock: Held while engines are told of a gradient: autograd has a thread for each device.
     """
 
     n: int
@@ -49,7 +49,7 @@ class BatchCapture:
     closed: bool = False
     doubt: str = ""
     thread: int = field(default_factory=get_ident)
-    lock: RLock = field(default_factory=RLock)
+    _lock: RLock = field(default_factory=RLock)
 
     def begin(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> Pass:
         """Begin a pass.
@@ -121,13 +121,16 @@ class BatchCapture:
             )
         return covered
 
-    def arrive(self) -> None:
-        """Note that a gradient arrived, in the backward pass that runs."""
-        self.arrived = True
-        number = backward_id()
-        if number not in self.unfinished:
-            self.unfinished.add(number)
-            after_backward(partial(self.unfinished.discard, number))
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Let engines be told of a gradient: in one thread at a time, and autograd has several."""
+        with self._lock:
+            self.arrived = True
+            number = backward_id()
+            if number not in self.unfinished:
+                self.unfinished.add(number)
+                after_backward(partial(self.unfinished.discard, number))
+            yield
 
     def check_complete(self) -> None:
         """Raise if the passes do not make up the batch, or a backward pass broke off."""

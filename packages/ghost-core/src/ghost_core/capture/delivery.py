@@ -85,7 +85,6 @@ class Delivery:
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor]:
         pass_ = self._checked_pass()
-        self.batch.arrive()
         self.state.verifier.check_reached(self.tracked, self.axes.is_folded(pass_.n))
         self.state.verifier.look(self.call.name, saved, grads)
         made: dict[str, Tensor] = {}
@@ -93,7 +92,7 @@ class Delivery:
             for at, kept in enumerate(self.kept):
                 for local, gradient in self._gradients(pass_, kept, saved, grads):
                     parameter = self.tracked.parameters[local]
-                    with self.batch.lock:
+                    with self.batch.told():
                         if self.state.balance is not None and not at:
                             self.state.balance.add(
                                 parameter.name, gradient, self.call.autocast, kept.whole

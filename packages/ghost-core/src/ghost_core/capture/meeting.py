@@ -104,7 +104,6 @@ class Meeting:
                 "inside engine.batch()"
             )
         self._check_unchanged()
-        self.batch.arrive()
         (rows,), owner = self.axes.rows_first([grad]), self._owner(grad)
         graph = [at for at in range(len(self.shared)) if at not in self.forms]
         # Not in silence: what is recomputed under checkpointing is to be as it was.

@@ -61,7 +61,7 @@ class ParameterSource(Source):
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
         """Tell the engines."""
-        with self.batch.lock:
+        with self.batch.told():
             if self.state.balance is not None:
                 self.state.balance.add(self.account, gradient, None, True)
             for listener in self.batch.listeners:
