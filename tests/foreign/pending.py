@@ -13,7 +13,6 @@ CRASH = "issue: crashes"
 
 PENDING: dict[str, str] = {
     "litgpt_mixtral": ROUTED,
-    "litgpt_adapter_v2_prompt": LIFTED,
     "word_model_flat": FOLDED,
     "word_model_flat_time_first": FOLDED,
     "detr": LIFTED,

@@ -33,8 +33,15 @@ class Source(ABC):
         """Yield the parameters that gradients are handed on to."""
 
     @abstractmethod
-    def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
-        """Hand on the gradient of each sample, of the tensor's shape."""
+    def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
+        """Hand on the gradient of each sample, of the tensor's shape.
+
+        Args:
+            pass_: The pass.
+            gradient: The gradient of each sample.
+            cut: Whether the user's graph ends before the tensor, so that autograd makes no gradient
+                of it to compare this with.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +66,10 @@ class ParameterSource(Source):
         """Yield itself."""
         yield self
 
-    def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
+    def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
         """Tell the engines."""
         with self.batch.told():
-            if self.state.balance is not None:
+            if self.state.balance is not None and not cut:
                 self.state.balance.add(self.account, gradient, None, True)
             for listener in self.batch.listeners:
                 if self.parameter.name in listener.tracking.names:
@@ -92,7 +99,7 @@ class Form:
     sources: Mapping[str, ParameterSource]
     state: CaptureState
 
-    def spread(self, pass_: Pass, rows: Tensor) -> None:
+    def spread(self, pass_: Pass, rows: Tensor, *, cut: bool) -> None:
         """Tell the engines, given the gradient of the output for each sample, `[N, *shape]`."""
         if self.axis is not None:
             rows = rows.squeeze(self.axis + 1)
@@ -100,7 +107,7 @@ class Form:
         with self.state.silence():
             gradients = self.tracked.sampler.gradients(self.call, records, [rows])
         for local, gradient in gradients.items():
-            self.sources[local].spread(pass_, gradient)
+            self.sources[local].spread(pass_, gradient, cut=cut)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,15 +137,15 @@ class CallSource(Source):
         for source in self.behind:
             yield from source.reached()
 
-    def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
+    def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
         """Take gradients back to what is behind."""
-        if self.state.balance is not None:
+        if self.state.balance is not None and not cut:
             self.state.balance.add(self.account, gradient, None, True)
-        rows = gradient.materialize()
+        rows, cut = gradient.materialize(), cut or self.tensor is not self.output
         if self.form is not None:
-            self.form.spread(pass_, rows)
+            self.form.spread(pass_, rows, cut=cut)
         with _requiring_gradients([source.tensor for source in self.behind]):
-            take_back(pass_, self.output, self.behind, rows)
+            take_back(pass_, self.output, self.behind, rows, cut=cut)
 
 
 @contextmanager
@@ -154,7 +161,14 @@ def _requiring_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
             tensor.requires_grad_(False)
 
 
-def take_back(pass_: Pass, value: Tensor, sources: Sequence[Source], gradients: Tensor) -> None:
+def take_back(
+    pass_: Pass,
+    value: Tensor,
+    sources: Sequence[Source],
+    gradients: Tensor,
+    *,
+    cut: bool = False,
+) -> None:
     """Take the gradient of each sample back through the graph to what a value comes from.
 
     Args:
@@ -162,15 +176,16 @@ def take_back(pass_: Pass, value: Tensor, sources: Sequence[Source], gradients: 
         value: A value with its graph.
         sources: What it is computed from; itself, where it is a source.
         gradients: The gradient of the value for each sample, `[N, *shape]`.
+        cut: Whether the user's graph ends before these; see `Source.spread`.
     """
     for source in sources:
         if source.tensor is value:
-            source.spread(pass_, Dense(gradients.unsqueeze(1)))
+            source.spread(pass_, Dense(gradients.unsqueeze(1)), cut=cut)
     behind = [source for source in sources if source.tensor is not value]
     columns = by_sample(value, [source.tensor for source in behind], gradients)
     for source, column in zip(behind, columns, strict=True):
         if column is not None:
-            source.spread(pass_, Dense(column.unsqueeze(1)))
+            source.spread(pass_, Dense(column.unsqueeze(1)), cut=cut)
 
 
 def by_sample(
