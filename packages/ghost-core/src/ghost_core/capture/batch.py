@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ghost_core._torch import after_backward, backward_id
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.errors import CaptureError
-from ghost_core.split import find_owner
+from ghost_core.split import Site, find_owner
 
 
 @dataclass
@@ -28,7 +28,8 @@ class BatchCapture:
         passes: Calls of the root module so far.
         owners: What the batch was opened with for modules whose rows are not samples, by key.
         seen: Names of tracked modules that were called with gradients enabled.
-        kinds: The same, with whether their rows are folded.
+        kinds: The same, with whether their rows are folded, as far as passes were verified.
+        sites: Where gradients are told apart in the pass that is on its way.
         unseen: Names of those called with gradients disabled.
         arrived: Whether any gradient arrived.
         unfinished: Backward passes that gradients arrived in and that are not complete.
@@ -43,6 +44,7 @@ class BatchCapture:
     owners: dict[str, Tensor] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     kinds: set[tuple[str, bool]] = field(default_factory=set)
+    sites: list[Site] = field(default_factory=list)
     unseen: set[str] = field(default_factory=set)
     arrived: bool = False
     unfinished: set[int] = field(default_factory=set)
@@ -50,6 +52,7 @@ class BatchCapture:
     doubt: str = ""
     thread: int = field(default_factory=get_ident)
     _lock: RLock = field(default_factory=RLock)
+    _unclear: CaptureError | None = None
 
     def begin(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> Pass:
         """Begin a pass.
@@ -61,18 +64,24 @@ class BatchCapture:
             keys: Keys of the tensors that tell the sample of each row of some modules.
 
         Raises:
-            CaptureError: If the inputs do not tell how many samples there are, the batch was
-                opened for others, or a tensor of owners is missing or wrong.
+            CaptureError: If nothing tells how many samples there are, the batch was opened for
+                others, or a tensor of owners is missing or wrong.
         """
-        n = self._count(args, kwargs, dim)
+        keys = sorted(keys)
+        n = self._count(args, kwargs, dim, keys)
         started = Pass(n, self.next_start(n))
-        for key in sorted(keys):
+        for key in keys:
             started.owners[key] = find_owner(key, self.owners, kwargs, started.samples)
+        self.sites = []
         self.passes.append(started)
         return started
 
-    def _count(self, args: Any, kwargs: Mapping[str, Any], dim: int) -> int:
-        """Return the number of samples that the model is called on."""
+    def _count(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> int:
+        """Return the number of samples that the model is called on.
+
+        Inputs tell, or owners of their rows. Where neither does, as with graphs joined into one,
+        all samples of the batch are taken to be there; the model's output shows whether they are.
+        """
         sizes = {
             leaf.shape[dim]
             for leaf in tree_leaves((args, kwargs))
@@ -80,14 +89,43 @@ class BatchCapture:
         }
         if self.n in sizes or not sizes:
             return self.n
+        for owner in (kwargs.get(key) for key in keys if key not in self.owners):
+            if isinstance(owner, Tensor) and owner.numel() and len(owner) in sizes:
+                return int(owner.max()) + 1
+        rest = self.n - sum(pass_.n for pass_ in self.passes)
+        if self.owners and self._owners_fit(rest, sizes):
+            return rest
         candidates = {size for size in sizes if self._owners_fit(size, sizes)}
         candidates = candidates - {1} or candidates
-        if len(candidates) != 1:
-            raise CaptureError(
-                f"cannot tell how many samples the model is called on: its inputs have "
-                f"{sorted(sizes)} rows, the batch was opened for {self.n}"
-            )
-        return candidates.pop()
+        if len(candidates) == 1:
+            return candidates.pop()
+        unclear = CaptureError(
+            f"cannot tell how many samples the model is called on: its inputs have "
+            f"{sorted(sizes)} rows, the batch was opened for {self.n}"
+        )
+        # Two such calls could be micro-batches.
+        if self.passes or not any(each.verifies for each in self.listeners):
+            raise unclear
+        self._unclear = unclear
+        return self.n
+
+    def check_count(self, output: Any, dim: int) -> None:
+        """Raise if inputs left the number of samples open and the model's output is no help.
+
+        Args:
+            output: What the model returned.
+            dim: Axis of the samples in it.
+
+        Raises:
+            CaptureError: If no output has an entry for each sample.
+        """
+        if self._unclear is not None and not any(
+            leaf.dim() > axis and leaf.shape[axis] == self.n
+            for leaf in tree_leaves(output)
+            if isinstance(leaf, Tensor)
+            for axis in (0, dim)
+        ):
+            raise self._unclear
 
     def _owners_fit(self, n: int, sizes: Collection[int]) -> bool:
         """Tell whether tensors of owners have as many rows for the next n samples as inputs do."""

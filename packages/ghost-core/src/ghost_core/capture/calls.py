@@ -27,7 +27,7 @@ from ghost_core.capture.state import CaptureState, Running
 from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
 from ghost_core.hooks import Hook
-from ghost_core.split import RowAxes, describe, find_axes
+from ghost_core.split import RowAxes, Site, describe, find_axes
 from ghost_core.tracking import TrackedModule, owner_of, parameter_of
 
 
@@ -196,8 +196,15 @@ class CallHooks:
         # A recomputation belongs to the last pass, or fails on the sizes of what it recomputes.
         pass_ = state.pass_ or batch.passes[-1]
         owner = pass_.owners[tracked.row_owner] if tracked.row_owner else None
-        axes = find_axes(tracked, outputs, pass_.n, owner, foldable=state.verifying)
-        batch.kinds.add((tracked.name, axes.is_folded(pass_.n)))
+        axes, refusal = find_axes(
+            tracked,
+            outputs,
+            pass_.n,
+            owner,
+            foldable=state.verifying,
+            routes=state.verifier.routes,
+        )
+        site = Site((tracked.name,), "", [axes], refusal)
         state.told_apart |= axes.tell_apart(outputs)
         call = describe(tracked, outputs, axes, args, kwargs, before)
         given, outputs = outputs, self._expanded(outputs, axes)
@@ -212,7 +219,8 @@ class CallHooks:
         made, withheld = state.made(tracked), bool(state.withheld(tracked))
         parameters = [parameter_of(tracked.module, local) for local in made]
         past = call.past()
-        delivery = Delivery(state, batch, state.pass_, tracked, past, axes, kept, made, withheld)
+        delivery = Delivery(state, batch, state.pass_, tracked, past, site, kept, made, withheld)
+        state.add(site)
         tapped = tap(delivery.deliver, state.seed, outputs, parameters, saved)
         for output, was in zip(tapped, given, strict=True):
             if output.shape != was.shape and state.verifying:  # expanded from one row

@@ -14,7 +14,7 @@ from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError
 from ghost_core.sampler import PastCall
-from ghost_core.split import RowAxes, owner_of_rows
+from ghost_core.split import Site, owner_of_rows
 from ghost_core.tracking import TrackedModule, TrackedParameter
 
 
@@ -52,7 +52,7 @@ class Delivery:
         pass_: The pass of the call; None if the call is a recomputation.
         tracked: The module.
         call: What is left of the call.
-        axes: Where the call has its rows.
+        site: Where the call has its rows.
         kept: How the engines keep its records.
         made: Local names of the parameters whose gradients an engine makes.
         withheld: Whether autograd was kept from making them.
@@ -63,7 +63,7 @@ class Delivery:
     pass_: Pass | None
     tracked: TrackedModule
     call: PastCall
-    axes: RowAxes
+    site: Site
     kept: list[Kept]
     made: tuple[str, ...]
     withheld: bool
@@ -77,16 +77,20 @@ class Delivery:
             return self._to_engines(saved, grads)
         if audience is Audience.PROBE:
             assert self.state.verifier.probe is not None
-            by_row = self.axes.rows_first(grads)
-            self.state.verifier.probe.see(self.call.name, self.axes, by_row)
+            self.state.verifier.probe.see(self.site, grads)
         return [None] * len(self.made)
 
     def _to_engines(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor]:
         pass_ = self._checked_pass()
-        self.state.verifier.check_reached(self.tracked, self.axes.is_folded(pass_.n))
+        self.state.verifier.check_reached(self.tracked, self.site.axes.is_folded(pass_.n))
         self.state.verifier.look(self.call.name, saved, grads)
+        if pass_.n and not self.site.axes.count:  # an expert that got no row, say
+            shapes = [self.tracked.parameters[local] for local in self.made]
+            return [
+                torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in shapes
+            ]
         made: dict[str, Tensor] = {}
         with full_precision(_device(grads)):
             for at, kept in enumerate(self.kept):
@@ -142,9 +146,9 @@ class Delivery:
         self, pass_: Pass, kept: Kept, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> list[tuple[str, PerSampleGradient]]:
         """Return the per-sample gradients by local name."""
-        by_row = self.axes.rows_first(grads)
+        by_row = self.site.axes.rows_first(grads)
         fold = self.state.verifier.fold(self.call.name)
-        owner = owner_of_rows(self.tracked, self.axes, by_row, pass_.n, fold)
+        owner = owner_of_rows(self.tracked, self.site, by_row, pass_.n, fold)
         with self.state.silence():
             gradients = self.tracked.sampler.gradients(self.call, kept.restore(saved), by_row)
         self._check(gradients)
@@ -155,7 +159,7 @@ class Delivery:
 
     def _check(self, gradients: Mapping[str, PerSampleGradient]) -> None:
         """Raise if a sampler returned other gradients than it was asked for."""
-        n, sampler = self.axes.count, type(self.tracked.sampler).__name__
+        n, sampler = self.site.axes.count, type(self.tracked.sampler).__name__
         if gradients.keys() != self.call.shapes.keys():
             raise CaptureError(
                 f"{sampler} returned gradients of {sorted(gradients)} for "

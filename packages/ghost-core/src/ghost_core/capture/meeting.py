@@ -19,11 +19,14 @@ from ghost_core.capture.sources import ParameterSource, Source, by_sample, take_
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.sampler import as_tokens
-from ghost_core.split import RowAxes, owner_of_rows
+from ghost_core.split import Site, owner_of_rows
 from ghost_core.tracking import TrackedParameter
 
 ClosedForm = Callable[[Tensor], PerSampleGradient]
 """Makes the gradients of a shared value from that of a result, rows first `[R, ...]`."""
+
+FormOn = Callable[[int], ClosedForm | None]
+"""Returns the closed form, given the axis of the rows in the result; None if it has none there."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,10 @@ class Meeting:
         batch: The batch.
         pass_: The pass.
         result: The result, with its graph.
-        axes: Where it has its rows.
+        site: Where it has its rows.
         shared: The shared values, each with what stands for it in this operation alone. A sample's
             other values may come from the same sources, by another operation.
-        names: Modules whose parameters they come from.
-        forms: Closed forms by position among the shared values.
+        forms: Closed forms by position among the shared values, where there may be some.
         versions: How often each shared value had been written to.
         corrected: The parameters whose gradients by autograd need correction.
     """
@@ -69,10 +71,9 @@ class Meeting:
     batch: BatchCapture
     pass_: Pass
     result: Tensor
-    axes: RowAxes
+    site: Site
     shared: tuple[tuple[Tensor, Shared], ...]
-    names: tuple[str, ...]
-    forms: Mapping[int, ClosedForm]
+    forms: Mapping[int, FormOn]
     versions: tuple[int, ...]
     corrected: tuple[ParameterSource, ...]
 
@@ -86,8 +87,7 @@ class Meeting:
         if audience is Audience.PROBE:
             probe = self.state.verifier.probe
             assert probe is not None
-            for name in self.names:
-                probe.see(name, self.axes, self.axes.rows_first([grad]))
+            probe.see(self.site, [grad])
         elif audience is Audience.ENGINES:
             self._to_engines(grad)
             return [self._correction(source.parameter) for source in self.corrected]
@@ -100,19 +100,21 @@ class Meeting:
     def _to_engines(self, grad: Tensor) -> None:
         if self.batch.closed:
             raise CaptureError(
-                f"a gradient reached {self.names[0]} after its batch was closed: run backward() "
-                "inside engine.batch()"
+                f"a gradient reached {self.site.names[0]} after its batch was closed: run "
+                "backward() inside engine.batch()"
             )
         self._check_unchanged()
-        (rows,), owner = self.axes.rows_first([grad]), self._owner(grad)
-        graph = [at for at in range(len(self.shared)) if at not in self.forms]
+        (axis,) = self.site.axes.outputs
+        (rows,), owner = self.site.axes.rows_first([grad]), self._owner(grad)
+        made = {at: form for at, on in self.forms.items() if (form := on(axis)) is not None}
+        graph = [at for at in range(len(self.shared)) if at not in made]
         # Not in silence: what is recomputed under checkpointing is to be as it was.
         with full_precision(grad.device):
-            for at, form in self.forms.items():
-                made = form(rows)
+            for at, form in made.items():
+                gradient = form(rows)
                 if owner is not None:
-                    made = Owned(made, owner, self.pass_.n)
-                self.shared[at][1].spread(self.pass_, made)
+                    gradient = Owned(gradient, owner, self.pass_.n)
+                self.shared[at][1].spread(self.pass_, gradient)
             stands = [self.shared[at][0] for at in graph]
             columns = by_sample(self.result, stands, self._alone(grad, owner))
             for at, column in zip(graph, columns, strict=True):
@@ -125,9 +127,8 @@ class Meeting:
         for (_, shared), before in zip(self.shared, self.versions, strict=True):
             if version(shared.value) != before and shared.value.grad_fn is not None:
                 raise WrongSplitError(
-                    "gradients cannot be split by sample: what "
-                    f"{', '.join(self.names)} computed, the same for all samples, was written to "
-                    "after it had met them",
+                    f"gradients cannot be split by sample: what {', '.join(self.site.names)} "
+                    "computed, the same for all samples, was written to after it had met them",
                     reason="the way back to its parameters is not what it was",
                     remedy="use an operation that is not in place, or leave these modules out with "
                     "exclude=...",
@@ -135,14 +136,14 @@ class Meeting:
 
     def _owner(self, grad: Tensor) -> Tensor | None:
         """Return the sample of each row; None where rows are samples."""
-        state, n, name = self.state, self.pass_.n, self.names[0]
-        fold = state.verifier.fold(name)
-        owner = owner_of_rows(state.tracked[name], self.axes, [grad], n, fold)
+        state, n, name = self.state, self.pass_.n, self.site.names[0]
+        fold, rows = state.verifier.fold(name), self.site.axes.rows_first([grad])
+        owner = owner_of_rows(state.tracked[name], self.site, rows, n, fold)
         return None if owner is None else owner.to(grad.device)
 
     def _alone(self, grad: Tensor, owner: Tensor | None) -> Iterator[Tensor]:
         """Yield the gradient with that of each sample alone."""
-        n, (axis,) = self.pass_.n, self.axes.outputs
+        n, (axis,) = self.pass_.n, self.site.axes.outputs
         owner = torch.arange(n, device=grad.device) if owner is None else owner
         owner = owner.reshape([-1 if at == axis else 1 for at in range(grad.dim())])
         for sample in range(n):
@@ -155,8 +156,7 @@ def closed_forms(
     kwargs: Mapping[str, Any],
     result: Tensor,
     met: Sequence[tuple[Tensor, Shared]],
-    axis: int,
-) -> dict[int, ClosedForm]:
+) -> dict[int, FormOn]:
     """Return the closed forms of an operation, by position of shared values in `met`.
 
     Most operations have none, and are differentiated once for each sample.
@@ -167,27 +167,30 @@ def closed_forms(
         kwargs: Its keyword inputs.
         result: Its result.
         met: The shared values and what stands for them.
-        axis: Axis of the rows in the result.
     """
     name = getattr(func, "__name__", "")
-    forms: dict[int, ClosedForm] = {}
+    forms: dict[int, FormOn] = {}
     for at, (stand, shared) in enumerate(met):
         position = next((place for place, arg in enumerate(args) if arg is stand), -1)
         if position < 0 or sum(arg is stand for arg in args) > 1:
             continue
         plain = len(args) == 2 and not kwargs  # add() takes a factor, alpha
         if name in _ADDITIONS and plain and stand.dtype == result.dtype:
-            forms[at] = partial(_added, stand.shape, result.dim(), axis)
+            forms[at] = partial(_sum, stand.shape, result.dim())
         elif func is functional.linear and position == 2:
-            forms[at] = _terms
-        elif name in _PRODUCTS and position == 1 and stand.dim() == 2 and args[0] is not stand:
-            form = _product(args[0], shared, func is functional.linear, result, axis)
-            forms |= {} if form is None else {at: form}
+            forms[at] = partial(_bias, result.dim())
+        elif name in _PRODUCTS and position == 1 and _multiplies(args[0], shared, result):
+            inputs, is_linear = args[0].to(result.dtype), func is functional.linear
+            forms[at] = partial(_product, inputs, is_linear, shared.value.shape)
     return forms
 
 
 _ADDITIONS = {"add", "__add__", "__radd__", "__iadd__"}
 _PRODUCTS = {"linear", "matmul", "__matmul__", "mm"}
+
+
+def _sum(shape: Size, dims: int, axis: int) -> ClosedForm:
+    return partial(_added, shape, dims, axis)
 
 
 def _added(shape: Size, dims: int, axis: int, rows: Tensor) -> PerSampleGradient:
@@ -211,15 +214,22 @@ def _terms(rows: Tensor) -> PerSampleGradient:
     return Dense(as_tokens(rows).squeeze(2))
 
 
-def _product(
-    inputs: Any, shared: Shared, is_linear: bool, result: Tensor, axis: int
-) -> ClosedForm | None:
-    """Return the closed form of a matrix that samples are multiplied with, if there is one."""
-    tensor = shared.sources[0].tensor
+def _bias(dims: int, axis: int) -> ClosedForm | None:
+    return _terms if axis < dims - 1 else None
+
+
+def _multiplies(inputs: Any, shared: Shared, result: Tensor) -> bool:
+    """Tell whether samples are multiplied with a matrix that is a source itself."""
     if not isinstance(inputs, Tensor) or inputs.dim() != result.dim() or inputs.dim() < 2:
+        return False
+    if shared.value.dim() != 2:
+        return False
+    return shared.value is shared.sources[0].tensor and len(shared.sources) == 1
+
+
+def _product(inputs: Tensor, is_linear: bool, shape: Size, axis: int) -> ClosedForm | None:
+    """Return the closed form of a matrix that samples are multiplied with, if there is one."""
+    if axis == inputs.dim() - 1:
         return None
-    if shared.value is not tensor or len(shared.sources) > 1 or axis == result.dim() - 1:
-        return None
-    inputs = as_tokens(inputs.movedim(axis, 0).to(result.dtype))
-    factor = Tokens(inputs, transposed=not is_linear)
-    return lambda rows: Outer(factor, as_tokens(rows), tensor.shape)
+    factor = Tokens(as_tokens(inputs.movedim(axis, 0)), transposed=not is_linear)
+    return lambda rows: Outer(factor, as_tokens(rows), shape)

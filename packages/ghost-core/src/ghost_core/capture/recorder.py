@@ -357,9 +357,9 @@ class Recorder:
         assert batch is not None
         if output is None:  # the forward pass failed
             batch.passes.remove(pass_)
-        elif state.verifying and pass_.n:
-            verified = state.verifier.check(output, pass_.n, batch.kinds)
-            if not verified:
+        elif (state.verifying or state.verifier.routes) and pass_.n:
+            batch.check_count(output, state.dim)
+            if not state.verifier.check(output, pass_.n, batch.sites, batch.kinds):
                 batch.doubt = "modules ran for the first time"
         elif pass_.n > 1 and batch.seen and not state.told_apart:
             raise WrongSplitError(

@@ -30,6 +30,7 @@ from ghost_core._trees import tree_map
 from ghost_core.algebra import full_precision
 from ghost_core.capture.listener import Pass
 from ghost_core.capture.meeting import Meeting, Shared, closed_forms
+from ghost_core.capture.rows_met import site_of
 from ghost_core.capture.sources import CallSource, Form, ParameterSource, Source
 from ghost_core.capture.state import Audience, CaptureState, Sharing
 from ghost_core.capture.tap import tap
@@ -264,25 +265,15 @@ class SharedValues(FunctionMode, Sharing):
         assert state.batch is not None
         assert state.pass_ is not None
         names = self._names(each for _, each in met)
-        if (axes := self._axes(result, names)) is None:
-            what = "is returned by the model" if func is None else f"meets them in {_named(func)}"
-            raise WrongSplitError(
-                "gradients cannot be split by sample: what "
-                f"{', '.join(names)} computed, the same for all samples, {what}, in a value of "
-                f"shape {tuple(result.shape)}",
-                reason=f"it has no axis of {state.pass_.n} samples",
-                remedy=f"say where samples are, with batch_dim={{{names[0]!r}: axis}}, or which "
-                f"sample each row belongs to, with row_owner={{{names[0]!r}: key}}; or leave these "
-                "modules out with exclude=...",
-            )
+        site = site_of(state, result, names, "" if func is None else _named(func))
         state.batch.seen.update(names)
-        state.batch.kinds.update((name, axes.is_folded(state.pass_.n)) for name in names)
+        state.add(site)
         state.told_apart = True
-        forms = closed_forms(func, args, kwargs, result, met, axes.outputs[0])
+        forms = closed_forms(func, args, kwargs, result, met)
         versions = tuple(version(each.value) for _, each in met)
         corrected = self._noted_uses(met, state.pass_)
         meeting = Meeting(
-            state, state.batch, state.pass_, result, axes, met, names, forms, versions, corrected
+            state, state.batch, state.pass_, result, site, met, forms, versions, corrected
         )
         parameters = [source.tensor for source in corrected]
         (tapped,) = tap(meeting.deliver, state.seed, [result], parameters, ())
@@ -295,28 +286,6 @@ class SharedValues(FunctionMode, Sharing):
             pass_.use(source.parameter.name, shared=True)
         by_name = {source.parameter.name: source for source in sources}
         return tuple(by_name.values()) if self._state.reweights() else ()
-
-    def _axes(self, value: Tensor, names: Sequence[str]) -> RowAxes | None:
-        """Return where a value has its rows; None if it has none that are of samples."""
-        state = self._state
-        assert state.pass_ is not None
-        n, tracked = state.pass_.n, [state.tracked[name] for name in names]
-        keys = [each.row_owner for each in tracked if each.row_owner]
-        owner = state.pass_.owners[keys[0]] if keys else None
-        count = n if owner is None else len(owner)
-        expected = (*(each.batch_dim for each in tracked), state.dim, 0)
-        told = [axis for axis in expected if value.dim() > axis]
-        for axis in told:
-            if value.shape[axis] == count:
-                return RowAxes(0, (axis,), count, owner)
-        for axis in told if owner is None and state.verifying and n else ():
-            if value.shape[axis] and not value.shape[axis] % n:
-                return RowAxes(0, (axis,), value.shape[axis])
-        # Inside of an attention, samples may be behind positions. A probe proves any choice.
-        fitting = [axis for axis, size in enumerate(value.shape) if size == count]
-        if len(fitting) == 1:
-            return RowAxes(0, tuple(fitting), count, owner)
-        return None
 
     def returned_by_model(self, output: Any) -> Any:
         """Let shared values that a model returns meet the samples there.

@@ -19,7 +19,7 @@ from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.errors import CaptureError
-from ghost_core.split import Balance, Verifier
+from ghost_core.split import Balance, Site, Verifier
 from ghost_core.tracking import TrackedModule
 
 _SILENT: ContextVar[frozenset[int]] = ContextVar("silent", default=frozenset())
@@ -208,6 +208,13 @@ class CaptureState:
             self.balance.correct(account, correction)
         before = self.corrections.get(name)
         self.corrections[name] = correction if before is None else before + correction
+
+    def add(self, site: Site) -> None:
+        """Add a site to the pass that is on its way; a recomputation adds none."""
+        assert self.batch is not None
+        if self.pass_ is not None:
+            self.batch.sites.append(site)
+            self.verifier.routes |= site.axes.routed
 
     def owned(self) -> frozenset[str]:
         """Return the parameters of the modules that run."""

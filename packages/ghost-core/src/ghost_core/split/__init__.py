@@ -4,12 +4,14 @@ from ghost_core.split.axes import RowAxes, describe, find_axes
 from ghost_core.split.balance import Balance
 from ghost_core.split.owners import Fold, find_owner, owner_of_rows
 from ghost_core.split.probe import nan_in, numbers_in, probed_samples
+from ghost_core.split.sites import Site
 from ghost_core.split.verifier import Verifier
 
 __all__ = [
     "Balance",
     "Fold",
     "RowAxes",
+    "Site",
     "Verifier",
     "describe",
     "find_axes",

@@ -28,16 +28,18 @@ class RowAxes:
         outputs: Axis of the rows in each output.
         count: Number of rows R.
         owner: Sample of each row, int64 `[R]`, where the engine was told; None elsewhere.
+        routed: Whether samples have any number of rows each, which is found out in every pass.
     """
 
     inputs: int
     outputs: tuple[int, ...]
     count: int
     owner: Tensor | None = None
+    routed: bool = False
 
     def is_folded(self, n: int) -> bool:
-        """Tell whether n samples have several rows each, in an order to be found out."""
-        return self.owner is None and self.count != n
+        """Tell whether n samples have several rows each, in an order to be found out once."""
+        return self.owner is None and self.count != n and not self.routed
 
     def rows_first(self, values: Sequence[TensorT]) -> list[TensorT]:
         """Move the rows of outputs, or of their gradients, to the first axis; scalars stay."""
@@ -70,7 +72,8 @@ def find_axes(
     owner: Tensor | None,
     *,
     foldable: bool,
-) -> RowAxes:
+    routes: bool,
+) -> tuple[RowAxes, WrongSplitError | None]:
     """Find the rows of a call.
 
     Args:
@@ -78,8 +81,12 @@ def find_axes(
         outputs: Its differentiable outputs.
         n: Number of samples in the pass.
         owner: Sample of each row, where the engine was told.
-        foldable: Whether `k · n` rows may be samples folded with another axis, since a probe will
-            tell how.
+        foldable: Whether rows may be in another number than samples, since a probe will tell whose
+            they are: `k · n` rows are samples folded with another axis, any others are routed.
+        routes: Whether it is known that the model routes rows, as a mixture of experts does.
+
+    Returns:
+        Where they are, and what to say if routed rows turn out to be of no sample each.
 
     Raises:
         WrongSplitError: If an output has neither one row nor the rows of the samples.
@@ -101,13 +108,18 @@ def find_axes(
             f"{tracked.label} returned a scalar, or nothing with an axis {max(dims)} for samples: "
             "it cannot be split by sample, exclude it"
         )
-    count = n if owner is None else len(owner)
     several = known - {1} or known
+    if routes and owner is None and len(several) == 1:
+        return RowAxes(inputs, dims, max(several), routed=True), None
+    count = n if owner is None else len(owner)
     if owner is None and foldable and len(several) == 1 and n and not max(several) % n:
         count = max(count, *several)
-    if wrong := known - {1, count}:
-        raise wrong_rows(tracked, min(wrong), n, owner)
-    return RowAxes(inputs, dims, count, owner)
+    if not (wrong := known - {1, count}):
+        return RowAxes(inputs, dims, count, owner), None
+    refusal = wrong_rows(tracked, min(wrong), n, owner)
+    if owner is not None or not foldable or len(several) > 1:
+        raise refusal
+    return RowAxes(inputs, dims, max(several), routed=True), refusal
 
 
 def describe(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ghost_core.errors import CaptureError
 from ghost_core.split.axes import RowAxes
-from ghost_core.split.reasons import scalar_output, unclear_fold
+from ghost_core.split.reasons import scalar_output, unclear_fold, unreached
+from ghost_core.split.sites import Site
 from ghost_core.tracking import TrackedModule
 
 
@@ -107,31 +108,49 @@ def find_folds(
 
 def owner_of_rows(
     tracked: TrackedModule,
-    axes: RowAxes,
+    site: Site,
     grads: Sequence[Tensor | None],
     n: int,
     fold: Fold | None,
 ) -> Tensor | None:
-    """Return the sample of each row of a call, int64 `[R]`; None where rows are samples.
+    """Return the sample of each row at a site, int64 `[R]`; None where rows are samples.
 
     Args:
         tracked: The module.
-        axes: Where the call has its rows.
-        grads: The gradients of its outputs.
+        site: Where it has its rows.
+        grads: The gradients there, rows first.
         n: Number of samples.
         fold: How its rows are folded, as far as a probe told.
 
     Raises:
-        WrongSplitError: If a gradient belongs to all samples, or nothing told how rows are folded.
+        WrongSplitError: If a gradient belongs to all samples or to none, or nothing told how rows
+            are folded.
     """
     if any(grad is not None and not grad.dim() for grad in grads):
         raise scalar_output(tracked)
+    if site.found is not None:
+        return _as_found(tracked, site.found, grads, n)
+    axes = site.axes
+    if axes.routed:
+        raise unreached(tracked)
     if not axes.is_folded(n):
         return axes.owner
     known = Fold.SAMPLE_MAJOR if n == 1 else fold
     if known is None:
         raise unclear_fold(tracked, True)
     return known.owners(n, axes.count)
+
+
+def _as_found(
+    tracked: TrackedModule, found: Tensor, grads: Sequence[Tensor | None], n: int
+) -> Tensor | None:
+    """Return owners that were found, after asserting that rows of nobody have no gradient."""
+    nobody = found < 0
+    for grad in grads:
+        if grad is not None and (grad[nobody.to(grad.device)] != 0).any():
+            raise unreached(tracked)
+    is_plain = len(found) == n and not nobody.any() and bool((found == torch.arange(n)).all())
+    return None if is_plain else found.clamp(min=0)
 
 
 def find_owner(

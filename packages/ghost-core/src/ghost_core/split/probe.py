@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from ghost_core._torch import Hooks, backward_hooks, run_backward, start_of_backward
 from ghost_core.errors import CaptureError
 from ghost_core.split.axes import RowAxes
-from ghost_core.split.owners import Hit
-from ghost_core.split.reasons import no_samples
+from ghost_core.split.owners import Fold, Hit
+from ghost_core.split.reasons import no_samples, unclear_output
+from ghost_core.split.sites import Rows, Site
 from ghost_core.state import buffers_kept
 
 Kind = tuple[str, bool]
@@ -27,43 +28,100 @@ Kind = tuple[str, bool]
 
 @dataclass
 class Probe:
-    """What one backward pass from one sample reached.
+    """What one backward pass from one sample, or from several, reached.
 
     Attributes:
-        sample: The sample whose output gradient is not zero.
+        samples: The samples whose output gradient is not zero; one, but where rows are routed.
         n: Number of samples.
-        reached: The modules that any gradient reached.
-        hits: Rows that NaN or anything else reached.
+        sites: The sites that any gradient reached.
+        rows: Rows that NaN or anything else reached, by site, for each of its alternatives.
         scalars: Names of modules of which a scalar output was reached.
         half: Whether any gradient was in half precision.
     """
 
-    sample: int
+    samples: tuple[int, ...]
     n: int
-    reached: set[Kind] = field(default_factory=set)
-    hits: list[Hit] = field(default_factory=list)
+    sites: dict[Site, None] = field(default_factory=dict)
+    rows: list[tuple[Site, Rows]] = field(default_factory=list)
     scalars: set[str] = field(default_factory=set)
     half: bool = False
 
-    def see(self, name: str, axes: RowAxes, grads: Sequence[Tensor | None]) -> None:
-        """Note which rows of a call's output gradients, rows on the first axis, are not zero."""
-        self.reached.add((name, axes.is_folded(self.n)))
-        for grad in grads:
-            if grad is None:
-                continue
-            self.half |= grad.dtype in (torch.bfloat16, torch.float16)
-            hit = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
-            if not grad.dim():
-                if hit:
-                    self.scalars.add(name)
-            elif rows := hit.nonzero().flatten().tolist():
-                self.hits.append(Hit(name, axes, rows, self.sample, self.n))
+    def see(self, site: Site, grads: Sequence[Tensor | None]) -> None:
+        """Note which rows of a site's gradients are not zero."""
+        self.sites[site] = None
+        given = [grad for grad in grads if grad is not None]
+        self.half |= any(grad.dtype in (torch.bfloat16, torch.float16) for grad in given)
+        if any(not grad.dim() and bool(grad != 0) for grad in given):
+            self.scalars.update(site.names)
+        self.rows += [(site, rows) for rows in site.reached(grads)]
+
+    @property
+    def reached(self) -> set[Kind]:
+        """The modules that any gradient reached."""
+        return {kind for site in self.sites for kind in site.kinds(self.n)}
+
+    @property
+    def hits(self) -> list[Hit]:
+        """The rows reached, where sites have theirs as far as is known."""
+        (sample,) = self.samples
+        return [
+            Hit(name, axes, rows, sample, self.n)
+            for site, (axes, rows) in self.rows
+            if axes is site.axes
+            for name in site.names
+        ]
 
     @property
     def mixed(self) -> dict[str, Sequence[int]]:
         """Rows reached, by name of a module where these are not just the sample's own."""
         mixed: dict[str, Sequence[int]] = {name: [] for name in self.scalars}
-        return mixed | {hit.name: hit.rows for hit in self.hits if hit.is_mixed}
+        for site in self.mixed_sites():
+            rows = next(rows for other, (axes, rows) in self.rows if other is site)
+            mixed |= dict.fromkeys(site.names, rows)
+        return mixed
+
+    def mixed_sites(self) -> list[Site]:
+        """Return the sites where no alternative has the sample's own rows only."""
+        return [site for site in self.sites if not self._fitting(site)]
+
+    def narrow(self) -> None:
+        """Leave sites the alternatives that fit."""
+        for site in self.sites:
+            site.keep(self._fitting(site))
+
+    def _fitting(self, site: Site) -> list[RowAxes]:
+        (sample,) = self.samples
+        wrong = {
+            id(axes)
+            for other, (axes, rows) in self.rows
+            if other is site and Hit("", axes, rows, sample, self.n).is_mixed
+        }
+        return [axes for axes in site.alternatives if id(axes) not in wrong]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an output of the model has its samples.
+
+    Attributes:
+        axis: Their axis.
+        fold: How they are folded with another one; None where each has one entry.
+    """
+
+    axis: int
+    fold: Fold | None = None
+
+    def rows(self, output: Tensor, samples: Sequence[int], n: int) -> list[int]:
+        """Return the entries of some samples."""
+        if self.fold is None:
+            return list(samples)
+        owners = self.fold.owners(n, output.shape[self.axis]).tolist()
+        return [row for row, owner in enumerate(owners) if owner in samples]
+
+
+Places = dict[Tensor, Place]
+Slope = Callable[[Tensor, Sequence[int], int], Tensor]
+"""Makes the gradient of an output that is not zero in some rows of an axis."""
 
 
 class Prober:
@@ -87,32 +145,69 @@ class Prober:
         """Return what NaN in one sample of the model's output reaches.
 
         Raises:
-            WrongSplitError: If no output has one entry per sample.
+            WrongSplitError: If no output has one entry per sample, or none that can be told.
             CaptureError: If the graph cannot be probed.
         """
-        leaves = _differentiable(output)
-        axes = {leaf: axis for leaf in leaves if (axis := self._axis(leaf, n)) is not None}
-        if not axes:
-            raise no_samples(output, leaves, n, self._dim)
-        probe = self._backward(
-            Probe(sample, n), {leaf: nan_in(leaf, sample, axis) for leaf, axis in axes.items()}
-        )
-        if probe.mixed and probe.half and sample > 0:
+        return self.run_from(self.places(output, n), sample, n)
+
+    def run_from(self, places: Places, sample: int, n: int) -> Probe:
+        """Return what NaN in one sample reaches, given where outputs have their samples."""
+        probe = self.send(places, (sample,), n, nan_in)
+        if probe.half and sample > 0 and probe.mixed:
             # Half-precision kernels of some CPUs load the head of the next row behind the tail of
             # a row, times zero. NaN leaks to the row before; numbers do not, and row 0 has none.
-            reached = probe.reached
-            probe = self._backward(
-                Probe(sample, n),
-                {leaf: numbers_in(leaf, sample, axis) for leaf, axis in axes.items()},
-            )
-            probe.reached |= reached
+            reached = probe.sites
+            probe = self.send(places, (sample,), n, numbers_in)
+            probe.sites |= reached
         return probe
+
+    def send(self, places: Places, samples: tuple[int, ...], n: int, slope: Slope) -> Probe:
+        """Return what gradients that start at some samples of the outputs reach."""
+        return self._backward(
+            Probe(samples, n),
+            {
+                leaf: slope(leaf, place.rows(leaf, samples, n), place.axis)
+                for leaf, place in places.items()
+            },
+        )
+
+    def places(self, output: Any, n: int) -> Places:
+        """Return where outputs have their samples, as far as they have them.
+
+        Where sizes allow several places, probes of that output alone tell.
+
+        Raises:
+            WrongSplitError: If no output has samples, or none that can be told.
+        """
+        leaves = _differentiable(output)
+        plain = {leaf: places for leaf in leaves if (places := self._plain(leaf, n))}
+        if plain:
+            return {leaf: self._told(leaf, each, n) or each[0] for leaf, each in plain.items()}
+        folded = {leaf: places for leaf in leaves if (places := self._folded(leaf, n))}
+        if not folded:
+            raise no_samples(output, leaves, n, self._dim)
+        told = {leaf: self._told(leaf, places, n) for leaf, places in folded.items()}
+        known = {leaf: place for leaf, place in told.items() if place is not None}
+        if not known:
+            raise unclear_output(leaves, n)
+        return known
+
+    def _told(self, leaf: Tensor, places: Sequence[Place], n: int) -> Place | None:
+        """Return the place of samples in one output that probes allow; None if it is unclear."""
+        if len(places) == 1 or n == 1:
+            return places[0]
+        fitting = [
+            place
+            for place in places
+            if not any(self.run_from({leaf: place}, at, n).mixed for at in probed_samples(n))
+        ]
+        return fitting[0] if len(fitting) == 1 else None
 
     def run_from_others(self, output: Any, n: int) -> Probe:
         """Return what gradients reach from outputs that do not have one entry per sample."""
-        others = [leaf for leaf in _differentiable(output) if self._axis(leaf, n) is None]
+        others = [leaf for leaf in _differentiable(output) if not self._plain(leaf, n)]
         ones = {leaf: torch.ones_like(leaf) for leaf in others}
-        return self._backward(Probe(0, n), ones) if ones else Probe(0, n)
+        return self._backward(Probe((0,), n), ones) if ones else Probe((0,), n)
 
     def shield_hooks(self) -> None:
         """Keep the user's backward hooks from seeing probes.
@@ -138,15 +233,25 @@ class Prober:
 
         return shielded
 
-    def _axis(self, output: Tensor, n: int) -> int | None:
-        """Return the axis of an output with one entry per sample: the one expected, or the first.
+    def _plain(self, output: Tensor, n: int) -> list[Place]:
+        """Return the axes of an output with one entry per sample, the expected one first.
 
         A model that is sequence-first inside may return one row per sample all the same.
         """
-        for axis in (self._dim, 0):
-            if output.dim() > axis and output.shape[axis] == n:
-                return axis
-        return None
+        return [
+            Place(axis)
+            for axis in dict.fromkeys((self._dim, 0))
+            if output.dim() > axis and output.shape[axis] == n
+        ]
+
+    def _folded(self, output: Tensor, n: int) -> list[Place]:
+        """Return the axes of an output with several entries per sample, in either order."""
+        return [
+            Place(axis, fold)
+            for axis in dict.fromkeys((self._dim, 0))
+            if output.dim() > axis and output.shape[axis] and not output.shape[axis] % n
+            for fold in Fold
+        ]
 
     def _backward(self, probe: Probe, gradients: Mapping[Tensor, Tensor]) -> Probe:
         """Run a backward pass that starts with the gradients of some outputs; return the probe."""
@@ -171,19 +276,19 @@ class Prober:
         return probe
 
 
-def nan_in(output: Tensor, sample: int, dim: int) -> Tensor:
-    """Return an output's gradient that is NaN for one sample and zero for all others."""
-    gradient = torch.zeros_like(output)
-    gradient.select(dim, sample).fill_(torch.nan)
-    return gradient
+def nan_in(output: Tensor, rows: Sequence[int], dim: int) -> Tensor:
+    """Return an output's gradient that is NaN in some rows of an axis and zero in all others."""
+    index = torch.tensor(rows, device=output.device)
+    return torch.zeros_like(output).index_fill_(dim, index, torch.nan)
 
 
-def numbers_in(output: Tensor, sample: int, dim: int) -> Tensor:
-    """Return an output's gradient that is random for one sample and zero for all others."""
-    gradient = torch.zeros_like(output)
-    part = gradient.select(dim, sample)
-    part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(0)))
-    return gradient
+def numbers_in(output: Tensor, rows: Sequence[int], dim: int) -> Tensor:
+    """Return an output's gradient that is random in some rows of an axis, zero in all others."""
+    shape = [len(rows) if axis == dim else size for axis, size in enumerate(output.shape)]
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(output)
+    return torch.zeros_like(output).index_copy_(
+        dim, torch.tensor(rows, device=output.device), numbers
+    )
 
 
 def probed_samples(n: int) -> list[int]:

@@ -143,6 +143,39 @@ def no_samples(output: object, leaves: Sequence[Tensor], n: int, dim: int) -> Wr
     )
 
 
+def unclear_output(leaves: Sequence[Tensor], n: int) -> WrongSplitError:
+    """Explain outputs with several entries per sample of which nothing tells whose they are.
+
+    Args:
+        leaves: The model's differentiable outputs.
+        n: Number of samples.
+    """
+    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+    return WrongSplitError(
+        f"the model's output does not tell {n} samples apart",
+        reason=f"it has several entries per sample, {shapes}, and they could be [N, k] flattened "
+        "as well as [k, N], or are neither",
+        remedy=f"let the model return its outputs with an axis of {n} samples; or pass "
+        "verify=False, which every result records",
+    )
+
+
+def routed_wrong(tracked: TrackedModule, rows: Sequence[int]) -> WrongSplitError:
+    """Explain rows that belong to several samples each.
+
+    Args:
+        tracked: The module.
+        rows: Such rows.
+    """
+    return WrongSplitError(
+        f"{_CANNOT}: several samples depend on the same rows of {tracked.label}: rows "
+        f"{_listed(rows)}",
+        reason="a later operation mixes samples, or its rows are something else than parts of "
+        "samples",
+        remedy="keep samples apart, or leave the module out with exclude=...",
+    )
+
+
 def scalar_output(tracked: TrackedModule) -> WrongSplitError:
     """Explain a loss that depends on a scalar that a module returned."""
     return WrongSplitError(

@@ -7,7 +7,7 @@ positions as samples, sorted rows, BatchNorm and folded rows all pass that check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_leaves
 from ghost_core._torch import will_reach
 from ghost_core.process import eagerly
 from ghost_core.split.owners import Fold, find_folds
-from ghost_core.split.probe import Kind, Probe, Prober, probed_samples
+from ghost_core.split.probe import Kind, Places, Probe, Prober, probed_samples
 from ghost_core.split.reasons import doubted, late_row, reached_elsewhere, unreached, wrong_split
+from ghost_core.split.routes import Census
+from ghost_core.split.sites import Layouts, Site
 from ghost_core.split.usage import UsageMode
 from ghost_core.tracking import TrackedModule
 
@@ -57,6 +59,7 @@ class Verifier:
             self._seed_node = torch.autograd.graph.get_gradient_edge(seed).node
         self._verified: dict[tuple[object, ...], set[Kind]] = {}
         self._folds: dict[str, Fold] = {}
+        self._layouts = Layouts()
         self._unreached: set[Kind] = set()
         self._unwatched: set[tuple[object, ...]] = set()
         self._expandable: set[str] = set()
@@ -65,6 +68,8 @@ class Verifier:
         self._checked: set[tuple[object, ...]] = set()
         self.doubt = ""
         """Why nothing is proven by what was watched in the batch; empty if all is."""
+        self.routes = False
+        """Whether rows of samples are routed in this model, so that every pass is asked whose."""
 
     @property
     def probe(self) -> Probe | None:
@@ -83,6 +88,8 @@ class Verifier:
         """Watch from now on to the end of the batch, if passes like it are not verified yet."""
         if self._usage is not None:
             return
+        if self.routes:
+            self._prober.shield_hooks()
         signature = self._signature(n)
         if signature in self._verified and signature not in self._unwatched:
             return
@@ -172,13 +179,14 @@ class Verifier:
                 self._verified.pop(signature, None)
         self._checked, self.doubt = set(), ""
 
-    def check(self, output: Any, n: int, called: set[Kind]) -> bool:
+    def check(self, output: Any, n: int, sites: Sequence[Site], called: set[Kind]) -> bool:
         """Check what was watched, and probe a pass that called modules not verified yet.
 
         Args:
             output: What the model returned.
             n: Number of samples.
-            called: The modules that ran.
+            sites: Where gradients are told apart in the pass.
+            called: The modules that ran in the batch before; those of the pass are added.
 
         Returns:
             Whether the pass is verified: not if modules ran for the first time in it, since nobody
@@ -192,36 +200,53 @@ class Verifier:
         if self._usage is not None:
             self._usage.check_returned(output)
             self._usage.check()
+        clear = self.routes or self._layouts.recall(sites, n)
         signature = self._signature(n)
         verified = self._verified.get(signature, set())
-        if called <= verified:
+        kinds = {kind for site in sites for kind in site.kinds(n)}
+        if self.routes:
+            kinds = {(name, False) for name, _ in kinds}
+        if clear and called | kinds <= verified and not self.routes:
+            called |= kinds
             return signature not in self._unwatched
-        if self._usage is None:
+        if self._usage is None and not called | kinds <= verified:
             self._unwatched.add(signature)
         if self._usage is not None and _any_nan(tree_leaves(output)):
             self.doubt = self.doubt or "there is NaN in the model's output"
-        # Owners that were given may be wrong for any sample.
-        owned = any(self._tracked[name].row_owner for name, _ in called)
-        chosen = range(n) if owned else probed_samples(n)
-        probes = [self._run(output, sample, n) for sample in chosen]
-        reached = {kind for probe in probes for kind in probe.reached}
+        places = self._prober.places(output, n)
+        reached = self._find(places, n, sites) if self.routes else self._probe(places, n, sites)
+        called |= {kind for site in sites for kind in site.kinds(n)}
         if missed := called - reached:
             found = missed & self._prober.run_from_others(output, n).reached
             if found:
                 raise reached_elsewhere(self._tracked[name] for name, _ in sorted(found))
         self._unreached -= reached
-        if n > 1:
+        if n > 1 and not self.routes:  # rows that nobody reached are known there
             self._unreached |= missed - verified
-        hits = [hit for probe in probes if not probe.mixed for hit in probe.hits]
-        self._folds |= find_folds(hits, n, self._tracked)
+        self._layouts.learn(sites, n)
         self._verified[signature] = verified | called
         self._checked.add(signature)
-        return self._usage is not None
+        return self._usage is not None or signature not in self._unwatched
 
-    def _run(self, output: Any, sample: int, n: int) -> Probe:
-        probe = self._prober.run(output, sample, n)
+    def _find(self, places: Places, n: int, sites: Sequence[Site]) -> set[Kind]:
+        """Find whose is each row, and return what was reached."""
+        return Census(self._prober, places, n, self._tracked).find(sites).reached
+
+    def _probe(self, places: Places, n: int, sites: Sequence[Site]) -> set[Kind]:
+        """Probe some samples, and return what was reached."""
+        # Owners that were given may be wrong for any sample.
+        owned = any(self._tracked[name].row_owner for site in sites for name in site.names)
+        chosen = range(n) if owned else probed_samples(n)
+        probes = [self._run(places, sample, n) for sample in chosen]
+        hits = [hit for probe in probes if not probe.mixed for hit in probe.hits]
+        self._folds |= find_folds(hits, n, self._tracked)
+        return {kind for probe in probes for kind in probe.reached}
+
+    def _run(self, places: Places, sample: int, n: int) -> Probe:
+        probe = self._prober.run_from(places, sample, n)
         if probe.mixed and not self.doubt:
             raise wrong_split(self._model, self._tracked, sample, probe.mixed, probe.scalars)
+        probe.narrow()
         return probe
 
     def _signature(self, n: int) -> tuple[object, ...]:

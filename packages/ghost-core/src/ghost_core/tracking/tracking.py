@@ -192,7 +192,14 @@ def track(
     modules = _find_owners(model, parameters, selection)
     ordered = tuple(sorted(parameters.values(), key=lambda parameter: parameter.name))
     axes = by_module(model, "batch_dim", selection.batch_dim, whole)
-    return Tracking(ordered, tuple(modules), axes.get("", 0), selection.lift)
+    dim = axes.get("", _axis_of(next((each for each in modules if not each.name), None)))
+    return Tracking(ordered, tuple(modules), dim, selection.lift)
+
+
+def _axis_of(root: TrackedModule | None) -> int:
+    """Return the axis of the samples in a model that is a layer with axes of its own."""
+    dims = None if root is None else root.sampler.batch_dims(root.module, 1)
+    return dims[0] if dims else 0
 
 
 def _find_owners(

@@ -98,7 +98,7 @@ def _reaches_others(
     for slope in (nan_in, numbers_in):
         try:
             with torch.autograd.set_detect_anomaly(False):  # which takes NaN for a mistake
-                slopes = [slope(value, row, axis) for value, axis in outputs]
+                slopes = [slope(value, [row], axis) for value, axis in outputs]
                 start = start_of_backward([value for value, _ in outputs], slopes)
                 found = torch.autograd.grad(start, sources, retain_graph=True, allow_unused=True)
         except RuntimeError as error:

@@ -1,0 +1,103 @@
+"""Where gradients are told apart by sample in a pass: a module's call, or where samples are met."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ghost_core.errors import WrongSplitError
+from ghost_core.split.axes import RowAxes
+
+Rows = tuple[RowAxes, Sequence[int]]
+"""Rows that a gradient reached, if they are where these axes say."""
+
+
+@dataclass(eq=False)
+class Site:
+    """A place in one pass where a Tap stands.
+
+    Attributes:
+        names: The modules whose parameters it is about.
+        operation: The operation whose result it is; empty for a module's call.
+        alternatives: Where the rows may be, the likeliest first. Probes leave those that fit.
+        refusal: What to say where none does; None for what probes say of all.
+        found: Sample of each row as found for this pass alone, int64 `[R]`, -1 where no sample
+            reached it; None where nobody had to look.
+    """
+
+    names: tuple[str, ...]
+    operation: str
+    alternatives: list[RowAxes]
+    refusal: WrongSplitError | None = None
+    found: Tensor | None = None
+
+    @property
+    def axes(self) -> RowAxes:
+        """Where the rows are, as far as is known."""
+        return self.alternatives[0]
+
+    def kinds(self, n: int) -> set[tuple[str, bool]]:
+        """Return the modules, with whether rows are folded: what a verification holds for."""
+        folded = self.found is None and self.axes.is_folded(n)
+        return {(name, folded) for name in self.names}
+
+    def keep(self, fitting: Sequence[RowAxes]) -> None:
+        """Keep the alternatives that fit, unless none does."""
+        left = [each for each in self.alternatives if any(each is other for other in fitting)]
+        self.alternatives = left or self.alternatives
+
+    def reached(self, grads: Sequence[Tensor | None]) -> list[Rows]:
+        """Return the rows of gradients that are not zero, for each alternative."""
+        return [
+            (axes, rows)
+            for axes in self.alternatives
+            for grad in axes.rows_first(grads)
+            if grad is not None and grad.dim() and (rows := _rows_of(grad))
+        ]
+
+
+def _rows_of(grad: Tensor) -> list[int]:
+    """Return the rows that are not zero; NaN is not."""
+    hit = (grad != 0).flatten(1).any(1) if grad.dim() > 1 else grad != 0
+    rows: list[int] = hit.nonzero().flatten().tolist()
+    return rows
+
+
+class Layouts:
+    """Remembers where rows were in passes that were proven, by what happened in them.
+
+    A value `[T, N, d]` does not tell where its samples are once T = N; that an earlier pass did
+    the same, operation by operation, does.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[object, list[tuple[tuple[int, ...], bool]]] = {}
+
+    def learn(self, sites: Sequence[Site], n: int) -> None:
+        """Remember a proven pass."""
+        if any(site.operation for site in sites):
+            self._known[_course(sites)] = [_layout(site.axes, n) for site in sites]
+
+    def recall(self, sites: Sequence[Site], n: int) -> bool:
+        """Choose among alternatives as in a pass before; tell whether nothing is left to choose."""
+        if all(len(site.alternatives) == 1 for site in sites):
+            return True
+        known = self._known.get(_course(sites))
+        if known is None:
+            return False
+        for site, layout in zip(sites, known, strict=True):
+            fitting = [each for each in site.alternatives if _layout(each, n) == layout]
+            if not fitting:
+                return False
+            site.keep(fitting)
+        return True
+
+
+def _course(sites: Sequence[Site]) -> object:
+    return tuple((site.names, site.operation) for site in sites)
+
+
+def _layout(axes: RowAxes, n: int) -> tuple[tuple[int, ...], bool]:
+    return axes.outputs, axes.is_folded(n)
