@@ -44,6 +44,7 @@ IMPORTED_WHERE_USED = {
     "ghost_engines.cli.commands": {
         "ghost_core",
         "ghost_engines.cli.plugins",
+        "ghost_engines.cli.score",
         "ghost_engines.cli.store",
         "ghost_engines.cli.verify",
     },

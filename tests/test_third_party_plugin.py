@@ -17,7 +17,7 @@ from ghost_core.testing import (
     check_sampler,
     per_sample_gradients,
 )
-from ghost_engines import DotProductEngine, ProjectionEngine
+from ghost_engines import DotProductEngine, ProjectionEngine, score_dataset
 
 sample = pytest.importorskip("ghost_plugin_sample")
 
@@ -119,6 +119,15 @@ def agreement(gradients):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 def test_its_engine_keeps_what_every_engine_promises():
     check_engine(sample.SignAgreementEngine, expected=agreement)
+
+
+def test_its_engine_scores_a_data_set_by_its_name(model, inputs):
+    expected = agreement(per_sample_gradients(model, squares(model(inputs))))
+    table = score_dataset(
+        model, lambda model, batch: squares(model(batch)), inputs, {}, engine="sign_agreement"
+    )
+    assert table.scores[:, 0].tolist() == expected.tolist()
+    assert table.names == ("sign_agreement",)
 
 
 def test_signs_of_uses_instead_of_their_sum_would_be_found():

@@ -1,4 +1,4 @@
-"""`ghost verify` on checkpoints of transformers."""
+"""Commands on checkpoints of transformers."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from command_kit import parts, verify
+from command_kit import parts, score, verify
 
 from ghost_engines.cli import models
 
@@ -122,6 +122,19 @@ def test_a_checkpoint_and_a_loss_of_ones_own(checkpoint, texts, tmp_path, capsys
 
 
 @pytest.mark.usefixtures("checkpoint")  # skips where there is no transformers
+@pytest.mark.usefixtures("_offline")
+def test_all_texts_of_a_file_are_scored(checkpoint, texts, capsys):
+    """Batches are padded by themselves, which changes no score."""
+    printed = []
+    for size in (2, 4):
+        arguments = ("--targets", f"val={texts}", "--batch-size", size, "--dtype", "float64")
+        assert score(checkpoint, "--data", texts, *arguments, "--out", f"{size}.jsonl") == 0
+        assert "samples\t4\n" in capsys.readouterr().out
+        with open(f"{size}.jsonl", encoding="utf-8") as file:
+            printed.append([json.loads(line)["score_val"] for line in file])
+    assert printed[0] == pytest.approx(printed[1], rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("config", "what"),
     [

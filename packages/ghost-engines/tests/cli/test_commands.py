@@ -56,7 +56,8 @@ def damage(root: Path) -> Path:
 
 def test_help_names_the_commands_and_what_they_take(capsys):
     for arguments, words in {
-        ("--help",): ["plugins", "store", "verify", "--version"],
+        ("--help",): ["plugins", "score", "store", "verify", "--version"],
+        ("score", "--help"): ["MODEL", "--data", "--targets", "--engine", "--out", "NAME=DATA"],
         ("store", "--help"): ["PATH", "--verify"],
         ("verify", "--help"): ["MODEL", "--data", "--loss"],
     }.items():
@@ -68,7 +69,16 @@ def test_help_names_the_commands_and_what_they_take(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "--version", "store --help", "verify --help", "plugins --help", "nope"]
+    "arguments",
+    [
+        "--help",
+        "--version",
+        "store --help",
+        "score --help",
+        "verify --help",
+        "plugins --help",
+        "nope",
+    ],
 )
 def test_what_needs_no_torch_does_not_wait_for_it(arguments):
     code = f"""

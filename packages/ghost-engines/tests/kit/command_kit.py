@@ -1,4 +1,4 @@
-"""What the tests of `ghost verify` share: functions that it is given, and how it is run."""
+"""What the tests of commands share: functions that they are given, and how they are run."""
 
 import torch
 
@@ -87,6 +87,25 @@ def leaving():
 
 def number():
     return NUMBER
+
+
+def interrupted(model, batch):
+    interrupted.batches = getattr(interrupted, "batches", 0) + 1
+    if interrupted.batches == 4:
+        raise KeyboardInterrupt
+    return cross_entropy(model, batch)
+
+
+def dataset():
+    return torch.utils.data.TensorDataset(batch()["inputs"], batch()["labels"])
+
+
+def of_pairs(model, batch):
+    return cross_entropy(model, {"inputs": batch[0], "labels": batch[1]})
+
+
+def numbered():
+    return [batch() | {"id": torch.arange(6) * 2}]
 """
 
 MLP = ("subjects:mlp", "--data", "subjects:batch", "--loss", "subjects:cross_entropy")
@@ -94,6 +113,10 @@ MLP = ("subjects:mlp", "--data", "subjects:batch", "--loss", "subjects:cross_ent
 
 def verify(*arguments):
     return cli.main(["verify", *map(str, arguments)])
+
+
+def score(*arguments):
+    return cli.main(["score", *map(str, arguments)])
 
 
 def parts(said):

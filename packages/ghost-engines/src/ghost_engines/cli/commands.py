@@ -11,12 +11,15 @@ from collections.abc import Sequence
 
 import tyro
 
-from ghost_engines.cli.options import Plugins, Store, Verify
+from ghost_engines.cli.options import Plugins, Score, Store, Verify
 from ghost_engines.cli.tables import one_line, open_streams, stop_printing
 from ghost_engines.versions import version
 
+Options = Verify | Score | Plugins | Store
+
 _app = tyro.extras.SubcommandApp()
 _app.command(name="verify")(Verify)
+_app.command(name="score")(Score)
 _app.command(name="plugins")(Plugins)
 _app.command(name="store")(Store)
 
@@ -68,7 +71,7 @@ def _answered(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"ghost {version('ghost-engines')}")
         return 0
-    options: Verify | Plugins | Store = _app.cli(
+    options: Options = _app.cli(
         prog="ghost",
         description="Per-sample gradients for PyTorch. `ghost --version` prints the version.",
         args=arguments,
@@ -77,12 +80,16 @@ def _answered(arguments: list[str]) -> int:
     return _run(options)
 
 
-def _run(options: Verify | Plugins | Store) -> int:
+def _run(options: Options) -> int:
     match options:
         case Verify():
             from ghost_engines.cli.verify import verify
 
             return verify(options)
+        case Score():
+            from ghost_engines.cli.score import score
+
+            return score(options)
         case Plugins():
             from ghost_engines.cli.plugins import show
 

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ghost_engines.cli.errors import CommandError
+from ghost_engines.cli.functions import find_function, reporting
 
 _INTEGERS = (
     torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
     torch.int64,
 )  # fmt: skip
+
+
+DEFAULT_LOSS = "mean cross-entropy of each sample's next tokens"
+
+
+def load_loss(text: str | None) -> tuple[Callable[[Any, Any], Any], str]:
+    """Return the function of model and batch that an option names, and what it is.
+
+    Args:
+        text: `module:function`; None for the loss of language models.
+
+    Raises:
+        CommandError: If there is no such function.
+    """
+    if text is None:
+        return reporting(next_token_losses, "the model"), DEFAULT_LOSS
+    return find_function(text, "--loss"), text
 
 
 def next_token_losses(model: nn.Module, batch: Any) -> Tensor:

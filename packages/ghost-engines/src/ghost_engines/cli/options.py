@@ -55,6 +55,60 @@ class Verify:
     device: str = "cpu"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Score every sample of a data set against targets: which would help, and which would hurt?
+
+    A score is the dot product of the gradient of the sample's own loss with that of the target's
+    mean loss. Positive means that a small step on the sample lowers the target's loss. Prints the
+    samples with the highest and lowest scores, and writes all of them with --out.
+
+    Exits with 0; 1 if ghost refuses the model; 2 if it could not be tried.
+
+    Args:
+        model: Folder of a checkpoint of transformers, or module:function that returns a module.
+        data: File of texts (.txt, one a line; .jsonl) or of token ids [N, T] (.npy, .safetensors;
+            negative ids are padding), or module:function that returns a data set, a loader, a list
+            of batches, or one batch.
+        targets: Data to score against, as NAME=DATA, one or several; DATA as for --data.
+        engine: Another engine than that of dot products, by its name: see `ghost plugins`.
+        loss: module:function that takes model and batch and returns one loss per sample, [N]. By
+            default each sample's mean cross-entropy of next tokens.
+        out: File to write all scores to: .csv, .jsonl or .parquet.
+        plot: File to draw a picture into: .png, .svg or .pdf.
+        top: How many of the highest and lowest scores to print.
+        no_norms: Leave norms and cosines out.
+        ids: Key of a batch that its samples' ids are under; by default they are numbered from 0.
+        batch_size: Samples in a batch.
+        max_tokens: Tokens to take of each sample in a file; 128 by default for texts.
+        field: Key of the text in lines of JSON.
+        dtype: What to cast model and batches to; by default nothing is cast.
+        layers: Globs over names of modules or parameters, separated by commas: what to track.
+        exclude: Globs, separated by commas: what to leave out of it.
+        seed: Seed of the random number generators, for a function that makes the model.
+        device: Where to compute: cpu, cuda, cuda:1, ...
+    """
+
+    model: Annotated[tyro.conf.Positional[str], Named(metavar="MODEL")]
+    data: Annotated[str, Named(metavar="DATA")]
+    targets: Annotated[tuple[str, ...], Named(metavar="NAME=DATA ...")] = ()
+    engine: Annotated[str | None, Named(metavar="NAME")] = None
+    loss: Annotated[str | None, Named(metavar="LOSS")] = None
+    out: Annotated[Path | None, Named(metavar="FILE")] = None
+    plot: Annotated[Path | None, Named(metavar="FILE")] = None
+    top: int = 10
+    no_norms: bool = False
+    ids: Annotated[str | None, Named(metavar="KEY")] = None
+    batch_size: int = 16
+    max_tokens: Count = None
+    field: str = "text"
+    dtype: DType = "as-is"
+    layers: Annotated[str, Named(metavar="GLOBS")] = "*"
+    exclude: Annotated[str, Named(metavar="GLOBS")] = ""
+    seed: int = 0
+    device: str = "cpu"
+
+
 @dataclass(frozen=True)
 class Plugins:
     """List the installed plugins, what they offer, and whether they work.

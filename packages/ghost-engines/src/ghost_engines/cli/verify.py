@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -11,10 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from ghost_core import GhostError, UnsupportedLayerError, WrongSplitError
@@ -22,10 +18,11 @@ from ghost_core.compare import Comparison, compare
 from ghost_core.plugins import select
 from ghost_engines.cli.batches import load_batch
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import find_function, raised, reporting
-from ghost_engines.cli.losses import next_token_losses
+from ghost_engines.cli.functions import raised, reporting
+from ghost_engines.cli.losses import load_loss
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Verify
+from ghost_engines.cli.places import Place, described_parameters, seed
 from ghost_engines.cli.tables import print_table, while_read
 
 logger = logging.getLogger(__name__)
@@ -35,11 +32,7 @@ _SHOWN = 20  # rows of a table at a terminal
 
 def verify(options: Verify) -> int:
     """Compare, print what was found, and return the exit status."""
-    if not 0 <= options.seed < 2**32:
-        raise CommandError(f"--seed must be from 0 to 2**32 - 1, not {options.seed}")
-    random.seed(options.seed)
-    np.random.seed(options.seed)
-    torch.manual_seed(options.seed)
+    seed(options.seed)
     subject = _load(options)
     reporting(subject.model.train, "MODEL: its method train")(options.train)
     described = reporting(lambda: [*subject.described()], "MODEL: looking at it")()
@@ -91,11 +84,8 @@ class _Subject:
 
     def described(self) -> Iterable[tuple[str, str]]:
         model, data, loss = self.names
-        parameters = list(self.model.parameters())
         yield "model", f"{model} ({type(self.model).__name__})"
-        yield "parameters", str(sum(map(Tensor.numel, parameters)))
-        yield "dtype", _listed(str(each.dtype).removeprefix("torch.") for each in parameters)
-        yield "device", _listed(str(each.device) for each in parameters)
+        yield from described_parameters(self.model)
         yield "data", data
         if isinstance(self.batch, Mapping) and isinstance(self.batch.get("attention_mask"), Tensor):
             mask = self.batch["attention_mask"]
@@ -108,11 +98,7 @@ class _Subject:
 
 def _load(options: Verify) -> _Subject:
     """Load model, batch and loss, the cheapest first."""
-    default = "mean cross-entropy of each sample's next tokens"
-    if options.loss is None:
-        function = reporting(next_token_losses, "the model")
-    else:
-        function = find_function(options.loss, "--loss")
+    function, loss = load_loss(options.loss)
     loaded = load_model(options.model)
     batch = load_batch(
         options.data,
@@ -122,21 +108,10 @@ def _load(options: Verify) -> _Subject:
         batch_size=options.batch_size,
         max_tokens=options.max_tokens,
     )
-    wanted = None if options.dtype == "as-is" else getattr(torch, options.dtype)
-    try:
-        loaded.to(device=options.device, dtype=wanted)
-        batch = tree_map(lambda leaf: _moved(leaf, options.device, wanted), batch)
-    except Exception as error:  # torch was built without the device, and says so in many ways
-        what = f"--device {options.device}: moving model and batch there"
-        raise CommandError(raised(what, error)) from error
-    names = options.model, options.data, options.loss or default
-    return _Subject(names, loaded, batch, function)
-
-
-def _moved(leaf: Any, device: str, dtype: torch.dtype | None) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
+    place = Place(options.device, options.dtype)
+    place.model(loaded)
+    names = options.model, options.data, loss
+    return _Subject(names, loaded, place.batch(batch), function)
 
 
 def _print_findings(model: nn.Module, found: Comparison) -> None:
@@ -162,7 +137,3 @@ def _print_findings(model: nn.Module, found: Comparison) -> None:
     print(f"\n{found.verdict}")
     if found.reason:
         print(found.reason)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(names)) or "-"

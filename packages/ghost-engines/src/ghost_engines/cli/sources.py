@@ -1,0 +1,238 @@
+"""Files of texts and of token ids, from which batches are taken."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ghost_engines.cli.errors import CommandError
+from ghost_engines.cli.models import is_folder, load_tokenizer
+
+TEXT_TOKENS = 128
+
+
+class Source(ABC):
+    """Samples of a file."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    @abstractmethod
+    def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return samples as a batch: `input_ids` and `attention_mask`, int64 `[N, T]`."""
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How a file is read.
+
+    Attributes:
+        option: The option that names the file, for errors.
+        model: What the model was loaded from, for its tokenizer.
+        loaded: The model, for its largest number of positions.
+        field: Key of the text in lines of JSON.
+        max_tokens: Tokens to take of each sample.
+    """
+
+    option: str
+    model: str
+    loaded: nn.Module
+    field: str
+    max_tokens: int | None
+
+
+def open_source(path: Path, options: FileOptions, limit: int | None) -> Source | None:
+    """Open a file of samples.
+
+    Args:
+        path: The file.
+        options: How to read it.
+        limit: How many texts to read at most; all of them by default.
+
+    Returns:
+        Its samples; None if it is of no kind that is known.
+
+    Raises:
+        CommandError: If there is no sample in it, or it cannot be read.
+        MissingExtraError: If texts need transformers, and it is not installed.
+    """
+    match path.suffix:
+        case ".txt":
+            return _Texts.of(path, _lines(path, options.option), options, limit)
+        case ".jsonl":
+            return _Texts.of(path, _json_texts(path, options), options, limit)
+        case ".npy":
+            return _from_numpy(path, options)
+        case ".safetensors":
+            return _from_safetensors(path, options)
+    return None
+
+
+# Texts
+
+
+@dataclass(frozen=True)
+class _Texts(Source):
+    texts: list[str]
+    tokenizer: Any
+    longest: int
+
+    @classmethod
+    def of(
+        cls, path: Path, lines: Iterator[str], options: FileOptions, limit: int | None
+    ) -> _Texts:
+        texts = list(itertools.islice(lines, limit))
+        if not texts:
+            raise CommandError(f"{options.option}: {path} has no text")
+        if not is_folder(options.model):
+            raise CommandError(
+                f"{options.option}: {path} has texts, and only a checkpoint's folder has a "
+                f"tokenizer; {options.model} is none: give token ids"
+            )
+        longest = _longest(options.loaded, options.max_tokens)
+        return cls(texts, load_tokenizer(Path(options.model)), longest)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        found = self.tokenizer(
+            [self.texts[row] for row in rows],
+            padding=True,
+            truncation=True,
+            max_length=self.longest,
+            return_tensors="pt",
+        )
+        return {key: found[key].long() for key in ("input_ids", "attention_mask")}
+
+
+def _lines(path: Path, option: str) -> Iterator[str]:
+    """Yield the lines of a file that are not blank."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from (line.rstrip("\r\n") for line in file if line.strip())
+    except ValueError as error:
+        raise CommandError(f"{option}: {path} is not UTF-8: {error}") from error
+
+
+def _json_texts(path: Path, options: FileOptions) -> Iterator[str]:
+    option, field = options.option, options.field
+    for number, line in enumerate(_lines(path, option), 1):
+        try:
+            text = json.loads(line)[field]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CommandError(
+                f"{option}: text {number} of {path} is no JSON object with {field!r}; --field "
+                "names the key of the text"
+            ) from error
+        if not isinstance(text, str):
+            raise CommandError(
+                f"{option}: {field!r} of text {number} of {path} is a {type(text).__name__}, no "
+                "text"
+            )
+        yield text
+
+
+def _longest(model: nn.Module, max_tokens: int | None) -> int:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    wanted = TEXT_TOKENS if max_tokens is None else max_tokens
+    return min(wanted, positions) if isinstance(positions, int) and positions > 0 else wanted
+
+
+# Token ids
+
+
+@dataclass(frozen=True)
+class _Tokens(Source):
+    """Token ids `[N, T]` on disk; where there is no mask, negative ids are padding."""
+
+    what: str
+    n: int
+    ids: Callable[[Sequence[int]], Tensor]
+    mask: Tensor | None
+    max_tokens: int | None
+
+    def __len__(self) -> int:
+        return self.n
+
+    def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        ids = self.ids(rows)[:, : self.max_tokens]
+        if self.mask is None:
+            mask = ids >= 0
+        else:
+            mask = self.mask[list(rows), : self.max_tokens]
+            if not mask.isfinite().all():
+                raise CommandError(f"{self.what}: 'attention_mask' is not finite")
+            mask = mask != 0
+        return {"input_ids": ids.clamp(min=0), "attention_mask": mask.long()}
+
+
+def _from_numpy(path: Path, options: FileOptions) -> Source:
+    what = f"{options.option}: {path}"
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise CommandError(f"{what} is no array of numbers: {error}") from error
+    if not isinstance(values, np.ndarray):
+        raise CommandError(f"{what} holds several arrays: give one, integers [N, T]")
+    if values.dtype.kind not in "iu" or values.ndim != 2:
+        raise CommandError(
+            f"{what} must hold token ids, integers [N, T], not {values.dtype} of shape "
+            f"{values.shape}"
+        )
+    _check_any(values.size, what)
+
+    def ids(rows: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.array(values[list(rows)], dtype=np.int64))
+
+    return _Tokens(what, len(values), ids, None, options.max_tokens)
+
+
+def _from_safetensors(path: Path, options: FileOptions) -> Source:
+    what = f"{options.option}: {path}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            key = "input_ids" if "input_ids" in names else names[0] if len(names) == 1 else None
+            if key is None:
+                raise CommandError(
+                    f"{what} must hold 'input_ids' or just one tensor, not "
+                    f"{', '.join(names) or 'none'}"
+                )
+            values: Tensor = file.get_tensor(key)
+            mask = file.get_tensor("attention_mask") if "attention_mask" in names else None
+    except SafetensorError as error:
+        raise CommandError(f"{what} cannot be read: {error}") from error
+    if values.dtype.is_floating_point or values.dtype == torch.bool or values.dim() != 2:
+        kind = str(values.dtype).removeprefix("torch.")
+        raise CommandError(
+            f"{options.option}: {key!r} of {path} must be token ids, integers [N, T], not {kind} "
+            f"of shape {tuple(values.shape)}"
+        )
+    if mask is not None and mask.shape != values.shape:
+        raise CommandError(
+            f"{options.option}: 'attention_mask' of {path} has shape {tuple(mask.shape)}, "
+            f"'input_ids' {tuple(values.shape)}"
+        )
+    _check_any(values.numel(), what)
+
+    def ids(rows: Sequence[int]) -> Tensor:
+        return values[list(rows)].long()
+
+    return _Tokens(what, len(values), ids, mask, options.max_tokens)
+
+
+def _check_any(count: int, what: str) -> None:
+    if not count:
+        raise CommandError(f"{what} has no token")
