@@ -29,7 +29,7 @@ from ghost_core.errors import (
     UnsupportedLayerError,
     WrongSplitError,
 )
-from ghost_core.plugins import Override, hookimpl
+from ghost_core.plugins import Command, Override, hookimpl
 from ghost_core.projection import Projection
 from ghost_core.sampler import Call, GradientSampler, PastCall, as_tokens
 from ghost_core.tracking import Claim, Patterns, SamplerRegistry, TrackedParameter
@@ -39,6 +39,7 @@ __all__ = [
     "Call",
     "CaptureError",
     "Claim",
+    "Command",
     "Comparison",
     "Dense",
     "Engine",

@@ -93,3 +93,13 @@ class MissingExtraError(GhostError, ImportError):
         super().__init__(
             f"{purpose} needs {package}, which is not installed: pip install '{extra}'"
         )
+
+
+def told(error: BaseException) -> str:
+    """Say what somebody else's code raised, in words of its own; even those may be broken."""
+    try:
+        said = str(error)
+    except Exception:  # whatever `__str__` raises is another fault of the same code
+        said = "(it cannot be printed)"
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"{type(error).__name__}{': ' if said else ''}{said}{notes}"

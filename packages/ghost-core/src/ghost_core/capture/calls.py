@@ -77,7 +77,8 @@ class CallHooks:
             for local in self.tracked.parameters:
                 running.lend(parameter_of(module, local))
         if not running.shared or not self.tracked.sampler.replays:
-            running.before = self.tracked.sampler.prepare(module)
+            with self.tracked.blame:
+                running.before = self.tracked.sampler.prepare(module)
             withheld = () if running.shared else self.state.withheld(self.tracked)
             for local in withheld:
                 running.withhold(parameter_of(module, local))
@@ -209,7 +210,8 @@ class CallHooks:
         call = describe(tracked, outputs, axes, args, kwargs, before)
         given, outputs = outputs, self._expanded(outputs, axes)
         with full_precision(outputs[0].device):
-            records = dict(tracked.sampler.record(call))
+            with tracked.blame:
+                records = dict(tracked.sampler.record(call))
             if outputs[0].shape != given[0].shape:
                 records = {local: record.expand(axes.count) for local, record in records.items()}
             kept, saved = keep(batch.listeners, tracked, records)

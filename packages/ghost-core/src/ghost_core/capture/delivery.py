@@ -149,7 +149,7 @@ class Delivery:
         by_row = self.site.axes.rows_first(grads)
         fold = self.state.verifier.fold(self.call.name)
         owner = owner_of_rows(self.tracked, self.site, by_row, pass_.n, fold)
-        with self.state.silence():
+        with self.state.silence(), self.tracked.blame:
             gradients = self.tracked.sampler.gradients(self.call, kept.restore(saved), by_row)
         self._check(gradients)
         if owner is None:

@@ -148,7 +148,7 @@ class SharedValues(FunctionMode, Sharing):
         axes = RowAxes(axis or 0, (axis or 0,), 1)
         rows = [value.unsqueeze(0)] if axis is None else axes.rows_first([value])
         call = describe(tracked, rows, axes, args, kwargs, before)
-        with full_precision(output.device), self._state.silence():
+        with full_precision(output.device), self._state.silence(), tracked.blame:
             records = dict(tracked.sampler.record(call))
         return Form(tracked, call.past(), records, axis, sources, self._state)
 

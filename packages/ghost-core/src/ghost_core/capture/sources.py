@@ -104,7 +104,7 @@ class Form:
         if self.axis is not None:
             rows = rows.squeeze(self.axis + 1)
         records = {local: record.expand(len(rows)) for local, record in self.records.items()}
-        with self.state.silence():
+        with self.state.silence(), self.tracked.blame:
             gradients = self.tracked.sampler.gradients(self.call, records, [rows])
         for local, gradient in gradients.items():
             self.sources[local].spread(pass_, gradient, cut=cut)

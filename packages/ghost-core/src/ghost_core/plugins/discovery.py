@@ -1,8 +1,9 @@
 """Discovers plugins through entry points and collects what they offer.
 
 A plugin that is broken, or that offers what another one offers, is reported and left out; all
-others keep working. Pluggy's own loader would stop at the first broken plugin and silently skip
-the second of two that chose the same entry point name, so plugins go by `distribution:entry`.
+others keep working, and so do the hooks of a plugin that fit where one does not. Pluggy's own
+loader would stop at the first broken plugin and silently skip the second of two that chose the same
+entry point name, so plugins go by `distribution:entry`.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import pluggy
 
 from ghost_core.arguments import switch
 from ghost_core.capture import Listener
-from ghost_core.errors import CaptureError, UnknownNameError
+from ghost_core.errors import CaptureError, UnknownNameError, told
 from ghost_core.plugins import hookspecs
 from ghost_core.plugins.disabled import Disabled
-from ghost_core.plugins.offers import Offers, Plugin, told
+from ghost_core.plugins.hookspecs import Command
+from ghost_core.plugins.offers import Offers, Plugin
 from ghost_core.projection import Projection
 from ghost_core.sampler import GradientSampler
 from ghost_core.tracking import Claim, Patterns, SamplerRegistry, Selection
@@ -41,12 +43,19 @@ class Contributions:
         samplers: Samplers by module.
         engines: Engine classes by name.
         projections: Projection classes by name.
+        commands: Subcommands of `ghost` by name.
     """
 
     plugins: tuple[Plugin, ...]
     samplers: SamplerRegistry
     engines: Mapping[str, type[Listener]]
     projections: Mapping[str, type[Projection]]
+    commands: Mapping[str, type[Command]]
+
+    def owner(self, kind: str, name: str) -> str:
+        """Return the plugin whose offer of a name stands; an empty name if there is none."""
+        offer = f"{kind} {name}"
+        return next((plugin.name for plugin in self.plugins if offer in plugin.offers), "")
 
     def engine(self, name: str) -> type[Listener]:
         """Return an engine class by name.
@@ -159,6 +168,7 @@ def collect(entries: list[tuple[Distribution, EntryPoint]]) -> Contributions:
     samplers = offers.gather(manager, "sampler", GradientSampler)
     engines = offers.gather(manager, "engine", Listener)
     projections = offers.gather(manager, "projection", Projection)
+    commands = offers.gather(manager, "command", Command)
     disabled.warn()
     for plugin in plugins.values():
         if plugin.problems:
@@ -170,6 +180,7 @@ def collect(entries: list[tuple[Distribution, EntryPoint]]) -> Contributions:
         SamplerRegistry(claims, failure_note(listed)),
         {name: offer.value for name, offer in engines.items()},
         {name: offer.value for name, offer in projections.items()},
+        {name: offer.value for name, offer in commands.items()},
     )
 
 
@@ -187,21 +198,24 @@ def failure_note(plugins: tuple[Plugin, ...]) -> str:
 
 
 def _load(manager: pluggy.PluginManager, plugin: Plugin, entry: EntryPoint) -> None:
+    """Import a plugin and register its hooks one by one, so that each stands for itself."""
     try:
-        manager.register(entry.load(), plugin.name)
-        misspelt = [
-            impl.function.__name__
-            for caller in (manager.get_hookcallers(manager.get_plugin(plugin.name)) or [])
-            if not caller.has_spec()
-            for impl in caller.get_hookimpls()
-            if impl.plugin_name == plugin.name
-        ]
-        if misspelt:
-            known = [name for name in vars(hookspecs) if name.startswith("ghost_")]
-            raise UnknownNameError("hook", misspelt[0], known)
+        loaded = entry.load()
+        named = {name: manager.parse_hookimpl_opts(loaded, name) for name in dir(loaded)}
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin may fail in any way at all, sys.exit among them
-        if manager.has_plugin(plugin.name):
-            manager.unregister(name=plugin.name)
         plugin.problems.append(told(error))
+        return
+    known = [each for each in vars(hookspecs) if each.startswith("ghost_")]
+    for name, options in named.items():
+        if options is None:
+            continue
+        hook = SimpleNamespace(**{name: getattr(loaded, name)})
+        try:
+            if (meant := options.get("specname") or name) not in known:
+                raise UnknownNameError("hook", meant, known, "Is it of a newer ghost?")
+            manager.register(hook, f"{plugin.name}:{name}")
+        except (UnknownNameError, pluggy.PluginValidationError) as error:
+            manager.unregister(hook, f"{plugin.name}:{name}")
+            plugin.problems.append(told(error))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pluggy
 from torch import nn
@@ -24,7 +24,19 @@ hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
 
 
-@dataclass(frozen=True)
+@runtime_checkable
+class Command(Protocol):
+    """A subcommand of `ghost`, with what it was told.
+
+    Any class with this method is one. Make it a dataclass with a docstring: its fields are what
+    can be told on the command line, by type, and the docstring is the help. tyro reads both.
+    """
+
+    def run(self) -> int:
+        """Do it, and return the exit status: 0, or 2 if it could not be done."""
+
+
+@dataclass(frozen=True, init=False)
 class Override:
     """Offers something in place of what ghost's own packages offer under the same name.
 
@@ -36,9 +48,16 @@ class Override:
 
     Attributes:
         offer: What is offered instead: a class, as it would stand there alone.
+        unknown: What else was said of it, which only a newer version of ghost may know: an offer
+            with such a field is reported and left out, and the plugin's others stand.
     """
 
     offer: type[Any]
+    unknown: tuple[str, ...] = ()
+
+    def __init__(self, offer: type[Any], **unknown: object) -> None:
+        object.__setattr__(self, "offer", offer)
+        object.__setattr__(self, "unknown", tuple(unknown))
 
 
 @hookspec
@@ -66,4 +85,13 @@ def ghost_projections() -> Mapping[str, type[Projection] | Override]:  # type: i
 
     Returns:
         Projection classes by the name that `ProjectionEngine(init=...)` takes.
+    """
+
+
+@hookspec
+def ghost_commands() -> Mapping[str, type[Command] | Override]:  # type: ignore[empty-body]
+    """Offer subcommands of `ghost`.
+
+    Returns:
+        Classes of commands by name: small letters, digits and hyphens.
     """

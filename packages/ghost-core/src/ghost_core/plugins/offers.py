@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pluggy
 from torch import nn
 
-from ghost_core.errors import PluginError
+from ghost_core.errors import PluginError, told
 from ghost_core.plugins.disabled import DISABLED_VARIABLE, Disabled
 from ghost_core.plugins.hookspecs import Override
 from ghost_core.tracking import dotted_name
 
-_BASES = {"sampler": "GradientSampler", "engine": "Engine", "projection": "Projection"}
+_BASES = {
+    "sampler": "GradientSampler",
+    "engine": "Engine",
+    "projection": "Projection",
+    "command": "Command",
+}
 
 _OWN = frozenset({"ghost-core", "ghost-layers", "ghost-engines", "ghost-examples"})
 """Distributions of ghost itself, whose offers are defaults: they stand until overridden."""
@@ -46,7 +52,8 @@ class Plugin:
         if self.disabled:
             return f"disabled by {DISABLED_VARIABLE}"
         if self.problems:
-            return f"failed: {'; '.join(self.problems)}"
+            how = "loaded in part" if self.offers else "failed"
+            return f"{how}: {'; '.join(self.problems)}"
         if self.withheld:
             return f"loaded, without {', '.join(self.withheld)} ({DISABLED_VARIABLE})"
         return "loaded"
@@ -81,15 +88,8 @@ class Offers:
         """Return the offers of a kind that stand, by name."""
         found: dict[str, list[Offer]] = {}
         for impl in getattr(manager.hook, f"ghost_{kind}s").get_hookimpls():
-            plugin = self.plugins[impl.plugin_name]
-            try:
-                offered = _checked(impl.function(), kind, base)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # a plugin may fail in any way at all
-                plugin.problems.append(told(error))
-                continue
-            for name, (value, overrides) in offered.items():
+            plugin = self.plugins[impl.plugin_name.rpartition(":")[0]]
+            for name, (value, overrides) in _checked(impl.function, kind, base, plugin).items():
                 if self.disabled.offer(plugin.name, kind, name):
                     plugin.withheld.append(f"{kind} {name}")
                 else:
@@ -100,14 +100,6 @@ class Offers:
                 accepted[name] = chosen
                 chosen.plugin.offers.append(f"{kind} {name}")
         return accepted
-
-
-def told(error: BaseException) -> str:
-    """Say what a plugin raised, in a line; its own text may be broken, too."""
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # whatever `__str__` raises is another fault of the same plugin
-        return type(error).__name__
 
 
 def _chosen(what: str, offers: Sequence[Offer]) -> Offer | None:
@@ -149,25 +141,63 @@ def _yield_to(what: str, beaten: Sequence[Offer], winner: Offer, remedy: str) ->
         )
 
 
-def _checked(offered: Any, kind: str, base: type[Any]) -> dict[str, tuple[type[Any], bool]]:
-    """Return what a hook offers by name, and whether it overrides."""
-    if not isinstance(offered, Mapping):
-        raise PluginError(f"ghost_{kind}s returned {type(offered).__name__}, not a mapping")
-    checked = {}
-    for key, given in offered.items():
-        is_layer = isinstance(key, type) and issubclass(key, nn.Module)
-        if not isinstance(key, str) and not (kind == "sampler" and is_layer):
-            raise PluginError(f"ghost_{kind}s has the key {key!r}, not a name")
-        overrides = isinstance(given, Override)
-        value = given.offer if isinstance(given, Override) else given
-        if not (isinstance(value, type) and issubclass(value, base)):
-            raise PluginError(
-                f"ghost_{kind}s offers {value!r}, which is no class of {_BASES[kind]}"
-            )
-        if missing := getattr(value, "__abstractmethods__", None):
-            raise PluginError(f"{value.__name__} does not implement {', '.join(sorted(missing))}")
-        name = key if isinstance(key, str) else dotted_name(key)
-        if name in checked:
-            raise PluginError(f"ghost_{kind}s offers {name} twice, by class and by name")
-        checked[name] = value, overrides
+def _checked(
+    hook: Callable[[], Any], kind: str, base: type[Any], plugin: Plugin
+) -> dict[str, tuple[type[Any], bool]]:
+    """Return what a hook offers by name, and whether it overrides; what does not fit is reported.
+
+    Args:
+        hook: The plugin's function.
+        kind: What it offers.
+        base: What that is to be a class of.
+        plugin: The plugin, which is told of its faults.
+    """
+    checked: dict[str, tuple[type[Any], bool]] = {}
+    try:
+        offered = hook()
+        if not isinstance(offered, Mapping):
+            raise PluginError(f"ghost_{kind}s returned {type(offered).__name__}, not a mapping")
+        for key, given in offered.items():
+            try:
+                name = _name(key, kind)
+                found = _value(given, kind, base)
+                if name in checked:
+                    raise PluginError(f"ghost_{kind}s offers {name} twice, by class and by name")
+                checked[name] = found, isinstance(given, Override)
+            except PluginError as error:
+                plugin.problems.append(told(error))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may fail in any way at all
+        plugin.problems.append(told(error))
     return checked
+
+
+def _name(key: Any, kind: str) -> str:
+    """Return the name that something is offered under."""
+    if kind == "sampler" and isinstance(key, type) and issubclass(key, nn.Module):
+        return dotted_name(key)
+    if not isinstance(key, str):
+        raise PluginError(f"ghost_{kind}s has the key {key!r}, not a name")
+    if kind == "command" and not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+        raise PluginError(
+            f"ghost_commands has the key {key!r}; a command's name has small letters, digits, and "
+            "hyphens"
+        )
+    return key
+
+
+def _value(given: Any, kind: str, base: type[Any]) -> type[Any]:
+    """Return the class that is offered."""
+    if isinstance(given, Override) and given.unknown:
+        fields = ", ".join(map(repr, given.unknown))
+        raise PluginError(
+            f"an Override has {fields}, which this version of ghost does not know: the offer of "
+            f"{getattr(given.offer, '__name__', given.offer)} is left out"
+        )
+    value = given.offer if isinstance(given, Override) else given
+    if not (isinstance(value, type) and issubclass(value, base)):
+        raise PluginError(f"ghost_{kind}s offers {value!r}, which is no class of {_BASES[kind]}")
+    if missing := getattr(value, "__abstractmethods__", None):
+        raise PluginError(f"{value.__name__} does not implement {', '.join(sorted(missing))}")
+    return value

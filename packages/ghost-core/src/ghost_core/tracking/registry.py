@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
-from ghost_core.errors import PluginConflictError
+from ghost_core.errors import GhostError, PluginConflictError, PluginError, told
 from ghost_core.sampler import GradientSampler
 
 
@@ -23,9 +24,19 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """There is a sampler for a module."""
+    """There is a sampler for a module, which a plugin offers."""
 
     sampler: GradientSampler
+    claim: Claim
+
+    def owns(self, module: nn.Module) -> tuple[str, ...]:
+        """Return the local names of the parameters that the sampler handles.
+
+        Raises:
+            PluginError: If it fails.
+        """
+        with _blaming(self.claim, f"{self.claim.sampler.__name__}.owns raised"):
+            return self.sampler.owns(module)
 
 
 @dataclass(frozen=True)
@@ -80,19 +91,46 @@ class SamplerRegistry:
             wanted: Local names of the module's own parameters that matter. What is behind a
                 parametrisation makes a module another layer only if it matters.
             generic: Whether samplers that handle any module may be used.
+
+        Raises:
+            PluginError: If a sampler cannot be made, or fails.
         """
         kind, reason = type(module), ""
         for base in kind.__mro__:
             claim = self._claims.get(dotted_name(base))
             if claim is None or (claim.sampler.generic and not generic):
                 continue
-            sampler = self._samplers.setdefault(claim.sampler, claim.sampler())
+            sampler = self._sampler(claim)
             unfit = _unfit(sampler, module, base, wanted)
             if unfit is None:
-                refusal = sampler.refuse(module)
-                return Found(sampler) if refusal is None else Refused(refusal)
+                with _blaming(claim, f"{claim.sampler.__name__}.refuse raised"):
+                    refusal = sampler.refuse(module)
+                return Found(sampler, claim) if refusal is None else Refused(refusal)
             reason = reason or unfit
         return Refused(reason or f"no sampler is registered for {dotted_name(kind)}{self._note}")
+
+    def _sampler(self, claim: Claim) -> GradientSampler:
+        if claim.sampler not in self._samplers:
+            with _blaming(claim, f"{claim.sampler.__name__} cannot be made:"):
+                self._samplers[claim.sampler] = claim.sampler()
+        return self._samplers[claim.sampler]
+
+
+@contextmanager
+def _blaming(claim: Claim, what: str) -> Iterator[None]:
+    """Name the plugin of a sampler that raises."""
+    try:
+        yield
+    except GhostError:
+        raise
+    except Exception as error:
+        distribution = claim.plugin.partition(":")[0]
+        raise PluginError(
+            f"{what} {told(error)}",
+            reason=f"it is the sampler of the plugin {claim.plugin} for {claim.module}",
+            remedy="report it to the plugin's authors, or do without it: "
+            f"GHOST_DISABLED_PLUGINS={distribution}:sampler:{claim.module}",
+        ) from error
 
 
 def _unfit(

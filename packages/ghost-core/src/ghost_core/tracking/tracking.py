@@ -16,6 +16,7 @@ from ghost_core._torch import direct_parameters, is_compiled, is_composed
 from ghost_core.arguments import text, whole
 from ghost_core.errors import CaptureError, UnsupportedLayerError
 from ghost_core.sampler import GradientSampler, own_parameters
+from ghost_core.tracking.blame import Blame
 from ghost_core.tracking.patterns import Patterns, by_module, select_parameters
 from ghost_core.tracking.registry import Found, SamplerRegistry, dotted_name
 
@@ -56,6 +57,7 @@ class TrackedModule:
         batch_dim: Axis on which it has its samples.
         row_owner: Key of the batch that says which sample each of its rows belongs to; None where
             it has one row per sample.
+        plugin: The plugin that offers the sampler, for messages.
     """
 
     name: str
@@ -64,6 +66,14 @@ class TrackedModule:
     parameters: dict[str, TrackedParameter]
     batch_dim: int = 0
     row_owner: str | None = None
+    plugin: str = ""
+
+    @cached_property
+    def blame(self) -> Blame:
+        """Names plugin and module where the sampler raises inside."""
+        kind = dotted_name(type(self.module))
+        by = f"{type(self.sampler).__name__} of the plugin {self.plugin or '(none)'}"
+        return Blame(f"raised by {by}, for {self.label}, a {kind}")
 
     def joined(self, other: TrackedModule) -> TrackedModule:
         """Return the module with what another engine tracks of it too.
@@ -219,7 +229,7 @@ def _find_owners(
         found = selection.registry.find(module, wanted, generic=selection.generic)
         own = {
             local: parameters[leaf]
-            for local in (found.sampler.owns(module) if isinstance(found, Found) else direct)
+            for local in (found.owns(module) if isinstance(found, Found) else direct)
             if owner_of(module, local) not in taken
             and (leaf := parameter_of(module, local)) in parameters
         }
@@ -227,7 +237,9 @@ def _find_owners(
             continue
         if isinstance(found, Found):
             axis, owner = axes.get(name, 0), owners.get(name)
-            modules.append(TrackedModule(name, module, found.sampler, own, axis, owner))
+            modules.append(
+                TrackedModule(name, module, found.sampler, own, axis, owner, found.claim.plugin)
+            )
             taken |= {owner_of(module, local) for local in own if "." in local}
         else:
             unhandled.append((name, own.values(), found.reason))
