@@ -323,3 +323,28 @@ def test_a_backward_pass_that_fails_before_anything_arrived_may_be_repeated(
             loss(output).backward(retain_graph=True)
         loss(output).backward()
     assert_held(batch.result, per_sample_gradients(model, model(x).square().sum(1)))
+
+
+@pytest.mark.parametrize("which", ["its own", "another"])
+def test_leaving_an_engine_before_a_batch_is_closed_is_refused(
+    hold: Hold, model: nn.Module, x: Tensor, which: str
+) -> None:
+    """Nobody watched what came after; and nothing of ghost's is left on the model, nor a mode."""
+    found, engine, other = traces(model), hold(model), hold(model)
+
+    def run() -> Batch[Held]:
+        with engine.batch(range(N)) as batch:
+            loss(model(x)).backward()
+            (engine if which == "its own" else other).__exit__(None, None, None)
+            assert torch._C._len_torch_dispatch_stack() == 0
+            assert torch._C._len_torch_function_stack() == 0
+        return batch
+
+    engine.__enter__()
+    other.__enter__()
+    with pytest.raises(CaptureError, match="was left while this batch was open"):
+        run()
+    with pytest.raises(CaptureError, match="an exception ended it"):
+        engine.collect()
+    (other if which == "its own" else engine).__exit__(None, None, None)
+    assert_untouched(found, model, "after leaving")

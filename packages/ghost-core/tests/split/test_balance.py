@@ -199,3 +199,60 @@ def test_few_rows_do_not_tell_a_fold_apart(hold) -> None:
 def test_lazy_parameters_are_refused() -> None:
     with pytest.raises(CaptureError, match=r"0\.weight has no shape yet: run the model once"):
         GradientHolder(nn.Sequential(nn.LazyLinear(3)), registry=plain_registry())
+
+
+class Spoilt(torch.autograd.Function):
+    """Passes values through, and spoils one element of what comes back."""
+
+    @staticmethod
+    def forward(ctx, value, spoil):
+        ctx.spoil = spoil
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad.view(-1)[0] = ctx.spoil
+        return grad, None
+
+
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
+def test_nan_in_what_autograd_made_alone_is_found(model, x, spoil: float) -> None:
+    """Training is lost, and the scores say nothing of it."""
+    engine = GradientHolder(model, registry=scaled_registry())
+    penalty = Spoilt.apply(model.b.weight, spoil).sum()
+    with engine, pytest.raises(UnbalancedError, match=r"gradient of b\.weight"):
+        run(engine, lambda: model(x).square().sum() + penalty)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_nan_in_what_arrived_alone_is_found(model, x, monkeypatch, factor: float) -> None:
+    engine = GradientHolder(model, registry=scaled_registry())
+    with engine:
+        run(engine, lambda: model(x).square().sum())
+        monkeypatch.setattr(Scaled, "factor", factor)
+        with pytest.raises(UnbalancedError, match=r"do not add up"):
+            run(engine, lambda: model(x).square().sum())
+
+
+def test_what_overflows_hides_no_fault_of_other_parameters(model, x) -> None:
+    class Overflowing(nn.Module):
+        """Has a head whose gradients are infinite, beside one whose gradients are not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = model.a, model.b
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x), self.b(x)
+
+    root = Overflowing()
+    engine = GradientHolder(root, registry=scaled_registry())
+    penalty = root.a.weight.sum()
+
+    def loss() -> Tensor:
+        one, other = root(x)
+        return one.sum() + penalty + (other * 1e300 * 1e300).sum()
+
+    with engine, pytest.raises(UnbalancedError, match=r"gradient of a\.weight"):
+        run(engine, loss)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ghost_core._torch import after_backward, backward_id
 from ghost_core.capture.listener import Listener, Pass
+from ghost_core.capture.refusals import broken_off
 from ghost_core.errors import CaptureError
 from ghost_core.split import Site, find_owner
 
@@ -173,13 +174,7 @@ class BatchCapture:
     def check_complete(self) -> None:
         """Raise if the passes do not make up the batch, or a backward pass broke off."""
         if self.unfinished:
-            raise CaptureError(
-                "a backward pass was not completed, though gradients had arrived in it",
-                reason="it failed and the error was caught inside engine.batch(), so that what had "
-                "arrived is only a part, or counts twice where the pass was repeated",
-                remedy="let the error end the batch, and open another to try again, with .grad as "
-                "it was before",
-            )
+            raise broken_off()
         if not self.passes:
             raise CaptureError(
                 "the model was not called with gradients enabled inside engine.batch(). If it is "

@@ -29,6 +29,7 @@ from ghost_core.capture.refusals import (
     attached_already,
     attached_late,
     disagreeing,
+    left_early,
     not_attached,
     open_already,
 )
@@ -121,7 +122,7 @@ class Recorder:
         """Take away all that `_attach` did for an engine, or began to do."""
         state = self._state
         if state.batch is not None:
-            self._leave(state.batch, listener)
+            self._close(state.batch)
         state.attached[:] = [each for each in state.attached if each[0] is not listener]
         self._install()
         if not state.attached:
@@ -196,6 +197,8 @@ class Recorder:
             stack.callback(self._leave, batch, listener)
             batch.owners |= owners
             yield batch
+            if batch.closed:
+                raise left_early()
             self._state.verifier.finish()
             batch.check_complete()
             if self._state.balance is not None:
@@ -220,10 +223,13 @@ class Recorder:
 
     def _leave(self, batch: BatchCapture, listener: Listener) -> None:
         """Let an engine out of a batch; the last one closes it."""
-        state = self._state
         batch.listeners[:] = [each for each in batch.listeners if each is not listener]
-        if batch.listeners or state.batch is not batch:
-            return
+        if not batch.listeners and self._state.batch is batch:
+            self._close(batch)
+
+    def _close(self, batch: BatchCapture) -> None:
+        """End a batch, whoever still takes part in it."""
+        state = self._state
         batch.closed = True
         self._stop_following()
         state.verifier.stop()

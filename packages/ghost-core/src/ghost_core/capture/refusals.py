@@ -44,6 +44,35 @@ def open_already() -> CaptureError:
     )
 
 
+def left_early() -> CaptureError:
+    """Say that an engine was left inside a batch."""
+    return CaptureError(
+        "an engine of this model was left while this batch was open",
+        reason="ghost's hooks went with it, so that what came after was not seen",
+        remedy="leave with engine.batch(...): before with engine: ends",
+    )
+
+
+def broken_off() -> CaptureError:
+    """Say that a backward pass failed inside a batch."""
+    return CaptureError(
+        "a backward pass was not completed, though gradients had arrived in it",
+        reason="it failed and the error was caught inside engine.batch(), so that what had "
+        "arrived is only a part, or counts twice where the pass was repeated",
+        remedy="let the error end the batch, and open another to try again, with .grad as it was "
+        "before",
+    )
+
+
+def in_another_thread() -> CaptureError:
+    """Say that the model was called beside a batch."""
+    return CaptureError(
+        "the model was called in another thread than the one that opened the batch",
+        reason="whose samples these are cannot be told, and gradients of both add up",
+        remedy="call it under torch.no_grad() in other threads, or when no batch is open",
+    )
+
+
 def disagreeing() -> CaptureError:
     """Say that one engine freezes the parameters and another one does not."""
     return CaptureError(

@@ -18,7 +18,7 @@ from ghost_core._torch import foreign_modes_left, in_backward
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass
-from ghost_core.errors import CaptureError
+from ghost_core.capture.refusals import in_another_thread
 from ghost_core.split import Balance, Site, Verifier
 from ghost_core.tracking import TrackedModule
 
@@ -172,11 +172,7 @@ class CaptureState:
         if module is not expected or batch is None or self.paused:
             return
         if batch.thread != get_ident() and torch.is_grad_enabled() and not in_backward():
-            raise CaptureError(
-                "the model was called in another thread than the one that opened the batch",
-                reason="whose samples these are cannot be told, and gradients of both add up",
-                remedy="call it under torch.no_grad() in other threads, or when no batch is open",
-            )
+            raise in_another_thread()
 
     def made(self, tracked: TrackedModule) -> tuple[str, ...]:
         """Return the parameters whose gradients an engine makes in the open batch, local names."""

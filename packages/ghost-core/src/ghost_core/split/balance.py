@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import hypot, isfinite, isinf
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +47,18 @@ class _Account:
 
     @property
     def off(self) -> float:
-        """How far the sums are from each other; zero where there is nothing to compare."""
+        """How far the sums are from each other; zero where there is nothing to compare.
+
+        Infinitely far, if one of them is finite and the other is not. Where both are not, it is for
+        the scores to tell.
+        """
         if self.made is None:
             return 0
-        difference = self.made if self.arrived is None else self.made - self.arrived
-        return float(torch.linalg.vector_norm(difference))
+        arrived = torch.zeros_like(self.made) if self.arrived is None else self.arrived
+        finite = [bool(each.isfinite().all()) for each in (self.made, arrived)]
+        if not all(finite):
+            return float("inf") if any(finite) else 0
+        return float(torch.linalg.vector_norm(self.made - arrived))
 
 
 class Balance:
@@ -126,14 +134,15 @@ class Balance:
             UnbalancedError: Naming the worst parameter.
         """
         accounts = {n: self._accounts[n] for n in self._parameters if n in self._accounts}
-        whole = sum(account.scale**2 for account in accounts.values()) ** 0.5
+        scales = [account.scale for account in accounts.values() if isfinite(account.scale)]
+        whole = hypot(*scales)
         wrong: dict[str, float] = {}
         for name, account in accounts.items():
             precision = Precision.of({self._parameters[name].dtype, *account.dtypes})
-            scale = max(account.scale, precision.floor * whole)
-            # Overflow is for the scores to tell; where nothing arrived at all, any gradient is off.
-            if account.off > max(precision.tolerance, INSIDE) * scale:
-                wrong[name] = account.off / scale if scale else float("inf")
+            scale, off = max(account.scale, precision.floor * whole), account.off
+            # Where nothing arrived at all, any gradient is off.
+            if isinf(off) or off > max(precision.tolerance, INSIDE) * scale:
+                wrong[name] = off / scale if scale and isfinite(scale) else float("inf")
         if wrong:
             worst = max(wrong, key=lambda name: wrong[name])
             # What stands for a parameter or a module has an account named "it, ...".
