@@ -19,7 +19,11 @@ from ghost_engines import DotProductEngine, ProjectionEngine
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "docs/quickstart.md"
 DATASET = "docs/dataset.md"
-FRAGMENTS = ("README.md", "docs/loop.md")  # their code needs names that the reader has already
+FRAGMENTS = (
+    "README.md",
+    "docs/loop.md",
+    "docs/modes.md",
+)  # their code needs names that the reader has already
 BLOCK = re.compile(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", re.M | re.S)
 HEADING = re.compile(r"^#+ (.*)$", re.M)
 DIRECTIVE = re.compile(r"^::: (\S+)\n(?:    options: \{ members: \[(.*)\] \}\n)?", re.M)

@@ -171,6 +171,12 @@ class Engine(Listener, Generic[ResultT]):
         """Whether a batch is open."""
         return self._open
 
+    @property
+    def makes_gradients(self) -> bool:
+        """Whether what `on_gradient` returns becomes the parameters' gradients."""
+        recorder = self._recorder
+        return self.freeze is Freeze.CALL and recorder is not None and not recorder.flags
+
     # For users
 
     def __enter__(self) -> Self:

@@ -111,7 +111,8 @@ def test_every_operation_adds_up_over_uses(case: str) -> None:
 def test_chunks_do_not_change_results(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (ghost_core.algebra.gradients, ghost_core.algebra.outer):
         monkeypatch.setattr(module, "chunks", partial(chunks, limit=1))
-    monkeypatch.setattr(ghost_core.algebra.outer, "AT_ONCE", 1)
+    for name in ("ALONE", "AT_ONCE"):
+        monkeypatch.setattr(ghost_core.algebra.outer, name, 1)
     make = CASES[case]
     check_operations(of(make(N)), of(make(M)), what=case)
 

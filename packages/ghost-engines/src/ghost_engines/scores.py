@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ghost_core import CaptureError
-from ghost_engines.results import Result, SummedResult
+from ghost_engines.results import Result, SummedResult, cosines, summed
 
 DocumentIds = Sequence[Sequence[int] | Tensor | np.ndarray] | Tensor | np.ndarray
 
@@ -47,10 +47,15 @@ class Scores(SummedResult):
     Attributes:
         directions: Names of the K directions.
         token_dots: What `by_token` returns; None if the engine was made without `per_token=True`.
+        squared_norms: Squared norms of contributions by parameter name, `[N]`; None if the engine
+            was made without `norms=True`.
+        squared_direction_norms: Squared norms of directions by parameter name, `[K]`, likewise.
     """
 
     directions: tuple[str, ...]
     token_dots: Tensor | None = None
+    squared_norms: Mapping[str, Tensor] | None = None
+    squared_direction_norms: Mapping[str, Tensor] | None = None
 
     @property
     def finite(self) -> Tensor:
@@ -78,6 +83,49 @@ class Scores(SummedResult):
                 "per_token=True)"
             )
         return self.token_dots
+
+    @property
+    def norms(self) -> Tensor:
+        """Norms of whole contributions, `[N]`.
+
+        Raises:
+            CaptureError: If the engine was made without `norms=True`.
+        """
+        return summed(self._norms()[0]).sqrt()
+
+    @property
+    def norms_by_parameter(self) -> dict[str, Tensor]:
+        """Norms of contributions by parameter, `[N]`; see `norms`."""
+        return {name: squared.sqrt() for name, squared in self._norms()[0].items()}
+
+    @property
+    def cosines(self) -> Tensor:
+        """Cosines of whole contributions with whole directions, `[N, K]`.
+
+        The weight of a sample's loss cancels out, as long as it is positive. NaN where a norm is
+        zero or not finite.
+
+        Raises:
+            CaptureError: If the engine was made without `norms=True`.
+        """
+        mine, others = self._norms()
+        return cosines(self.total, summed(mine), summed(others))
+
+    @property
+    def cosines_by_parameter(self) -> dict[str, Tensor]:
+        """Cosines of the parts that belong to one parameter, `[N, K]`; they do not add up."""
+        mine, others = self._norms()
+        return {
+            name: cosines(dots, mine[name], others[name])
+            for name, dots in self.by_parameter.items()
+        }
+
+    def _norms(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        if self.squared_norms is None or self.squared_direction_norms is None:
+            raise CaptureError(
+                "norms were not taken: make the engine with DotProductEngine(model, norms=True)"
+            )
+        return self.squared_norms, self.squared_direction_norms
 
     def by_segment(self, document_ids: DocumentIds) -> SegmentScores:
         """Add up the dots of each document's positions, for samples packed of several documents.

@@ -187,10 +187,16 @@ class ScoringEngine(Engine[ScoresT]):
 
     def on_gradient(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
-    ) -> None:
+    ) -> Tensor | None:
         """Multiply with the directions, and tell the observers."""
         for observer in self._observers:
             observer.arriving(pass_, parameter, gradient)
+        return self.score(pass_, parameter, gradient)
+
+    def score(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor | None:
+        """Multiply with the directions; return what `on_gradient` is to return."""
         stacked = self._stacked[parameter.name]
         if self._tokens is None:
             dots = gradient.dot(stacked)
@@ -199,6 +205,7 @@ class ScoringEngine(Engine[ScoresT]):
             self._tokens.add(pass_, parameter.name, by_token)
             dots = by_token.sum(1)
         self._dots[parameter.name][pass_.samples] += dots
+        return None
 
     def on_end(self, batch: Batch[ScoresT]) -> ScoresT:
         """Return the dots, and tell the observers."""

@@ -12,7 +12,7 @@ from torch import Size, Tensor
 from ghost_core.algebra.factors import InputFactor, Tokens
 from ghost_core.algebra.gradients import PerSampleGradient, as_rows, built_gram, built_paired
 from ghost_core.algebra.numerics import accumulation_dtype, chunks
-from ghost_core.algebra.reduced import AT_ONCE, Reduced, outer_products, reduce_built
+from ghost_core.algebra.reduced import ALONE, AT_ONCE, Reduced, outer_products, reduce_built
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Outer(PerSampleGradient):
     def _parts(self) -> Iterator[Tensor]:
         """Yield the gradients as `[n, S]`, as few at once as stay in the cache."""
         dtype, size = accumulation_dtype(self.grad), self.shape.numel()
-        if size < AT_ONCE or not isinstance(self.factor, Tokens) or self.groups > 1:
+        if size < ALONE or not isinstance(self.factor, Tokens) or self.groups > 1:
             for part in chunks(self.n, size, limit=AT_ONCE):
                 yield as_rows(self.narrow(part).materialize())
             return

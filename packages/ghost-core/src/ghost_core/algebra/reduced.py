@@ -11,6 +11,9 @@ from torch import Tensor
 AT_ONCE = 2**18
 """Elements of built gradients that are reduced at once: a MiB of float32 stays in the cache."""
 
+ALONE = 2**14
+"""Elements of a gradient that is built alone: one product for each sample is faster then."""
+
 
 @dataclass(frozen=True)
 class Reduced:
