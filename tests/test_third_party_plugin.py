@@ -4,6 +4,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,12 @@ from ghost_engines import DotProductEngine, ProjectionEngine, score_dataset
 sample = pytest.importorskip("ghost_plugin_sample")
 
 NAME = "ghost-plugin-sample:sample"
+OFFERS = {
+    "command agreement",
+    "engine sign_agreement",
+    "projection coordinates",
+    "sampler ghost_plugin_sample.Scale",
+}
 
 
 @pytest.fixture
@@ -53,11 +60,7 @@ def test_it_is_found_with_all_it_offers():
     found = installed()
     (plugin,) = [plugin for plugin in found.plugins if plugin.name == NAME]
     assert plugin.status == "loaded"
-    assert sorted(plugin.offers) == [
-        "engine sign_agreement",
-        "projection coordinates",
-        "sampler ghost_plugin_sample.Scale",
-    ]
+    assert set(plugin.offers) == OFFERS
     assert found.engines["sign_agreement"] is sample.SignAgreementEngine
     assert found.projection("coordinates") is sample.CoordinateProjection
     assert type(found.samplers.find(sample.Scale(3)).sampler) is sample.ScaleSampler
@@ -179,6 +182,25 @@ def test_its_projection_serves_the_engine_of_ghost(model, inputs):
 def test_the_command_lists_it():
     command = Path(sysconfig.get_path("scripts")) / "ghost"
     listing = subprocess.run([command, "plugins"], capture_output=True, text=True, check=True)
-    (line,) = [line for line in listing.stdout.splitlines() if line.startswith(NAME)]
-    for offer in ("Scale", "sign_agreement", "coordinates", "loaded"):
-        assert offer in line
+    rows = [line.split("\t") for line in listing.stdout.splitlines() if line.startswith(NAME)]
+    assert {row[2] for row in rows} == OFFERS
+    assert {row[3] for row in rows} == {"loaded"}
+
+
+def ghost(*arguments):
+    command = Path(sysconfig.get_path("scripts")) / "ghost"
+    return subprocess.run([command, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_its_command_is_one_of_ghost(tmp_path):
+    assert "Print the signs of each row of a file" in " ".join(ghost("--help").stdout.split())
+    np.save(tmp_path / "rows.npy", np.array([[1.0, -2.0, 3.0], [0.0, 0.0, -1.0]]))
+    done = ghost("agreement", "--path", tmp_path / "rows.npy")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n-1\n", "")
+
+
+def test_what_goes_wrong_in_its_command_names_it(tmp_path):
+    done = ghost("agreement", "--path", tmp_path / "none.npy")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"ghost: the command agreement of the plugin {NAME}: FileNotFoundError")

@@ -1,10 +1,11 @@
-"""Registers the engines and projections of this package."""
+"""Registers the engines, projections and commands of this package."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ghost_core import Engine, Projection, hookimpl
+from ghost_core import Command, Engine, Projection, hookimpl
+from ghost_engines.cli import COMMANDS
 from ghost_engines.cosine import CosineEngine
 from ghost_engines.dot_product import DotProductEngine
 from ghost_engines.gram import GramEngine
@@ -37,3 +38,9 @@ def ghost_projections() -> dict[str, type[Projection]]:
         "orthonormal": OrthonormalProjection,
         "rademacher": RademacherProjection,
     }
+
+
+@hookimpl
+def ghost_commands() -> dict[str, type[Command]]:
+    """Contribute the commands of this package."""
+    return dict(COMMANDS)

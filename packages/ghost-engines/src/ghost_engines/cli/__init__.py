@@ -1,5 +1,6 @@
 """The command `ghost`."""
 
 from ghost_engines.cli.commands import main
+from ghost_engines.cli.own import COMMANDS
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]

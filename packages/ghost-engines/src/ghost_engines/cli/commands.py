@@ -1,27 +1,25 @@
 """Reads the command line and runs what it names.
 
-Nothing here imports torch, which takes seconds: what a command does is imported when it runs.
+Nothing here imports torch, which takes seconds, unless there are plugins of others: what a command
+does is imported when it runs.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any
 
 import tyro
 
-from ghost_engines.cli.options import Plugins, Score, Store, Verify
+from ghost_engines.cli.own import COMMANDS
 from ghost_engines.cli.tables import one_line, open_streams, stop_printing
 from ghost_engines.versions import version
 
-Options = Verify | Score | Plugins | Store
-
-_app = tyro.extras.SubcommandApp()
-_app.command(name="verify")(Verify)
-_app.command(name="score")(Score)
-_app.command(name="plugins")(Plugins)
-_app.command(name="store")(Store)
+_OWN = {"ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"}
+"""Packages whose plugins have no other commands than those in `COMMANDS`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,33 +69,35 @@ def _answered(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"ghost {version('ghost-engines')}")
         return 0
-    options: Options = _app.cli(
+    commands = _commands()
+    app = tyro.extras.SubcommandApp()
+    for name, kind in commands.items():
+        app.command(name=name)(kind)
+    options: Any = app.cli(
         prog="ghost",
         description="Per-sample gradients for PyTorch. `ghost --version` prints the version.",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return _run(options)
+    if type(options) in COMMANDS.values():
+        status: int = options.run()
+        return status
+    from ghost_engines.cli.foreign import run
+
+    return run(options, next(name for name in commands if commands[name] is type(options)))
 
 
-def _run(options: Options) -> int:
-    match options:
-        case Verify():
-            from ghost_engines.cli.verify import verify
+def _commands() -> Mapping[str, type[Any]]:
+    """Return all commands by name; plugins are asked only if there are any but ghost's own."""
+    try:
+        modules = {entry.module.partition(".")[0] for entry in entry_points(group="ghost")}
+    except Exception:  # any package's metadata may be broken; discovery passes over these
+        modules = {""}
+    if modules <= _OWN:
+        return COMMANDS
+    from ghost_engines.cli.foreign import readable
 
-            return verify(options)
-        case Score():
-            from ghost_engines.cli.score import score
-
-            return score(options)
-        case Plugins():
-            from ghost_engines.cli.plugins import show
-
-            return show()
-        case Store(path, verify=verified):
-            from ghost_engines.cli.store import describe
-
-            return describe(path, verify=verified)
+    return readable()
 
 
 def _failed(what: object, status: int) -> int:

@@ -113,8 +113,8 @@ class Score:
 class Plugins:
     """List the installed plugins, what they offer, and whether they work.
 
-    Into a pipe, each plugin is one line with fields separated by tabs, below a line of titles. At a
-    terminal, many offers of one kind are counted instead.
+    Into a pipe, each offer is one line with fields separated by tabs, below a line of titles. At a
+    terminal, each plugin is one line, and many offers of one kind are counted.
     """
 
 

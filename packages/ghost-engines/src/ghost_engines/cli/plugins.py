@@ -11,12 +11,13 @@ from ghost_engines.cli.tables import print_table
 
 def show() -> int:
     """Print a table of the installed plugins, and return the exit status."""
-    shown = _counted if sys.stdout.isatty() else ", ".join
+    alone = sys.stdout.isatty()
     print_table(
-        ("plugin", "version", "offers", "status"),
+        ("plugin", "version", "offers" if alone else "offer", "status"),
         (
-            (plugin.name, plugin.version, shown(plugin.offers) or "-", plugin.status)
+            (plugin.name, plugin.version, offer, plugin.status)
             for plugin in installed().plugins
+            for offer in ([_counted(plugin.offers)] if alone else plugin.offers) or ["-"]
         ),
     )
     return 0
@@ -26,7 +27,10 @@ def _counted(offers: Sequence[str]) -> str:
     by_kind: dict[str, list[str]] = {}
     for offer in offers:
         by_kind.setdefault(offer.split()[0], []).append(offer)
-    return ", ".join(
-        f"{len(alike)} {kind}s" if len(alike) > 3 else ", ".join(alike)
-        for kind, alike in by_kind.items()
+    return (
+        ", ".join(
+            f"{len(alike)} {kind}s" if len(alike) > 3 else ", ".join(alike)
+            for kind, alike in by_kind.items()
+        )
+        or "-"
     )

@@ -1,14 +1,17 @@
-"""A third-party plugin: a layer with its sampler, an engine and a projection."""
+"""A third-party plugin: a layer with its sampler, an engine, a projection and a command."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
 from ghost_core import (
     Batch,
     Call,
+    Command,
     Dense,
     Engine,
     GradientSampler,
@@ -105,6 +108,25 @@ class CoordinateProjection(Projection):
         return nn.functional.one_hot(kept, n).to(torch.float32) * (n / k) ** 0.5
 
 
+# A command: `ghost agreement --path FILE`.
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Print the signs of each row of a file, added up.
+
+    Args:
+        path: File of gradients [N, d], as numpy saves it.
+    """
+
+    path: Path
+
+    def run(self) -> int:
+        for row in np.load(self.path):
+            print(int(np.sign(row).sum()))
+        return 0
+
+
 # What the plugin offers.
 
 
@@ -121,3 +143,8 @@ def ghost_engines() -> dict[str, type[Engine[Tensor]]]:
 @hookimpl
 def ghost_projections() -> dict[str, type[Projection]]:
     return {"coordinates": CoordinateProjection}
+
+
+@hookimpl
+def ghost_commands() -> dict[str, type[Command]]:
+    return {"agreement": Agreement}

@@ -1,0 +1,58 @@
+"""Ghost's own commands: their options, and what they do.
+
+Nothing here imports torch, which takes seconds: what a command does is imported when it runs.
+"""
+# ruff: noqa: D101  # the help is that of the options
+
+from __future__ import annotations
+
+from ghost_engines.cli.options import Plugins, Score, Store, Verify
+
+
+class VerifyCommand(Verify):
+    __doc__ = Verify.__doc__
+
+    def run(self) -> int:
+        """Verify a model, and return the exit status."""
+        from ghost_engines.cli.verify import verify
+
+        return verify(self)
+
+
+class ScoreCommand(Score):
+    __doc__ = Score.__doc__
+
+    def run(self) -> int:
+        """Score a data set, and return the exit status."""
+        from ghost_engines.cli.score import score
+
+        return score(self)
+
+
+class PluginsCommand(Plugins):
+    __doc__ = Plugins.__doc__
+
+    def run(self) -> int:
+        """List plugins, and return the exit status."""
+        from ghost_engines.cli.plugins import show
+
+        return show()
+
+
+class StoreCommand(Store):
+    __doc__ = Store.__doc__
+
+    def run(self) -> int:
+        """Describe a store, and return the exit status."""
+        from ghost_engines.cli.store import describe
+
+        return describe(self.path, verify=self.verify)
+
+
+COMMANDS = {
+    "verify": VerifyCommand,
+    "score": ScoreCommand,
+    "plugins": PluginsCommand,
+    "store": StoreCommand,
+}
+"""The commands by name."""

@@ -1,0 +1,163 @@
+"""Subcommands that plugins offer: shown, run, and named where they fail."""
+
+import sys
+
+import pytest
+
+from ghost_core.plugins import DISABLED_VARIABLE, installed
+from ghost_engines import cli
+
+CODE = '''
+import sys
+from dataclasses import dataclass
+
+from ghost_core import GhostError, Override, hookimpl
+
+
+@dataclass(frozen=True)
+class Greet:
+    """Greet somebody by name.
+
+    Args:
+        name: Whom to greet.
+        times: How often.
+    """
+
+    name: str
+    times: int = 1
+
+    def run(self):
+        print(" ".join([f"hello {self.name}"] * self.times))
+        return 3
+
+
+@dataclass(frozen=True)
+class Fail:
+    """Fail in some way."""
+
+    how: str
+
+    def run(self):
+        match self.how:
+            case "raise":
+                raise KeyError("what")
+            case "refuse":
+                raise GhostError("not today")
+            case "file":
+                open("/no/such/file")
+            case "leave":
+                sys.exit(0)
+            case "nothing":
+                return None
+            case "much":
+                return 2**20
+            case "interrupt":
+                raise KeyboardInterrupt
+
+
+class Unreadable:
+    def __init__(self, what: "NoSuchType"):
+        pass
+
+    def run(self):
+        return 0
+
+
+@dataclass(frozen=True)
+class Mine:
+    """Take the place of a command of ghost's."""
+
+    def run(self):
+        print("mine")
+        return 0
+
+
+@hookimpl
+def ghost_commands():
+    return {"greet": Greet, "fail": Fail, "unreadable": Unreadable, "store": Mine,
+            "plugins-too": Mine, "verify": Override(Mine)}
+'''
+
+
+@pytest.fixture(autouse=True)
+def _shop(tmp_path, _here, monkeypatch):
+    """Install a plugin with commands."""
+    monkeypatch.delenv(DISABLED_VARIABLE, raising=False)
+    (tmp_path / "shop_commands.py").write_text(CODE)
+    folder = tmp_path / "shop-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: shop\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[ghost]\ncommands = shop_commands\n")
+    sys.path.insert(0, str(tmp_path))
+    installed.cache_clear()
+    yield
+    sys.path.remove(str(tmp_path))
+    installed.cache_clear()
+
+
+def test_they_are_in_the_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    said = capsys.readouterr()
+    assert ended.value.code == 0
+    assert "Greet somebody by name." in said.out
+    assert all(name in said.out for name in ("greet", "fail", "plugins", "score", "store"))
+    assert "unreadable" not in said.out
+    (line,) = said.err.splitlines()
+    assert line.startswith("ghost: the command unreadable of the plugin shop:commands cannot be ")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["greet", "--help"])
+    assert "How often." in capsys.readouterr().out
+
+
+def test_they_run_with_what_they_are_told(capsys):
+    assert cli.main(["greet", "--name", "you", "--times", "2"]) == 3
+    assert capsys.readouterr().out == "hello you hello you\n"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["greet", "--nam", "you"])
+    assert ended.value.code == 2
+
+
+def test_they_are_among_the_plugins(capsys):
+    assert cli.main(["plugins"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert ["shop:commands", "1.0", "command greet"] in [row[:3] for row in rows]
+    assert ["ghost-engines:engines", "command score"] in [[row[0], row[2]] for row in rows]
+    assert "command store is given by ghost-engines:engines" in str(rows)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("raise", "KeyError: 'what'"),
+        ("refuse", "not today"),
+        ("file", "No such file or directory: '/no/such/file'"),
+        ("leave", "SystemExit: 0"),
+        ("nothing", "its run() returned None, which is no exit status"),
+        ("much", "its run() returned 1048576, which is no exit status"),
+    ],
+)
+def test_what_goes_wrong_in_them_names_the_plugin(how, said, capsys):
+    assert cli.main(["fail", "--how", how]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("ghost: the command fail of the plugin shop:commands: ")
+    assert said in line
+
+
+def test_an_interrupt_is_not_the_plugin_s(capsys):
+    assert cli.main(["fail", "--how", "interrupt"]) == 130
+    assert "shop" not in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ghost_s_own_stand_unless_they_are_overridden(tmp_path, capsys):
+    assert cli.main(["store", str(tmp_path / "none")]) == 2
+    assert "there is no store" in capsys.readouterr().err
+    assert cli.main(["verify"]) == 0
+    assert capsys.readouterr().out == "mine\n"
+
+
+def test_what_is_switched_off_is_no_command(monkeypatch, capsys):
+    monkeypatch.setenv(DISABLED_VARIABLE, "shop:command:greet")
+    with pytest.raises(SystemExit):
+        cli.main(["greet", "--name", "you"])
+    assert "hello" not in capsys.readouterr().out
