@@ -10,7 +10,7 @@ from ghost_core import CaptureError, MissingExtraError, UnknownNameError
 from ghost_core.testing import assert_within, per_sample_gradients
 from ghost_engines import DotProductEngine, InRunValues
 
-COLUMNS = ["id", "value", "times_seen", "first_step", "last_step"]
+COLUMNS = ["id", "value", "times_seen", "first_step", "last_step", "altered"]
 
 
 def squares(outputs):

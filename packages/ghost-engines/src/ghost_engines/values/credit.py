@@ -18,12 +18,15 @@ class CreditedStep:
             in their order. An id may be there several times, and N may be zero.
         values: What each was credited with, float64 `[N, K]` on the CPU.
         directions: Names of the K directions.
+        altered: Whether gradients were changed between the batches and the step in a way that the
+            values do not know: other than by a factor.
     """
 
     step: int
     ids: Tensor
     values: Tensor
     directions: tuple[str, ...]
+    altered: bool = False
 
 
 OnCredit = Callable[[CreditedStep], object]

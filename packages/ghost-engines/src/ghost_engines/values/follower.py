@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,18 @@ from torch import Tensor, nn
 from ghost_core import CaptureError, Pass, PerSampleGradient, TrackedParameter, UnknownNameError
 from ghost_engines.scores import Scores
 from ghost_engines.scoring import ScoringEngine
+from ghost_engines.values.changes import Change, Changes
 from ghost_engines.values.credit import CreditedStep, OnCredit
-from ghost_engines.values.discards import Discards
-from ghost_engines.values.optimizers import rates, skipped, stepping
+from ghost_engines.values.optimizers import rates, scale_left, skipped, stepping
+
+logger = logging.getLogger(__name__)
+
+_ALTERED = (
+    "gradients of %s were changed between the batch that made them and the step, and not by a "
+    "factor: by noise, clipping element by element, or a backward pass outside of a batch. Values "
+    "are those of the gradients as they were backpropagated; samples of such steps are counted in "
+    "the column altered"
+)
 
 
 @dataclass
@@ -23,11 +33,14 @@ class _Pending:
 
     Attributes:
         scores: Its scores.
-        parameters: Names of the parameters whose gradients were not thrown away.
+        factors: What its gradients were multiplied with, by the names of the parameters whose
+            gradients were not thrown away.
+        altered: Whether gradients were changed in another way.
     """
 
     scores: Scores
-    parameters: set[str]
+    factors: dict[str, float]
+    altered: bool = False
 
 
 class Follower:
@@ -63,10 +76,11 @@ class Follower:
         self._direction = direction
         self._on_credit = on_credit
         self._pending: list[_Pending] = []
-        self._discards = Discards(self._parameters)
+        self._changes = Changes(self._parameters)
         self._directions: tuple[str, ...] = () if direction is None else (direction,)
         self.steps = 0
         self.skipped_batches = 0
+        self._said_altered = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -87,17 +101,17 @@ class Follower:
     # Called by the engine
 
     def starting(self) -> None:
-        """Drop what was thrown away since the last batch.
+        """Look what was done to gradients since the last batch.
 
         Gradient scalers skip steps that overflow; then `zero_grad` is called with no step before.
         """
-        self._drop(self._discards.start())
+        self._apply(self._changes.start())
 
     def arriving(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> None:
-        """Look whether `zero_grad` was called inside the batch."""
-        self._discards.arriving(parameter.name)
+        """Look what was done to earlier gradients inside the batch."""
+        self._changes.arriving(parameter.name)
 
     def scored(self, scores: Scores) -> None:
         """Keep the scores of a batch until a step is made with it.
@@ -108,20 +122,30 @@ class Follower:
             UnknownNameError: If the engine does not have the direction.
         """
         self._check_directions(scores)
-        lost, made = self._discards.end()
-        self._drop(lost)
+        change, made = self._changes.end()
+        self._apply(change)
         if made:
-            self._pending.append(_Pending(scores, made))
+            # What the engine divided out is in the gradients until the scaler takes it out.
+            factors = dict.fromkeys(made, self._engine.loss_scale)
+            self._pending.append(_Pending(scores, factors))
         elif len(scores.ids):
             self.skipped_batches += 1  # under frozen() there is nothing to make a step with
 
-    def _drop(self, lost: set[str]) -> None:
-        """Credit nothing for the gradients of some parameters in the batches so far."""
+    def _apply(self, change: Change) -> None:
+        """Do to the batches so far what was done to their gradients."""
         for each in self._pending:
-            each.parameters -= lost
-        kept = [each for each in self._pending if each.parameters]
+            each.factors = {
+                name: factor * change.factors.get(name, 1.0)
+                for name, factor in each.factors.items()
+                if name not in change.lost
+            }
+            each.altered |= not change.other.isdisjoint(each.factors)
+        kept = [each for each in self._pending if each.factors]
         self.skipped_batches += len(self._pending) - len(kept)
         self._pending = kept
+        if any(each.altered for each in kept) and not self._said_altered:
+            self._said_altered = True
+            logger.warning(_ALTERED, ", ".join(sorted(change.other)))
 
     def _check_directions(self, scores: Scores) -> None:
         if self._direction is not None:
@@ -146,15 +170,17 @@ class Follower:
                 "the optimizer made a step inside an open batch: close it before optimizer.step(), "
                 "so that its scores are known"
             )
-        self._drop(self._discards.lost())
+        self._apply(self._changes.look())
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if skipped(optimizer):
             return
         self.steps += 1
         pending, self._pending = self._pending, []
-        self._discards.forget()
-        self._on_credit(self._credited(pending, rates(self._engine, optimizer)))
+        self._changes.forget()
+        scale = scale_left(optimizer)
+        moved = {name: rate / scale for name, rate in rates(self._engine, optimizer).items()}
+        self._on_credit(self._credited(pending, moved))
 
     def _credited(self, pending: list[_Pending], rates: Mapping[str, float]) -> CreditedStep:
         values = [self._values(each, rates) for each in pending]
@@ -164,6 +190,7 @@ class Follower:
             ids=torch.cat([torch.zeros(0, dtype=torch.int64), *(p.scores.ids for p in pending)]),
             values=torch.cat([nothing, *values]),
             directions=self.directions,
+            altered=any(each.altered for each in pending),
         )
 
     def _values(self, pending: _Pending, rates: Mapping[str, float]) -> Tensor:
@@ -171,8 +198,9 @@ class Follower:
         scores = pending.scores
         values = torch.zeros(len(scores.ids), len(scores.directions), dtype=torch.float64)
         for name, dots in scores.by_parameter.items():
-            if name in pending.parameters:
-                values += rates[name] * dots.to("cpu", torch.float64)
+            if name in pending.factors:
+                factor = rates[name] * pending.factors[name]
+                values += factor * dots.to("cpu", torch.float64)
         return values[:, [scores.directions.index(name) for name in self.directions]]
 
     def _parameters(self) -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ from ghost_core import CaptureError, MissingExtraError, UnknownNameError
 from ghost_engines.scoring import ScoringEngine
 from ghost_engines.values.credit import CreditedStep, OnCredit
 from ghost_engines.values.follower import Follower
-from ghost_engines.values.table import Table
+from ghost_engines.values.table import COUNTS, Table
 
 if TYPE_CHECKING:
     import pandas
@@ -31,8 +31,9 @@ class InRunValues:
     credited with nothing. For optimizers other than plain gradient descent the values stand for the
     descent direction, not for the step.
 
-    Gradient clipping is not known to it: a clipped step moves less than the values say. With a
-    gradient scaler, give it to the engine, or every value is multiplied by the scale.
+    What happens to gradients between the batch and the step is noticed: a factor, of clipping or of
+    a gradient scaler, is part of the value, whether the engine knows the scaler or not. Any other
+    change, such as noise, is logged once and counted in the table, in the column `altered`.
 
     What `zero_grad` throws away is known by parameter, wherever it is called before the first
     backward pass of a batch, and whoever holds the gradients: a step credits what it was made with.
@@ -138,8 +139,9 @@ class InRunValues:
         return dict(zip(self._known.ids.tolist(), values.tolist(), strict=True))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Return a table: id, value, times_seen, first_step, last_step; lowest values first.
+        """Return a table: id, value, times_seen, first_step, last_step, altered; lowest first.
 
+        `altered` counts the steps whose gradients were changed in a way that the values do not know.
         With several directions, there is a column `value_NAME` for each, and rows are sorted by the
         first. Steps are numbered from 1.
 
@@ -154,7 +156,7 @@ class InRunValues:
         columns = ["value"] if len(names) == 1 else [f"value_{name}" for name in names]
         table = pandas.DataFrame(self._known.values, columns=columns)
         table.insert(0, "id", self._known.ids)
-        table[["times_seen", "first_step", "last_step"]] = self._known.counts
+        table[list(COUNTS)] = self._known.counts
         return table.sort_values(columns[0], ignore_index=True)
 
     @property

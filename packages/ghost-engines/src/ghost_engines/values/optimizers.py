@@ -56,3 +56,12 @@ def skipped(optimizer: torch.optim.Optimizer) -> bool:
     """
     overflow: Tensor | None = getattr(optimizer, "found_inf", None)
     return overflow is not None and bool(overflow)
+
+
+def scale_left(optimizer: torch.optim.Optimizer) -> float:
+    """Return what gradients are still multiplied with when the step begins.
+
+    A scaler leaves it to fused optimizers to divide by its scale, and tells them the scale.
+    """
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)

@@ -13,6 +13,10 @@ from ghost_engines.values.credit import CreditedStep
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
+COUNTS = ("times_seen", "first_step", "last_step", "altered")
+"""How often a sample was credited, by which step first and last, and how often by steps whose
+gradients were changed in a way that values do not know."""
+
 
 class Table:
     """Adds up what steps credit, by sample id. Rows are in the order in which samples came.
@@ -28,7 +32,7 @@ class Table:
         # Longer than there are samples, so that they need not grow with each.
         self._values: Floats = np.zeros((0, k))
         self._shares: Floats = np.zeros((0, k))
-        self._counts: Integers = np.zeros((0, 3), dtype=np.int64)
+        self._counts: Integers = np.zeros((0, len(COUNTS)), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -56,7 +60,7 @@ class Table:
 
     @property
     def counts(self) -> Integers:
-        """How often each sample was credited, first and last by which step, int64 `[S, 3]`."""
+        """What `COUNTS` says, int64 `[S, 4]`."""
         return self._counts[: len(self)]
 
     def row(self, sample: int) -> int:
@@ -77,6 +81,7 @@ class Table:
         np.add.at(self._counts[:, 0], rows, 1)
         self._counts[known : len(self), 1] = credited.step
         self._counts[rows, 2] = credited.step
+        np.add.at(self._counts[:, 3], rows, int(credited.altered))
 
     def _grow(self) -> None:
         if len(self) > len(self._values):

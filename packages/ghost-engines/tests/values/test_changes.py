@@ -63,11 +63,12 @@ class Ledger:
         for leaf in self.leaves.values():
             leaf.grad = None if leaf.grad is None else leaf.grad.clone()
 
-    def clip(self):
-        """Write into gradients."""
-        for leaf in self.leaves.values():
-            if leaf.grad is not None:
-                leaf.grad.mul_(0.5)
+    def scale(self, factor, names=None):
+        """Multiply gradients, as clipping does."""
+        for name in names or self.leaves:
+            self.held[name] = [(batch, ids, factor * dots) for batch, ids, dots in self.held[name]]
+            if self.leaves[name].grad is not None:
+                self.leaves[name].grad.mul_(factor)
 
     def step(self):
         """Make a step with what is held, and begin anew."""
@@ -103,7 +104,12 @@ ACTS = {
     )
     for what, names in WHAT.items()
     for to_none in (True, False)
-} | {"move": Ledger.move, "clip": Ledger.clip}
+} | {
+    "move": Ledger.move,
+    "clip": lambda ledger: ledger.scale(0.5),
+    "clip a layer": lambda ledger: ledger.scale(1e-3, ALL[2:]),
+    "turn a parameter": lambda ledger: ledger.scale(-3.0, ALL[:1]),
+}
 
 
 @pytest.fixture

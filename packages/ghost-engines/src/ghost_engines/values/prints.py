@@ -1,0 +1,105 @@
+"""Prints of gradients: a few numbers that tell whether one became a multiple of itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ghost_core._torch import norms
+
+_PIECE = 1 << 22
+"""Elements that are summed up at a time, so that no gradient is copied as a whole."""
+
+
+_ROUNDING = 1e-12
+
+
+class Print(NamedTuple):
+    """What is known of a gradient.
+
+    Attributes:
+        magnitude: Sum of the magnitudes of its elements.
+        norm: Root of the sum of their squares.
+        weighted: Sum of them, every third one doubled: what is symmetric otherwise is not by
+            threes.
+    """
+
+    magnitude: float
+    norm: float
+    weighted: float
+
+    @property
+    def filled(self) -> bool:
+        """Whether it is anything but zeros."""
+        return self.magnitude != 0
+
+
+def prints(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the numbers of prints where the gradients are, float64 `[3, P]` for P pieces."""
+    if not gradients:
+        return {}
+    f64 = torch.float64
+    with torch.no_grad():
+        split = [_elements(each).split(_PIECE) for each in gradients.values()]
+        pieces = [piece for parts in split for piece in parts]
+        weighted = [piece.sum(dtype=f64) + piece[::3].sum(dtype=f64) for piece in pieces]
+        numbers = [*norms(pieces, 1), *norms(pieces, 2), *weighted]
+        device = numbers[0].device
+        rows = torch.stack([each.to(device, non_blocking=True) for each in numbers]).view(3, -1)
+        return dict(zip(gradients, rows.split([len(parts) for parts in split], 1), strict=True))
+
+
+def read(*found: Mapping[str, Tensor]) -> list[dict[str, Print]]:
+    """Return prints that can be compared; all are waited for together."""
+    rows = [each for numbers in found for each in numbers.values()]
+    if not rows:
+        return [{} for _ in found]
+    columns = iter(torch.cat([each.to(rows[0].device) for each in rows], 1).T.tolist())
+    return [
+        {name: _joined([next(columns) for _ in range(each.shape[1])]) for name, each in one.items()}
+        for one in found
+    ]
+
+
+def ratio(before: Print, after: Print, dtype: torch.dtype) -> float | None:
+    """Return what a gradient was multiplied with; None if it was changed in another way.
+
+    Args:
+        before: Its print.
+        after: Its print after the change.
+        dtype: Its dtype, which says how far each element may be from the product.
+    """
+    if after == before or not (before.filled or after.filled):
+        return 1.0
+    if not all(map(math.isfinite, (*before, *after))):
+        # An overflow stays one, and tells nothing.
+        return None if all(map(math.isfinite, before)) or all(map(math.isfinite, after)) else 1.0
+    if not before.filled:
+        return None
+    size = after.norm / before.norm
+    turned = abs(after.weighted + size * before.weighted)
+    sign = -1.0 if turned < abs(after.weighted - size * before.weighted) else 1.0
+    off = max(
+        abs(after.magnitude - size * before.magnitude),
+        abs(after.weighted - sign * size * before.weighted),
+    )
+    tolerance = max(8 * torch.finfo(dtype).eps, 1e-9)
+    if off > tolerance * after.magnitude:
+        return None
+    # Sums depend on where a tensor lies in memory, by rounding.
+    return 1.0 if abs(sign * size - 1) <= _ROUNDING else sign * size
+
+
+def _elements(gradient: Tensor) -> Tensor:
+    """Return what a gradient holds as one axis of real numbers."""
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+    return (torch.view_as_real(values) if values.is_complex() else values).reshape(-1)
+
+
+def _joined(pieces: list[list[float]]) -> Print:
+    magnitudes, roots, weighted = zip(*pieces, strict=True)
+    return Print(math.fsum(magnitudes), math.hypot(*roots), math.fsum(weighted))
