@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from ghost_core.testing import assert_within, per_sample_gradients
 from ghost_engines import DotProductEngine, InRunValues
+from ghost_engines.values import prints
 
 N, RATE = 6, 0.05
 
@@ -191,10 +192,17 @@ def test_a_backward_pass_outside_of_a_batch_is_said(caplog):
     assert loop.values.to_pandas()["altered"].all()
 
 
-def test_large_gradients_are_looked_at_in_pieces(monkeypatch):
-    from ghost_engines.values import prints
-
+@pytest.mark.parametrize("element", [0, 7, 19])
+def test_large_gradients_are_looked_at_in_pieces(element, monkeypatch):
     monkeypatch.setattr(prints, "_PIECE", 7)
     loop = Loop()
+
+    def clip_and_turn_one(leaves):
+        clip(leaves)
+        leaves["0.weight"].grad.view(-1)[element].neg_()
+
     loop.run(clip)
     loop.check()
+    with InRunValues(loop.engine, loop.optimizer) as values, loop.engine:
+        loop.step(3, clip_and_turn_one)
+    assert values.to_pandas()["altered"].all()

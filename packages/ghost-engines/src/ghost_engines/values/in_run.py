@@ -141,7 +141,7 @@ class InRunValues:
     def to_pandas(self) -> pandas.DataFrame:
         """Return a table: id, value, times_seen, first_step, last_step, altered; lowest first.
 
-        `altered` counts the steps whose gradients were changed in a way that the values do not know.
+        `altered` counts steps whose gradients were changed in a way that the values do not know.
         With several directions, there is a column `value_NAME` for each, and rows are sorted by the
         first. Steps are numbered from 1.
 
