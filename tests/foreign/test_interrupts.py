@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.foreign.foreign import assert_same, curved
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import ghost_core
 import ghost_engines
@@ -159,9 +160,22 @@ def open_modes() -> str:
         return "hooks on saved tensors are open"
     if not torch.is_grad_enabled():
         return "gradients are disabled"
+    if settings() != SETTINGS:
+        return "settings of the process are not as they were"
     nested = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
     return "autocast is open" if nested else ""
+
+
+def settings() -> tuple[object, ...]:
+    """Return what ghost sets in the whole process for a while."""
+    backends: Any = torch.backends
+    newer = hasattr(backends, "fp32_precision")
+    products = backends.mkldnn.matmul.fp32_precision if newer else backends.cudnn.allow_tf32
+    return products, backends.mha.get_fastpath_enabled(), parametrize._cache_enabled
+
+
+SETTINGS = settings()
 
 
 def close_modes() -> None:
