@@ -61,12 +61,12 @@ class CosineEngine(ScoringEngine[Cosines]):
         super().on_start(batch)
         self._held = HeldGradients(self.parameters)
 
-    def score(
+    def multiply(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
         """Multiply with the directions, and hold the gradient."""
         self._held.add(pass_, parameter, gradient)
-        return super().score(pass_, parameter, gradient)
+        return super().multiply(pass_, parameter, gradient)
 
     def make_scores(
         self, batch: Batch[Cosines], dots: Mapping[str, Tensor], token_dots: Tensor | None

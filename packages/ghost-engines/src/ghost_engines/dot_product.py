@@ -71,7 +71,7 @@ class DotProductEngine(ScoringEngine[Scores]):
         super().on_start(batch)
         self._norms = NormSums(self.parameters) if self._takes_norms else None
 
-    def score(
+    def multiply(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
         """Multiply with the directions, take norms, and form the sum where it is wanted."""
@@ -79,7 +79,7 @@ class DotProductEngine(ScoringEngine[Scores]):
         if self._tokens is None:
             directions = self._stacked[parameter.name]
         else:
-            super().score(pass_, parameter, gradient)
+            super().multiply(pass_, parameter, gradient)
         norms = self._norms
         at_once = norms is not None and not norms.holds(pass_, parameter, gradient)
         found = gradient.reduce(directions, norms=at_once, total=self.makes_gradients)

@@ -191,9 +191,9 @@ class ScoringEngine(Engine[ScoresT]):
         """Multiply with the directions, and tell the observers."""
         for observer in self._observers:
             observer.arriving(pass_, parameter, gradient)
-        return self.score(pass_, parameter, gradient)
+        return self.multiply(pass_, parameter, gradient)
 
-    def score(
+    def multiply(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
         """Multiply with the directions; return what `on_gradient` is to return."""

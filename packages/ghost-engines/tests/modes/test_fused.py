@@ -237,10 +237,10 @@ def run(transformer, tokens, draw_directions, assert_scores):
 class DroppedCrossTerm(DotProductEngine):
     """Takes the norm of each use of a tied head alone."""
 
-    def score(self, pass_, parameter, gradient):
+    def multiply(self, pass_, parameter, gradient):
         pass_.several.clear()
         self._norms._single[parameter.name].clear()
-        found = super().score(pass_, parameter, gradient)
+        found = super().multiply(pass_, parameter, gradient)
         sums = self.__dict__.setdefault("sums", {})
         for rows, squared in self._norms._single[parameter.name].items():
             sums[parameter.name] = sums.get(parameter.name, 0) + squared
@@ -251,8 +251,8 @@ class DroppedCrossTerm(DotProductEngine):
 class OneUse(DotProductEngine):
     """Hands on the gradient of the first use only."""
 
-    def score(self, pass_, parameter, gradient):
-        made = super().score(pass_, parameter, gradient)
+    def multiply(self, pass_, parameter, gradient):
+        made = super().multiply(pass_, parameter, gradient)
         before = self.__dict__.setdefault("before", set())
         if parameter.name in before:
             return torch.zeros_like(made)
@@ -263,8 +263,8 @@ class OneUse(DotProductEngine):
 class WithoutLast(DotProductEngine):
     """Leaves a sample out of the sum."""
 
-    def score(self, pass_, parameter, gradient):
-        return super().score(pass_, parameter, gradient) - gradient.materialize()[-1]
+    def multiply(self, pass_, parameter, gradient):
+        return super().multiply(pass_, parameter, gradient) - gradient.materialize()[-1]
 
 
 class ScaleForgotten(DotProductEngine):
@@ -279,8 +279,8 @@ class ScaleForgotten(DotProductEngine):
 class Mixed(DotProductEngine):
     """Adds the dots of each sample to the next."""
 
-    def score(self, pass_, parameter, gradient):
-        made = super().score(pass_, parameter, gradient)
+    def multiply(self, pass_, parameter, gradient):
+        made = super().multiply(pass_, parameter, gradient)
         self._dots[parameter.name] = self._dots[parameter.name].roll(1, 0)
         return made
 
