@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghost_core._torch import gradient_hooks, tidy_gradient_hooks
-from ghost_core.algebra import INSIDE, PerSampleGradient, Precision, floating_dtypes
+from ghost_core.algebra import INSIDE, Owned, PerSampleGradient, Precision, floating_dtypes
 from ghost_core.errors import UnbalancedError
 from ghost_core.hooks import Hook
 
@@ -115,7 +115,9 @@ class Balance:
             return
         account, total = self._accounts[name], gradient.sum()
         account.arrived = total if account.arrived is None else account.arrived + total
-        norms = gradient.paired(gradient).clamp(min=0).sqrt().sum()
+        # A sample that owns several rows has several contributions, which nobody needs to add up.
+        each = gradient.rows if isinstance(gradient, Owned) else gradient
+        norms = each.paired(each).clamp(min=0).sqrt().sum()
         account.norms = norms if account.norms is None else account.norms + norms
         account.dtypes.update(floating_dtypes(gradient), () if autocast is None else (autocast,))
 
