@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from ghost_core import Call, PastCall, PerSampleGradient, Record, WrongSplitError
+from ghost_core import Call, PastCall, PerSampleGradient, WrongSplitError
 from ghost_core._torch import flat_weights
-from ghost_layers.replay import Forward, InputRows, ReplaySampler, Way, kept
+from ghost_layers.replay import Forward, InputRows, Plan, Replay, ReplaySampler, Way
 from ghost_layers.unrolled import Unrolled, differentiate, unroll
 
 
@@ -64,21 +64,21 @@ class RecurrentSampler(ReplaySampler):
         layer: Any = module
         return _outputs if flat_weights(layer) is not None else None
 
-    def gradients(
-        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+    def replayed(
+        self, plan: Plan, replay: Replay, call: PastCall, grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
-        """Run the layer again and differentiate it."""
-        plan, replay = kept(call, records)
+        """Run the layer again and differentiate it; see the base class."""
         if plan.way is not Way.REWRITTEN:
-            return super().gradients(call, records, grads)
+            return super().replayed(plan, replay, call, grads)
         wanted = {
             plan.wanted[local]: replay.values[plan.wanted[local]].detach().requires_grad_()
             for local in call.shapes
         }
         with torch.enable_grad(), plan.conditions():
             inputs = plan.whole(replay.inputs)
-            unrolled: Unrolled = plan.called(_unrolled, replay.values | wanted, inputs)
-            outputs, slopes = plan.sloped(unrolled.outputs, replay, grads)
+            with replay.unproven():
+                unrolled: Unrolled = plan.called(_unrolled, replay.values | wanted, inputs)
+                outputs, slopes = plan.sloped(unrolled.outputs, replay, grads)
             made = differentiate(outputs, slopes, unrolled.maps, call.shapes)
         if replay.rows is None:
             return made

@@ -62,6 +62,41 @@ def test_later_batch_that_needs_another_way(ways: list[Way]) -> None:
     assert ways == [Way.VMAP, Way.BATCH]
 
 
+def refused_later(function: Callable[..., Tensor], change: Callable[[], object]) -> None:
+    """Run a batch, then another one in which something changes between forward and backward."""
+    model, x = Behind(Scaled(function)).double(), doubles(3, 4)
+    engine = GradientHolder(model, registry=registry())
+    with engine:
+        with engine.batch(range(3)):
+            losses(model(x)).sum().backward()
+        with engine.batch(range(3)):
+            loss = losses(model(x)).sum()
+            change()
+            loss.backward()
+
+
+def test_a_later_call_that_does_not_return_what_it_did_is_refused() -> None:
+    factor = [2.0]
+
+    def scaled(module: Scaled, x: Tensor) -> Tensor:
+        return x * module.scale * factor[0]
+
+    with pytest.raises(WrongSplitError, match=r"(?s)module .*it returned something else"):
+        refused_later(scaled, lambda: factor.append(factor.pop() + 1))
+
+
+def test_a_later_call_that_writes_into_its_inputs_is_refused() -> None:
+    writes = []
+
+    def scaled(module: Scaled, x: Tensor) -> Tensor:
+        if writes:
+            x.mul_(1)  # which shows in its version alone
+        return x * module.scale
+
+    with pytest.raises(WrongSplitError, match=r"writes into its inputs"):
+        refused_later(scaled, lambda: writes.append(True))
+
+
 def mean_of_all(x: Tensor) -> Tensor:
     return x.mean(0, keepdim=True).expand_as(x)
 

@@ -146,7 +146,7 @@ NARROWED: dict[str, Callable[[], nn.Module]] = {
 def test_some_of_the_samples(way: str, samples: slice | Tensor, ways: list[Way]) -> None:
     call, records, slope = recorded(NARROWED[way]().double(), doubles(4, 3, 4))
     assert [each.name for each in ways] == way.split()[:1]
-    assert (call.static.random is not None) == ("random" in way)
+    assert (call.static.plan.random is not None) == ("random" in way)
     with full_precision(slope.device):
         whole = GenericSampler().gradients(call.past(), records, [slope])
         narrow = {name: record.narrow(samples) for name, record in records.items()}

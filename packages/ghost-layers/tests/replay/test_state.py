@@ -112,12 +112,12 @@ def test_tensors_left_from_earlier_calls_are_released() -> None:
     engine = GradientHolder(model, registry=registry(), verify=False)
     counts: list[int] = []
     with engine:
-        for _ in range(2):
+        for _ in range(3):
             for _ in range(3):
                 with engine.batch(range(2)):
                     losses(model(doubles(2, 4))).sum().backward()
             counts.append(live_tensors())
-    assert counts[0] == counts[1]
+    assert counts[1] == counts[2]  # before, what other tests left may be let go
 
 
 def test_objects_of_the_users_are_not_written_to() -> None:

@@ -1,18 +1,18 @@
 """Samplers that run a module's recorded call again."""
 
-from ghost_layers.replay.plan import Forward, Plan, Way, floating
+from ghost_layers.replay.plan import Forward, Plan, Replay, Way, floating
 from ghost_layers.replay.prove import Search
 from ghost_layers.replay.recording import InputRows
-from ghost_layers.replay.sampler import GenericSampler, ReplaySampler, kept
+from ghost_layers.replay.sampler import GenericSampler, ReplaySampler
 
 __all__ = [
     "Forward",
     "GenericSampler",
     "InputRows",
     "Plan",
+    "Replay",
     "ReplaySampler",
     "Search",
     "Way",
     "floating",
-    "kept",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Size, Tensor
@@ -26,11 +25,14 @@ def gradients(
         replay: Its tensors.
         slopes: Gradients of the loss, rows first, by position among the recorded outputs.
         shapes: Shapes of the parameters asked for.
+
+    Raises:
+        OtherOutputsError: If the call, where it is not proven to run in this way, does not.
     """
-    plan = replace(plan, outputs=tuple(each for each in plan.outputs if each.index in slopes))
-    grads = [slopes[output.index] for output in plan.outputs]
+    grads = [slopes.get(output.index) for output in plan.outputs]
     wanted = {local: replay.values[plan.wanted[local]] for local in shapes}
-    if not len(grads[0]):
+    count = next(len(grad) for grad in grads if grad is not None)
+    if not count:
         return {local: value.new_zeros(0, *shapes[local]) for local, value in wanted.items()}
     make = _by_copies if plan.way is Way.VMAP else _by_backward_passes
     with torch.enable_grad(), plan.conditions():
@@ -38,7 +40,7 @@ def gradients(
 
 
 def _by_copies(
-    plan: Plan, replay: Replay, grads: list[Tensor], wanted: dict[str, Tensor]
+    plan: Plan, replay: Replay, grads: list[Tensor | None], wanted: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Give each sample a copy of the parameters, and take one backward pass for all of them.
 
@@ -48,45 +50,54 @@ def _by_copies(
         outputs = torch.vmap(lambda scale, x: scale * x)(leaf, inputs)  # [2, 4]
         autograd.grad(outputs, leaf, grads)  # [2, 4], row n of sample n alone
     """
-    own = plan.own(replay.inputs)
+    own, rows = plan.own(replay.inputs), replay.rows
     if plan.random is not None:  # the same numbers are drawn for all rows of the call only
-        grads = [replay.in_rows(grad) for grad in grads]
-        parts = [torch.arange(replay.count)]
-    else:
-        own = own if replay.rows is None else [value[replay.rows] for value in own]
-        elements = sum(value.numel() for value in wanted.values())
-        parts = list(torch.arange(len(grads[0])).split(max(1, _AT_ONCE // max(1, elements))))
+        grads, rows = [None if grad is None else replay.in_rows(grad) for grad in grads], None
+    elif rows is not None:
+        own = [value[rows] for value in own]
+    count = next(len(grad) for grad in grads if grad is not None)
+    elements = sum(value.numel() for value in wanted.values())
+    size = count if plan.random is not None else max(1, _AT_ONCE // max(1, elements))
 
     def one(given: list[Tensor]) -> list[Tensor]:
         mine = dict(zip(wanted, given, strict=False))
         return plan.run_one(_with(plan, replay, mine), replay.inputs, given[len(wanted) :])
 
     made = []
-    for part in parts:
+    for start in range(0, count, size):
+        part = slice(start, min(start + size, count))
         leaves = {
-            local: value.detach().expand(len(part), *value.shape).requires_grad_()
+            local: value.detach().expand(part.stop - start, *value.shape).requires_grad_()
             for local, value in wanted.items()
         }
-
         own_part = [value[part] for value in own]
-        outputs = vmap(one, [*leaves.values(), *own_part], plan.randomness)
-        made.append(_differentiated(outputs, [grad[part] for grad in grads], leaves))
-    joined = {local: torch.cat([each[at] for each in made]) for at, local in enumerate(wanted)}
+        with replay.unproven():
+            outputs = vmap(one, [*leaves.values(), *own_part], plan.randomness)
+            replay.check(plan, outputs, part if rows is None else rows[part])
+        slopes = [None if grad is None else grad[part] for grad in grads]
+        made.append(_differentiated(outputs, slopes, leaves))
+    if len(made) == 1:
+        joined = dict(zip(wanted, made[0], strict=True))
+    else:
+        joined = {local: torch.cat([each[at] for each in made]) for at, local in enumerate(wanted)}
     if plan.random is None or replay.rows is None:
         return joined
     return {local: value[replay.rows] for local, value in joined.items()}
 
 
 def _by_backward_passes(
-    plan: Plan, replay: Replay, grads: list[Tensor], wanted: dict[str, Tensor]
+    plan: Plan, replay: Replay, grads: list[Tensor | None], wanted: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     leaves = _leaves(wanted)
-    outputs = plan.run_whole(_with(plan, replay, leaves), replay.inputs)
-    rows = [0] * len(grads[0]) if plan.count == 1 else replay.positions.tolist()
+    with replay.unproven():
+        outputs = plan.run_whole(_with(plan, replay, leaves), replay.inputs)
+        replay.check(plan, plan.rows_first(outputs))
+    count = next(len(grad) for grad in grads if grad is not None)
+    rows = [0] * count if plan.count == 1 else replay.positions.tolist()
     made = []
     for n, row in enumerate(rows):
         slopes = [
-            _in_row(grad[n], value, output.axis, row)
+            None if grad is None else _in_row(grad[n], value, output.axis, row)
             for grad, value, output in zip(grads, outputs, plan.outputs, strict=True)
         ]
         made.append(_differentiated(outputs, slopes, leaves))
@@ -111,9 +122,13 @@ def _with(plan: Plan, replay: Replay, wanted: Mapping[str, Tensor]) -> dict[str,
 
 
 def _differentiated(
-    outputs: Sequence[Tensor], slopes: Sequence[Tensor], leaves: Mapping[str, Tensor]
+    outputs: Sequence[Tensor], slopes: Sequence[Tensor | None], leaves: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    pairs = [each for each in zip(outputs, slopes, strict=True) if each[0].requires_grad]
+    pairs = [
+        (output, slope)
+        for output, slope in zip(outputs, slopes, strict=True)
+        if slope is not None and output.requires_grad
+    ]
     found: Sequence[Tensor | None] = [None] * len(leaves)
     if pairs:
         found = torch.autograd.grad(

@@ -94,8 +94,13 @@ class Guard(DispatchMode):
             if each.alias_info is None or not each.alias_info.is_write:
                 continue
             if {address(value) for value in tree_leaves(values.get(each.name))} - self._made:
-                raise WrongSplitError(
-                    reason="it writes into its inputs, its parameters or tensors that it keeps "
-                    f"({func}), which are not what they were before the call",
-                    remedy="use operations that are not in place, and buffers for what it keeps",
-                )
+                raise writes(func)
+
+
+def writes(how: object) -> WrongSplitError:
+    """Return the error for a call that changes what is not its own, and how that showed."""
+    return WrongSplitError(
+        reason="it writes into its inputs, its parameters or tensors that it keeps "
+        f"({how}), which are not what they were before the call",
+        remedy="use operations that are not in place, and buffers for what it keeps",
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -12,13 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
-from ghost_core import Record
+from ghost_core import Record, WrongSplitError
+from ghost_core._torch import version
 from ghost_core._trees import vmap
 from ghost_core.restoring import restored
 from ghost_core.state import RandomState
 from ghost_layers.replay.before import conditions
+from ghost_layers.replay.closeness import same_rows
+from ghost_layers.replay.guard import writes
 from ghost_layers.replay.module_copy import Template, own_copy
 from ghost_layers.replay.recording import InputRows, OutputRows, TensorAt
+
+
+class OtherOutputsError(Exception):
+    """A call that ran again in the way that was found for its kind did not return what it had."""
 
 
 class Way(Enum):
@@ -147,14 +155,17 @@ class Plan:
     def run(self, values: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run the call in its way and return the outputs, rows first."""
         if self.way in (Way.BATCH, Way.REWRITTEN):
-            outputs = self.run_whole(values, inputs)
-            rewritten = self.way is Way.REWRITTEN
-            return [
-                value.movedim(each.axis, 0).to(each.dtype if rewritten else None)
-                for value, each in zip(outputs, self.outputs, strict=True)
-            ]
+            return self.rows_first(self.run_whole(values, inputs))
         one = partial(self.run_one, values, inputs)
         return vmap(one, self.own(inputs), self.randomness)
+
+    def rows_first(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Lay out the outputs of the whole call with their rows on axis 0."""
+        rewritten = self.way is Way.REWRITTEN
+        return [
+            value.movedim(each.axis, 0).to(each.dtype if rewritten else None)
+            for value, each in zip(outputs, self.outputs, strict=True)
+        ]
 
     def sloped(
         self, returned: Sequence[Tensor], replay: Replay, grads: Sequence[Tensor | None]
@@ -165,7 +176,11 @@ class Plan:
             returned: All floating tensors that the whole call returned.
             replay: The call.
             grads: Gradients of the loss for each recorded output, rows first.
+
+        Raises:
+            OtherOutputsError: If the call returned something else.
         """
+        replay.check(self, self.rows_first([returned[output.at] for output in self.outputs]))
         outputs, slopes = [], []
         for output in self.outputs:
             if (grad := grads[output.index]) is not None:
@@ -193,23 +208,29 @@ class Replay(Record):
         values: The module's parameters and buffers by first dotted name.
         count: Number of rows R of its outputs.
         rows: Rows of the call that are asked for; None for all.
+        expected: Copies of its outputs, rows first, that a run has to return; nothing if any will
+            do.
     """
 
     inputs: tuple[Tensor, ...]
     values: dict[str, Tensor]
     count: int
     rows: Tensor | None = None
+    expected: tuple[Tensor, ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name."""
         named = {f"input.{at}": value for at, value in enumerate(self.inputs)}
-        return named | {f"value.{key}": value for key, value in self.values.items()}
+        named |= {f"value.{key}": value for key, value in self.values.items()}
+        return named | {f"expected.{at}": value for at, value in enumerate(self.expected)}
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some tensors or fields changed."""
         inputs = [changes.pop(f"input.{at}", value) for at, value in enumerate(self.inputs)]
         values = {key: changes.pop(f"value.{key}", value) for key, value in self.values.items()}
-        return replace(self, **{"inputs": tuple(inputs), "values": values, **changes})
+        expected = [changes.pop(f"expected.{at}", value) for at, value in enumerate(self.expected)]
+        replaced = replace(self, inputs=tuple(inputs), values=values, expected=tuple(expected))
+        return replace(replaced, **changes)
 
     def expand(self, n: int) -> Self:
         """Return it as it is: a call with one row is run once, whatever the number of samples."""
@@ -225,6 +246,52 @@ class Replay(Record):
             return grad
         whole = grad.new_zeros(self.count, *grad.shape[1:])
         return whole.index_copy_(0, self.rows.to(grad.device), grad)
+
+    @contextmanager
+    def unproven(self) -> Iterator[None]:
+        """Run the call in here, in a way that may not be its own.
+
+        Raises:
+            OtherOutputsError: If it fails, and was not proven to run in this way.
+        """
+        given = (*self.inputs, *self.values.values())
+        versions = [version(value) for value in given] if self.expected else []
+        try:
+            yield
+        except (WrongSplitError, OtherOutputsError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # no batching rule, control flow by value, a batch of one
+            if not self.expected:
+                raise
+            raise OtherOutputsError from error
+        if self.expected and versions != [version(value) for value in given]:
+            raise writes("a run of it changed their version")
+
+    def check(
+        self, plan: Plan, outputs: Sequence[Tensor], rows: slice | Tensor = slice(None)
+    ) -> None:
+        """Assert that outputs are those of the call, as far as that is not proven.
+
+        Args:
+            plan: How they were made.
+            outputs: Outputs, rows first.
+            rows: Which rows of the call they are.
+
+        Raises:
+            OtherOutputsError: If they are not.
+        """
+        if self.expected:
+            recorded = [self.expected[output.index] for output in plan.outputs]
+            dtypes = self.dtypes(plan)
+            for got, value in zip(outputs, recorded, strict=True):
+                if not same_rows(got.detach(), value[rows] if len(value) > 1 else value, dtypes):
+                    raise OtherOutputsError
+
+    def dtypes(self, plan: Plan) -> set[torch.dtype]:
+        """Return the dtypes that the call may have computed in."""
+        tensors = (*self.values.values(), *self.inputs, *self.expected)
+        dtypes = {value.dtype for value in tensors if value.is_floating_point()}
+        return dtypes if plan.autocast[1] is None else {*dtypes, plan.autocast[1]}
 
     @property
     def positions(self) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from ghost_core import Call
-from ghost_layers.replay.plan import Plan, Way
+from ghost_core import Call, WrongSplitError
+from ghost_layers.replay.plan import Plan, Replay, Way
 from ghost_layers.replay.prove import Search
 from ghost_layers.replay.recording import InputRows, OutputRows, TensorAt
+from ghost_layers.replay.trial import Trial
 
 _KINDS = 64
 """How many kinds of calls of one module are remembered."""
@@ -20,23 +21,76 @@ _Finding = tuple[Way, tuple[InputRows, ...], tuple[OutputRows, ...]]
 _findings: WeakKeyDictionary[nn.Module, dict[object, _Finding]] = WeakKeyDictionary()
 
 
-def remembered(module: nn.Module, plan: Plan, search: Search, kind: object) -> Plan:
-    """Return the plan that was found for calls like this one if it holds, else a new one."""
-    kinds = _findings.setdefault(module, {})
-    if kind in kinds:
-        way, input_rows, outputs = kinds[kind]
-        old = replace(plan, way=way, input_rows=input_rows, outputs=outputs)
-        if search.known(old):
-            return old
-    found = search.find()
-    if len(kinds) >= _KINDS:
-        kinds.clear()
-    if search.tells_all(found):
-        kinds[kind] = found.way, found.input_rows, found.outputs
-    return found
+@dataclass(frozen=True, eq=False)
+class Question:
+    """How to run a call again: what is known of calls of its kind, and how to find it out.
+
+    Attributes:
+        plan: The call, with neither way nor positions of outputs decided.
+        trained: First dotted names of the parameters, and whether they require grad.
+        axes: Axis of the rows in each output as the module returned it; None for a scalar.
+        kind: What may change the way that a call is run in.
+        findings: What was found for the module, by kind.
+        cache: Class of a cache that the call got; empty if there was none.
+    """
+
+    plan: Plan
+    trained: Mapping[str, bool]
+    axes: tuple[int | None, ...]
+    kind: object
+    findings: dict[object, _Finding]
+    cache: str
+
+    @classmethod
+    def of(
+        cls,
+        call: Call,
+        plan: Plan,
+        trained: Mapping[str, bool],
+        axes: tuple[int | None, ...],
+        inputs: Sequence[Tensor],
+        cache: str,
+    ) -> Question:
+        """Ask for a call, given its input tensors; see the attributes."""
+        kind = (_signature(call, plan, inputs), tuple(trained.values()))
+        findings = _findings.setdefault(call.module, {})
+        return cls(plan, trained, axes, kind, findings, cache)
+
+    def known(self) -> Plan | None:
+        """Return the plan that was found for calls like this one, which may not hold for it."""
+        if self.kind not in self.findings:
+            return None
+        way, input_rows, outputs = self.findings[self.kind]
+        return replace(self.plan, way=way, input_rows=input_rows, outputs=outputs)
+
+    def answered(self, replay: Replay, recorded: tuple[Tensor, ...]) -> Plan:
+        """Find a plan and prove it.
+
+        Args:
+            replay: The call's tensors.
+            recorded: Its outputs, rows first.
+
+        Raises:
+            WrongSplitError: If there is none.
+        """
+        search = Search(Trial(self.plan, replay, recorded, self.trained), self.axes)
+        try:
+            found = search.find()
+        except WrongSplitError as refusal:
+            if not self.cache:
+                raise
+            raise WrongSplitError(
+                reason=f"it got a cache, {self.cache}, and without it: {refusal.reason}",
+                remedy="call the model with use_cache=False",
+            ) from refusal
+        if len(self.findings) >= _KINDS:
+            self.findings.clear()
+        if search.tells_all(found):
+            self.findings[self.kind] = found.way, found.input_rows, found.outputs
+        return found
 
 
-def signature(call: Call, plan: Plan, inputs: Sequence[Tensor]) -> object:
+def _signature(call: Call, plan: Plan, inputs: Sequence[Tensor]) -> object:
     """Return what may change the way that a call is run in."""
     return (
         tuple(plan.wanted),

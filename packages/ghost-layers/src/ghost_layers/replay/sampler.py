@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -22,11 +24,9 @@ from ghost_core.tracking import dotted_name
 from ghost_layers.replay.before import Before
 from ghost_layers.replay.gradients import gradients
 from ghost_layers.replay.module_copy import why_not_copied
-from ghost_layers.replay.plan import Forward, Plan, Replay, Way
-from ghost_layers.replay.prove import Search
+from ghost_layers.replay.plan import Forward, OtherOutputsError, Plan, Replay, Way
 from ghost_layers.replay.recording import InputRows, OutputRows, is_cache, taken_apart
-from ghost_layers.replay.remembered import remembered, signature
-from ghost_layers.replay.trial import Trial
+from ghost_layers.replay.remembered import Question
 
 
 class ReplaySampler(GradientSampler):
@@ -38,9 +38,9 @@ class ReplaySampler(GradientSampler):
     returns what the call returned, with the same gradients. Random numbers, buffers, modes and
     attributes are as the user left them afterwards.
 
-    A call costs one more forward pass when it is recorded, and a forward and a backward pass of
-    the module when its gradients arrive; in the last way, a backward pass for each sample. The
-    first call of a kind costs a few more. Gradients are built: N times the parameters asked for.
+    A call costs a forward and a backward pass of the module more; in the last way, a backward pass
+    for each sample. The first call of a kind costs a few more. Gradients are built: N times the
+    parameters asked for.
     """
 
     parameters: ClassVar[tuple[str, ...] | None] = None
@@ -72,7 +72,7 @@ class ReplaySampler(GradientSampler):
     def rewritten(self, module: nn.Module, count: int) -> Forward | None:
         """Return code that computes what a module does, to run in its place; None if there is none.
 
-        It is compared with the module as other ways are. A sampler that has one writes `gradients`.
+        It is compared with the module as other ways are. A sampler that has one writes `replayed`.
 
         Args:
             module: The module.
@@ -84,40 +84,68 @@ class ReplaySampler(GradientSampler):
         return None
 
     def record(self, call: Call) -> Mapping[str, Record]:
-        """Find a way to run the call again, and keep what that takes.
+        """Keep what running the call again takes, and find a way to where its kind is new.
+
+        Calls of a kind that is known are compared with what they returned when they run again.
 
         Raises:
             WrongSplitError: If there is none, naming the reason.
         """
-        try:
-            call.static, replay = self._planned(call, call.module)
-        except WrongSplitError as refusal:
-            instead = f"{refusal.remedy}; or " if refusal.remedy else ""
-            raise WrongSplitError(
-                f"gradients cannot be split by sample: {call.label} "
-                f"({dotted_name(type(call.module))}) has to be run again for them, and cannot be",
-                reason=refusal.reason,
-                remedy=f"{instead}leave the module out with exclude=...",
-            ) from refusal
+        what = f"{call.label} ({dotted_name(type(call.module))})"
+        with _named(what):
+            question, replay = self._taken_apart(call, call.module)
+            plan = question.known() if replay.count else question.plan
+            if plan is None:
+                plan = question.answered(replay, call.outputs)
+        # Also where that is proven by now: a checkpoint counts what is saved, the second time too.
+        copies = tuple(value.detach().clone() for value in call.outputs)
+        replay = replace(replay, expected=copies)
+        call.static = Planned(plan, question, what)
         return {next(iter(call.shapes)): replay}
 
     def gradients(
         self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
-        """Run the call again and differentiate it for each sample."""
-        plan, replay = kept(call, records)
+        """Run the call again and differentiate it for each sample.
+
+        Raises:
+            WrongSplitError: If it does not return what it did, in no way.
+        """
+        planned: Planned = call.static
+        (replay,) = records.values()
+        assert isinstance(replay, Replay)
+        with suppress(OtherOutputsError), _named(planned.what):
+            return self.replayed(planned.plan, replay, call, grads)
+        with _named(planned.what):
+            recorded, replay = replay.expected, replace(replay, expected=())
+            plan = planned.question.answered(replace(replay, rows=None), recorded)
+        return self.replayed(plan, replay, call, grads)
+
+    def replayed(
+        self, plan: Plan, replay: Replay, call: PastCall, grads: Sequence[Tensor | None]
+    ) -> Mapping[str, PerSampleGradient]:
+        """Run the call again as planned and differentiate it.
+
+        Args:
+            plan: How to run it.
+            replay: Its tensors.
+            call: What is left of it.
+            grads: Gradient of the loss for each output, as `gradients` gets them.
+
+        Raises:
+            OtherOutputsError: If it does not return what it did, as far as that is not proven.
+        """
         slopes = {index: grad for index, grad in enumerate(grads) if grad is not None}
         made = gradients(plan, replay, slopes, call.shapes)
         return {local: Dense(gradient.unsqueeze(1)) for local, gradient in made.items()}
 
-    def _planned(self, call: Call, module: nn.Module) -> tuple[Plan, Replay]:
+    def _taken_apart(self, call: Call, module: nn.Module) -> tuple[Question, Replay]:
         if reason := why_not_copied(module):
             raise WrongSplitError(reason=reason)
         before = call.before if isinstance(call.before, Before) else Before.of(module)
         axes = self._axes(call, module)
         count = max(len(value) for value in call.outputs if value.dim())
-        sides = self.sides(call)
-        slots, spec, inputs, input_rows = taken_apart(call, sides, count)
+        slots, spec, inputs, input_rows = taken_apart(call, self.sides(call), count)
         plan = Plan(
             template=before.template,
             wanted={local: before.template.key(module, local) for local in call.shapes},
@@ -141,24 +169,11 @@ class ReplaySampler(GradientSampler):
         parameters = before.template.tensors(module, "_parameters")
         detached = {id(value): value.detach() for value in parameters.values()}
         values = {key: detached[id(value)] for key, value in parameters.items()}
-        replay = Replay(inputs, values | before.buffers, count)
-        if not count:
-            return plan, replay
         trained = {key: value.requires_grad for key, value in parameters.items()}
-        trial = Trial(plan, replay, call.outputs, trained)
-        search = Search(trial, axes)
-        kind = (signature(call, plan, inputs), tuple(trained.values()))
-        try:
-            return remembered(module, plan, search, kind), replay
-        except WrongSplitError as refusal:
-            caches = [value for value in tree_leaves((call.args, call.kwargs)) if is_cache(value)]
-            if not caches:
-                raise
-            raise WrongSplitError(
-                reason=f"it got a cache, {dotted_name(type(caches[0]))}, and without it: "
-                f"{refusal.reason}",
-                remedy="call the model with use_cache=False",
-            ) from refusal
+        leaves = tree_leaves((call.args, call.kwargs))
+        cache = next((dotted_name(type(value)) for value in leaves if is_cache(value)), "")
+        question = Question.of(call, plan, trained, axes, inputs, cache)
+        return question, Replay(inputs, values | before.buffers, count)
 
     def _axes(self, call: Call, module: nn.Module) -> tuple[int | None, ...]:
         """Return where the module has the rows of its outputs; None for scalars."""
@@ -179,12 +194,34 @@ class GenericSampler(ReplaySampler):
     methods = ()
 
 
-def kept(call: PastCall, records: Mapping[str, Record]) -> tuple[Plan, Replay]:
-    """Return what a `ReplaySampler` kept of a call."""
-    plan: Plan = call.static
-    (replay,) = records.values()
-    assert isinstance(replay, Replay)
-    return plan, replay
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What a call's way back needs, besides tensors.
+
+    Attributes:
+        plan: How calls of its kind were run so far.
+        question: How to find that out, if it is another.
+        what: The module, for messages.
+    """
+
+    plan: Plan
+    question: Question
+    what: str
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Name the module in refusals of running it again."""
+    try:
+        yield
+    except WrongSplitError as refusal:
+        instead = f"{refusal.remedy}; or " if refusal.remedy else ""
+        raise WrongSplitError(
+            f"gradients cannot be split by sample: {what} has to be run again for them, and cannot "
+            "be",
+            reason=refusal.reason,
+            remedy=f"{instead}leave the module out with exclude=...",
+        ) from refusal
 
 
 def _drawn(before: Before) -> RandomState | None:

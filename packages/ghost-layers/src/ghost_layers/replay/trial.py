@@ -158,9 +158,7 @@ class Trial:
     @property
     def _dtypes(self) -> set[torch.dtype]:
         """Dtypes that the call may have computed in."""
-        tensors = (*self.values.values(), *self.replay.inputs, *self.recorded)
-        dtypes = {value.dtype for value in tensors if value.is_floating_point()}
-        return dtypes if self.plan.autocast[1] is None else {*dtypes, self.plan.autocast[1]}
+        return replace(self.replay, expected=self.recorded).dtypes(self.plan)
 
 
 def failed(doing: str, error: Exception) -> WrongSplitError:

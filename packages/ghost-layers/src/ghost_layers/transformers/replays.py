@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ghost_core import Dense, GradientSampler, PastCall, PerSampleGradient, Record
+from ghost_core import Dense, GradientSampler, PastCall, PerSampleGradient
 from ghost_core._torch import start_of_backward
 from ghost_core.sampler import own_parameters
-from ghost_layers.replay import Forward, ReplaySampler, Way, floating, kept
+from ghost_layers.replay import Forward, Plan, Replay, ReplaySampler, Way, floating
 from ghost_layers.transformers.names import class_names
 
 _TABLE = "relative_attention_bias.weight"
@@ -46,13 +46,12 @@ class RelativeBiasSampler(ReplaySampler):
                 return partial(_returned, path, self.method, count)
         return None
 
-    def gradients(
-        self, call: PastCall, records: Mapping[str, Record], grads: Sequence[Tensor | None]
+    def replayed(
+        self, plan: Plan, replay: Replay, call: PastCall, grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Run the module again, and differentiate what was looked up, then the table."""
-        plan, replay = kept(call, records)
         if plan.rewritten is None or plan.way is not Way.REWRITTEN:
-            return super().gradients(call, records, grads)
+            return super().replayed(plan, replay, call, grads)
         ((local, shape),) = call.shapes.items()
         table = replay.values[plan.wanted[local]].detach().requires_grad_()
         total = table.new_zeros(replay.count, *shape)
@@ -60,9 +59,10 @@ class RelativeBiasSampler(ReplaySampler):
             found: list[tuple[Tensor, Tensor]] = []
             function = partial(plan.rewritten, found=found)
             values = replay.values | {plan.wanted[local]: table}
-            returned = floating(plan.called(function, values, plan.whole(replay.inputs)))
-            looked_up = list(found)  # checkpointing inside looks it up once more
-            outputs, slopes = plan.sloped(returned, replay, grads)
+            with replay.unproven():
+                returned = floating(plan.called(function, values, plan.whole(replay.inputs)))
+                looked_up = list(found)  # checkpointing inside looks it up once more
+                outputs, slopes = plan.sloped(returned, replay, grads)
             rows = [each for _, each in looked_up]
             start = start_of_backward(outputs, slopes)
             arrived = torch.autograd.grad(start, rows, allow_unused=True)
