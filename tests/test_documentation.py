@@ -129,6 +129,7 @@ def prepared(section):
         "DotProductEngine": DotProductEngine,
         "adam": torch.optim.AdamW(model.parameters()),
         "b": torch.randn(3),
+        "draw": draw,
         "batch": draw(32),
         "ids": range(32),
         "loader": [(torch.arange(32) + 32 * step, draw(32)) for step in range(3)],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ghost_engines.dot_product import DotProductEngine
     from ghost_engines.gram import Between, Gram, GramEngine
     from ghost_engines.holding import HoldingEngine, LossWeights
+    from ghost_engines.ids import IdCollator, WithId, take_ids, with_ids
     from ghost_engines.norms import NormEngine, Norms
     from ghost_engines.projection import ProjectedRows, ProjectionEngine
     from ghost_engines.results import Result, SummedResult
@@ -38,6 +39,7 @@ __all__ = [
     "Gram",
     "GramEngine",
     "HoldingEngine",
+    "IdCollator",
     "InRunValues",
     "LossWeights",
     "Neighbours",
@@ -54,18 +56,21 @@ __all__ = [
     "SegmentScores",
     "StoreError",
     "SummedResult",
+    "WithId",
     "adam_aware",
     "load_direction",
     "model_digest",
     "save_direction",
     "score_dataset",
     "second_order",
+    "take_ids",
     "unit_norm",
+    "with_ids",
 ]
 
 _ROOMS = (
     "blocks", "cosine", "dataset", "digest", "directions", "dot_product", "gram", "holding",
-    "norms", "projection", "results", "scores", "scoring", "store", "values",
+    "ids", "norms", "projection", "results", "scores", "scoring", "store", "values",
 )  # fmt: skip
 """The modules that the names above come from."""
 

@@ -1,0 +1,157 @@
+"""Sample ids that ride in batches, from a data set to the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+
+from ghost_core import CaptureError
+
+_FIELD: Final = "sample_id"
+
+Key = Callable[[Any], int]
+"""Returns the id of a sample."""
+
+
+class WithId(NamedTuple):
+    """A sample that is no dictionary, with its id."""
+
+    sample_id: int
+    sample: Any
+
+
+def with_ids(
+    data: Any, *, key: Key | None = None, field: str = _FIELD
+) -> Dataset[Any] | IterableDataset[Any]:
+    """Give each sample of a data set an id.
+
+    Samples that are dictionaries get one more entry; others become `WithId(sample_id, sample)`.
+    `IdCollator` makes batches of them.
+
+    Args:
+        data: A data set: with a length and items (map-style, a list, a Hugging Face `Dataset`, a
+            memory-mapped array of rows), or one that is iterated over (streaming).
+        key: Returns a sample's id. By default it is its position. Of data that is iterated over in
+            several workers of a `DataLoader` that is the position in the worker's own part, times
+            the number of workers, plus the worker's number: no two have the same, but another
+            number of workers gives other ids. Give a key for ids that stay.
+        field: The name of the entry.
+
+    Returns:
+        A data set of the same kind.
+
+    Raises:
+        CaptureError: If there is nothing to iterate over, and, when a sample is asked for, if it
+            has an entry of this name already, or the key is no integer.
+    """
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return _Items(data, key, field)
+    if isinstance(data, Iterable):
+        return _Stream(data, key, field)
+    raise CaptureError(
+        f"with_ids takes a data set, with items or to iterate over, not a {type(data).__name__}"
+    )
+
+
+class _Items(Dataset[Any]):
+    def __init__(self, data: Any, key: Key | None, field: str) -> None:
+        self._data, self._key, self._field = data, key, field
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Any:
+        position = int(index)
+        if position < 0:
+            position += len(self)
+        return _identified(self._data[index], position, self._key, self._field)
+
+
+class _Stream(IterableDataset[Any]):
+    def __init__(self, data: Iterable[Any], key: Key | None, field: str) -> None:
+        self._data, self._key, self._field = data, key, field
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for count, sample in enumerate(self._data):
+            yield _identified(sample, first + count * step, self._key, self._field)
+
+
+def _identified(sample: Any, position: int, key: Key | None, field: str) -> Any:
+    number = position if key is None else key(sample)
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise CaptureError(f"the id of a sample must be an integer, not {number!r}: see key=...")
+    if not isinstance(sample, Mapping):
+        return WithId(int(number), sample)
+    if field in sample:
+        raise CaptureError(
+            f"samples have an entry {field!r} already",
+            reason="with_ids would replace it",
+            remedy="leave with_ids out if it is the id, or give the new entry another name with "
+            "field=...",
+        )
+    return {**sample, field: int(number)}
+
+
+class IdCollator:
+    """Makes batches of samples with ids, and lets another collator make the rest.
+
+    A batch of dictionaries has the ids as one more entry, int64 `[N]`; of other samples it is the
+    pair of the ids and the batch.
+
+    Args:
+        collate: Makes a batch of samples without ids: torch's own by default, or a tokenizer's.
+        field: The name of the ids.
+    """
+
+    def __init__(
+        self, collate: Callable[[list[Any]], Any] = default_collate, *, field: str = _FIELD
+    ) -> None:
+        self._collate, self._field = collate, field
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """Make a batch.
+
+        Raises:
+            CaptureError: If a sample has no id.
+        """
+        if samples and all(isinstance(sample, WithId) for sample in samples):
+            ids = torch.tensor([sample.sample_id for sample in samples])
+            return ids, self._collate([sample.sample for sample in samples])
+        numbers, rest = [], []
+        for sample in samples:
+            if not isinstance(sample, Mapping) or self._field not in sample:
+                raise _missing(self._field, "a sample", sample)
+            numbers.append(int(sample[self._field]))
+            rest.append({name: value for name, value in sample.items() if name != self._field})
+        batch = self._collate(rest)
+        batch[self._field] = torch.tensor(numbers)
+        return batch
+
+
+def take_ids(batch: MutableMapping[str, Any], *, field: str = _FIELD) -> Tensor:
+    """Take the ids out of a batch before a model sees it; return them, int64 `[N]`.
+
+    Raises:
+        CaptureError: If there are none.
+    """
+    if field not in batch:
+        raise _missing(field, "the batch", batch)
+    ids: Tensor = batch.pop(field)
+    return ids
+
+
+def _missing(field: str, what: str, where: object) -> CaptureError:
+    has = f"has {', '.join(map(str, where))}" if isinstance(where, Mapping) else "is no dictionary"
+    return CaptureError(
+        f"{what} has no {field!r}: it {has}",
+        reason="data without with_ids, a collator other than IdCollator, or a trainer that takes "
+        "away what the model's forward does not name",
+        remedy="load with_ids(data) with collate_fn=IdCollator(...); for Hugging Face's Trainer "
+        "set TrainingArguments(remove_unused_columns=False)",
+    )
