@@ -47,6 +47,7 @@ IMPORTED_WHERE_USED = {
         "ghost_engines.cli.plugins",
         "ghost_engines.cli.score",
         "ghost_engines.cli.store",
+        "ghost_engines.cli.values",
         "ghost_engines.cli.verify",
     },
     "ghost_engines.plots": {"matplotlib.figure"},

@@ -19,6 +19,7 @@ from ghost_engines import DotProductEngine, ProjectionEngine
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "docs/quickstart.md"
 DATASET = "docs/dataset.md"
+LOG = "docs/log.md"
 FRAGMENTS = (
     "README.md",
     "docs/loop.md",
@@ -179,6 +180,20 @@ def test_a_data_set_is_scored_as_the_page_says():
     assert namespace["worst"]["id"].tolist() == table.scores[:, 0].argsort()[:10].tolist()
     assert again.ids.tolist() == namespace["order"].tolist()
     assert Path("scores.svg").stat().st_size > 1000
+
+
+def test_a_log_is_written_resumed_and_read_as_the_page_says():
+    pytest.importorskip("matplotlib")
+    namespace = prepared("")
+    with torch.random.fork_rng(devices=[]):
+        for block in blocks(LOG):
+            run(block, namespace)
+    table = namespace["table"]
+    assert namespace["log"].last == 3
+    assert sorted(table.ids.tolist()) == list(range(96))
+    (columns,) = re.findall(r"values.csv.*# (.*)", blocks(LOG)[2].code)
+    assert ", ".join(table.columns()) == columns
+    assert Path("values.svg").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

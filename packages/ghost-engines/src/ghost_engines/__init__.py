@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ghost_engines.gram import Between, Gram, GramEngine
     from ghost_engines.holding import HoldingEngine, LossWeights
     from ghost_engines.ids import IdCollator, WithId, take_ids, with_ids
+    from ghost_engines.log import LogTable, ScoreLog
     from ghost_engines.norms import NormEngine, Norms
     from ghost_engines.projection import ProjectedRows, ProjectionEngine
     from ghost_engines.results import Result, SummedResult
@@ -41,6 +42,7 @@ __all__ = [
     "HoldingEngine",
     "IdCollator",
     "InRunValues",
+    "LogTable",
     "LossWeights",
     "Neighbours",
     "NormEngine",
@@ -49,6 +51,7 @@ __all__ = [
     "ProjectedRows",
     "ProjectionEngine",
     "Result",
+    "ScoreLog",
     "ScoreObserver",
     "ScoreTable",
     "Scores",
@@ -70,7 +73,7 @@ __all__ = [
 
 _ROOMS = (
     "blocks", "cosine", "dataset", "digest", "directions", "dot_product", "gram", "holding",
-    "ids", "norms", "projection", "results", "scores", "scoring", "store", "values",
+    "ids", "log", "norms", "projection", "results", "scores", "scoring", "store", "values",
 )  # fmt: skip
 """The modules that the names above come from."""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY = ".ghost-tmp"
 """Suffix of a file that is being written."""
@@ -101,6 +104,36 @@ def remove_temporaries(folder: Path) -> None:
     for leftover in leftovers:
         if not leftover.is_dir(follow_symlinks=False):
             Path(leftover.path).unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file so that it is gone from the disk once this returns.
+
+    Raises:
+        OSError: If a step fails.
+    """
+    path.unlink()
+    _sync_folder(path.parent)
+
+
+def closed_after(close: Callable[[], object], exception: BaseException | None, lost: str) -> None:
+    """Close a writer where a `with` block ends, and let the exception that ended it go on.
+
+    Args:
+        close: Writes what is left.
+        exception: What ended the block, if anything.
+        lost: What to say where closing fails too: in the log, and in a note to the exception.
+
+    Raises:
+        Exception: What closing raises, if nothing ended the block.
+    """
+    try:
+        close()
+    except Exception as failure:
+        if exception is None:
+            raise
+        logger.exception("and then %s", lost)
+        exception.add_note(f"and then {lost}: {type(failure).__name__}: {failure}")
 
 
 def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:

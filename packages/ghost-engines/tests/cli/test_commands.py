@@ -56,7 +56,8 @@ def damage(root: Path) -> Path:
 
 def test_help_names_the_commands_and_what_they_take(capsys):
     for arguments, words in {
-        ("--help",): ["plugins", "score", "store", "verify", "--version"],
+        ("--help",): ["plugins", "score", "store", "values", "verify", "--version"],
+        ("values", "--help"): ["LOG", "--out", "--plot", "--top", "--verify"],
         ("score", "--help"): ["MODEL", "--data", "--targets", "--engine", "--out", "NAME=DATA"],
         ("store", "--help"): ["PATH", "--verify"],
         ("verify", "--help"): ["MODEL", "--data", "--loss"],
@@ -75,6 +76,7 @@ def test_help_names_the_commands_and_what_they_take(capsys):
         "--version",
         "store --help",
         "score --help",
+        "values --help",
         "verify --help",
         "plugins --help",
         "nope",

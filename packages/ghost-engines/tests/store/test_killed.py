@@ -3,10 +3,9 @@
 import os
 import signal
 import subprocess
-import sys
-import textwrap
 
 import pytest
+from fork_kit import run_script, script
 from kill_kit import FakeEngine, assert_holds_exactly
 
 from ghost_engines.store import GradientStore, StoreError
@@ -15,12 +14,12 @@ from ghost_engines.store import GradientStore, StoreError
 
 
 KILLER = """
-    # Forks writers, kills them, and checks after each what is left. Forking costs nothing, starting
-    # Python with torch takes seconds.
+    # Forks writers, kills them, and checks after each what is left.
     import itertools, os, random, shutil, signal, struct, sys, time
     from pathlib import Path
 
     import torch
+    from fork_kit import finish, fork, kill_at
 
     from ghost_engines.store import GradientStore, StoredRows
 
@@ -41,9 +40,6 @@ KILLER = """
         return StoredRows(ordinals * 3 + 1, rows.float(), ordinals / 2)
 
 
-    real_write = os.write
-
-
     def write_rows(root, total, acknowledge, seed, pause=0.0):
         draw = random.Random(seed)
         if (root / "manifest.json").exists():
@@ -61,52 +57,6 @@ KILLER = """
                     acknowledge(store.committed)
                 time.sleep(pause)
         acknowledge(store.committed)
-
-
-    def kill_at(step):
-        # Dies before the given system call of a write; a write call has written half by then.
-        calls = itertools.count()
-
-        def dying(name, real):
-            def call(*arguments, **named):
-                if next(calls) == step:
-                    if name == "write":
-                        descriptor, data = arguments
-                        real(descriptor, data[: len(data) // 2])
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*arguments, **named)
-
-            return call
-
-        for name in ("open", "write", "fsync", "replace", "mkdir"):
-            setattr(os, name, dying(name, getattr(os, name)))
-
-
-    def fork(work):
-        # Returns the child's pid and the end of a pipe on which it acknowledges rows.
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                os.close(reading)
-                work(lambda n: real_write(writing, struct.pack("q", n)))
-                status = 0
-            finally:
-                os._exit(status)
-        os.close(writing)
-        return pid, reading
-
-
-    def finish(pid, reading):
-        # Returns the child's exit status and the last number that it acknowledged.
-        acknowledged = 0
-        with open(reading, "rb") as pipe:
-            while len(packed := pipe.read(8)) == 8:
-                acknowledged = struct.unpack("q", packed)[0]
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert status in (0, -signal.SIGKILL), status
-        return status, acknowledged
 
 
     def check(root, at_least):
@@ -187,32 +137,26 @@ KILLER = """
 """
 
 
-def killer(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", textwrap.dedent(KILLER), *map(str, arguments)]
-
-
-def run_killer(*arguments: object, timeout: float = 600) -> None:
-    done = subprocess.run(killer(*arguments), capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-
-
 def test_no_acknowledged_row_is_lost_or_doubled_whatever_step_a_writer_is_killed_at(tmp_path):
-    run_killer("steps", tmp_path / "g", 3)
+    run_script(KILLER, "steps", tmp_path / "g", 3)
 
 
 def test_no_acknowledged_row_is_lost_or_doubled_whenever_a_writer_is_killed(tmp_path):
-    run_killer("random", tmp_path / "g", 4)
+    run_script(KILLER, "random", tmp_path / "g", 4)
 
 
 @pytest.mark.stress
 def test_no_acknowledged_row_is_lost_or_doubled_in_many_kills(tmp_path):
-    run_killer("steps", tmp_path / "steps", 1)
-    run_killer("random", tmp_path / "random", 500)
+    run_script(KILLER, "steps", tmp_path / "steps", 1)
+    run_script(KILLER, "random", tmp_path / "random", 500)
 
 
 def test_a_forked_child_neither_writes_nor_keeps_the_next_writer_out(tmp_path):
     with subprocess.Popen(
-        killer("child", tmp_path / "g"), stdout=subprocess.PIPE, text=True, start_new_session=True
+        script(KILLER, "child", tmp_path / "g"),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as writer:
         try:
             said = writer.stdout.readline()

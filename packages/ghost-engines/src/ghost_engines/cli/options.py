@@ -119,6 +119,27 @@ class Plugins:
 
 
 @dataclass(frozen=True)
+class Values:
+    """Add up a score log: the most helpful and the most harmful samples of a training run.
+
+    Exits with 0; 1 if --verify finds damage; 2 if there is no log, or a file cannot be written.
+
+    Args:
+        path: Folder of the log.
+        top: How many of the highest and lowest values to print.
+        out: File to write the values of all samples to: .csv, .jsonl or .parquet.
+        plot: File to draw a picture into: .png, .svg or .pdf.
+        verify: Compare all that is on disk with its hashes first.
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], Named(metavar="LOG")]
+    top: int = 10
+    out: Annotated[Path | None, Named(metavar="FILE")] = None
+    plot: Annotated[Path | None, Named(metavar="FILE")] = None
+    verify: bool = False
+
+
+@dataclass(frozen=True)
 class Store:
     """Describe a store of gradients.
 

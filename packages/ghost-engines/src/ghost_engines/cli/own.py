@@ -6,7 +6,7 @@ Nothing here imports torch, which takes seconds: what a command does is imported
 
 from __future__ import annotations
 
-from ghost_engines.cli.options import Plugins, Score, Store, Verify
+from ghost_engines.cli.options import Plugins, Score, Store, Values, Verify
 
 
 class VerifyCommand(Verify):
@@ -49,10 +49,21 @@ class StoreCommand(Store):
         return describe(self.path, verify=self.verify)
 
 
+class ValuesCommand(Values):
+    __doc__ = Values.__doc__
+
+    def run(self) -> int:
+        """Add up a score log, and return the exit status."""
+        from ghost_engines.cli.values import values
+
+        return values(self)
+
+
 COMMANDS = {
     "verify": VerifyCommand,
     "score": ScoreCommand,
     "plugins": PluginsCommand,
     "store": StoreCommand,
+    "values": ValuesCommand,
 }
 """The commands by name."""

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ghost_engines.files import make_root
+from ghost_engines.files import closed_after, make_root
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.listing import clean, has_shards
 from ghost_engines.store.lock import WriterLock
@@ -199,14 +199,8 @@ class GradientStore(StoreReader):
         return self
 
     def __exit__(self, kind: object, exception: BaseException | None, traceback: object) -> None:
-        try:
-            self.close()
-        except Exception as failure:
-            if exception is None:
-                raise
-            lost = "and then the last rows could not be written"
-            logger.exception("%s to %s", lost, self.path)
-            exception.add_note(f"{lost} to {self.path}: {type(failure).__name__}: {failure}")
+        lost = f"the last rows could not be written to {self.path}"
+        closed_after(self.close, exception, lost)
 
     def close(self) -> None:
         """Commit and let the next writer in; the store can still be read.

@@ -2,5 +2,6 @@
 
 from ghost_engines.values.credit import CreditedStep
 from ghost_engines.values.in_run import InRunValues
+from ghost_engines.values.table import COUNTS, Table
 
-__all__ = ["CreditedStep", "InRunValues"]
+__all__ = ["COUNTS", "CreditedStep", "InRunValues", "Table"]
