@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -83,10 +84,13 @@ def search(
         compared = queries.to(dtype)
         if metric == "cosine":
             compared = _unit_length(_without_zeros(compared))
+        room = torch.empty(0, store.k_total, dtype=dtype, device=queries.device)
         for found in store.blocks(block):
-            rows = found.rows.to(queries.device, dtype)
+            if len(room) < len(found):  # made once, as new memory costs as much as what is done
+                room = torch.empty(len(found), store.k_total, dtype=dtype, device=queries.device)
+            rows = room[: len(found)].copy_(found.rows)
             rows = _unit_length(rows) if metric == "cosine" else rows
-            _update(best, compared @ rows.mT, found.ids.to(queries.device), start)
+            _update(best, compared @ rows.mT, found.ids, start)
             start += len(found)
             bar.advance(len(found))
     return best
@@ -118,8 +122,10 @@ def _nothing(q: int, k: int, dtype: torch.dtype, device: torch.device) -> Neighb
 
 def _update(best: Neighbours, scores: Tensor, ids: Tensor, start: int) -> None:
     """Put what is better among a block's scores `[Q, B]` in place of the best so far."""
+    if not len(scores):
+        return
     highest = scores.amax(dim=1)
-    if not (highest.isfinite() & scores.amin(dim=1).isfinite()).all():
+    if not (isfinite(highest.max().item()) and isfinite(scores.amin().item())):
         raise StoreError(
             f"scores overflow {scores.dtype}: scale the queries, give them as float64, or choose "
             'metric="cosine"'
@@ -134,7 +140,7 @@ def _update(best: Neighbours, scores: Tensor, ids: Tensor, start: int) -> None:
     # Of equal scores topk takes any, but here it takes all that enter; the others come last.
     candidates = scores.topk(entering, dim=1).indices.sort(dim=1).values
     all_scores = torch.cat([best.scores[changing], scores.gather(1, candidates)], dim=1)
-    all_ids = torch.cat([best.ids[changing], ids[candidates]], dim=1)
+    all_ids = torch.cat([best.ids[changing], ids.to(scores.device)[candidates]], dim=1)
     all_ordinals = torch.cat([best.ordinals[changing], candidates + start], dim=1)
     order = all_scores.sort(dim=1, descending=True, stable=True).indices[:, : best.ids.shape[1]]
     best.scores[changing] = all_scores.gather(1, order)

@@ -148,7 +148,7 @@ class StoreReader:
         k: int = 10,
         metric: str = "dot",
         *,
-        block: int = 2048,
+        block: int = 4096,
         progress: bool | None = None,
     ) -> Neighbours:
         """Find the rows with the highest scores for each query, exactly.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Run = npt.NDArray[np.int64]
 
 
 class SeenIds:
     """A set of ids, as sorted runs of which each is at least twice as long as the next."""
 
     def __init__(self, ids: Tensor) -> None:
-        self._runs = [ids.sort().values]
+        self._runs: list[Run] = []
+        self.add(ids)
 
     def __len__(self) -> int:
         """Return how many ids were added, one that was added twice as two."""
@@ -18,16 +23,27 @@ class SeenIds:
 
     def known(self, ids: Tensor) -> Tensor:
         """Return those of some ids `[N]` that were added before."""
-        known = torch.zeros(ids.shape, dtype=torch.bool)
-        for run in self._runs:
-            if len(run):
-                at = torch.searchsorted(run, ids).clamp(max=len(run) - 1)
-                known |= run[at] == ids
-        return ids[known]
+        known = np.zeros(len(ids), dtype=bool)
+        if len(ids):
+            asked = ids.numpy()
+            least, most = asked.min(), asked.max()
+            for run in self._runs:
+                if run[0] <= most and least <= run[-1]:  # ids are given in order, as a rule
+                    known |= run[run.searchsorted(asked).clip(max=len(run) - 1)] == asked
+        return ids[torch.from_numpy(known)]
 
     def add(self, ids: Tensor) -> None:
         """Add ids `[N]`."""
-        self._runs.append(ids.sort().values)
-        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
-            last = self._runs.pop()
-            self._runs[-1] = torch.cat([self._runs[-1], last]).sort().values
+        if not len(ids):
+            return
+        run = np.sort(ids.numpy())
+        while self._runs and len(self._runs[-1]) < 2 * len(run):
+            run = _merged(self._runs.pop(), run)
+        self._runs.append(run)
+
+
+def _merged(one: Run, other: Run) -> Run:
+    both = np.concatenate([one, other])
+    if one[-1] > other[0]:
+        both.sort(kind="stable")  # which finds the two runs, and merges them
+    return both
