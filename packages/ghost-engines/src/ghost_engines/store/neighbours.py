@@ -21,6 +21,10 @@ METRICS = ("cosine", "dot")
 """How a row can be compared with a query."""
 
 
+_SHORTEST = 1e-12
+"""Length of rows whose squares are added up in float32 without a loss, and 1 / it the longest."""
+
+
 @dataclass(frozen=True, repr=False)
 class Neighbours:
     """The best rows for each query, best first; of equal scores the lower ordinal first.
@@ -89,8 +93,8 @@ def search(
             if len(room) < len(found):  # made once, as new memory costs as much as what is done
                 room = torch.empty(len(found), store.k_total, dtype=dtype, device=queries.device)
             rows = room[: len(found)].copy_(found.rows)
-            rows = _unit_length(rows) if metric == "cosine" else rows
-            _update(best, compared @ rows.mT, found.ids, start)
+            scores = _cosines(compared, rows) if metric == "cosine" else compared @ rows.mT
+            _update(best, scores, found.ids, start)
             start += len(found)
             bar.advance(len(found))
     return best
@@ -155,6 +159,14 @@ def _without_zeros(queries: Tensor) -> Tensor:
             f"queries {zero.nonzero().flatten().tolist()} are zero: they have no cosine with a row"
         )
     return queries
+
+
+def _cosines(queries: Tensor, rows: Tensor) -> Tensor:
+    """Return the products of queries of length 1 with rows, each divided by its row's length."""
+    lengths = torch.linalg.vector_norm(rows, dim=1)
+    if len(rows) and _SHORTEST < lengths.min() and lengths.max() < 1 / _SHORTEST:
+        return (queries @ rows.mT).div_(lengths)
+    return queries @ _unit_length(rows).mT
 
 
 def _unit_length(rows: Tensor) -> Tensor:
