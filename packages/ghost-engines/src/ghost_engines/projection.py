@@ -43,11 +43,14 @@ class ProjectedRows(Result):
         layout: Which columns belong to which parameter.
         random: Names of modules that dropped something at random, as dropout in training mode:
             the rows are those of one draw.
+        manifest: The engine's manifest, by which a store tells rows of other engines; None for
+            rows that were put together by hand.
     """
 
     rows: Tensor
     layout: tuple[Block, ...]
     random: tuple[str, ...] = ()
+    manifest: Mapping[str, Any] | None = None
 
     @property
     def total(self) -> Tensor:
@@ -138,6 +141,7 @@ class ProjectionEngine(Engine[ProjectedRows]):
         }
         self._rows = torch.empty(0)
         self._random = random_modules(model)
+        self._manifest = self.manifest()
 
     @property
     def k_total(self) -> int:
@@ -239,6 +243,7 @@ class ProjectionEngine(Engine[ProjectedRows]):
             rows=rows,
             layout=self.layout,
             random=drawing(self._random),
+            manifest=self._manifest,
         )
 
     def on_close(self) -> None:

@@ -188,5 +188,5 @@ def test_the_search_runs_where_the_queries_are(stored):
 
 def test_queries_that_are_no_tensor_are_refused(stored):
     store = stored(torch.eye(3))
-    with pytest.raises(StoreError, match=r"such as engine\.collect\(\)\.rows, not list"):
+    with pytest.raises(StoreError, match=r"such as engine\.collect\(\), not list"):
         store.search([[1.0, 0.0, 0.0]])

@@ -92,9 +92,9 @@ class Manifest:
             whole("the engine's k_total", engine.k_total, least=1, error=StoreError),
             dtype,
             whole("unit", unit, least=1, error=StoreError),
-            _plain("the engine's manifest", engine.manifest()),
-            _plain("info", {} if info is None else info),
-            _plain("notes", {} if notes is None else notes),
+            plain("the engine's manifest", engine.manifest()),
+            plain("info", {} if info is None else info),
+            plain("notes", {} if notes is None else notes),
             {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         )
 
@@ -161,7 +161,7 @@ class Manifest:
 
         What a row is as a whole comes first, then its layers one by one.
         """
-        found = _differences("", self.identity(), other.identity())
+        found = differences("", self.identity(), other.identity())
         return sorted(found, key=lambda line: line.startswith("engine.layers"))
 
     def _check_types(self) -> None:
@@ -204,7 +204,16 @@ def _check_engine(engine: object) -> None:
         )
 
 
-def _plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+def plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping as it is read back from JSON.
+
+    Args:
+        name: What it is, for the error.
+        value: The mapping.
+
+    Raises:
+        StoreError: If it is none, or a value has no JSON form.
+    """
     if not isinstance(value, Mapping):
         raise StoreError(
             f"{name} must be a mapping, not {value!r}",
@@ -213,21 +222,28 @@ def _plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
         )
     try:
         plain = json.loads(json.dumps(dict(value), allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(f"{name} has a value without a JSON form: {error}") from error
     assert isinstance(plain, dict)
     return plain
 
 
-def _differences(name: str, ours: object, theirs: object) -> Iterator[str]:
+def differences(name: str, ours: object, theirs: object) -> Iterator[str]:
+    """Yield a line for each entry in which what is now differs from what is in the store.
+
+    Args:
+        name: Name of what is compared, with dots.
+        ours: What is in the store, as read from JSON.
+        theirs: What is now, in the same form.
+    """
     match ours, theirs:
         case dict(), dict():
             for key in sorted({*ours, *theirs}):
                 inner = f"{name}.{key}" if name else str(key)
-                yield from _differences(inner, ours.get(key, _ABSENT), theirs.get(key, _ABSENT))
+                yield from differences(inner, ours.get(key, _ABSENT), theirs.get(key, _ABSENT))
         case list(), list() if len(ours) == len(theirs):
             for index, pair in enumerate(zip(ours, theirs, strict=True)):
-                yield from _differences(f"{name}[{index}]", *pair)
+                yield from differences(f"{name}[{index}]", *pair)
         case list(), list():
             yield f"{name}: {len(ours)} entries in the store, {len(theirs)} now"
         case _ if ours != theirs or type(ours) is not type(theirs):

@@ -104,7 +104,7 @@ def _check_queries(store: RowReader, queries: Tensor) -> torch.dtype:
     """Return the dtype to compute in."""
     if not isinstance(queries, Tensor):
         raise StoreError(
-            f"queries must be a tensor [Q, {store.k_total}], such as engine.collect().rows, not "
+            f"queries must be a tensor [Q, {store.k_total}] or rows such as engine.collect(), not "
             f"{type(queries).__name__}"
         )
     if queries.dim() != 2 or queries.shape[1] != store.k_total or not queries.is_floating_point():
@@ -164,7 +164,7 @@ def _without_zeros(queries: Tensor) -> Tensor:
 def _cosines(queries: Tensor, rows: Tensor) -> Tensor:
     """Return the products of queries of length 1 with rows, each divided by its row's length."""
     lengths = torch.linalg.vector_norm(rows, dim=1)
-    if len(rows) and _SHORTEST < lengths.min() and lengths.max() < 1 / _SHORTEST:
+    if len(rows) and lengths.min() > _SHORTEST and lengths.max() < 1 / _SHORTEST:
         return (queries @ rows.mT).div_(lengths)
     return queries @ _unit_length(rows).mT
 

@@ -15,8 +15,9 @@ from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.listing import shard_path
 from ghost_engines.store.manifest import MANIFEST, Manifest
 from ghost_engines.store.neighbours import Neighbours, search
+from ghost_engines.store.origin import query_rows
 from ghost_engines.store.place import Place
-from ghost_engines.store.rows import StoredRows
+from ghost_engines.store.rows import RowBatch, StoredRows
 from ghost_engines.store.shards import (
     Shard,
     check_contents,
@@ -144,7 +145,7 @@ class StoreReader:
 
     def search(
         self,
-        queries: Tensor,
+        queries: Tensor | RowBatch,
         k: int = 10,
         metric: str = "dot",
         *,
@@ -158,7 +159,8 @@ class StoreReader:
         have quite equal ones.
 
         Args:
-            queries: `[Q, k_total]`, floating point.
+            queries: `[Q, k_total]`, floating point; or what an engine collected, which must be one
+                like that of the store.
             k: How many rows to find for each query. If the store has fewer, all are returned.
             metric: `dot`, or `cosine`, in which a row of zeros scores 0.
             block: Rows to compare at once.
@@ -169,10 +171,12 @@ class StoreReader:
 
         Raises:
             UnknownNameError: If the metric does not exist.
-            StoreError: If a shape does not fit, or a query or a score is not finite.
+            StoreError: If a shape does not fit, a query or a score is not finite, or the queries
+                are of another engine.
             DamagedStoreError: If a file went missing.
         """
-        return search(self, queries, k=k, metric=metric, block=block, progress=progress)
+        rows = query_rows(queries, self.manifest)
+        return search(self, rows, k=k, metric=metric, block=block, progress=progress)
 
     def verify(self, progress: bool | None = None) -> None:
         """Compare all that is on disk with its hashes.

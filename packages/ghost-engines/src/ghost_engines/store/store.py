@@ -17,6 +17,7 @@ from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.listing import clean, has_shards
 from ghost_engines.store.lock import WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
+from ghost_engines.store.origin import check_origin, check_verified
 from ghost_engines.store.reader import StoreReader
 from ghost_engines.store.record import RECORD, check_record, read_record, write_record
 from ghost_engines.store.rows import RowBatch, check_finite, checked
@@ -62,6 +63,7 @@ class GradientStore(StoreReader):
         check_record(path, recorded, len(self))
         self._lock = lock
         self._recorded = recorded
+        self._origin: object = None
         self._said: set[str] = set()
         self._seen: SeenIds | None = None
         if lock is not None and self._tail.length:
@@ -231,12 +233,15 @@ class GradientStore(StoreReader):
 
         Args:
             batch: Has `ids`, int64 `[N]`, and `rows`, `[N, k_total]` in the store's dtype, on any
-                device. Both are copied.
+                device. Both are copied. If it has a `manifest`, as what engines collect, that must
+                be the one of the engine that the store was made with; if it has `verified`, it
+                must be as the store says.
             loss: The samples' losses `[N]`, floating point; for all batches of a store or none.
 
         Raises:
-            StoreError: If the store is not open for writing, a shape or dtype does not fit, or a
-                row is not finite. The store is as it was before.
+            StoreError: If the store is not open for writing, a shape or dtype does not fit, a row
+                is not finite, or rows are of another engine or not verified. The store is as it
+                was before.
             DamagedStoreError: If a file went missing or was altered since the store was opened.
             OSError: If writing fails. The rows are taken nevertheless: do not append them again.
                 Call `commit`, which tries again; no other batch is accepted before it succeeds.
@@ -251,6 +256,10 @@ class GradientStore(StoreReader):
                 "to try again; do not append them again"
             )
         rows = checked(batch, loss, self.manifest)
+        if (made := getattr(batch, "manifest", None)) is not self._origin:
+            check_origin(batch, self.manifest)
+            self._origin = made  # all batches of an engine have the same
+        check_verified(batch, self.manifest)
         loss_dtype = None if rows.loss is None else rows.loss.dtype
         if len(self) and loss_dtype != self.loss_dtype:
             raise StoreError(

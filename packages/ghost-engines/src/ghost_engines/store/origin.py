@@ -1,0 +1,90 @@
+"""Where rows come from: whether they may stand in a store, or be compared with its rows.
+
+Rows that an engine made carry its manifest. Tensors, and rows that are put together by hand, do
+not say what they are, and are taken as given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ghost_engines.store.errors import StoreError
+from ghost_engines.store.manifest import Manifest, differences, plain
+from ghost_engines.store.rows import RowBatch
+
+_SHOWN = 6
+
+_FREE = ("dtype", "verified")
+"""What queries may have otherwise: it changes no direction."""
+
+
+def check_origin(batch: RowBatch, store: Manifest) -> None:
+    """Refuse to store rows of another engine.
+
+    Raises:
+        StoreError: If they are.
+    """
+    made = getattr(batch, "manifest", None)
+    if isinstance(made, Mapping) and (found := _other(store.engine, made)):
+        raise StoreError(
+            f"the rows of the batch are not of the engine that the store was made with: "
+            f"{_listed(found)}",
+            reason="rows that were projected in another way cannot be compared",
+            remedy="append what that engine collects, or make another store with "
+            "GradientStore.create(path, engine)",
+        )
+
+
+def check_verified(batch: RowBatch, store: Manifest) -> None:
+    """Refuse rows whose split by sample is not verified where the store says that it is.
+
+    Raises:
+        StoreError: If it is not.
+    """
+    if store.engine.get("verified") is True and getattr(batch, "verified", True) is False:
+        raise StoreError(
+            "the batch is not verified, and the store says of all its rows that they are",
+            reason="not all of its passes could be compared, as where a module runs for the first "
+            "time",
+            remedy="run the batch once more, which verifies it; or make an engine with "
+            "verify=False, and a store with that engine",
+        )
+
+
+def query_rows(queries: Tensor | RowBatch, store: Manifest) -> Tensor:
+    """Return the rows to search with, `[Q, k_total]`.
+
+    Args:
+        queries: Rows as a tensor, or with the manifest of the engine that made them.
+        store: What the rows in the store are.
+
+    Raises:
+        StoreError: If they are rows of another engine.
+    """
+    if isinstance(queries, Tensor) or not hasattr(queries, "rows"):
+        return queries  # type: ignore[return-value] # the search says what is wrong with others
+    made = getattr(queries, "manifest", None)
+    if isinstance(made, Mapping):
+        ours = {key: value for key, value in store.engine.items() if key not in _FREE}
+        theirs = {key: value for key, value in made.items() if key not in _FREE}
+        if found := list(_other(ours, theirs)):
+            raise StoreError(
+                f"the queries are not of the kind that the store holds: {_listed(found)}",
+                reason="scores between rows that were projected in different ways are noise",
+                remedy="make the queries with an engine like that of the store; its manifest has "
+                "the options",
+            )
+    return queries.rows
+
+
+def _other(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    return list(differences("", ours, plain("the rows' manifest", theirs)))
+
+
+def _listed(found: list[str]) -> str:
+    found = sorted(found, key=lambda line: line.startswith("layers"))
+    more = len(found) - _SHOWN
+    return "; ".join([*found[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])

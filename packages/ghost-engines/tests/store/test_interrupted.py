@@ -1,0 +1,171 @@
+"""Writers that are interrupted before any line of the store's code, and go on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from kill_kit import TOTAL, UNIT, FakeEngine, append, assert_holds_exactly, batch, leftovers
+
+import ghost_engines
+from ghost_engines.store import GradientStore, StoreError
+
+ROOT = Path(ghost_engines.__file__).parent
+WATCHED = (str(ROOT / "store"), str(ROOT / "files.py"))
+
+
+class Interrupt:
+    """Raises before the n-th line of the store's code that runs in the block."""
+
+    def __init__(self, at):
+        self.at, self.lines = at, 0
+
+    def __enter__(self):
+        self._before = sys.gettrace()
+        sys.settrace(self._called)
+        return self
+
+    def __exit__(self, *exception):
+        sys.settrace(self._before)
+
+    def _called(self, frame, event, argument):
+        return self._line if frame.f_code.co_filename.startswith(WATCHED) else None
+
+    def _line(self, frame, event, argument):
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                raise KeyboardInterrupt
+        return self._line
+
+
+def attempts(stride):
+    """Yield interrupts before later and later lines, until one comes too late."""
+    at = 1
+    while True:
+        interrupt = Interrupt(at)
+        yield interrupt
+        if interrupt.lines < at:
+            break
+        at += stride
+    assert at > 20
+
+
+def strides(*small):
+    return [*small, pytest.param(1, marks=pytest.mark.stress)]
+
+
+@pytest.mark.parametrize("stride", strides(23))
+@pytest.mark.parametrize(("first", "stop"), [(5, 9), (14, 36), (0, UNIT)])
+def test_an_append_can_be_repeated(tmp_path, stride, first, stop):
+    """Whichever line it was interrupted at, its rows are there once, or it says so."""
+    refused = interrupted = 0
+    for interrupt in attempts(stride):
+        root = tmp_path / f"{interrupt.at}"
+        with GradientStore.create(root, FakeEngine(), unit=UNIT) as store:
+            append(store, first)
+            try:
+                with interrupt:
+                    append(store, stop)
+            except KeyboardInterrupt:
+                interrupted += 1
+                if len(store) == first:
+                    append_from(store, first, stop)
+                else:
+                    refused += 1
+                    with pytest.raises(StoreError, match="do not append them again"):
+                        append_from(store, first, stop)
+                    store.commit()
+                assert len(store) == stop
+            append(store, TOTAL)
+        assert_holds_exactly(GradientStore.open(root), TOTAL)
+        assert leftovers(root) == []
+    assert refused < interrupted
+
+
+def append_from(store, start, stop):
+    """Append the same rows again, whatever is in the store."""
+    rows = batch(start, stop)
+    store.append(rows, loss=rows.loss)
+
+
+@pytest.mark.parametrize("stride", strides(19))
+def test_a_commit_can_be_repeated(tmp_path, stride):
+    for interrupt in attempts(stride):
+        root = tmp_path / f"{interrupt.at}"
+        with GradientStore.create(root, FakeEngine(), unit=UNIT) as store:
+            append(store, 5)
+            try:
+                with interrupt:
+                    store.commit()
+            except KeyboardInterrupt:
+                assert len(store) == 5
+                store.commit()
+            assert_holds_exactly(GradientStore.open(root), 5)
+            append(store, TOTAL)
+        assert_holds_exactly(GradientStore.open(root), TOTAL)
+
+
+@pytest.mark.parametrize("stride", strides(19))
+def test_an_interrupt_while_a_store_is_closed_loses_nothing_acknowledged(tmp_path, stride):
+    for interrupt in attempts(stride):
+        root = tmp_path / f"{interrupt.at}"
+        store = GradientStore.create(root, FakeEngine(), unit=UNIT)
+        append(store, 20)
+        try:
+            with interrupt:
+                store.close()
+        except KeyboardInterrupt:
+            store.close()
+        store = GradientStore.resume(root, FakeEngine())
+        assert len(store) in (UNIT, 20)
+        with store:
+            append(store, TOTAL)
+        assert_holds_exactly(GradientStore.open(root), TOTAL)
+
+
+@pytest.mark.parametrize("stride", strides(29))
+@pytest.mark.parametrize("how", ["create", "resume"])
+def test_a_store_that_was_not_opened_can_be_opened(tmp_path, stride, how):
+    for interrupt in attempts(stride):
+        root = tmp_path / f"{interrupt.at}"
+        made = 0
+        if how == "resume":
+            made = 20
+            with GradientStore.create(root, FakeEngine(), unit=UNIT) as store:
+                append(store, made)
+        store = None
+        try:
+            with interrupt:
+                if how == "create":
+                    store = GradientStore.create(root, FakeEngine(), unit=UNIT)
+                else:
+                    store = GradientStore.resume(root, FakeEngine())
+        except KeyboardInterrupt:
+            pass
+        if store is None:
+            there = (root / "manifest.json").exists()
+            store = (
+                GradientStore.resume(root, FakeEngine())
+                if there
+                else GradientStore.create(root, FakeEngine(), unit=UNIT)
+            )
+        with store:
+            assert len(store) == made
+            append(store, TOTAL)
+        assert_holds_exactly(GradientStore.open(root), TOTAL)
+
+
+@pytest.mark.parametrize("stride", strides(29))
+def test_an_interrupted_reader_can_read_on(tmp_path, stride):
+    root = tmp_path / "g"
+    with GradientStore.create(root, FakeEngine(), unit=UNIT) as store:
+        append(store, TOTAL)
+    store = GradientStore.open(root)
+    for interrupt in attempts(stride):
+        try:
+            with interrupt:
+                store.rows()
+                store.search(store.rows(0, 2), k=3)
+        except KeyboardInterrupt:
+            pass
+        assert_holds_exactly(store, TOTAL)
