@@ -86,11 +86,16 @@ def read_regular(path: Path, longest: int) -> bytes:
         ValueError: If it is something else than a file, or longer.
         OSError: If it cannot be read.
     """
-    with open(open_regular(path), "rb") as file:
-        data = file.read(longest + 1)
-    if len(data) > longest:
-        raise ValueError(f"it has more than {longest} bytes")
-    return data
+    descriptor = open_regular(path)
+    try:
+        if os.fstat(descriptor).st_size > longest:
+            raise ValueError(f"it has more than {longest} bytes")
+        parts = []
+        while part := os.read(descriptor, longest):
+            parts.append(part)
+    finally:
+        os.close(descriptor)
+    return b"".join(parts)
 
 
 def remove_temporaries(folder: Path) -> None:

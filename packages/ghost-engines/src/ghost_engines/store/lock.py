@@ -7,7 +7,6 @@ import os
 import stat
 import weakref
 from pathlib import Path
-from typing import BinaryIO
 
 from ghost_engines.store.errors import StoreError
 
@@ -31,27 +30,33 @@ class WriterLock:
 
     def __init__(self, root: Path) -> None:
         self._path = root / LOCK
-        self._file = _opened(self._path)
+        # Nothing else than a file is opened: opening a pipe waits for whoever reads it.
+        kind = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        self._descriptor = os.open(self._path, kind, 0o666)
+        # Also closed with the lock itself, which an interrupt may have left to nobody.
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        _open_locks.add(self)
         try:
-            _open_locks.add(self)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise StoreError(f"{self._path} is not a file: remove it")
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._file.close()
+            self.release()
             raise StoreError(
                 f"another writer has {root} open: close it first, or open it for reading"
             ) from error
         except OSError as error:
-            self._file.close()
+            self.release()
             error.filename = str(self._path)  # flock is given a number, and names no file
             raise
         except BaseException:
-            self._file.close()
+            self.release()
             raise
 
     @property
     def held(self) -> bool:
         """Whether this process holds the lock."""
-        return not self._file.closed
+        return self._close.alive
 
     def check_place(self) -> None:
         """Raise if another store stands in the place of the one that was opened.
@@ -60,7 +65,7 @@ class WriterLock:
             StoreError: If it was replaced.
             FileNotFoundError: If it was removed.
         """
-        mine, there = os.fstat(self._file.fileno()), os.stat(self._path)
+        mine, there = os.fstat(self._descriptor), os.stat(self._path)
         if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
             raise StoreError(
                 f"the store at {self._path.parent} was replaced by another while it was open for "
@@ -69,17 +74,7 @@ class WriterLock:
 
     def release(self) -> None:
         """Let the next writer in."""
-        self._file.close()
-
-
-def _opened(path: Path) -> BinaryIO:
-    """Open a file to lock it, and nothing else: opening a pipe waits for whoever reads it."""
-    kind = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-    file = open(os.open(path, kind, 0o666), "rb")  # noqa: SIM115 - it is held until `release`
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise StoreError(f"{path} is not a file: remove it")
-    return file
+        self._close()
 
 
 _open_locks: weakref.WeakSet[WriterLock] = weakref.WeakSet()
