@@ -91,7 +91,7 @@ def read_regular(path: Path, longest: int) -> bytes:
         if os.fstat(descriptor).st_size > longest:
             raise ValueError(f"it has more than {longest} bytes")
         parts = []
-        while part := os.read(descriptor, longest):
+        while part := os.read(descriptor, 1 << 20):
             parts.append(part)
     finally:
         os.close(descriptor)
