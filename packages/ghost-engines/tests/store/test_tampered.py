@@ -1,5 +1,7 @@
 """What a store makes of files that were tampered with."""
 
+import hashlib
+import json
 import shutil
 
 import pytest
@@ -114,6 +116,77 @@ def test_altered_contents_are_found_by_their_hash(tmp_path):
         store.verify()
     for unit, named in enumerate([True, False, True]):
         assert (str(shard_path(tmp_path / "g", unit)) in str(caught.value)) == named
+
+
+READS = {
+    "g": [
+        lambda store: store.rows(),
+        lambda store: list(store.blocks()),
+        lambda store: store.search(torch.ones(1, 6)),
+    ],
+    "ids": [lambda store: store.ids, lambda store: store.rows()],
+    "loss": [lambda store: store.losses, lambda store: store.rows()],
+}
+
+
+@pytest.mark.parametrize("unit", [0, 2])
+@pytest.mark.parametrize("name", READS)
+def test_altered_contents_are_found_when_they_are_first_read(tmp_path, unit, name):
+    make(tmp_path / "g", 11, with_loss=True)
+    path = shard_path(tmp_path / "g", unit)
+    tensors = {each: tensor.clone() for each, tensor in load_file(path).items()}
+    tensors[name].view(torch.uint8)[0] ^= 1
+    rewrite(path, tensors)
+    store = GradientStore.open(tmp_path / "g")
+    for read in READS[name]:
+        with pytest.raises(DamagedStoreError, match=f"{path.name} was altered"):
+            read(store)
+    unchecked = GradientStore.open(tmp_path / "g", check=False)
+    assert len(unchecked.rows()) == len(unchecked.ids) == len(unchecked.losses) == 11
+    with pytest.raises(DamagedStoreError, match=f"{path.name} was altered"):
+        unchecked.verify()
+
+
+def test_a_shard_that_is_altered_after_it_was_read_is_compared_again(tmp_path):
+    make(tmp_path / "g", 11)
+    store = GradientStore.open(tmp_path / "g")
+    store.rows()
+    path = shard_path(tmp_path / "g", 1)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    with pytest.raises(DamagedStoreError, match="was altered"):
+        store.rows()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("unit", 4.0),
+        ("unit", True),
+        ("unit", "4"),
+        ("k_total", [6]),
+        ("k_total", 0),
+        ("dtype", ["float32"]),
+        ("dtype", 3),
+        ("engine", []),
+        ("info", "x"),
+        ("notes", 3),
+        ("versions", None),
+    ],
+)
+def test_wrong_types_in_a_manifest_are_named_although_its_fingerprint_fits(tmp_path, key, value):
+    make(tmp_path / "g", 11)
+    path = tmp_path / "g/manifest.json"
+    content = {**json.loads(path.read_text()), key: value}
+    identity = {
+        each: content[each] for each in content if each not in ("notes", "versions", "fingerprint")
+    }
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    content["fingerprint"] = hashlib.sha256(canonical.encode()).hexdigest()
+    path.write_text(json.dumps(content))
+    assert_damaged(tmp_path / "g", str(path), f"{key} is")
 
 
 def test_a_file_that_goes_missing_later_is_named(tmp_path):

@@ -62,7 +62,7 @@ class Tail:
         memory = self.memory
         if memory is not None and self.start + length <= len(memory):
             return memory, self.start
-        if memory is None or length > len(memory) or self.length > self.start:
+        if memory is None or length > self.start:  # else all fit before the rows that count now
             least = max(2 * length, _ROOM // (added.rows[:1].nbytes or 1))
             # The last batch of a unit may go beyond it, and the next unit begins there.
             memory = _room(max(length, min(unit_size + len(added), least)), added)
