@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -157,6 +157,29 @@ class HeldGradients:
         by_rows = self._uses[parameter.name]
         by_rows.setdefault((rows.start, rows.stop), _Uses(parameter, rows)).add(gradient)
 
+    def sum(self) -> dict[str, Tensor]:
+        """Return `Σ_n g_n` by parameter, of its shape.
+
+        Raises:
+            CaptureError: If an input was overwritten meanwhile.
+        """
+        return {parameter.name: self._sum(parameter) for parameter in self._parameters}
+
+    def dot(self, directions: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+        """Return `⟨v_k, g_n⟩` by parameter, `[N, K]`, for a batch of n samples.
+
+        Args:
+            directions: The directions v, `[K, *shape]` by parameter name.
+            n: Number of samples N.
+
+        Raises:
+            CaptureError: If an input was overwritten meanwhile.
+        """
+        return {
+            parameter.name: self._dot(parameter, directions[parameter.name], n)
+            for parameter in self._parameters
+        }
+
     def squared_norms(self, n: int) -> dict[str, Tensor]:
         """Return `‖g_n‖²` by parameter, `[N]`, for a batch of n samples.
 
@@ -201,6 +224,20 @@ class HeldGradients:
             for parameter, by_rows in self._uses.items()
         }
         return copied
+
+    def _sum(self, parameter: TrackedParameter) -> Tensor:
+        total = _zeros(parameter, *parameter.shape)
+        with full_precision(parameter.device):
+            for _, gradient in self._parts(parameter):
+                total += gradient.sum()
+        return total
+
+    def _dot(self, parameter: TrackedParameter, directions: Tensor, n: int) -> Tensor:
+        dots = _zeros(parameter, n, len(directions))
+        with full_precision(parameter.device):
+            for rows, gradient in self._parts(parameter):
+                dots[rows] += gradient.dot(directions)
+        return dots
 
     def _squared_norms(self, parameter: TrackedParameter, n: int) -> Tensor:
         squared = _zeros(parameter, n)

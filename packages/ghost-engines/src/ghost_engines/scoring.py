@@ -137,6 +137,22 @@ class ScoringEngine(Engine[ScoresT]):
         with self.paused():
             return self._directions[name].current()
 
+    def curvature(self, name: str, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return `H step`, with the Hessian H of the loss that a direction is the gradient of.
+
+        It is computed where the parameters are now, at the price of one Hessian-vector product.
+
+        Args:
+            name: The direction's name.
+            step: A change of each tracked parameter by name.
+
+        Raises:
+            UnknownNameError: If there is no direction of this name.
+            CaptureError: If it was given as tensors, or transformed.
+        """
+        with self.paused():
+            return self._directions[name].curvature(step)
+
     def remove_direction(self, name: str) -> None:
         """Remove a direction.
 

@@ -51,6 +51,20 @@ class Direction:
         self.age += 1
         return due
 
+    def curvature(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return `H step` with the Hessian of its loss.
+
+        Raises:
+            CaptureError: If it has none, or was transformed.
+        """
+        if self.transform is not None or self.source is None:
+            raise CaptureError(
+                f"direction {self.name!r} has no second order",
+                reason="it was transformed, or given as tensors",
+                remedy="give a closure that returns the loss, without a transform",
+            )
+        return self.source.curvature(step)
+
     def current(self) -> dict[str, Tensor]:
         """Return it as it is, or would be."""
         return dict(self.tensors or self._made())

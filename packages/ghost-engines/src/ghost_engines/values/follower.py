@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ghost_core import CaptureError, Pass, PerSampleGradient, TrackedParameter, UnknownNameError
+from ghost_engines.held import HeldGradients
 from ghost_engines.scores import Scores
 from ghost_engines.scoring import ScoringEngine
 from ghost_engines.values.changes import Change, Changes
 from ghost_engines.values.credit import CreditedStep, OnCredit
 from ghost_engines.values.optimizers import rates, scale_left, skipped, stepping
+from ghost_engines.values.pending import Pending
+from ghost_engines.values.second_order import add_curvature
 
 logger = logging.getLogger(__name__)
 
@@ -26,21 +27,7 @@ _ALTERED = (
     "the column altered"
 )
 
-
-@dataclass
-class _Pending:
-    """A batch that no step was made with yet.
-
-    Attributes:
-        scores: Its scores.
-        factors: What its gradients were multiplied with, by the names of the parameters whose
-            gradients were not thrown away.
-        altered: Whether gradients were changed in another way.
-    """
-
-    scores: Scores
-    factors: dict[str, float]
-    altered: bool = False
+_NO_IDS = torch.zeros(0, dtype=torch.int64)
 
 
 class Follower:
@@ -51,6 +38,7 @@ class Follower:
         optimizer: The optimizer that makes the steps, or a wrapper of it.
         direction: Name of the only direction to use; all by default.
         on_credit: Is told of each step.
+        order: Whether curvature is part of values: 1 or 2.
 
     Attributes:
         steps: Number of steps so far.
@@ -67,6 +55,7 @@ class Follower:
         optimizer: torch.optim.Optimizer,
         direction: str | None,
         on_credit: OnCredit,
+        order: int,
     ) -> None:
         self._engine = _scoring(engine)
         if engine.is_open:
@@ -75,7 +64,9 @@ class Follower:
         rates(engine, optimizer)  # raises early
         self._direction = direction
         self._on_credit = on_credit
-        self._pending: list[_Pending] = []
+        self._order = order
+        self._held: HeldGradients | None = None
+        self._pending: list[Pending] = []
         self._changes = Changes(self._parameters)
         self._directions: tuple[str, ...] = () if direction is None else (direction,)
         self.steps = 0
@@ -106,12 +97,15 @@ class Follower:
         Gradient scalers skip steps that overflow; then `zero_grad` is called with no step before.
         """
         self._apply(self._changes.start())
+        self._held = HeldGradients(self._engine.parameters) if self._order == 2 else None
 
     def arriving(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> None:
         """Look what was done to earlier gradients inside the batch."""
         self._changes.arriving(parameter.name)
+        if self._held is not None:
+            self._held.add(pass_, parameter, gradient)
 
     def scored(self, scores: Scores) -> None:
         """Keep the scores of a batch until a step is made with it.
@@ -124,22 +118,19 @@ class Follower:
         self._check_directions(scores)
         change, made = self._changes.end()
         self._apply(change)
+        held, self._held = self._held, None
         if made:
             # What the engine divided out is in the gradients until the scaler takes it out.
-            factors = dict.fromkeys(made, self._engine.loss_scale)
-            self._pending.append(_Pending(scores, factors))
+            scale = self._engine.loss_scale
+            kept = None if held is None else held.copy()  # until the step, and not only the batch
+            self._pending.append(Pending(scores, dict.fromkeys(made, scale), scale, kept))
         elif len(scores.ids):
             self.skipped_batches += 1  # under frozen() there is nothing to make a step with
 
     def _apply(self, change: Change) -> None:
         """Do to the batches so far what was done to their gradients."""
         for each in self._pending:
-            each.factors = {
-                name: factor * change.factors.get(name, 1.0)
-                for name, factor in each.factors.items()
-                if name not in change.lost
-            }
-            each.altered |= not change.other.isdisjoint(each.factors)
+            each.apply(change)
         kept = [each for each in self._pending if each.factors]
         self.skipped_batches += len(self._pending) - len(kept)
         self._pending = kept
@@ -164,13 +155,15 @@ class Follower:
 
     # Called by the optimizer
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._engine.is_open:
             raise CaptureError(
                 "the optimizer made a step inside an open batch: close it before optimizer.step(), "
                 "so that its scores are known"
             )
         self._apply(self._changes.look())
+        if self._order == 2 and not skipped(optimizer):
+            add_curvature(self._engine, self._pending, self._moved(optimizer), self.directions)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if skipped(optimizer):
@@ -178,30 +171,23 @@ class Follower:
         self.steps += 1
         pending, self._pending = self._pending, []
         self._changes.forget()
-        scale = scale_left(optimizer)
-        moved = {name: rate / scale for name, rate in rates(self._engine, optimizer).items()}
-        self._on_credit(self._credited(pending, moved))
-
-    def _credited(self, pending: list[_Pending], rates: Mapping[str, float]) -> CreditedStep:
-        values = [self._values(each, rates) for each in pending]
+        moved = self._moved(optimizer)
+        credit = [each.credit(moved, self.directions) for each in pending]
         nothing = torch.zeros(0, len(self.directions), dtype=torch.float64)
-        return CreditedStep(
-            step=self.steps,
-            ids=torch.cat([torch.zeros(0, dtype=torch.int64), *(p.scores.ids for p in pending)]),
-            values=torch.cat([nothing, *values]),
-            directions=self.directions,
-            altered=any(each.altered for each in pending),
+        self._on_credit(
+            CreditedStep(
+                step=self.steps,
+                ids=torch.cat([_NO_IDS, *(each.scores.ids for each in pending)]),
+                values=torch.cat([nothing, *credit]),
+                directions=self.directions,
+                altered=any(each.altered for each in pending),
+            )
         )
 
-    def _values(self, pending: _Pending, rates: Mapping[str, float]) -> Tensor:
-        """Return what a batch is credited with, float64 `[N, K]` on the CPU."""
-        scores = pending.scores
-        values = torch.zeros(len(scores.ids), len(scores.directions), dtype=torch.float64)
-        for name, dots in scores.by_parameter.items():
-            if name in pending.factors:
-                factor = rates[name] * pending.factors[name]
-                values += factor * dots.to("cpu", torch.float64)
-        return values[:, [scores.directions.index(name) for name in self.directions]]
+    def _moved(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Return what a step multiplies the gradients of parameters with, by name."""
+        scale = scale_left(optimizer)
+        return {name: rate / scale for name, rate in rates(self._engine, optimizer).items()}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         model = self._engine.model

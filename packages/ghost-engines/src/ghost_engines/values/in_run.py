@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class InRunValues:
-    """Adds up first-order In-Run Data Shapley values over a training run.
+    """Adds up In-Run Data Shapley values over a training run.
 
     A step of gradient descent with learning rate η credits each sample of its batches with
 
@@ -45,10 +45,14 @@ class InRunValues:
         optimizer: The optimizer that makes the steps, or a wrapper that has it in `.optimizer`, as
             Accelerate's. Steps that a scaler skips are not counted.
         direction: Name of the only direction to use; all of the engine's by default.
+        order: 2 adds what curvature does on the way of the step (Wang et al., 2024). It costs one
+            Hessian-vector product for a direction and step, and copies of the gradients of a batch,
+            in factors or built, are kept until its step. Directions must be closures that return
+            a loss, without a transform.
 
     Raises:
         CaptureError: If the engine scores no batches, the optimizer does not hold a tracked
-            parameter or does not tell of its steps, or a batch is open.
+            parameter or does not tell of its steps, a batch is open, or `order` is another.
     """
 
     def __init__(
@@ -57,10 +61,13 @@ class InRunValues:
         optimizer: torch.optim.Optimizer,
         *,
         direction: str | None = None,
+        order: Literal[1, 2] = 1,
     ) -> None:
+        if order not in (1, 2):
+            raise CaptureError(f"order must be 1 or 2, not {order!r}")
         self._table: Table | None = None
         self._observers: OrderedDict[int, OnCredit] = OrderedDict()
-        self._follower = Follower(engine, optimizer, direction, self._credit)
+        self._follower = Follower(engine, optimizer, direction, self._credit, order)
 
     def close(self) -> None:
         """Stop to watch the engine and the optimizer; the values stay."""
