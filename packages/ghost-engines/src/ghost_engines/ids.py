@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 
 from ghost_core import CaptureError
 
-_FIELD: Final = "sample_id"
+ID_FIELD: Final = "sample_id"
+"""The name of the ids in samples that are dictionaries, and in batches of these."""
 
 Key = Callable[[Any], int]
 """Returns the id of a sample."""
@@ -25,7 +26,7 @@ class WithId(NamedTuple):
 
 
 def with_ids(
-    data: Any, *, key: Key | None = None, field: str = _FIELD
+    data: Any, *, key: Key | None = None, field: str = ID_FIELD
 ) -> Dataset[Any] | IterableDataset[Any]:
     """Give each sample of a data set an id.
 
@@ -110,7 +111,7 @@ class IdCollator:
     """
 
     def __init__(
-        self, collate: Callable[[list[Any]], Any] = default_collate, *, field: str = _FIELD
+        self, collate: Callable[[list[Any]], Any] = default_collate, *, field: str = ID_FIELD
     ) -> None:
         self._collate, self._field = collate, field
 
@@ -134,7 +135,7 @@ class IdCollator:
         return batch
 
 
-def take_ids(batch: MutableMapping[str, Any], *, field: str = _FIELD) -> Tensor:
+def take_ids(batch: MutableMapping[str, Any], *, field: str = ID_FIELD) -> Tensor:
     """Take the ids out of a batch before a model sees it; return them, int64 `[N]`.
 
     Raises:

@@ -9,7 +9,7 @@ from dataset_kit import MapStyle, Streamed, classifier, draw, losses, samples
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from ghost_core import CaptureError
-from ghost_engines import score_dataset
+from ghost_engines import score_dataset, with_ids
 from ghost_engines.dataset.batches import Batches
 
 DATA = draw(11)
@@ -65,10 +65,32 @@ def test_a_whole_batch_is_cut_with_all_that_is_in_it():
 def test_ids_are_under_a_key_or_what_a_function_returns():
     batches = [{"id": torch.tensor([7, 3]), "x": torch.zeros(2, 5)}, {"id": [5], "x": [0]}]
     assert [ids.tolist() for ids, _ in Batches(batches, "train", 4).with_ids("id")] == [[7, 3], [5]]
+    ((_, batch),) = Batches([{"sample_id": [5]}], "train", 4).with_ids("sample_id")
+    assert batch == {"sample_id": [5]}  # the user names it, and has it
     pairs = [([4, 2], DATA[0][:2])]
     ((ids, batch),) = Batches(pairs, "train", 4).with_ids(lambda batch: batch[0])
     assert ids.tolist() == [4, 2]
     assert batch is pairs[0]
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_ids_that_samples_carry_are_theirs_and_losses_do_not_see_them(as_dict):
+    """Also where a loader shuffles, and of targets."""
+    data = [{"x": DATA[0][at], "y": DATA[1][at]} for at in range(11)] if as_dict else samples(DATA)
+    numbered = with_ids(data)
+    order = torch.Generator().manual_seed(4)
+    shuffled = DataLoader(numbered, batch_size=4, shuffle=True, generator=order)
+
+    def loss(model, batch):
+        if as_dict:
+            assert batch.keys() == {"x", "y"}
+        return losses(model, tuple(batch.values()) if as_dict else batch)
+
+    model = classifier()
+    table = score_dataset(model, loss, shuffled, {"val": numbered})
+    plain = score_dataset(model, losses, DATA, {"val": DATA})
+    assert table.ids.tolist() != plain.ids.tolist() == sorted(table.ids.tolist())
+    np.testing.assert_allclose(table.scores, plain.scores[table.ids], rtol=1e-12)
 
 
 def test_ids_go_with_the_scores_of_their_samples():

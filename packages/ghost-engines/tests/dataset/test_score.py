@@ -115,8 +115,9 @@ def test_engines_go_by_name(model):
     norms = gradients.norm(dim=1)
     assert_within(torch.from_numpy(table.scores[:, 0]), norms, norms, what="norms")
     assert (table.names, table.norms, table.signed) == (("norm",), None, False)
-    table = score_dataset(model, losses, TRAIN, {"val": VAL, "test": TEST}, engine="cosine")
-    check(table, gradients, targets)
+    for name in ("cosine", "dot_product"):
+        table = score_dataset(model, losses, TRAIN, {"val": VAL, "test": TEST}, engine=name)
+        check(table, gradients, targets)
     for name, what in [("gram", r"is \(23, 23\)"), ("projection", r"is \(23, \d+\)")]:
         with pytest.raises(CaptureError, match=f"engine '{name}' gives no table .*\n.*{what}"):
             score_dataset(model, losses, TRAIN, {}, engine=name)

@@ -1,6 +1,7 @@
 """What a score log gives back, and what it refuses."""
 
 import errno
+import gc
 import logging
 import os
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import nn
 
 from ghost_engines import DotProductEngine, InRunValues, ScoreLog, StoreError
 from ghost_engines.store import DamagedStoreError
+from ghost_engines.values import CreditedStep
 
 
 def shards(root):
@@ -70,6 +72,20 @@ def test_what_is_appended_is_copied(tmp_path):
     (found,) = log
     assert torch.equal(found.values, step(3).values)
     assert torch.equal(found.ids, step(3).ids)
+
+
+def test_a_writer_keeps_the_steps_of_one_shard_in_memory(tmp_path):
+    def kept():
+        gc.collect()
+        return sum(isinstance(each, CreditedStep) for each in gc.get_objects())
+
+    before = kept()
+    with ScoreLog.create(tmp_path / "log", unit=UNIT) as log:
+        most = 0
+        for number in range(1, 101):
+            log.append(step(number))
+            most = max(most, kept() - before) if number % 10 == 0 else most
+    assert 0 < most < UNIT
 
 
 # Resuming

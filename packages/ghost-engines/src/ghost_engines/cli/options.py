@@ -71,7 +71,7 @@ class Score:
             negative ids are padding), or module:function that returns a data set, a loader, a list
             of batches, or one batch.
         targets: Data to score against, as NAME=DATA, one or several; DATA as for --data.
-        engine: Another engine than that of dot products, by its name: see `ghost plugins`.
+        engine: Name of the engine to score with, of ghost or of a plugin: see `ghost plugins`.
         loss: module:function that takes model and batch and returns one loss per sample, [N]. By
             default each sample's mean cross-entropy of next tokens.
         out: File to write all scores to: .csv, .jsonl or .parquet.
@@ -92,7 +92,7 @@ class Score:
     model: Annotated[tyro.conf.Positional[str], Named(metavar="MODEL")]
     data: Annotated[str, Named(metavar="DATA")]
     targets: Annotated[tuple[str, ...], Named(metavar="NAME=DATA ...")] = ()
-    engine: Annotated[str | None, Named(metavar="NAME")] = None
+    engine: Annotated[str, Named(metavar="NAME")] = "dot_product"
     loss: Annotated[str | None, Named(metavar="LOSS")] = None
     out: Annotated[Path | None, Named(metavar="FILE")] = None
     plot: Annotated[Path | None, Named(metavar="FILE")] = None

@@ -27,7 +27,7 @@ def score(options: Score) -> int:
     """Score, write and print what was found, and return the exit status."""
     seed(options.seed)
     targets = _named(options.targets)
-    if not targets and options.engine is None:
+    if not targets and options.engine == "dot_product":
         raise CommandError("--targets: give at least one, as NAME=DATA")
     check_outputs(options.top, options.out, options.plot)
     loss, loss_name = load_loss(options.loss)

@@ -18,10 +18,11 @@ from torch.utils.data import (
 
 from ghost_core import CaptureError, SampleIds
 from ghost_core.batch import as_ids
+from ghost_engines.ids import ID_FIELD, WithId
 
 Ids = str | Callable[[Any], SampleIds] | None
-"""Where the ids of a batch are: under a key of it, in what a function returns for it; None to
-number the samples from 0."""
+"""Where the ids of a batch are: under a key of it, in what a function returns for it; None for
+those that `with_ids` gave to samples, else to number the samples from 0."""
 
 _WHOLE = (Tensor, Mapping, tuple)
 
@@ -69,11 +70,43 @@ class Batches:
             )
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches.
+        """Yield the batches as losses get them: without ids that `with_ids` gave to samples.
 
         Raises:
             CaptureError: If there is none.
         """
+        for batch in self._raw():
+            yield _taken_apart(batch)[1]
+
+    def with_ids(self, ids: Ids) -> Iterator[tuple[Tensor, Any]]:
+        """Yield the batches with the ids of their samples, int64 `[N]`.
+
+        Raises:
+            CaptureError: If there is no batch, or ids are missing, or mean nothing.
+        """
+        start = 0
+        for raw in self._raw():
+            found, batch = self._identified(raw, ids, start)
+            if not len(found):
+                raise CaptureError(
+                    f"{self.what}: a batch after {start} samples is empty",
+                    remedy="leave batches without samples out",
+                )
+            start += len(found)
+            yield found, batch
+
+    def _identified(self, raw: Any, ids: Ids, start: int) -> tuple[Tensor, Any]:
+        if isinstance(ids, str):
+            return as_ids(self._under(ids, raw)), raw
+        if ids is not None:
+            return as_ids(ids(raw)), raw
+        own, batch = _taken_apart(raw)
+        if own is not None:
+            return as_ids(own), batch
+        self._check_order()
+        return torch.arange(start, start + self.size(batch)), batch
+
+    def _raw(self) -> Iterator[Any]:
         empty = True
         for batch in self._batches:
             empty = False
@@ -84,30 +117,6 @@ class Batches:
                 reason="it gave no batch; an iterator gives its batches once",
                 remedy="give data with at least one sample, and a new iterator each time",
             )
-
-    def with_ids(self, ids: Ids) -> Iterator[tuple[Tensor, Any]]:
-        """Yield the batches with the ids of their samples, int64 `[N]`.
-
-        Raises:
-            CaptureError: If there is no batch, or ids are missing, or mean nothing.
-        """
-        if ids is None:
-            self._check_order()
-        start = 0
-        for batch in self:
-            if ids is None:
-                found = torch.arange(start, start + self.size(batch))
-            elif isinstance(ids, str):
-                found = as_ids(self._under(ids, batch))
-            else:
-                found = as_ids(ids(batch))
-            if not len(found):
-                raise CaptureError(
-                    f"{self.what}: a batch after {start} samples is empty",
-                    remedy="leave batches without samples out",
-                )
-            start += len(found)
-            yield found, batch
 
     def size(self, batch: Any) -> int:
         """Return the number of samples of a batch: the leading size of all that is in it.
@@ -150,6 +159,16 @@ class Batches:
                 reason="running numbers would not be the positions of the samples in it",
                 remedy="make it with shuffle=False, or say which samples a batch has with ids=...",
             )
+
+
+def _taken_apart(batch: Any) -> tuple[Any, Any]:
+    """Return the ids that `with_ids` gave to samples, None if it did not, and their batch."""
+    if isinstance(batch, WithId):
+        return batch.sample_id, batch.sample
+    if isinstance(batch, dict) and ID_FIELD in batch:
+        rest = dict(batch)
+        return rest.pop(ID_FIELD), rest
+    return None, batch
 
 
 def _is_map_style(data: Any) -> bool:

@@ -15,14 +15,14 @@ from ghost_core import Batch, CaptureError, Engine, EngineOptions
 from ghost_core.arguments import module, whole
 from ghost_core.plugins import installed
 from ghost_core.state import untouched
-from ghost_engines.cosine import CosineEngine, Cosines
 from ghost_engines.dataset.batches import Batches, Ids
 from ghost_engines.dataset.losses import PerSampleLoss, checked, target_gradient
 from ghost_engines.dataset.table import ScoreTable
 from ghost_engines.dot_product import DotProductEngine
 from ghost_engines.holding import HoldingEngine
 from ghost_engines.progress import Progress
-from ghost_engines.results import Result, summed
+from ghost_engines.results import Result
+from ghost_engines.scores import Scores
 from ghost_engines.scoring import ScoringEngine
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def score_dataset(
     targets: Mapping[str, Any],
     *,
     norms: bool = True,
-    engine: str | None = None,
+    engine: str = "dot_product",
     ids: Ids = None,
     batch_size: int = 32,
     progress: bool | None = None,
@@ -61,12 +61,13 @@ def score_dataset(
             `[N]`.
         train: The data set to score.
         targets: Data sets by name. Each is gone through once, before `train`.
-        norms: Whether to measure norms and cosines too, which needs the gradients of a batch until
-            all of them have arrived.
-        engine: Name of another engine to score with, of this package or a plugin, in place of dot
-            products: its `total` is the score. What is no `ScoringEngine` takes no targets.
+        norms: Whether the engine of dot products is to measure norms and cosines too. Gradients of
+            parameters that are used several times are then held until a batch is done.
+        engine: Name of the engine to score with, of this package or a plugin: its `total` is the
+            score. What is no `ScoringEngine` takes no targets.
         ids: Where the ids of a batch's samples are: under a key of it, in what a function returns
-            for it; by default samples are numbered from 0 in their order.
+            for it; by default those that `with_ids` gave to samples, which losses do not see. Else
+            samples are numbered from 0 in their order.
         batch_size: Samples in a batch, where they are batched here.
         progress: Whether to show a progress bar. By default at a terminal, if it takes long.
         options: What all engines take: see `Engine`. There is no `grad_scaler`: no loss is scaled.
@@ -93,14 +94,14 @@ def score_dataset(
             for found, batch in data.with_ids(ids):
                 with scorer.batch(found) as scored:
                     checked(per_sample_loss(model, batch), "train", found).sum().backward()
-                parts.append(_Part.of(scored, engine or "score"))
+                parts.append(_Part.of(scored, engine))
                 bar.advance(len(found))
     return _table(parts, signed=isinstance(scorer, ScoringEngine))
 
 
 def _engine(
     model: nn.Module,
-    name: str | None,
+    name: str,
     norms: bool,
     targets: Mapping[str, Any],
     options: EngineOptions,
@@ -108,10 +109,10 @@ def _engine(
     """Make the engine to score with."""
     if options.get("grad_scaler") is not None:
         raise CaptureError("score_dataset takes no grad_scaler: it scales no loss")
-    kind: type[Any] = CosineEngine if norms else DotProductEngine
-    if name is not None:
-        kind = installed().engine(name)
+    kind: type[Any] = installed().engine(name)
     given: dict[str, Any] = {**options}
+    if issubclass(kind, DotProductEngine):
+        given["norms"] = norms
     if issubclass(kind, HoldingEngine):
         given["loss_weights"] = "sum"
     if issubclass(kind, ScoringEngine) and not targets:
@@ -174,8 +175,8 @@ class _Part:
                 remedy="use it in a loop of your own, which knows what to do with its results",
             )
         norms = cosines = None
-        if isinstance(result, Cosines):
-            norms, cosines = _wide(summed(result.squared_norms).sqrt()), _wide(result.cosine)
+        if isinstance(result, Scores) and result.squared_norms is not None:
+            norms, cosines = _wide(result.norms), _wide(result.cosines)
         return cls(batch.ids, names, _wide(total), norms, cosines, batch.verified)
 
 
