@@ -6,7 +6,7 @@ from engine_kit import WEIGHTS, Repeated, by_layer, rows, squares
 from torch import nn
 from torch.nn import functional
 
-from ghost_core.testing import assert_within, check_engine, next_token_losses, per_sample_gradients
+from ghost_core.testing import assert_within, next_token_losses, per_sample_gradients
 from ghost_engines import CosineEngine, InRunValues
 
 # Cosines with directions
@@ -128,13 +128,3 @@ def test_in_run_values_follow_an_engine_of_cosines(mlp, inputs):
     for sample in range(4):
         dot = batch.result.total[sample, 0].item()
         assert values[sample] == pytest.approx(0.1 * dot, rel=1e-12)
-
-
-def test_engine_of_cosines_keeps_what_every_engine_promises():
-    def make_engine(model):
-        ids = torch.arange(12).view(2, 6)
-        engine = CosineEngine(model)
-        engine.add_direction("loss", lambda: next_token_losses(model(ids), ids).mean(), refresh=3)
-        return engine
-
-    check_engine(make_engine)

@@ -10,11 +10,8 @@ from torch.nn import functional
 
 from ghost_core import CaptureError, UnknownOptionError
 from ghost_core.testing import (
-    LAYERS,
     assert_within,
-    check_engine,
     next_token_losses,
-    of_family,
     per_sample_gradients,
 )
 from ghost_core.testing.snapshots import Watched
@@ -328,25 +325,3 @@ def test_unknown_option_is_a_type_error(mlp):
 def test_norms_say_whether_the_split_was_verified(mlp, inputs):
     for verify in (True, False):
         assert measure(mlp, inputs, sum_of_squares, verify=verify).verified is verify
-
-
-def whole_norms(gradients):
-    rows = [each.reshape(len(each), each.shape[1:].numel()) for each in gradients.values()]
-    return torch.cat(rows, dim=1).norm(dim=1)
-
-
-@pytest.mark.parametrize(
-    "examples",
-    [
-        pytest.param(of_family("shared"), id="shared"),
-        pytest.param(LAYERS, id="all", marks=pytest.mark.stress),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-def test_keeps_what_every_engine_promises(examples):
-    check_engine(
-        lambda model, **options: NormEngine(model, loss_weights="sum", **options),
-        expected=whole_norms,
-        values=lambda norms: norms.total,
-        examples=examples,
-    )

@@ -13,7 +13,7 @@ from torch import nn
 
 from ghost_core import CaptureError, UnknownNameError
 from ghost_core.plugins import installed
-from ghost_core.testing import check_engine, next_token_losses, per_sample_gradients
+from ghost_core.testing import next_token_losses, per_sample_gradients
 from ghost_engines import ProjectionEngine
 from ghost_engines.projection import STORAGE_DTYPES
 
@@ -253,7 +253,3 @@ def test_projection_of_a_plugin_is_found_by_name(mlp, assert_rows):
     engine = ProjectionEngine(mlp, dim=6, min_dim=2, init="coordinates", dtype="float64")
     assert_rows(engine, project(engine, mlp, inputs), expected)
     assert engine.manifest()["projection"] == "coordinates"
-
-
-def test_keeps_what_every_engine_promises():
-    check_engine(lambda model: ProjectionEngine(model, dim=16, min_dim=2))
