@@ -14,8 +14,6 @@ REFUSED = {
     "contrasted over the batch",
     "conv1d, unbatched",
     "conv2d, unbatched",
-    "embedding bag, max",
-    "embedding bag, offsets",
     "embedding bag, scaled by frequency",
     "embedding, scaled by frequency",
     "gradients disabled",

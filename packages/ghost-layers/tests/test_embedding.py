@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ghost_core import CaptureError, SamplerRegistry, UnsupportedLayerError
-from ghost_core.testing import GradientHolder, check_sampler
+from ghost_core import SamplerRegistry, UnsupportedLayerError
+from ghost_core.testing import GradientHolder, check_sampler, per_sample_gradients
 from ghost_core.tracking import Claim, dotted_name
 from ghost_layers import EmbeddingBagSampler, EmbeddingSampler
 
@@ -82,7 +82,6 @@ def test_sparse_gradients_are_left_alone(kind: type[nn.Module]) -> None:
     [
         (nn.Embedding(7, 3, scale_grad_by_freq=True), "set scale_grad_by_freq=False"),
         (nn.EmbeddingBag(7, 3, scale_grad_by_freq=True), "set scale_grad_by_freq=False"),
-        (nn.EmbeddingBag(7, 3, mode="max"), "use mode='sum' or mode='mean'"),
     ],
 )
 def test_what_cannot_be_split_is_refused(module: nn.Module, reason: str) -> None:
@@ -90,14 +89,35 @@ def test_what_cannot_be_split_is_refused(module: nn.Module, reason: str) -> None
         holder(nn.Sequential(module))
 
 
-def test_offsets_are_refused() -> None:
-    module = nn.EmbeddingBag(7, 3)
-    with (
-        holder(module, verify=False) as engine,
-        pytest.raises(CaptureError, match="was called with offsets"),
-        engine.batch(range(4)),
-    ):
-        module(indices(4), torch.tensor([0, 1, 2, 3]))
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("last", [False, True])
+def test_offsets(mode: str, last: bool) -> None:
+    """Bags of two entries, none, padding alone, and three."""
+    index, starts = torch.tensor([3, 1, 1, 5, 5, 2]), torch.tensor([0, 2, 2, 3, 6])
+    table = nn.EmbeddingBag(7, 3, mode=mode, include_last_offset=last, padding_idx=1)
+    table, offsets = table.double(), starts if last else starts[:-1]
+    weights = torch.rand(6, dtype=torch.float64) if mode == "sum" else None
+
+    def losses() -> Tensor:
+        return table(index, offsets, weights).sin().sum(1)
+
+    expected = per_sample_gradients(table, losses())["weight"]
+    with holder(table) as engine, engine.batch(range(4)) as batch:
+        losses().sum().backward()
+    assert batch.verified
+    torch.testing.assert_close(batch.result.materialize()["weight"], expected)
+
+
+def test_equal_rows_of_which_the_first_is_the_largest() -> None:
+    """Torch gives the gradient to the first of several that are equal."""
+    table = nn.EmbeddingBag(7, 3, mode="max").double()
+    with torch.no_grad():
+        table.weight[2:5] = table.weight[2]
+    index = torch.tensor([[4, 2, 3], [2, 3, 4], [3, 3, 6]])
+    expected = per_sample_gradients(table, table(index).sum(1))["weight"]
+    with holder(table) as engine, engine.batch(range(3)) as batch:
+        table(index).sum().backward()
+    torch.testing.assert_close(batch.result.materialize()["weight"], expected)
 
 
 def holder(model: nn.Module, **options: Any) -> GradientHolder:

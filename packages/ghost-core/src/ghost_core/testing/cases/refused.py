@@ -185,18 +185,6 @@ def _tables() -> Iterator[Example]:
         inputs,
         refusal=by_frequency,
     )
-    yield Example(
-        "embedding bag, max",
-        lambda: nn.EmbeddingBag(VOCABULARY, 5, mode="max"),
-        inputs,
-        refusal="mode='max' is not supported",
-    )
-    yield Example(
-        "embedding bag, offsets",
-        lambda: nn.EmbeddingBag(VOCABULARY, 5),
-        (indices(9), lambda n, generator: torch.arange(n)),
-        refusal="called with offsets",
-    )
 
 
 def _unseen() -> Iterator[Example]:

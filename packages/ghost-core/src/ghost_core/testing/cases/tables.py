@@ -58,6 +58,14 @@ def _bags_of_padding(n: int, generator: Generator) -> Tensor:
     return drawn
 
 
+def _offsets(n: int) -> Tensor:
+    """Return where n bags begin among 9 entries, the second empty, and where the last one ends."""
+    starts = torch.arange(n + 1).clamp(max=8)
+    starts[1:3] = 2
+    starts[0], starts[-1] = 0, 9
+    return starts
+
+
 def _embeddings() -> Iterator[Example]:
     for name, options in _OPTIONS.items():
         yield Example(
@@ -98,6 +106,27 @@ def _bags() -> Iterator[Example]:
                 partial(_bag, mode, **options),
                 (indices(N, 6),),
             )
+    for name, options in {"": {}, "padding": {"padding_idx": 2}}.items():
+        yield Example(
+            f"embedding bag, max, {name}".removesuffix(", "),
+            partial(_bag, "max", **options),
+            (indices(N, 6),),
+        )
+    joined = (indices(9), lambda n, generator: _offsets(n)[:-1])
+    yield Example("embedding bag, offsets", _bag, joined)
+    yield Example(
+        "embedding bag, offsets, mean, padding", lambda: _bag("mean", padding_idx=2), joined
+    )
+    yield Example(
+        "embedding bag, offsets, max, the last one",
+        lambda: _bag("max", include_last_offset=True),
+        (indices(9), lambda n, generator: _offsets(n)),
+    )
+    yield Example(
+        "embedding bag, offsets, weights",
+        _bag,
+        (*joined, normal(9)),
+    )
     weights = {"per_sample_weights": normal(N, 6)}
     yield Example("embedding bag, weights", _bag, (indices(N, 6),), weights)
     yield Example(
