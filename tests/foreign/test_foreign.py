@@ -12,7 +12,7 @@ from tests.foreign.foreign import WAYS, Foreign, check
 from tests.foreign.graphs import GRAPHS
 from tests.foreign.images import IMAGES
 from tests.foreign.language import LANGUAGE
-from tests.foreign.pending import PENDING, REFUSED
+from tests.foreign.refused import REFUSED
 from tests.foreign.rows import ROWS
 from tests.foreign.vision import VISION
 
@@ -24,24 +24,18 @@ NAMES = {foreign.name for foreign in ALL}
 
 
 def params(chosen: list[Foreign]) -> list[object]:
-    """Mark what is not among the most used as `stress`, and what is not exact yet as failing."""
+    """Mark what is not among the most used as `stress`."""
     return [
-        pytest.param(foreign, id=foreign.name, marks=list(_marks(foreign))) for foreign in chosen
+        pytest.param(
+            foreign, id=foreign.name, marks=() if foreign.everyday else (pytest.mark.stress,)
+        )
+        for foreign in chosen
     ]
-
-
-def _marks(foreign: Foreign) -> list[pytest.MarkDecorator]:
-    marks = [] if foreign.everyday else [pytest.mark.stress]
-    if reason := PENDING.get(foreign.name):
-        marks.append(pytest.mark.xfail(strict=True, reason=reason))
-    return marks
 
 
 def test_names_are_known_and_unique() -> None:
     assert len(NAMES) == len(ALL)
-    assert PENDING.keys() <= NAMES
     assert REFUSED.keys() <= NAMES
-    assert PENDING.keys().isdisjoint(REFUSED)
 
 
 def test_refusals_are_few() -> None:

@@ -176,8 +176,8 @@ def test_what_is_not_refused_is_found() -> None:
     example = replace(LAYERS["linear"], refusal="no such reason")
     with pytest.raises(AssertionError, match="linear was not refused: 'no such reason'"):
         check_example(example, registry=plain_registry())
-    example = replace(LAYERS["sorted"], refusal="no such reason")
-    with pytest.raises(AssertionError, match=r"(?s)refused for another reason .*another order"):
+    example = replace(LAYERS["centred over the batch"], refusal="no such reason")
+    with pytest.raises(AssertionError, match=r"(?s)refused for another reason .*mixes"):
         check_example(example, registry=plain_registry())
 
 

@@ -31,6 +31,8 @@ class BatchCapture:
         seen: Names of tracked modules that were called with gradients enabled.
         kinds: The same, with whether their rows are folded, as far as passes were verified.
         sites: Where gradients are told apart in the pass that is on its way.
+        joined: Whether the pass that is on its way has samples joined in one tensor, without an
+            axis of theirs.
         unseen: Names of those called with gradients disabled.
         arrived: Whether any gradient arrived.
         unfinished: Backward passes that gradients arrived in and that are not complete.
@@ -46,6 +48,7 @@ class BatchCapture:
     seen: set[str] = field(default_factory=set)
     kinds: set[tuple[str, bool]] = field(default_factory=set)
     sites: list[Site] = field(default_factory=list)
+    joined: bool = False
     unseen: set[str] = field(default_factory=set)
     arrived: bool = False
     unfinished: set[int] = field(default_factory=set)
@@ -88,7 +91,8 @@ class BatchCapture:
             for leaf in tree_leaves((args, kwargs))
             if isinstance(leaf, Tensor) and leaf.dim() > dim
         }
-        if self.n in sizes or not sizes:
+        self.joined = bool(sizes) and self.n not in sizes
+        if not self.joined:
             return self.n
         for owner in (kwargs.get(key) for key in keys if key not in self.owners):
             if isinstance(owner, Tensor) and owner.numel() and len(owner) in sizes:
@@ -99,6 +103,7 @@ class BatchCapture:
         candidates = {size for size in sizes if self._owners_fit(size, sizes)}
         candidates = candidates - {1} or candidates
         if len(candidates) == 1:
+            self.joined = False
             return candidates.pop()
         unclear = CaptureError(
             f"cannot tell how many samples the model is called on: its inputs have "

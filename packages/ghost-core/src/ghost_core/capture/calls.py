@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_unflatten
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from ghost_core._torch import (
@@ -76,6 +77,9 @@ class CallHooks:
         if running.shared and self.state.flags:
             for local in self.tracked.parameters:
                 running.lend(parameter_of(module, local))
+        running.lifted = not running.shared and self._is_lifted(args, kwargs)
+        if running.lifted:
+            return
         if not running.shared or not self.tracked.sampler.replays:
             with self.tracked.blame:
                 running.before = self.tracked.sampler.prepare(module)
@@ -92,6 +96,30 @@ class CallHooks:
             return False
         self.state.shared_modules.add(name)
         return True
+
+    def _is_lifted(self, args: Any, kwargs: Any) -> bool:
+        """Tell whether the module's parameters are followed, instead of running the call again.
+
+        A call that runs again is taken apart by row. What joins samples in one tensor, as graphs
+        and packed sequences are, has none that stand for themselves.
+        """
+        name, batch, pass_ = self.tracked.name, self.state.batch, self.state.pass_
+        if name in self.state.lifted or self.state.sharing is None or in_backward():
+            return name in self.state.lifted
+        if not self.tracked.sampler.replays:
+            return False
+        assert batch is not None
+        assert pass_ is not None
+        given, axis = (*args, *kwargs.values()), self.tracked.batch_dim
+        sizes = {
+            value.shape[axis]
+            for value in tree_leaves(given)
+            if isinstance(value, Tensor) and value.dim() > axis
+        }
+        joined = batch.joined and pass_.n not in sizes
+        if joined or any(isinstance(value, PackedSequence) for value in given):
+            self.state.lifted.add(name)
+        return name in self.state.lifted
 
     def _guard(self, module: nn.Module) -> None:
         """Refuse calls that the hooks would not see as they are."""
@@ -126,6 +154,10 @@ class CallHooks:
             with self.state.silence():
                 ended = self._finished()
                 if output is None:
+                    return None
+                if ended is not None and ended.lifted:
+                    assert self.state.batch is not None
+                    self.state.batch.seen.add(self.tracked.name)
                     return None
                 if ended is not None and ended.shared:
                     return self._followed(args, kwargs, output, ended.before)

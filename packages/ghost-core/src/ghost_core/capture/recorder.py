@@ -156,6 +156,7 @@ class Recorder:
             raise CaptureError("engines on one model must agree on batch_dim of the model itself")
         state.dim = dims.pop()
         state.tracked = tracked
+        state.lifted.clear()
         state.verifier = Verifier(state.model, tracked, state.seed, state.dim)
         if not state.attached:
             return
@@ -302,7 +303,8 @@ class Recorder:
         """
         state = self._state
         assert state.pass_ is not None
-        on_samples = any(
+        assert state.batch is not None
+        on_samples = state.batch.joined or any(
             leaf.shape[axis] == state.pass_.n
             for leaf in tree_leaves(inputs)
             if isinstance(leaf, Tensor)

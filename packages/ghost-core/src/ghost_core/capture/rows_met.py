@@ -44,10 +44,13 @@ def site_of(state: CaptureState, value: Tensor, names: Sequence[str], operation:
     routable = state.verifying and owner is None and operation and value.dim()
     if refusal is not None and not routable:
         raise refusal
-    if routable and (state.verifier.routes or refusal is not None):
+    site = Site(tuple(names), operation or "returned", alternatives, refusal)
+    if routable:
         others = [axis for axis in present if all(axis not in a.outputs for a in alternatives)]
-        alternatives += [RowAxes(0, (at,), value.shape[at], routed=True) for at in others]
-    return Site(tuple(names), operation or "returned", alternatives, refusal)
+        site.spare = [RowAxes(0, (at,), value.shape[at], routed=True) for at in others]
+    if state.verifier.routes or refusal is not None:
+        site.spread_out()
+    return site
 
 
 def _no_rows(value: Tensor, names: Sequence[str], operation: str, n: int) -> WrongSplitError:

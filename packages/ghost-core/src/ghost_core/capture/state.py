@@ -45,6 +45,7 @@ class Running:
         tracked: The module.
         before: What its sampler kept before the call.
         shared: Whether it is called on nothing of the samples.
+        lifted: Whether its parameters are followed as if they were used outside of it.
         withheld: The parameters that do not require gradients meanwhile, since an engine makes
             these.
         lent: The frozen ones that do meanwhile, since what they compute is shared.
@@ -53,6 +54,7 @@ class Running:
     tracked: TrackedModule
     before: object = None
     shared: bool = False
+    lifted: bool = False
     withheld: list[nn.Parameter] = field(default_factory=list)
     lent: list[nn.Parameter] = field(default_factory=list)
 
@@ -110,6 +112,7 @@ class CaptureState:
         shared_names: The parameters that are used in shared values.
         allowed: Those that the operation which runs may use, since it is followed.
         shared_modules: The modules that are called on nothing of the samples.
+        lifted: The modules whose parameters are followed, instead of running them again.
         dim: Axis of the samples in the root's inputs and outputs.
         told_apart: Whether a module in this pass had a row for each sample.
         resting: Whether the user runs the model, so that hooks let everything pass.
@@ -132,6 +135,7 @@ class CaptureState:
     shared_names: set[str] = field(default_factory=set)
     allowed: frozenset[str] = frozenset()
     shared_modules: set[str] = field(default_factory=set)
+    lifted: set[str] = field(default_factory=set)
     dim: int = 0
     told_apart: bool = False
     resting: bool = False
@@ -217,6 +221,7 @@ class CaptureState:
         return frozenset(
             parameter.name
             for running in self.running
+            if not running.lifted
             for parameter in running.tracked.parameters.values()
         )
 

@@ -99,10 +99,19 @@ class Census:
         if problems and whole.half:  # see `Prober.run_from`
             self._spelt.clear()
             whole.sites |= self._ask(sites, numbers_in).sites
-            problems = self._settle(sites)
+            problems = self._settle(sites) or self._mixed_with_the_first()
         if problems:
             raise problems[0]
         return whole
+
+    def _mixed_with_the_first(self) -> list[WrongSplitError]:
+        """Return where NaN in the first sample reaches rows of others, as behind a gate of zero."""
+        probe = self.prober.send(self.places, (0,), self.n, nan_in)
+        return [
+            routed_wrong(self.tracked[site.names[0]], rows)
+            for site, (axes, rows) in probe.rows
+            if axes is site.axes and site.found is not None and (site.found[rows] != 0).any()
+        ]
 
     def _ask(self, sites: Collection[Site], slope: Slope) -> Probe:
         """Run the passes, and return one probe with all sites that they reached."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class Site:
         operation: The operation whose result it is; empty for a module's call.
         alternatives: Where the rows may be, the likeliest first. Probes leave those that fit.
         refusal: What to say where none does; None for what probes say of all.
+        spare: Where they may be besides, if rows turn out to be routed.
         found: Sample of each row as found for this pass alone, int64 `[R]`, -1 where no sample
             reached it; None where nobody had to look.
     """
@@ -31,6 +32,7 @@ class Site:
     operation: str
     alternatives: list[RowAxes]
     refusal: WrongSplitError | None = None
+    spare: list[RowAxes] = field(default_factory=list)
     found: Tensor | None = None
 
     @property
@@ -42,6 +44,11 @@ class Site:
         """Return the modules, with whether rows are folded: what a verification holds for."""
         folded = self.found is None and self.axes.is_folded(n)
         return {(name, folded) for name in self.names}
+
+    def spread_out(self) -> None:
+        """Take all places into account where rows may be."""
+        self.alternatives = [*self.alternatives, *self.spare]
+        self.spare = []
 
     def keep(self, fitting: Sequence[RowAxes]) -> None:
         """Keep the alternatives that fit, unless none does."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ghost_core._torch import will_reach
+from ghost_core.errors import WrongSplitError
 from ghost_core.process import eagerly
 from ghost_core.split.owners import Fold, find_folds
 from ghost_core.split.probe import Kind, Places, Probe, Prober, probed_samples
@@ -233,7 +234,24 @@ class Verifier:
         return Census(self._prober, places, n, self._tracked).find(sites).reached
 
     def _probe(self, places: Places, n: int, sites: Sequence[Site]) -> set[Kind]:
-        """Probe some samples, and return what was reached."""
+        """Probe some samples, and return what was reached.
+
+        Raises:
+            WrongSplitError: If gradients cannot be split by sample, not even by routes.
+        """
+        try:
+            return self._probe_some(places, n, sites)
+        except WrongSplitError as refusal:
+            for site in sites:
+                site.spread_out()
+            try:
+                reached = self._find(places, n, sites)
+            except WrongSplitError:
+                raise refusal from None
+            self.routes = True
+            return reached
+
+    def _probe_some(self, places: Places, n: int, sites: Sequence[Site]) -> set[Kind]:
         # Owners that were given may be wrong for any sample.
         owned = any(self._tracked[name].row_owner for site in sites for name in site.names)
         chosen = range(n) if owned else probed_samples(n)

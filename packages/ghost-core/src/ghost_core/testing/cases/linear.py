@@ -64,6 +64,7 @@ LINEAR = named(
             frozen=("weight",),
         ),
         Example("linear, transposed", lambda: roots.Transposed(_linear()), (normal(N, 6, 3),)),
+        Example("linear, sorted", lambda: roots.Sorted(_linear()), (normal(N, 3, 6),)),
         Example("linear, strided", lambda: roots.Strided(_linear()), (normal(N, 3, 12),)),
         Example("linear, expanded", lambda: roots.Expanded(_linear()), (normal(N, 6),)),
         Example("linear, expanded, no bias", lambda: roots.Expanded(_no_bias()), (normal(N, 6),)),

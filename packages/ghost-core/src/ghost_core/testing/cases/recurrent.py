@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ghost_core.testing.cases import roots
 from ghost_core.testing.cases.roots import around
@@ -69,6 +70,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _TOKENS = (normal(N, 3, 5),)
 
 
+class Packed(roots.Around):
+    """Runs over sequences of several lengths, packed."""
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Return the outputs, padded."""
+        lengths = torch.arange(len(inputs), 0, -1).clamp(max=inputs.shape[1])
+        packed = pack_padded_sequence(inputs, lengths, batch_first=True)
+        return pad_packed_sequence(self.inner(packed)[0], batch_first=True)[0]
+
+
 def _recurrent() -> Iterator[LayerExample]:
     for name, kind in _LAYERS.items():
         made = partial(kind, 5, 6, batch_first=True)
@@ -126,4 +137,10 @@ def _cells() -> Iterator[LayerExample]:
     yield Example("gru cell, given state", lambda: nn.GRUCell(5, 6), (normal(N, 5), normal(N, 6)))
 
 
-RECURRENT = named("recurrent", [*_recurrent(), *_cells()])
+def _packed() -> Iterator[LayerExample]:
+    yield Example("lstm, packed", lambda: Packed(nn.LSTM(5, 6, batch_first=True)), _TOKENS)
+    both = partial(nn.GRU, 5, 6, batch_first=True, bidirectional=True)
+    yield Example("gru, packed, both directions", lambda: Packed(both()), _TOKENS)
+
+
+RECURRENT = named("recurrent", [*_recurrent(), *_cells(), *_packed()])

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ghost_core.testing.cases import roots
 from ghost_core.testing.examples import VOCABULARY, N, indices, named, normal
@@ -40,15 +39,6 @@ class Contrasted(roots.Around):
         """Return similarities, `[N, N]`."""
         outputs = self.inner(inputs)
         return outputs @ outputs.mT
-
-
-class Sorted(roots.Around):
-    """Calls the layer on the samples in another order."""
-
-    def forward(self, inputs: Tensor) -> Any:
-        """Call the layer."""
-        order = inputs.flatten(1).sum(1).argsort()
-        return self.inner(inputs[order])[order.argsort()]
 
 
 class WithoutGradients(roots.Around):
@@ -87,16 +77,6 @@ def _replaced() -> nn.Module:
     linear = module.forward
     module.forward = lambda inputs: linear(inputs).sin()  # type: ignore[method-assign,assignment]
     return roots.Wrapped(module)
-
-
-class Packed(roots.Around):
-    """Runs over sequences of several lengths, packed."""
-
-    def forward(self, inputs: Tensor) -> Any:
-        """Return the outputs, padded."""
-        lengths = torch.arange(len(inputs), 0, -1).clamp(max=inputs.shape[1])
-        packed = pack_padded_sequence(inputs, lengths, batch_first=True)
-        return pad_packed_sequence(self.inner(packed)[0], batch_first=True)[0]
 
 
 class Recursive(nn.Module):
@@ -144,7 +124,6 @@ def _over_the_batch() -> Iterator[Example]:
     yield Example(
         "contrasted over the batch", lambda: Contrasted(_linear()), _FLAT, refusal="mixes"
     )
-    yield Example("sorted", lambda: Sorted(_linear()), _TOKENS, refusal="another order")
 
 
 def _other_axes() -> Iterator[Example]:
@@ -204,12 +183,6 @@ def _unseen() -> Iterator[Example]:
     yield Example("generator of the program", Noise, _TOKENS, refusal="generator")
     yield Example(
         "forward that holds the layer", _replaced, _TOKENS, refusal="another place than its param"
-    )
-    yield Example(
-        "packed sequence",
-        lambda: Packed(nn.LSTM(6, 5, batch_first=True)),
-        _TOKENS,
-        refusal=r"PackedSequence|first axis of its output",
     )
     with_hooks: dict[str, Callable[[nn.Module], nn.Module]] = {
         "weight norm": nn.utils.weight_norm,
