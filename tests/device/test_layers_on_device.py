@@ -27,7 +27,7 @@ from ghost_core.testing import (
 )
 from ghost_core.testing.examples import Inputs, losses
 from ghost_core.testing.oracle import norms, per_row
-from ghost_engines import DotProductEngine, NormEngine, ProjectionEngine
+from ghost_engines import DotProductEngine, ProjectionEngine
 
 FEW = ["linear", "conv2d", "embedding", "layer norm", "multi-head attention", "lstm"]
 EVERYWHERE = os.environ.get("GHOST_TEST_DEVICE", "cpu") != "cpu"
@@ -89,8 +89,9 @@ def test_gradients_are_exact_or_refused(name: str, device: torch.device) -> None
         assert_within(held[parameter], gradient, scale, EXACT, parameter)
 
 
+@pytest.mark.parametrize("mode", ["exact", "fused"])
 @pytest.mark.parametrize("name", [name for name in NAMES if LAYERS[name].refusal is None])
-def test_engines_are_exact(name: str, device: torch.device) -> None:
+def test_dots_and_norms_are_exact(name: str, mode: str, device: torch.device) -> None:
     case = OnDevice.of(name, device)
     expected, options = case.expected(), case.example.options
     generator = torch.Generator().manual_seed(0)
@@ -98,15 +99,22 @@ def test_engines_are_exact(name: str, device: torch.device) -> None:
         key: torch.randn(each.shape[1:], dtype=each.dtype, generator=generator).to(device)
         for key, each in expected.items()
     }
-    dots = sum(each.flatten(1) @ direction[key].flatten() for key, each in expected.items())
+    dots = sum(
+        each.reshape(len(each), -1) @ direction[key].flatten() for key, each in expected.items()
+    )
     sizes = torch.stack([norms(each) for each in expected.values()]).norm(dim=0)
     scale = sizes * torch.stack([each.norm() for each in direction.values()]).norm()
 
-    engine = DotProductEngine(case.module, **options)
+    engine = DotProductEngine(case.module, mode=mode, norms=True, **options)
     engine.add_direction("random", direction)
-    assert_within(case.found(engine).total[:, 0], dots, scale, EXACT, "dots")
-    found = case.found(NormEngine(case.module, loss_weights="sum", **options)).total
-    assert_within(found, sizes, sizes, EXACT, "norms")
+    found = case.found(engine)
+    assert_within(found.total[:, 0], dots, scale, EXACT, "dots")
+    assert_within(found.norms, sizes, sizes, EXACT, "norms")
+    for key, each in expected.items():
+        made = case.module.get_parameter(key).grad
+        assert made is not None
+        off = torch.linalg.vector_norm(made.to_dense() - each.sum(0))
+        assert off <= EXACT * norms(each).sum(), f"the gradient of {key}"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if LAYERS[name].refusal is None])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,8 +33,8 @@ WAITING = {
 """Operations whose results, or their shapes, depend on what is in a tensor."""
 
 
-def dots(case: Case) -> DotProductEngine:
-    engine = DotProductEngine(case.model)
+def dots(case: Case, **options: Any) -> DotProductEngine:
+    engine = DotProductEngine(case.model, **options)
     engine.add_direction("ones", {name: torch.ones_like(p) for name, p in named(case)})
     return engine
 
@@ -44,6 +45,7 @@ def named(case: Case) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 ENGINES: dict[str, Callable[[Case], Any]] = {
     "dots": dots,
+    "fused": partial(dots, mode="fused", norms=True),
     "norms": lambda case: NormEngine(case.model, loss_weights="sum"),
     "rows": lambda case: ProjectionEngine(case.model, dim=8),
 }
