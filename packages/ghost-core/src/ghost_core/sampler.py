@@ -125,6 +125,14 @@ class GradientSampler(ABC):
         present = {name for name, _ in nn.Module.named_parameters(module, remove_duplicate=False)}
         return tuple(name for name in names if name in present)
 
+    def unfit(self, module: nn.Module) -> str | None:
+        """Say why a module of the right class is another layer than the sampler is for, if it is.
+
+        Such a module is left to the samplers of base classes, at last to those that run any module
+        again; one that `refuse` refuses is left to nobody.
+        """
+        return None
+
     def refuse(self, module: nn.Module) -> str | None:
         """Say why a module of the right class cannot be handled, and what to do; None if it can."""
         return None

@@ -14,7 +14,7 @@ from ghost_core import GradientSampler, PastCall, PerSampleGradient, Record
 class AffineSampler(GradientSampler):
     """Per-sample gradients of a layer that maps its input by a weight, then adds a bias."""
 
-    parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    parameters: ClassVar[tuple[str, ...] | None] = ("weight", "bias")
 
     @abstractmethod
     def weight_gradient(self, record: Record, grad: Tensor, shape: Size) -> PerSampleGradient:

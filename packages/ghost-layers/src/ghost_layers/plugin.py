@@ -20,6 +20,7 @@ from ghost_layers.normalization import (
 )
 from ghost_layers.recurrent import RecurrentCellSampler, RecurrentSampler
 from ghost_layers.replay import GenericSampler
+from ghost_layers.timm import TIMM
 from ghost_layers.transformers import (
     TRANSFORMERS_EMBEDDINGS,
     TRANSFORMERS_NORMS,
@@ -66,6 +67,7 @@ def ghost_samplers() -> Mapping[str | type[nn.Module], type[GradientSampler]]:
         **TRANSFORMERS_EMBEDDINGS,  # Embedding(index) * embed_scale
         **TRANSFORMERS_NORMS,  # root-mean-square norms and bias-free layer norms
         **TRANSFORMERS_REPLAYS,  # Mamba's mixers and T5's relative biases
+        **TIMM,  # norms, layer scales and standardised convolutions
         # replay/: whatever nothing else is for
         nn.Module: GenericSampler,
     }

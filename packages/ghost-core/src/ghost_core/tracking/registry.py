@@ -141,15 +141,14 @@ def _unfit(
     for method in ("__call__", *sampler.methods):
         if method in vars(module) or getattr(kind, method) is not getattr(base, method):
             return f"{dotted_name(kind)} replaces {method} of {base.__name__}"
-    if sampler.parameters is None:
-        return None
     direct = {name for name, _ in module.named_parameters(recurse=False)}
-    if surplus := (direct | set(wanted)) - set(sampler.parameters):
+    handled = sampler.parameters
+    if handled is not None and (surplus := (direct | set(wanted)) - set(handled)):
         return (
             f"it owns {', '.join(sorted(surplus))}, which {base.__name__} does not "
             "(a parametrisation or weight norm?)"
         )
-    return None
+    return sampler.unfit(module)
 
 
 def dotted_name(kind: type) -> str:

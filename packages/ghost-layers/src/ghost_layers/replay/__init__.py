@@ -1,5 +1,6 @@
 """Samplers that run a module's recorded call again."""
 
+from ghost_layers.replay.module_copy import why_not_copied
 from ghost_layers.replay.plan import Forward, Plan, Replay, Way, floating
 from ghost_layers.replay.prove import Search
 from ghost_layers.replay.recording import InputRows
@@ -15,4 +16,5 @@ __all__ = [
     "Search",
     "Way",
     "floating",
+    "why_not_copied",
 ]
