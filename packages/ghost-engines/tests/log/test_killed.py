@@ -10,7 +10,7 @@ KILLER = """
 
     import torch
     from fork_kit import finish, fork, kill_at
-    from log_kit import assert_holds, holds, step
+    from log_kit import assert_holds, holds, make, step
 
     from ghost_engines import ScoreLog
 
@@ -86,6 +86,28 @@ KILLER = """
                 return
 
 
+    def while_cutting(root):
+        # Whenever a log is cut, a kill leaves one that ends at some step, and can be cut again.
+        for at in itertools.count():
+            make(root, TOTAL, UNIT)
+
+            def dying(acknowledge):
+                kill_at(at, ("unlink", "replace"))
+                ScoreLog.resume(root, after=3)
+
+            status, _ = finish(*fork(dying))
+            left = len(ScoreLog.open(root))
+            assert_holds(ScoreLog.open(root), [0] * left)
+            assert left >= 3
+            with ScoreLog.resume(root, after=3) as log:
+                assert_holds(log, [0] * 3)
+            shutil.rmtree(root)
+            if status == 0:
+                assert at > 3, at
+                return
+
+
+    while_cutting(Path(sys.argv[1]))
     at_every_step(Path(sys.argv[1]), *map(int, sys.argv[2:]))
 """
 

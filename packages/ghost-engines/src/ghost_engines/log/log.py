@@ -46,9 +46,9 @@ class ScoreLog(LogReader):
             # A writer replaces the last shard, with a new hash: what is in it must fit the old one.
             unit = len(shards) - 1
             found = read_shard(path, unit, checked=True)
-            steps = tuple(checked(each, None, None) for each in found.split(self.directions))
-            self._shards = shards[:-1]
-            self._tail = Tail(unit, steps, shards[-1].size, len(steps))
+            steps = tuple(checked(each, None, ()) for each in found.split(self.directions))
+            tail = Tail(unit, steps, shards[-1].size, len(steps))
+            self._contents = tuple(shards[:-1]), tail
 
     # Opening and closing
 
@@ -152,7 +152,8 @@ class ScoreLog(LogReader):
                 lock.check_place()
                 self._write()
         finally:
-            self._tail = self._tail.written_out()
+            shards, tail = self._contents
+            self._contents = shards, tail.written_out()
             lock.release()
 
     # Writing
@@ -175,11 +176,10 @@ class ScoreLog(LogReader):
                 "an earlier write failed, whose steps were taken: call commit() to try again; do "
                 "not append them again"
             )
-        found = checked(step, self.last, self._directions)
-        if len(found.ids):
-            self._directions = found.directions
-        self._tail = self._tail.with_step(found)
-        if self._tail.size >= self._manifest.unit:
+        shards, tail = self._contents
+        tail = tail.with_step(checked(step, self.last, self.directions))
+        self._contents = shards, tail
+        if tail.size >= self._manifest.unit:
             self._write()
 
     def commit(self) -> None:
@@ -195,17 +195,14 @@ class ScoreLog(LogReader):
         self._write()
 
     def _write(self) -> None:
-        tail = self._tail
+        shards, tail = self._contents
         if tail.written == len(tail.steps):
             return
         self._failed = True
-        shard = write_shard(
-            self.path, self._manifest, tail.unit, Steps.of(tail.steps), self.directions
-        )
+        steps = Steps.of(tail.steps)
+        shard = write_shard(self.path, self._manifest, tail.unit, steps, self.directions)
         full = tail.size >= self._manifest.unit
-        if full:
-            self._shards = [*self._shards, shard]
-        self._tail = tail.saved(full=full)
+        self._contents = ((*shards, shard) if full else shards), tail.saved(full=full)
         self._failed = False
 
     def _check_writable(self) -> None:

@@ -13,6 +13,10 @@ from ghost_engines.progress import Progress
 from ghost_engines.store import DamagedStoreError, shard_path
 from ghost_engines.values import CreditedStep
 
+Contents = tuple[tuple[Shard, ...], Tail]
+"""The shards that are full, and what comes after them. A writer replaces both by one assignment: an
+interrupt finds them as they were before a step, or after it."""
+
 
 class LogReader:
     """What can be read of a log: its steps in order, and their sums by sample.
@@ -29,9 +33,7 @@ class LogReader:
     def __init__(self, path: Path, manifest: Manifest, shards: list[Shard]) -> None:
         self.path = path
         self._manifest = manifest
-        self._shards = shards
-        self._tail = Tail(len(shards))
-        self._directions: Directions | None = directions_of(shards)
+        self._contents: Contents = tuple(shards), Tail(len(shards))
 
     def __repr__(self) -> str:
         """Say which steps it has."""
@@ -40,31 +42,36 @@ class LogReader:
 
     def __len__(self) -> int:
         """Return the number of steps."""
-        return sum(shard.steps for shard in self._shards) + len(self._tail.steps)
+        shards, tail = self._contents
+        return sum(shard.steps for shard in shards) + len(tail.steps)
 
     @property
     def directions(self) -> Directions:
         """Names of the directions; empty as long as no step credited a sample."""
-        return self._directions or ()
+        shards, tail = self._contents
+        return directions_of(shards) or tail.directions
 
     @property
     def first(self) -> int | None:
         """Number of the first step."""
-        if self._shards:
-            return self._shards[0].first
-        return self._tail.steps[0].step if self._tail.steps else None
+        shards, tail = self._contents
+        if shards:
+            return shards[0].first
+        return tail.steps[0].step if tail.steps else None
 
     @property
     def last(self) -> int | None:
         """Number of the last step that was appended."""
-        return self._tail.steps[-1].step if self._tail.steps else self.committed
+        _, tail = self._contents
+        return tail.steps[-1].step if tail.steps else self.committed
 
     @property
     def committed(self) -> int | None:
         """Number of the last step that is on disk."""
-        if self._tail.written:
-            return self._tail.steps[self._tail.written - 1].step
-        return self._shards[-1].last if self._shards else None
+        shards, tail = self._contents
+        if tail.written:
+            return tail.steps[tail.written - 1].step
+        return shards[-1].last if shards else None
 
     @property
     def size_on_disk(self) -> int:
@@ -81,14 +88,15 @@ class LogReader:
         Raises:
             DamagedStoreError: If a file went missing.
         """
-        tail = self._tail
-        for unit, shard in enumerate(self._shards):
+        shards, tail = self._contents
+        directions = self.directions
+        for unit, shard in enumerate(shards):
             found = read_shard(self.path, unit)
             if len(found) < shard.steps:
                 path = shard_path(self.path, unit)
                 raise DamagedStoreError(f"{path} holds {len(found)} steps, it had {shard.steps}")
             # A writer may have added to it since it was opened.
-            yield from found.first(shard.steps).split(self.directions)
+            yield from found.first(shard.steps).split(directions)
         yield from tail.steps
 
     def totals(self, progress: bool | None = None) -> LogTable:
@@ -121,4 +129,5 @@ class LogReader:
             raise DamagedStoreError("\n".join(problems))
 
     def _units(self) -> range:
-        return range(len(self._shards) + (self._tail.written > 0))
+        shards, tail = self._contents
+        return range(len(shards) + (tail.written > 0))

@@ -130,9 +130,9 @@ def find_shards(root: Path, manifest: Manifest) -> list[Shard]:
     return shards
 
 
-def directions_of(shards: Sequence[Shard]) -> Directions | None:
-    """Return the names of the directions; None if no sample was credited."""
-    return next((shard.directions for shard in shards if shard.samples), None)
+def directions_of(shards: Sequence[Shard]) -> Directions:
+    """Return the names of the directions; none if no sample was credited."""
+    return next((shard.directions for shard in shards if shard.samples), ())
 
 
 def _inspect(root: Path, manifest: Manifest, unit: int) -> Shard:

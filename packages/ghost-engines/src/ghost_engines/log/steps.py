@@ -134,6 +134,11 @@ class Tail:
     size: int = 0
     written: int = 0
 
+    @property
+    def directions(self) -> Directions:
+        """Names of the directions; none if no sample was credited."""
+        return next((each.directions for each in self.steps if len(each.ids)), ())
+
     def with_step(self, step: CreditedStep) -> Self:
         """Return it with a step added."""
         size = self.size + 1 + len(step.ids)
@@ -151,13 +156,13 @@ class Tail:
         return type(self)(self.unit, kept, sum(1 + len(each.ids) for each in kept), len(kept))
 
 
-def checked(step: Step, last: int | None, directions: Directions | None) -> CreditedStep:
+def checked(step: Step, last: int | None, directions: Directions) -> CreditedStep:
     """Return a copy of a step on the CPU.
 
     Args:
         step: The step.
         last: Number of the step before it.
-        directions: Names of the directions so far.
+        directions: Names of the directions so far, if any sample was credited.
 
     Raises:
         StoreError: If a number, shape or dtype does not fit.
@@ -181,7 +186,7 @@ def checked(step: Step, last: int | None, directions: Directions | None) -> Cred
             raise StoreError(
                 f"{what} must be {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}"
             )
-    if n and directions is not None and names != directions:
+    if n and directions and names != directions:
         raise StoreError(
             f"step {step.step} has directions {', '.join(names) or 'of no name'}; those of the log "
             f"are {', '.join(directions)}",
