@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ghost_core import (
     Batch,
+    CaptureError,
     EngineOptions,
     Pass,
     PerSampleGradient,
     TrackedParameter,
 )
 from ghost_core.algebra import as_rows
-from ghost_engines.modes import NormSums, as_mode
+from ghost_engines.modes import (
+    Concatenation,
+    InBatch,
+    Mode,
+    Padding,
+    Terms,
+    as_mode,
+    check_tracked,
+)
 from ghost_engines.scores import Scores
 from ghost_engines.scoring import ScoringEngine
 
@@ -30,26 +39,30 @@ class DotProductEngine(ScoringEngine[Scores]):
     * `mode="exact"`: training is bit-identical with and without the engine;
     * `mode="fused"`: the engine forms the weight gradient sample by sample, multiplies each while
       it is in the cache, and hands their sum to the training. That takes less, and `.grad` is that
-      of plain training up to rounding.
+      of plain training up to rounding;
+    * `mode="concatenated"`: training and validation samples go through the model in one batch,
+      which `concatenate` makes and `backward` backpropagates. The only direction is the gradient
+      of the validation samples, "validation"; that of a layer is dropped once its samples are
+      scored. `.grad` is that of the training samples alone, up to rounding.
 
     Args:
         model: The module that the training loop calls.
-        mode: How dots come about: "exact" or "fused".
+        mode: How dots come about: "exact", "fused" or "concatenated".
         norms: Whether to take squared norms of contributions too: `Scores.norms` and
             `Scores.cosines`. Gradients of parameters that are used several times are held until the
             batch is closed.
-        per_token: As in `ScoringEngine`. In fused mode it saves nothing.
+        per_token: As in `ScoringEngine`. In fused mode it saves nothing, in concatenated mode it is
+            refused.
         options: What all engines take: see `Engine`. With `grad_scaler`, a batch whose gradients
             overflow has scores that are not finite.
 
     Raises:
         UnknownNameError: If a glob matches nothing, or there is no such mode.
         UnsupportedLayerError: If a selected parameter belongs to a module without a sampler.
-        CaptureError: If no trainable parameter is selected, a module is compiled, or `row_owner` is
-            given for one whose gradients are to be kept by token.
+        CaptureError: If no trainable parameter is selected, a module is compiled, `row_owner` is
+            given for one whose gradients are to be kept by token, or not all trainable parameters
+            are selected in concatenated mode.
     """
-
-    plain_sums = True
 
     def __init__(
         self,
@@ -61,32 +74,131 @@ class DotProductEngine(ScoringEngine[Scores]):
         **options: Unpack[EngineOptions],
     ) -> None:
         super().__init__(model, per_token=per_token, **options)
-        self._mode = as_mode(mode)
-        self.freeze = self._mode.freeze
+        chosen = as_mode(mode)
+        self.freeze = chosen.freeze
+        self.plain_sums = chosen is not Mode.CONCATENATED
         self._takes_norms = norms
-        self._norms: NormSums | None = None
+        self._terms: Terms | None = None
+        self._of_directions: dict[str, Tensor] = {}
+        self._both: Concatenation | None = None
+        if chosen is Mode.CONCATENATED:
+            if per_token:
+                raise CaptureError("per_token=True does not go with mode='concatenated'")
+            check_tracked(model, self.tracking)
+            self._directions = InBatch(model, self.parameters)
+            self._both = Concatenation(self.tracking)
+
+    # For users, in concatenated mode
+
+    def concatenate(self, train: Any, validation: Any, *, pad: Padding = None) -> Any:
+        """Join a training and a validation batch into one, for the model to be called on.
+
+        Call it before each batch:
+
+            both = engine.concatenate(train, validation)
+            with engine.batch(ids) as scored:  # ids of the training samples
+                losses = per_sample_loss(model, both)  # [N + M]
+                engine.backward(losses, train_weight=1 / N, validation_weight=1 / M)
+
+        Args:
+            train: What the model is called on for N training samples: a tensor, or tuples, lists,
+                dictionaries and outputs of transformers that hold tensors, nested at will. The
+                size of the first tensor says how many samples there are. Tensors of other sizes
+                have to be equal on both sides, and stay one.
+            validation: The same for M validation samples.
+            pad: What shorter sequences are filled up with at their ends, where lengths differ: one
+                value, or one by dotted name such as `{"input_ids": 0, "labels": -100}`. The
+                model's mask and the losses have to leave out what is filled up.
+
+        Returns:
+            The N training samples and behind them the M validation samples, in the same structure.
+
+        Raises:
+            CaptureError: If the engine has another mode, a batch is open, the batches differ in
+                structure or dtype, or their lengths do and there is no value to pad with.
+            UnknownNameError: If there is a value for a name that is not there.
+        """
+        both = self._concatenation()
+        if self.is_open:
+            raise CaptureError("call engine.concatenate() before engine.batch(ids)")
+        return both.join(train, validation, pad)
+
+    def backward(
+        self, losses: Tensor, *, train_weight: float | Tensor, validation_weight: float | Tensor
+    ) -> None:
+        """Backpropagate the losses of a batch that `concatenate` made, inside `engine.batch`.
+
+        The training loss is `(train_weight * losses[:N]).sum()`, and `.grad` is its gradient; the
+        direction is that of `(validation_weight * losses[N:]).sum()`.
+
+        Args:
+            losses: One loss for each sample, `[N + M]`.
+            train_weight: Weight of training samples, one number or `[N]`: 1 / N for their mean.
+            validation_weight: Weight of validation samples, one number or `[M]`.
+
+        Raises:
+            CaptureError: If the engine has another mode, no batch is open, it was called before in
+                this batch, or there is not one loss and one weight for each sample.
+        """
+        both = self._concatenation()
+        if not self.is_open:
+            raise CaptureError("call engine.backward() inside engine.batch(ids)")
+        loss = both.weighted(losses, train_weight, validation_weight)
+        both.run(loss if self._grad_scaler is None else self._grad_scaler.scale(loss))
+        assert self._terms is not None
+        self._of_directions |= both.finish(self._terms.held, self._dots)
+
+    # As an engine
+
+    def rows(self, batch: Batch[Scores]) -> int:
+        """Return how many samples the model is called on: those of validation too, if any."""
+        return batch.n if self._both is None else sum(self._both.sizes(batch.n))
 
     def on_start(self, batch: Batch[Scores]) -> None:
         """Renew the directions that are due, and have no norms yet."""
+        if self._both is not None:
+            check_tracked(self.model, self.tracking)
+            self._both.sizes(batch.n)
         super().on_start(batch)
-        self._norms = NormSums(self.parameters) if self._takes_norms else None
+        if self._takes_norms or self._both is not None:
+            known = "the norm of their sum" if self._both is None else "their product"
+            other = "CosineEngine" if self._both is None else "mode='exact' or mode='fused'"
+            self._terms = Terms(self.parameters, known, f"use {other}")
+
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor | None:
+        """Score the training samples, and tell the observers of them."""
+        if self._both is None:
+            return super().on_gradient(pass_, parameter, gradient)
+        pass_, gradient, self._stacked[parameter.name] = self._both.split(pass_, gradient)
+        try:
+            return super().on_gradient(pass_, parameter, gradient)
+        finally:
+            del self._stacked[parameter.name]
 
     def multiply(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
         """Multiply with the directions, take norms, and form the sum where it is wanted."""
-        directions = None
-        if self._tokens is None:
-            directions = self._stacked[parameter.name]
-        else:
+        name, terms = parameter.name, self._terms
+        alone = terms is None or terms.arrive(pass_, parameter, gradient)
+        directions: Tensor | None = self._stacked[name]
+        if self._tokens is not None:
             super().multiply(pass_, parameter, gradient)
-        norms = self._norms
-        at_once = norms is not None and not norms.holds(pass_, parameter, gradient)
-        found = gradient.reduce(directions, norms=at_once, total=self.makes_gradients)
+            directions = None
+        elif self._both is not None and directions is not None:
+            if alone:
+                self._of_directions[name] = directions.square().sum().unsqueeze(0)
+            else:
+                self._both.keep(name, directions)
+                directions = None
+        norms = self._takes_norms and alone
+        found = gradient.reduce(directions, norms=norms, total=self.makes_gradients)
         if found.dots is not None:
-            self._dots[parameter.name][pass_.samples] += found.dots
-        if norms is not None and found.squared_norms is not None:
-            norms.add(pass_, parameter.name, found.squared_norms)
+            self._dots[name][pass_.samples] += found.dots
+        if terms is not None and found.squared_norms is not None:
+            terms.add_norms(pass_, name, found.squared_norms)
         return found.total
 
     def make_scores(
@@ -94,12 +206,17 @@ class DotProductEngine(ScoringEngine[Scores]):
     ) -> Scores:
         """Return the dots, and the norms if they were taken."""
         squared = of_directions = None
-        if self._norms is not None:
-            squared = self._norms.squared(batch.n, self.loss_scale)
+        if self._takes_norms and self._terms is not None:
+            squared = self._unscaled(self._terms.squared_norms(batch.n), 2)
             of_directions = {
                 name: torch.linalg.vector_norm(as_rows(stacked), dim=1).square()
                 for name, stacked in self._stacked.items()
             }
+        if self._both is not None:
+            dots = self._unscaled(dots, 1)  # both sides had the scale
+            if self._takes_norms:
+                none = {name: each.new_zeros(1) for name, each in dots.items()}
+                of_directions = self._unscaled(none | self._of_directions, 2)
         return Scores(
             ids=batch.ids,
             verified=batch.verified,
@@ -111,6 +228,21 @@ class DotProductEngine(ScoringEngine[Scores]):
         )
 
     def on_close(self) -> None:
-        """Let go of the sums."""
+        """Let go of the sums, and of the batch."""
         super().on_close()
-        self._norms = None
+        self._terms, self._of_directions = None, {}
+        if self._both is not None:
+            self._stacked = {}
+            self._both.close()
+
+    def _unscaled(self, values: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
+        scale = self.loss_scale**times
+        return {name: each / scale for name, each in values.items()}
+
+    def _concatenation(self) -> Concatenation:
+        if self._both is None:
+            raise CaptureError(
+                "this goes with DotProductEngine(model, mode='concatenated'); in other modes, call "
+                "loss.backward() and give validation samples with add_direction"
+            )
+        return self._both

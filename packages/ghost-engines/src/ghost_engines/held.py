@@ -188,6 +188,24 @@ class HeldGradients:
         """
         return {parameter.name: self._squared_norms(parameter, n) for parameter in self._parameters}
 
+    def dot(self, name: str, directions: Tensor, n: int) -> Tensor:
+        """Return the dots of a parameter's gradients with K directions, `[N, K]`.
+
+        Args:
+            name: The parameter.
+            directions: `[K, *shape]`.
+            n: Number of samples N of the batch.
+
+        Raises:
+            CaptureError: If an input was overwritten meanwhile.
+        """
+        dots = directions.new_zeros(n, len(directions))
+        with full_precision(directions.device):
+            for uses in self._uses[name].values():
+                for gradient in uses.summands():
+                    dots[uses.rows] += gradient.dot(directions)
+        return dots
+
     def gram(self, n: int) -> dict[str, Tensor]:
         """Return `⟨g_n, g_m⟩` by parameter, `[N, N]`, for a batch of n samples.
 

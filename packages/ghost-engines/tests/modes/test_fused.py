@@ -239,12 +239,12 @@ class DroppedCrossTerm(DotProductEngine):
 
     def multiply(self, pass_, parameter, gradient):
         pass_.several.clear()
-        self._norms._single[parameter.name].clear()
+        self._terms._alone.clear()
         found = super().multiply(pass_, parameter, gradient)
         sums = self.__dict__.setdefault("sums", {})
-        for rows, squared in self._norms._single[parameter.name].items():
+        for rows, squared in self._terms._squared[parameter.name].items():
             sums[parameter.name] = sums.get(parameter.name, 0) + squared
-            self._norms._single[parameter.name][rows] = sums[parameter.name]
+            self._terms._squared[parameter.name][rows] = sums[parameter.name]
         return found
 
 
@@ -270,10 +270,8 @@ class WithoutLast(DotProductEngine):
 class ScaleForgotten(DotProductEngine):
     """Leaves the scale of the loss in the norms."""
 
-    def on_end(self, batch):
-        squared = self._norms.squared
-        self._norms.squared = lambda n, scale: squared(n, scale**0.5)
-        return super().on_end(batch)
+    def _unscaled(self, values, times):
+        return super()._unscaled(values, times - 1)
 
 
 class Mixed(DotProductEngine):

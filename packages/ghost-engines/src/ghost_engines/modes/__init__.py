@@ -1,6 +1,8 @@
 """How the dot product engine computes: what autograd makes, what ghost makes, what is summed."""
 
+from ghost_engines.modes.concatenation import Concatenation, InBatch, check_tracked
+from ghost_engines.modes.joining import Padding
 from ghost_engines.modes.mode import Mode, as_mode
-from ghost_engines.modes.norm_sums import NormSums
+from ghost_engines.modes.terms import Terms
 
-__all__ = ["Mode", "NormSums", "as_mode"]
+__all__ = ["Concatenation", "InBatch", "Mode", "Padding", "Terms", "as_mode", "check_tracked"]

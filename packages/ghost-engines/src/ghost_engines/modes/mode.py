@@ -12,6 +12,8 @@ class Mode(Enum):
 
     EXACT = "exact"
     """Beside the training, which is bit-identical."""
+    CONCATENATED = "concatenated"
+    """With validation samples that go through the model in the same batch."""
     FUSED = "fused"
     """While the weight gradient is formed, sample by sample."""
 
