@@ -169,7 +169,7 @@ class HeldGradients:
         """Return `⟨v_k, g_n⟩` by parameter, `[N, K]`, for a batch of n samples.
 
         Args:
-            directions: The directions v, `[K, *shape]` by parameter name.
+            directions: The directions v, `[K, *shape]` by parameter name; others are left out.
             n: Number of samples N.
 
         Raises:
@@ -178,6 +178,7 @@ class HeldGradients:
         return {
             parameter.name: self._dot(parameter, directions[parameter.name], n)
             for parameter in self._parameters
+            if parameter.name in directions
         }
 
     def squared_norms(self, n: int) -> dict[str, Tensor]:
@@ -187,24 +188,6 @@ class HeldGradients:
             CaptureError: If an input was overwritten meanwhile.
         """
         return {parameter.name: self._squared_norms(parameter, n) for parameter in self._parameters}
-
-    def dot(self, name: str, directions: Tensor, n: int) -> Tensor:
-        """Return the dots of a parameter's gradients with K directions, `[N, K]`.
-
-        Args:
-            name: The parameter.
-            directions: `[K, *shape]`.
-            n: Number of samples N of the batch.
-
-        Raises:
-            CaptureError: If an input was overwritten meanwhile.
-        """
-        dots = directions.new_zeros(n, len(directions))
-        with full_precision(directions.device):
-            for uses in self._uses[name].values():
-                for gradient in uses.summands():
-                    dots[uses.rows] += gradient.dot(directions)
-        return dots
 
     def gram(self, n: int) -> dict[str, Tensor]:
         """Return `⟨g_n, g_m⟩` by parameter, `[N, N]`, for a batch of n samples.

@@ -179,10 +179,10 @@ class Concatenation:
         Returns:
             Squared norms of these directions by parameter name, `[1]`.
         """
-        squared = {}
-        for name, direction in self._kept.items():
-            dots[name].add_(held.dot(name, direction, len(dots[name])))
-            squared[name] = direction.square().sum().unsqueeze(0)
+        assert self._sizes is not None
+        for name, found in held.dot(self._kept, self._sizes[0]).items():
+            dots[name].add_(found)
+        squared = {name: each.square().sum().unsqueeze(0) for name, each in self._kept.items()}
         self._kept.clear()
         return squared
 
