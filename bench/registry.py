@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from bench import attention, convolution, foreign, language
+from bench import attention, convolution, foreign, language, store
 from bench.case import Case, Group
 
 CASES: tuple[Case, ...] = (
@@ -12,6 +12,7 @@ CASES: tuple[Case, ...] = (
     *convolution.CASES,
     *attention.CASES,
     *foreign.CASES,
+    *store.CASES,
 )
 """In the order of the table."""
 

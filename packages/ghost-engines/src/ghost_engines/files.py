@@ -75,6 +75,12 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+def let_go(descriptor: int) -> None:
+    """Close a file to which nothing was written, so that a failure means nothing to anybody."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
 def read_regular(path: Path, longest: int) -> bytes:
     """Read a file as a whole.
 

@@ -8,6 +8,7 @@ import stat
 import weakref
 from pathlib import Path
 
+from ghost_engines.files import let_go
 from ghost_engines.store.errors import StoreError
 
 LOCK = ".lock"
@@ -34,7 +35,7 @@ class WriterLock:
         kind = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         self._descriptor = os.open(self._path, kind, 0o666)
         # Also closed with the lock itself, which an interrupt may have left to nobody.
-        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._close = weakref.finalize(self, let_go, self._descriptor)
         _open_locks.add(self)
         try:
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):

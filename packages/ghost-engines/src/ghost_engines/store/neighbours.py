@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 from typing import Protocol
@@ -59,20 +59,25 @@ class RowReader(Protocol):
     def __len__(self) -> int:
         """Return the number of rows."""
 
-    def blocks(self, size: int) -> Iterator[StoredRows]:
-        """Yield all rows in order, at most `size` at a time."""
-
 
 def search(
     store: RowReader,
+    blocks: Iterable[StoredRows],
     queries: Tensor,
     *,
     k: int,
     metric: str,
-    block: int,
     progress: bool | None,
 ) -> Neighbours:
     """Find the best rows for each query; `GradientStore.search` says how.
+
+    Args:
+        store: What the rows are, and how many.
+        blocks: All rows in order, some at a time.
+        queries: `[Q, k_total]`.
+        k: How many rows to find for each.
+        metric: How rows are compared with queries.
+        progress: Whether to show a progress bar.
 
     Raises:
         UnknownNameError: If the metric does not exist.
@@ -89,7 +94,7 @@ def search(
         if metric == "cosine":
             compared = _unit_length(_without_zeros(compared))
         room = torch.empty(0, store.k_total, dtype=dtype, device=queries.device)
-        for found in store.blocks(block):
+        for found in blocks:
             if len(room) < len(found):  # made once, as new memory costs as much as what is done
                 room = torch.empty(len(found), store.k_total, dtype=dtype, device=queries.device)
             rows = room[: len(found)].copy_(found.rows)

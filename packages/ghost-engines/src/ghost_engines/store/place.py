@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from ghost_engines.files import open_regular
+from ghost_engines.files import let_go, open_regular
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 
 
@@ -27,7 +27,7 @@ class Place:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = open_regular(path)
-        weakref.finalize(self, os.close, self._descriptor)
+        weakref.finalize(self, let_go, self._descriptor)
 
     def __reduce__(self) -> tuple[Callable[..., Place], tuple[Path]]:
         """Take the place as it is found in another process."""

@@ -176,7 +176,8 @@ class StoreReader:
             DamagedStoreError: If a file went missing.
         """
         rows = query_rows(queries, self.manifest)
-        return search(self, rows, k=k, metric=metric, block=block, progress=progress)
+        blocks = self._scan(whole("the rows of a block", block, least=1, error=StoreError))
+        return search(self, blocks, rows, k=k, metric=metric, progress=progress)
 
     def verify(self, progress: bool | None = None) -> None:
         """Compare all that is on disk with its hashes.
@@ -221,6 +222,30 @@ class StoreReader:
                 self._check_once(unit, file)
                 piece = rows_of(file)[part]
             yield piece
+
+    def _scan(self, size: int) -> Iterator[StoredRows]:
+        """Yield all rows in order, at most `size` at a time, without their losses.
+
+        They are read into memory that the next ones take over, not mapped: a disk that fails is an
+        error then, and no signal.
+        """
+        room = torch.empty(0, self.k_total, dtype=self.dtype, device="cpu")
+        for unit, part in self._parts(0, len(self)):
+            if (piece := self._in_memory(unit, part)) is not None:
+                for start in range(0, len(piece), size):
+                    yield piece[start : start + size]
+                continue
+            with self._opened(unit) as file:
+                self._check_once(unit, file)
+                ids = file.read_tensor("ids")[part]
+                if len(room) < min(size, len(ids)):
+                    room = torch.empty(
+                        min(size, len(ids)), self.k_total, dtype=self.dtype, device="cpu"
+                    )
+                for start in range(0, len(ids), size):
+                    found = ids[start : start + size]
+                    file.read_rows("g", part.start + start, room[: len(found)])
+                    yield StoredRows(found, room[: len(found)], None)
 
     def _column(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return one number of each row."""

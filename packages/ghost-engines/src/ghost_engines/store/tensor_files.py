@@ -25,6 +25,9 @@ from ghost_engines.store.tensor_layout import (
 _HEAD = 4096
 """Bytes to read at first; a store's header is shorter."""
 
+_PIECE = 1 << 18
+"""Bytes to read at once where they are not kept."""
+
 _WORTH_MAPPING = 1 << 20
 """Bytes from which on a tensor is mapped. A process can have some 65,000 maps, all in all."""
 
@@ -167,6 +170,40 @@ class TensorFile:
         tensor = torch.empty(place.shape, dtype=self._dtype(name), device="cpu")
         self._read_into(_bytes(tensor), place.start)
         return tensor
+
+    def read_rows(self, name: str, start: int, into: Tensor) -> None:
+        """Read some entries along the first axis of a tensor.
+
+        Args:
+            name: Name of the tensor.
+            start: The first entry to read.
+            into: Contiguous memory for as many as are read, in the tensor's dtype.
+
+        Raises:
+            DamagedStoreError: If the file is cut off.
+            OSError: If it cannot be read.
+        """
+        bytes_each = into[:1].nbytes
+        self._read_into(_bytes(into), self.places[name].start + start * bytes_each)
+
+    def sha256(self) -> str:
+        """Return the sha256 of the tensors' bytes, in order of their names.
+
+        They are read and not mapped: a disk that fails is an error then, and no signal.
+
+        Raises:
+            DamagedStoreError: If the file is cut off.
+            OSError: If it cannot be read.
+        """
+        digest = hashlib.sha256()
+        piece = memoryview(bytearray(_PIECE))
+        for name in sorted(self.places):
+            place = self.places[name]
+            for start in range(place.start, place.stop, _PIECE):
+                part = piece[: min(_PIECE, place.stop - start)]
+                self._read_into(part, start)
+                digest.update(part)
+        return digest.hexdigest()
 
     def _dtype(self, name: str) -> torch.dtype:
         place = self.places[name]
