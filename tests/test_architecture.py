@@ -19,7 +19,7 @@ FLOORS = [
     {"errors", "_trees", "switches"},
     {"_torch", "arguments", "process"},
     {"algebra"},
-    {"sampler", "projection"},
+    {"sampler", "projection", "policy"},
     {"hooks", "state", "batch"},
     {"tracking"},
     {"split"},

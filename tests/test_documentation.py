@@ -23,6 +23,7 @@ LOG = "docs/log.md"
 FRAGMENTS = (
     "README.md",
     "docs/loop.md",
+    "docs/selection.md",
     "docs/modes.md",
 )  # their code needs names that the reader has already
 BLOCK = re.compile(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", re.M | re.S)
@@ -222,6 +223,8 @@ def test_code_runs_in_a_program(block):
         assert namespace["neighbours"].ids.shape == (32, 10)
     if "scored" in namespace:
         assert namespace["scored"].result.total.shape == (32, 1)
+    if "chosen" in namespace:
+        assert repr(namespace["chosen"]).startswith("Chosen(8 of 32 for val by ")
     if "projected" in namespace:
         assert namespace["projected"].result.rows.shape == (32, namespace["projections"].k_total)
 

@@ -26,6 +26,7 @@ NAME = "ghost-plugin-sample:sample"
 OFFERS = {
     "command agreement",
     "engine sign_agreement",
+    "policy above_median",
     "projection coordinates",
     "sampler ghost_plugin_sample.Scale",
 }
@@ -63,6 +64,7 @@ def test_it_is_found_with_all_it_offers():
     assert set(plugin.offers) == OFFERS
     assert found.engines["sign_agreement"] is sample.SignAgreementEngine
     assert found.projection("coordinates") is sample.CoordinateProjection
+    assert found.policy("above_median") is sample.AboveMedian
     assert type(found.samplers.find(sample.Scale(3)).sampler) is sample.ScaleSampler
 
 
@@ -177,6 +179,18 @@ def test_its_projection_serves_the_engine_of_ghost(model, inputs):
         assert_within(rows[:, block.columns], projected, scale, what=block.parameter)
         # Coordinates are kept as they are: every number of a row is one of the gradient, scaled.
         assert all((each != 0).sum(1).tolist() == [1] * len(each) for each in (left, right))
+
+
+def test_its_policy_chooses_among_candidates(model, inputs):
+    expected = per_sample_gradients(model, squares(model(inputs)))
+    engine = DotProductEngine(model)
+    engine.add_direction("ones", {n: torch.ones_like(p) for n, p in model.named_parameters()})
+    with engine.scoring():
+        scores = engine.score(lambda: squares(model(inputs)), range(len(inputs)))
+    dots = torch.stack([gradient.flatten(1).sum(1) for gradient in expected.values()]).sum(0)
+    chosen = scores.choose("above_median", factor=0.5)
+    assert chosen.indices.tolist() == (dots > 0.5 * dots.median()).nonzero().flatten().tolist()
+    assert f"{len(chosen)} of 4 for ones by AboveMedian(factor=0.5)" in repr(chosen)
 
 
 def test_the_command_lists_it():

@@ -30,6 +30,7 @@ from ghost_core.errors import (
     WrongSplitError,
 )
 from ghost_core.plugins import Command, Override, hookimpl
+from ghost_core.policy import Policy
 from ghost_core.projection import Projection
 from ghost_core.sampler import Call, GradientSampler, PastCall, as_tokens
 from ghost_core.tracking import Claim, Patterns, SamplerRegistry, TrackedParameter
@@ -60,6 +61,7 @@ __all__ = [
     "PerSampleGradient",
     "PluginConflictError",
     "PluginError",
+    "Policy",
     "Projection",
     "Record",
     "SampleIds",

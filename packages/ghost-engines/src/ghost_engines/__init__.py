@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from ghost_engines.results import Result, SummedResult
     from ghost_engines.scores import Scores, SegmentScores
     from ghost_engines.scoring import ScoreObserver, ScoringEngine
+    from ghost_engines.selection import CandidateScores, Chosen, Greedy, Threshold, TopK
     from ghost_engines.store import DamagedStoreError, GradientStore, Neighbours, StoreError
     from ghost_engines.values import CreditedStep, InRunValues
 
 __all__ = [
     "Between",
     "Block",
+    "CandidateScores",
+    "Chosen",
     "CosineEngine",
     "Cosines",
     "CreditedStep",
@@ -39,6 +42,7 @@ __all__ = [
     "GradientStore",
     "Gram",
     "GramEngine",
+    "Greedy",
     "HoldingEngine",
     "IdCollator",
     "InRunValues",
@@ -59,6 +63,8 @@ __all__ = [
     "SegmentScores",
     "StoreError",
     "SummedResult",
+    "Threshold",
+    "TopK",
     "WithId",
     "adam_aware",
     "load_direction",
@@ -73,7 +79,8 @@ __all__ = [
 
 _ROOMS = (
     "blocks", "cosine", "dataset", "digest", "directions", "dot_product", "gram", "holding",
-    "ids", "log", "norms", "projection", "results", "scores", "scoring", "store", "values",
+    "ids", "log", "norms", "projection", "results", "scores", "scoring", "selection", "store",
+    "values",
 )  # fmt: skip
 """The modules that the names above come from."""
 

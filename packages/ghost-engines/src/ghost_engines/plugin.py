@@ -1,10 +1,10 @@
-"""Registers the engines, projections and commands of this package."""
+"""Registers the engines, projections, policies and commands of this package."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ghost_core import Command, Engine, Projection, hookimpl
+from ghost_core import Command, Engine, Policy, Projection, hookimpl
 from ghost_engines.cli import COMMANDS
 from ghost_engines.cosine import CosineEngine
 from ghost_engines.dot_product import DotProductEngine
@@ -16,6 +16,7 @@ from ghost_engines.random_projections import (
     OrthonormalProjection,
     RademacherProjection,
 )
+from ghost_engines.selection import Greedy, Threshold, TopK
 
 
 @hookimpl
@@ -38,6 +39,12 @@ def ghost_projections() -> dict[str, type[Projection]]:
         "orthonormal": OrthonormalProjection,
         "rademacher": RademacherProjection,
     }
+
+
+@hookimpl
+def ghost_policies() -> dict[str, type[Policy]]:
+    """Contribute the policies of this package."""
+    return {"greedy": Greedy, "threshold": Threshold, "top_k": TopK}
 
 
 @hookimpl

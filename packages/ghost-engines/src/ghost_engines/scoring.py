@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, Unpack
 
 import torch
@@ -16,11 +18,15 @@ from ghost_core import (
     EngineOptions,
     Pass,
     PerSampleGradient,
+    SampleIds,
     TrackedParameter,
 )
 from ghost_core.algebra import accumulation_dtype
+from ghost_core.arguments import switch
+from ghost_core.capture import Recorder, not_attached, open_already
 from ghost_engines.directions import Closure, Directions, Transform
 from ghost_engines.scores import Scores
+from ghost_engines.selection import Candidates, CandidateScores, Losses
 from ghost_engines.tokens import TokenSum
 
 ScoresT = TypeVar("ScoresT", bound=Scores)
@@ -84,6 +90,7 @@ class ScoringEngine(Engine[ScoresT]):
         self._dots: dict[str, Tensor] = {}
         self._tokens: TokenSum | None = None
         self._observers: list[ScoreObserver] = []
+        self._candidates: Candidates | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -177,6 +184,78 @@ class ScoringEngine(Engine[ScoresT]):
         """
         self._directions.load_state_dict(state["directions"])
 
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Score candidates inside, before the step that trains on some of them.
+
+        Directions that are due are renewed once, which counts as a batch for `refresh`; parameters
+        are frozen, so that no weight gradient is made and no hook on one runs. An engine that is
+        attached stays so; one that is not is attached meanwhile, and then verifies the split anew
+        each time. Observers such as `InRunValues` hear of nothing.
+
+        Raises:
+            CaptureError: If a batch is open, there is no direction, or other engines are attached
+                to the model and this one is not.
+        """
+        recorder = self._recorder or Recorder.of(self.model)
+        if self._recorder is None and recorder.attached:
+            raise not_attached()
+        if self.is_open or self._candidates is not None:
+            raise open_already()
+        self._check_flags()
+        with self.paused():
+            stacked = self._directions.renewed()
+        candidates = Candidates(
+            self.model, recorder, self.tracking, self.verifies, stacked, self.directions
+        )
+        with recorder.aside(candidates):
+            try:
+                self._candidates = candidates
+                yield
+            finally:
+                self._candidates = None
+
+    def score(
+        self,
+        losses: Losses,
+        ids: SampleIds,
+        *,
+        gram: bool = False,
+        owners: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> CandidateScores:
+        """Score candidates, inside `scoring`: in a pass of its own, which leaves no trace.
+
+        The model runs as it is, in training or evaluation mode. Its buffers and modes, `.grad` and
+        the random number generators are as before afterwards, so that a step on those chosen is one
+        of plain training on them.
+
+        Args:
+            losses: Runs the model on the candidates, and returns the own loss of each, floating
+                `[N]`.
+            ids: One integer per candidate, `[N]`.
+            gram: Whether to multiply the candidates' gradients with each other too, which needs all
+                of them at once.
+            owners: As in `Engine.batch`.
+
+        Returns:
+            Dots with each direction; its `choose` chooses.
+
+        Raises:
+            CaptureError: If it is called outside of `scoring`, losses are not one finite number per
+                candidate, or the model ran on others.
+            WrongSplitError: If gradients cannot be split by sample.
+        """
+        if self._candidates is None:
+            raise CaptureError(
+                "candidates are scored inside of with engine.scoring(): ...",
+                reason="there the model's parameters are frozen, and its directions made",
+                remedy="open it around engine.score(...), and close it before the step",
+            )
+        scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
+        return self._candidates.score(
+            losses, ids, gram=switch("gram", gram), scale=scale, owners=owners
+        )
+
     def observe(self, observer: ScoreObserver) -> None:
         """Tell an observer of every batch from now on."""
         self._observers.append(observer)
@@ -188,6 +267,12 @@ class ScoringEngine(Engine[ScoresT]):
 
     def on_start(self, batch: Batch[ScoresT]) -> None:
         """Renew the directions that are due."""
+        if self._candidates is not None:
+            raise CaptureError(
+                "a batch was opened inside of engine.scoring()",
+                reason="parameters are frozen there, so that no step can follow",
+                remedy="leave it before the batch that is trained on",
+            )
         for observer in self._observers:
             observer.starting()
         with self.paused():

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghost_core._torch import FunctionMode, caller_of, in_function
+from ghost_core.capture.fused import FusedModules
 from ghost_core.capture.state import CaptureState
 from ghost_core.errors import CaptureError
 
@@ -50,6 +51,11 @@ class OwnRun(FunctionMode):
         self._first = True
         self._would: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._on = ExitStack()
+
+    @classmethod
+    def of(cls, state: CaptureState, fused: FusedModules) -> OwnRun:
+        """Return what answers for the model of a state, whose parameters are frozen."""
+        return cls(state.model, state, on=fused.present, follows=fused.any_plain)
 
     def start(self, inputs: Any) -> None:
         """Be on from now on, if code may ask.

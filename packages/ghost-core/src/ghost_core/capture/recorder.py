@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ghost_core._torch import called_compiled, in_backward
+from ghost_core.capture.aside import Spare, Suspended
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.calls import CallHooks
 from ghost_core.capture.freeze import Freeze
@@ -57,6 +58,8 @@ class Recorder:
         self._handles: list[RemovableHandle] = []
         self._told_compiled = False
         self._own_run: OwnRun | None = None
+        self._suspended: Suspended | None = None
+        self._spare: Spare | None = None
         self._fused = self._fused_modules()
         self._following: SharedValues | None = None
         self._modes = ExitStack()
@@ -101,7 +104,7 @@ class Recorder:
         modes = [mode for _, mode in state.attached]
         if self._serves(listener):
             raise attached_already()
-        if state.batch is not None:
+        if state.batch is not None or self._suspended is not None:
             raise attached_late()
         if modes and (Freeze.PASS in modes) != (freeze is Freeze.PASS):
             raise disagreeing()
@@ -111,9 +114,7 @@ class Recorder:
     def _attach(self, listener: Listener, freeze: Freeze) -> None:
         state = self._state
         if not state.attached and freeze is Freeze.PASS:
-            state.flags |= {p: p.requires_grad for p in state.model.parameters()}
-            for parameter in state.flags:
-                parameter.requires_grad_(False)
+            state.freeze()
         state.attached.append((listener, freeze))
         Recorder._recorders[state.model] = self
         self._install()
@@ -123,13 +124,54 @@ class Recorder:
         state = self._state
         if state.batch is not None:
             self._close(state.batch)
+        self._resume()
         state.attached[:] = [each for each in state.attached if each[0] is not listener]
         self._install()
         if not state.attached:
-            for parameter, flag in state.flags.items():
-                parameter.requires_grad_(flag)
-            state.flags.clear()
+            state.thaw()
             Recorder._recorders.pop(state.model, None)
+
+    @contextmanager
+    def aside(self, listener: Listener) -> Iterator[None]:
+        """Serve another listener for a while in place of those attached, which hear of nothing.
+
+        Parameters are frozen meanwhile, so that no weight gradient is made and no hook on one runs.
+
+        Args:
+            listener: It tracks what one of those attached does, if any is.
+
+        Raises:
+            CaptureError: If a batch is open.
+        """
+        if not self.attached:
+            with self.serving(listener, Freeze.PASS):
+                yield
+            return
+        if self._state.batch is not None or self._suspended is not None:
+            raise attached_late()
+        with restored() as stack:
+            # Twice, since an interrupt may end the first.
+            stack.callback(self._resume)
+            stack.callback(self._resume)
+            self._suspend(listener)
+            yield
+
+    def _suspend(self, listener: Listener) -> None:
+        state = self._state
+        self._suspended = Suspended.of(state, self._own_run)
+        state.attached[:] = [(listener, Freeze.PASS)]
+        if not state.flags:
+            state.freeze()
+        if self._spare is None or self._spare.flags != state.flags:
+            self._spare = Spare.of(state, self._fused)
+        state.verifier, self._own_run = self._spare.verifier, self._spare.own_run
+
+    def _resume(self) -> None:
+        """Serve again those that were attached."""
+        if self._suspended is not None:
+            self._own_run = self._suspended.own_run
+            self._suspended.restore(self._state)
+            self._suspended = None
 
     def _serves(self, listener: Listener) -> bool:
         return any(each is listener for each, _ in self._state.attached)
@@ -146,7 +188,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._own_run = None
+        self._own_run, self._spare = None, None
         tracked: dict[str, TrackedModule] = {}
         for listener, _ in state.attached:
             for each in listener.tracking.modules:
@@ -164,9 +206,7 @@ class Recorder:
         self._places = Places(root, (each.module for each in tracked.values()))
         self._fused = self._fused_modules()
         if state.flags:
-            self._own_run = OwnRun(
-                root, state, on=self._fused.present, follows=self._fused.any_plain
-            )
+            self._own_run = OwnRun.of(state, self._fused)
         before, after = Hook(self._before_root), Hook(self._after_root)
         # Each in one line with what remembers it, so that no interrupt comes in between.
         self._handles.append(root.register_forward_pre_hook(before, with_kwargs=True))
@@ -264,9 +304,9 @@ class Recorder:
         state.told_apart = False
         if state.verifying:
             state.verifier.start(state.pass_.n, state.usable, bool(state.flags))
-            if state.balance is None and self._makes_comparable_gradients(batch):
+            if state.balance is None and state.comparable:
                 state.balance = Balance(
-                    self._balanced(), lambda: state.audience is Audience.ENGINES
+                    state.balanced(), lambda: state.audience is Audience.ENGINES
                 )
                 state.balance.open()
         self._follow((args, kwargs))
@@ -327,27 +367,6 @@ class Recorder:
             self._state.sharing = None
             self._following = None
         return following
-
-    def _makes_comparable_gradients(self, batch: BatchCapture) -> bool:
-        """Tell whether autograd makes the gradients that contributions add up to."""
-        balanced = all(each.balanced for each in batch.listeners)
-        engines_make = any(freeze is Freeze.CALL for _, freeze in self._state.attached)
-        comparable = self._state.verifier.watching or not engines_make
-        return balanced and not self._state.flags and comparable
-
-    def _balanced(self) -> dict[str, nn.Parameter]:
-        """Return parameters to compare: all while verifying, those without a formula always."""
-        names = {
-            parameter.name
-            for tracked in self._state.tracked.values()
-            for local, parameter in tracked.parameters.items()
-            if self._state.verifier.watching
-            or tracked.sampler.generic
-            or "." in local
-            or parameter.name in self._state.shared_names
-        }
-        parameters = dict(self._state.model.named_parameters())
-        return {name: parameters[name] for name in names if name in parameters}
 
     def _after_root(self, module: nn.Module, args: Any, output: Any) -> Any:
         state = self._state

@@ -216,6 +216,40 @@ class CaptureState:
             self.batch.sites.append(site)
             self.verifier.routes |= site.axes.routed
 
+    def freeze(self) -> None:
+        """Let no parameter require gradients, and remember which did."""
+        self.flags |= {each: each.requires_grad for each in self.model.parameters()}
+        for parameter in self.flags:
+            parameter.requires_grad_(False)
+
+    def thaw(self) -> None:
+        """Let parameters require gradients as they did before."""
+        for parameter, flag in self.flags.items():
+            parameter.requires_grad_(flag)
+        self.flags.clear()
+
+    @property
+    def comparable(self) -> bool:
+        """Whether autograd makes the gradients that contributions of the open batch add up to."""
+        assert self.batch is not None
+        balanced = all(each.balanced for each in self.batch.listeners)
+        engines_make = any(freeze is Freeze.CALL for _, freeze in self.attached)
+        return balanced and not self.flags and (self.verifier.watching or not engines_make)
+
+    def balanced(self) -> dict[str, nn.Parameter]:
+        """Return parameters to compare: all while verifying, those without a formula always."""
+        names = {
+            parameter.name
+            for tracked in self.tracked.values()
+            for local, parameter in tracked.parameters.items()
+            if self.verifier.watching
+            or tracked.sampler.generic
+            or "." in local
+            or parameter.name in self.shared_names
+        }
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for name in names if name in parameters}
+
     def owned(self) -> frozenset[str]:
         """Return the parameters of the modules that run."""
         return frozenset(

@@ -3,7 +3,7 @@
 from ghost_core.plugins.disabled import DISABLED_VARIABLE
 from ghost_core.plugins.discovery import Contributions, collect, installed, select
 from ghost_core.plugins.hookspecs import Command, Override, hookimpl
-from ghost_core.plugins.offers import Plugin
+from ghost_core.plugins.offers import Plugin, plural
 
 __all__ = [
     "DISABLED_VARIABLE",
@@ -14,5 +14,6 @@ __all__ = [
     "collect",
     "hookimpl",
     "installed",
+    "plural",
     "select",
 ]

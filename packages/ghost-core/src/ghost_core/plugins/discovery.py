@@ -24,6 +24,7 @@ from ghost_core.plugins import hookspecs
 from ghost_core.plugins.disabled import Disabled
 from ghost_core.plugins.hookspecs import Command
 from ghost_core.plugins.offers import Offers, Plugin
+from ghost_core.policy import Policy
 from ghost_core.projection import Projection
 from ghost_core.sampler import GradientSampler
 from ghost_core.tracking import Claim, Patterns, SamplerRegistry, Selection
@@ -43,6 +44,7 @@ class Contributions:
         samplers: Samplers by module.
         engines: Engine classes by name.
         projections: Projection classes by name.
+        policies: Policy classes by name.
         commands: Subcommands of `ghost` by name.
     """
 
@@ -50,6 +52,7 @@ class Contributions:
     samplers: SamplerRegistry
     engines: Mapping[str, type[Listener]]
     projections: Mapping[str, type[Projection]]
+    policies: Mapping[str, type[Policy]]
     commands: Mapping[str, type[Command]]
 
     def owner(self, kind: str, name: str) -> str:
@@ -76,6 +79,16 @@ class Contributions:
         if name not in self.projections:
             raise UnknownNameError("projection", name, self.projections, failure_note(self.plugins))
         return self.projections[name]
+
+    def policy(self, name: str) -> type[Policy]:
+        """Return a policy class by name.
+
+        Raises:
+            UnknownNameError: If no plugin offers it.
+        """
+        if name not in self.policies:
+            raise UnknownNameError("policy", name, self.policies, failure_note(self.plugins))
+        return self.policies[name]
 
 
 def select(
@@ -168,6 +181,7 @@ def collect(entries: list[tuple[Distribution, EntryPoint]]) -> Contributions:
     samplers = offers.gather(manager, "sampler", GradientSampler)
     engines = offers.gather(manager, "engine", Listener)
     projections = offers.gather(manager, "projection", Projection)
+    policies = offers.gather(manager, "policy", Policy)
     commands = offers.gather(manager, "command", Command)
     disabled.warn()
     for plugin in plugins.values():
@@ -180,6 +194,7 @@ def collect(entries: list[tuple[Distribution, EntryPoint]]) -> Contributions:
         SamplerRegistry(claims, failure_note(listed)),
         {name: offer.value for name, offer in engines.items()},
         {name: offer.value for name, offer in projections.items()},
+        {name: offer.value for name, offer in policies.items()},
         {name: offer.value for name, offer in commands.items()},
     )
 

@@ -15,6 +15,7 @@ import pluggy
 from torch import nn
 
 from ghost_core.capture import Listener
+from ghost_core.policy import Policy
 from ghost_core.projection import Projection
 from ghost_core.sampler import GradientSampler
 
@@ -85,6 +86,15 @@ def ghost_projections() -> Mapping[str, type[Projection] | Override]:  # type: i
 
     Returns:
         Projection classes by the name that `ProjectionEngine(init=...)` takes.
+    """
+
+
+@hookspec
+def ghost_policies() -> Mapping[str, type[Policy] | Override]:  # type: ignore[empty-body]
+    """Offer policies, which choose what to train on.
+
+    Returns:
+        Policy classes by the name that `CandidateScores.choose` takes.
     """
 
 

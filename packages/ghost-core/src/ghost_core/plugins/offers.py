@@ -19,11 +19,21 @@ _BASES = {
     "sampler": "GradientSampler",
     "engine": "Engine",
     "projection": "Projection",
+    "policy": "Policy",
     "command": "Command",
 }
 
 _OWN = frozenset({"ghost-core", "ghost-layers", "ghost-engines", "ghost-examples"})
 """Distributions of ghost itself, whose offers are defaults: they stand until overridden."""
+
+
+def plural(kind: str) -> str:
+    """Return what several offers of a kind are called, as their hook is."""
+    return f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+
+
+def _hook(kind: str) -> str:
+    return f"ghost_{plural(kind)}"
 
 
 @dataclass
@@ -87,7 +97,7 @@ class Offers:
     def gather(self, manager: pluggy.PluginManager, kind: str, base: type[Any]) -> dict[str, Offer]:
         """Return the offers of a kind that stand, by name."""
         found: dict[str, list[Offer]] = {}
-        for impl in getattr(manager.hook, f"ghost_{kind}s").get_hookimpls():
+        for impl in getattr(manager.hook, _hook(kind)).get_hookimpls():
             plugin = self.plugins[impl.plugin_name.rpartition(":")[0]]
             for name, (value, overrides) in _checked(impl.function, kind, base, plugin).items():
                 if self.disabled.offer(plugin.name, kind, name):
@@ -156,13 +166,13 @@ def _checked(
     try:
         offered = hook()
         if not isinstance(offered, Mapping):
-            raise PluginError(f"ghost_{kind}s returned {type(offered).__name__}, not a mapping")
+            raise PluginError(f"{_hook(kind)} returned {type(offered).__name__}, not a mapping")
         for key, given in offered.items():
             try:
                 name = _name(key, kind)
                 found = _value(given, kind, base)
                 if name in checked:
-                    raise PluginError(f"ghost_{kind}s offers {name} twice, by class and by name")
+                    raise PluginError(f"{_hook(kind)} offers {name} twice, by class and by name")
                 checked[name] = found, isinstance(given, Override)
             except PluginError as error:
                 plugin.problems.append(told(error))
@@ -178,7 +188,7 @@ def _name(key: Any, kind: str) -> str:
     if kind == "sampler" and isinstance(key, type) and issubclass(key, nn.Module):
         return dotted_name(key)
     if not isinstance(key, str):
-        raise PluginError(f"ghost_{kind}s has the key {key!r}, not a name")
+        raise PluginError(f"{_hook(kind)} has the key {key!r}, not a name")
     if kind == "command" and not re.fullmatch(r"[a-z][a-z0-9-]*", key):
         raise PluginError(
             f"ghost_commands has the key {key!r}; a command's name has small letters, digits, and "
@@ -197,7 +207,7 @@ def _value(given: Any, kind: str, base: type[Any]) -> type[Any]:
         )
     value = given.offer if isinstance(given, Override) else given
     if not (isinstance(value, type) and issubclass(value, base)):
-        raise PluginError(f"ghost_{kind}s offers {value!r}, which is no class of {_BASES[kind]}")
+        raise PluginError(f"{_hook(kind)} offers {value!r}, which is no class of {_BASES[kind]}")
     if missing := getattr(value, "__abstractmethods__", None):
         raise PluginError(f"{value.__name__} does not implement {', '.join(sorted(missing))}")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ghost_core.plugins import installed
+from ghost_core.plugins import installed, plural
 from ghost_engines.cli.tables import print_table
 
 
@@ -29,7 +29,7 @@ def _counted(offers: Sequence[str]) -> str:
         by_kind.setdefault(offer.split()[0], []).append(offer)
     return (
         ", ".join(
-            f"{len(alike)} {kind}s" if len(alike) > 3 else ", ".join(alike)
+            f"{len(alike)} {plural(kind)}" if len(alike) > 3 else ", ".join(alike)
             for kind, alike in by_kind.items()
         )
         or "-"

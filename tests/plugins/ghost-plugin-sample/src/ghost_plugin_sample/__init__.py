@@ -1,4 +1,4 @@
-"""A third-party plugin: a layer with its sampler, an engine, a projection and a command."""
+"""A third-party plugin: a layer with its sampler, an engine, a projection, a policy, a command."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from ghost_core import (
     Pass,
     PastCall,
     PerSampleGradient,
+    Policy,
     Projection,
     Record,
     TrackedParameter,
@@ -127,6 +128,19 @@ class Agreement:
         return 0
 
 
+# A policy: trains on those that help more than most.
+
+
+@dataclass(frozen=True)
+class AboveMedian(Policy):
+    """Chooses candidates whose dot is above the median times a factor, in their own order."""
+
+    factor: float = 1.0
+
+    def choose(self, dots: Tensor, gram: Tensor | None) -> Tensor:
+        return (dots > self.factor * dots.median()).nonzero().flatten()
+
+
 # What the plugin offers.
 
 
@@ -148,3 +162,8 @@ def ghost_projections() -> dict[str, type[Projection]]:
 @hookimpl
 def ghost_commands() -> dict[str, type[Command]]:
     return {"agreement": Agreement}
+
+
+@hookimpl
+def ghost_policies() -> dict[str, type[Policy]]:
+    return {"above_median": AboveMedian}
