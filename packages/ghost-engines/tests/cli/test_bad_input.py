@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
 
@@ -28,6 +29,12 @@ def numpy_file(values):
     data = io.BytesIO()
     np.save(data, values, allow_pickle=True)
     return data.getvalue()
+
+
+def numpy_header(shape, dtype="<i8"):
+    """Return a file whose header claims a shape."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(64)
 
 
 def archive():
@@ -67,11 +74,22 @@ FILES = {
     "archive.npy": archive(),
     "cut.npy": numpy_file(np.ones((4, 5), dtype=int))[:-20],
     "head.npy": numpy_file(np.ones((4, 5), dtype=int))[:30],
+    "no-axes.npy": numpy_file(np.array(3)),
+    "negative.npy": numpy_header("(-2, 3)"),
+    "negative-both.npy": numpy_header("(-2, -3)"),
+    "huge.npy": numpy_header("(1000000000000, 1000000000000)"),
+    "larger.npy": numpy_header("(99999999999999999999999, 3)"),
+    "halves.npy": numpy_header("(2.0, 3)"),
+    "truth.npy": numpy_header("(True, 3)"),
+    "deep.npy": numpy_header("(" * 5000),
+    "dates.npy": numpy_header("(2, 3)", "<M8[s]"),
+    "unsigned.npy": numpy_file(np.full((2, 3), 2**63, dtype=np.uint64)),
     "two.safetensors": save({"a": IDS, "b": IDS + 1}),
     "floats.safetensors": save({"a": IDS.float()}),
     "bools.safetensors": save({"a": IDS > 0}),
     "scalar.safetensors": save({"a": torch.tensor(1)}),
     "vector.safetensors": save({"a": IDS[0]}),
+    "unsigned.safetensors": save({"a": torch.from_numpy(np.full((2, 3), 2**63, np.uint64))}),
     "none.safetensors": save({}),
     "no-samples.safetensors": save({"a": IDS[:0]}),
     "scalar-mask.safetensors": save({"input_ids": IDS, "attention_mask": torch.tensor(1)}),
@@ -81,6 +99,11 @@ FILES = {
 CONFIGURATIONS = [
     b"", b"[]", b"{}", b"null", b'"x"', b"{", b"\xff\xfe{}", b"[" * 100_000,
     b'{"architectures": []}', b'{"architectures": ["A", "B"]}',
+    *(json.dumps({"architectures": each}).encode() for each in (
+        ["logging"], ["pipeline"], ["__name__"], ["PreTrainedModel"], ["Trainer"], ["os"], [""],
+        ["GPT2Tokenizer"], ["GPT2LMHeadModel.forward"], ["\x1b[31m"], [3], [None], [["A"]], "G",
+        {"A": 1}, ["GPT2LMHeadModel"],
+    )),
 ]  # fmt: skip
 
 TEXTS = [
@@ -119,7 +142,7 @@ OPTIONS = [
     ("--device", "cuda:99"), ("--device", "meta"), ("--device", "\ud800"), ("--device", "tpu9"),
     ("--device", "privateuseone"), ("--layers", ""), ("--layers", ","), ("--layers", "["),
     ("--layers", "nope"), ("--layers", "\0"), ("--layers", "x" * 10_000), ("--exclude", "*"),
-    ("--exclude", "nope"), ("--batch-size", 10**30), ("--max-tokens", -3),
+    ("--exclude", "nope"), ("--batch-size", 10**30), ("--max-tokens", -3), ("--field", "body"),
 ]  # fmt: skip
 
 STORES = ["missing", "a-file", ".", "/dev/null", "a-file/x", "a\0b", "\ud800", "x" * 5000, ""]
@@ -153,16 +176,58 @@ INPUTS = [
     *(["store", path, "--verify"] for path in STORES),
 ]
 
-NOT_UNDERSTOOD = [
-    [], ["nope"], ["store"], ["store", "a", "b"], ["plugins", "x"], ["verify"], ["--help=3"],
-    given(*OWN, "--samples", "x"), given(*OWN, "--tolerance", "x"), given(*OWN, "--seed", "1.5"),
-    given(*OWN, "--dtype", "int8"), given(*OWN, "--nope"), given(*OWN, "--batch-size", "many"),
+CHOSEN = [
+    *(given(model=text) for text in ("", ":", "a:b:c", "\ud800:x", "/dev/null", "a\0b")),
+    *(given(model=f"{name}:f") for name in ("syntax", "exiting", "fatal", "guarded")),
+    *(given(data=f"given:{name}") for name in ("number", "Fatal.x", "lazy.function")),
+    *(given(data=f"given:{name}") for name in ("unprintable", "lines", "leaving", "nans")),
+    *(given(model=f"given:{name}") for name in ("Failing", "not_a_number", "frozen", "a_class")),
+    *(
+        given(loss=f"given:{name}")
+        for name in ("nothing", "floats", "matrix", "detached", "of_nan", "backward_already")
+    ),
+    *(tokens(f"given:{name}") for name in ("ids_too_large", "no_ids", "mask_too_short")),
+    *(
+        tokens(name)
+        for name in (
+            "empty.txt", "binary.jsonl", "deep.jsonl", "floats.npy", "objects.npy", "cut.npy",
+            "no-axes.npy", "negative.npy", "truth.npy", "unsigned.npy", "unsigned.safetensors",
+            "two.safetensors", "nan-mask.safetensors", "missing.txt", "a-folder.npy",
+            "a-file/x.safetensors", "a\0b.jsonl",
+        )
+    ),
+    *(tokens("subjects:ids", f"checkpoint-{at}") for at in (5, 7, 9, 10, 20, 23)),
+    *(
+        given(*OWN, *option)
+        for option in OPTIONS
+        if option in [
+            ("--seed", -1), ("--seed", 2**32), ("--tolerance", "nan"), ("--device", "meta"),
+            ("--layers", "nope"), ("--exclude", "*"), ("--samples", 0), ("--field", "body"),
+        ]
+    ),
+    *(["store", path] for path in ("missing", "a-file", "\ud800")),
+    ["store", "a\0b", "--verify"],
+]  # fmt: skip
+"""One of each kind, for every day; the others are for the stress tests."""
+
+NOT_UNDERSTOOD = [[], ["nope"], ["plugins", "x"], given(*OWN, "--dtype", "int8")]
+NOR_THESE = [
+    ["store"], ["store", "a", "b"], ["verify"], ["--help=3"], given(*OWN, "--samples", "x"),
+    given(*OWN, "--tolerance", "x"), given(*OWN, "--seed", "1.5"), given(*OWN, "--nope"),
+    given(*OWN, "--batch-size", "many"),
 ]  # fmt: skip
 
 
-def named(inputs):
-    """Return short names, each once."""
-    return [f"{at}: {ascii(' '.join(each))[-40:]}" for at, each in enumerate(inputs)]
+def named(inputs, chosen):
+    """Return them under short names, each once; what is not chosen is for the stress tests."""
+    return [
+        pytest.param(
+            each,
+            id=f"{at}: {ascii(' '.join(each))[-40:]}",
+            marks=() if each in chosen else pytest.mark.stress,
+        )
+        for at, each in enumerate(inputs)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -182,19 +247,21 @@ def test_the_input_that_others_spoil_is_good(capsys):
     assert cli.main(given()) == 0, capsys.readouterr().err
     assert cli.main(tokens("given:ids")) == 0, capsys.readouterr().err
     assert len({json.dumps(arguments) for arguments in INPUTS}) == len(INPUTS) >= 250
+    assert [arguments for arguments in CHOSEN if arguments not in INPUTS] == []
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about what it is given
-@pytest.mark.parametrize("arguments", INPUTS, ids=named(INPUTS))
+@pytest.mark.parametrize("arguments", named(INPUTS, CHOSEN))
 def test_bad_input_is_one_line_of_error(arguments, capsys):
     assert cli.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("ghost: ")
     assert len(said.splitlines()) == 1
     assert len(said) > len("ghost: \n")
+    assert said[:-1].isprintable()
 
 
-@pytest.mark.parametrize("arguments", NOT_UNDERSTOOD, ids=named(NOT_UNDERSTOOD))
+@pytest.mark.parametrize("arguments", named([*NOT_UNDERSTOOD, *NOR_THESE], NOT_UNDERSTOOD))
 def test_arguments_that_are_not_understood_are_explained(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
@@ -211,17 +278,29 @@ def test_an_interrupt_is_no_failure_of_ghost(tmp_path, capsys):
     assert capsys.readouterr().err == "ghost: interrupted\n"
 
 
+WHOLE = " ".join(given())
+STREAMS = [
+    ("--version", ">&-", 0, ""),
+    ("--help", ">/dev/full", 2, ""),
+    ("--version", ">/dev/full", 2, "1"),
+]
+OTHER_STREAMS = [
+    *((arguments, ">&-", 0, "1") for arguments in ("--version", "--help")),
+    *((arguments, ">&- 2>&-", 0, "") for arguments in ("--version", "--help")),
+    ("--help", ">&-", 0, ""),
+    ("--help", ">/dev/full", 2, "1"),
+    ("--version", ">/dev/full", 2, ""),
+    *((WHOLE, ">&-", 0, unbuffered) for unbuffered in ("", "1")),
+    *((WHOLE, ">/dev/full", 2, unbuffered) for unbuffered in ("", "1")),
+    (WHOLE, "2>&-", 0, ""),
+    (WHOLE, ">&- 2>&-", 0, ""),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "streams", "status"),
-    [
-        ("--version", ">&-", 0),
-        ("--version", ">/dev/full", 2),
-        ("--help", ">&-", 0),
-        ("--help", ">/dev/full", 2),
-        ("--version", ">&- 2>&-", 0),
-    ],
+    ("arguments", "streams", "status", "unbuffered"),
+    [*STREAMS, *(pytest.param(*each, marks=pytest.mark.stress) for each in OTHER_STREAMS)],
 )
-@pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_streams_that_cannot_be_written(arguments, streams, status, unbuffered, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     command = f'"{sys.executable}" -m ghost_engines.cli {arguments} {streams}'

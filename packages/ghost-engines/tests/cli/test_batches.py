@@ -9,6 +9,7 @@ from command_kit import batch_of, verify
 from safetensors.torch import save_file
 
 from ghost_core import GhostError
+from ghost_engines.cli.sources import FileOptions, _json_texts, _lines
 
 # Data
 
@@ -78,6 +79,12 @@ def test_a_batch_is_what_a_file_starts_with(tmp_path):
         ("a.jsonl", b"[1]", "text 1 of a.jsonl is no JSON object with 'text'; --field names"),
         ("a.jsonl", b"a", "text 1 of a.jsonl is no JSON object"),
         ("a.jsonl", b'{"text": 1}', "'text' of text 1 of a.jsonl is a int, no text"),
+        ("a.npy", np.full((2, 3), 2**63, np.uint64), "the id 9223372036854775808, which does not"),
+        (
+            "a.safetensors",
+            {"x": torch.from_numpy(np.full((2, 3), 2**64 - 1, np.uint64))},
+            "the id 18446744073709551615, which does not fit into int64",
+        ),
         ("a.txt", b"a text", "only a checkpoint's folder has a tokenizer"),
         ("a.csv", b"", "neither a .txt, .jsonl, .npy or .safetensors file nor"),
     ],
@@ -102,6 +109,21 @@ def test_files_that_are_no_batch(name, values, what, tmp_path, capsys):
 def test_a_file_that_does_not_exist(name, capsys):
     assert verify("subjects:tiny", "--data", name) == 2
     said = capsys.readouterr()
+    assert said.err.startswith(f"ghost: --data: {name} cannot be read: ")
     assert "o such file" in said.err
-    assert name in said.err
     assert len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("data", ["subjects:ids", "a.npy", "a.txt"])
+def test_a_key_of_texts_goes_with_lines_of_json(data, capsys):
+    assert verify("subjects:tiny", "--data", data, "--field", "body") == 2
+    said = capsys.readouterr().err
+    assert said == f"ghost: --field is for .jsonl files, and {data} is none\n"
+
+
+def test_a_mark_at_the_start_of_a_file_is_no_text(tmp_path):
+    options = FileOptions("--data", "", torch.nn.Identity(), None, None)
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    assert [*_json_texts(tmp_path / "a.jsonl", options)] == ["a", "b"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\n")
+    assert [*_lines(tmp_path / "a.txt", "--data")] == ["a"]

@@ -152,7 +152,7 @@ def test_all_texts_of_a_file_are_scored(checkpoint, texts, capsys):
         ('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}', "empty cannot be loaded"),
         (
             '{"architectures": ["GPT2Config"], "model_type": "gpt2"}',
-            "GPT2Config, which empty/config.json names, is no model",
+            "the class GPT2Config of empty is not one of transformers",
         ),
     ],
 )

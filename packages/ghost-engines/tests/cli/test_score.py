@@ -164,7 +164,7 @@ def test_an_interrupt_leaves_a_clean_line_and_no_file(capsys, monkeypatch, tmp_p
         ([*MLP], "--targets: give at least one, as NAME=DATA"),
         ([*MLP, "--targets", "subjects:batch"], "--targets: 'subjects:batch' is not of the form"),
         ([*MLP, "--targets", "a=x", "a=y"], "--targets: there are two of the name 'a'"),
-        ([*MLP, "--targets", "a=none.npy"], "[Errno 2] No such file or directory: "),
+        ([*MLP, "--targets", "a=none.npy"], "--targets a: none.npy cannot be read: No such file"),
         ([*MLP, "--targets", "a=none"], "--targets a: none is neither a .txt, .jsonl"),
         ([*MLP, "--targets", "a=subjects:nothing"], "--targets a: subjects has no 'nothing'"),
         ([*MLP, *TARGETS, "--out", "scores.xlsx"], "unknown kind of file '.xlsx'. Available: .csv"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def load_batch(
     model: str,
     loaded: nn.Module,
     *,
-    field: str = "text",
+    field: str | None = None,
     batch_size: int | None = None,
     max_tokens: int | None = None,
 ) -> Any:
@@ -31,7 +32,7 @@ def load_batch(
         data: A file of texts or token ids, or `module:function`.
         model: What the model was loaded from, for its tokenizer.
         loaded: The model, for its largest number of positions.
-        field: Key of the text in lines of JSON.
+        field: Key of the text in lines of JSON; "text" by default.
         batch_size: Samples to take from a file.
         max_tokens: Tokens to take of each sample.
 
@@ -43,6 +44,7 @@ def load_batch(
         MissingExtraError: If texts need transformers, and it is not installed.
     """
     _check(data, {"--batch-size": batch_size, "--max-tokens": max_tokens})
+    check_field(field, [data])
     size = BATCH_SIZE if batch_size is None else batch_size
     options = FileOptions("--data", model, loaded, field, max_tokens)
     found = _find(data, options, limit=size)
@@ -55,7 +57,7 @@ def load_data(
     model: str,
     loaded: nn.Module,
     *,
-    field: str,
+    field: str | None,
     batch_size: int,
     max_tokens: int | None,
 ) -> Any:
@@ -66,7 +68,7 @@ def load_data(
         option: The option that names it, for errors.
         model: What the model was loaded from, for its tokenizer.
         loaded: The model, for its largest number of positions.
-        field: Key of the text in lines of JSON.
+        field: Key of the text in lines of JSON; "text" by default.
         batch_size: Samples in a batch of a file.
         max_tokens: Tokens to take of each sample.
 
@@ -89,6 +91,20 @@ def load_data(
         collate_fn=found.take,
         generator=torch.Generator(),
     )
+
+
+def check_field(field: str | None, data: Iterable[str]) -> None:
+    """Refuse a key of texts where there are no lines of JSON.
+
+    Args:
+        field: The key, if one was given.
+        data: All that was given as data.
+
+    Raises:
+        CommandError: If nobody would look for it.
+    """
+    if field is not None and not any(Path(each).suffix == ".jsonl" for each in data):
+        raise CommandError(f"--field is for .jsonl files, and {', '.join(data)} is none")
 
 
 def _check(data: str, numbers: dict[str, int | None]) -> None:

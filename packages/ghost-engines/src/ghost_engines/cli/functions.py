@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ghost_core import GhostError
+from ghost_core.errors import told
 from ghost_engines.cli.errors import CommandError
 
 
@@ -96,8 +97,4 @@ def reporting(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 def raised(what: str, error: BaseException) -> str:
     """Say what something raised."""
-    try:
-        said = str(error)
-    except Exception:  # it is anybody's
-        said = "(it cannot be printed)"
-    return f"{what} raised {type(error).__name__}: {said}"
+    return f"{what} raised {told(error)}"

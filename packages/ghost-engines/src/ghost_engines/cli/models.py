@@ -13,7 +13,7 @@ from torch import nn
 
 from ghost_core import MissingExtraError
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import find_function
+from ghost_engines.cli.functions import find_function, raised
 
 
 def load_model(text: str) -> nn.Module:
@@ -71,31 +71,46 @@ def is_folder(text: str) -> bool:
 
 
 def _load_checkpoint(folder: Path) -> nn.Module:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CommandError(f"MODEL: {folder} has no config.json, so it is no checkpoint")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        (name,) = config["architectures"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CommandError(f"MODEL: {path} does not name one class in 'architectures'") from error
+    config, name = _configuration(folder)
     transformers = _transformers("a checkpoint")
-    kind = getattr(transformers, str(name), None)
-    if kind is None or "auto_map" in config:
+    try:
+        kind: Any = getattr(transformers, name, None)
+    except Exception as error:  # of what it is made with, which may not be installed
+        raise CommandError(
+            f"MODEL: {name}, of {folder}: {raised('importing it', error)}"
+        ) from error
+    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not is_model or "auto_map" in config:
         raise CommandError(
             f"MODEL: the class {name} of {folder} is not one of transformers "
-            f"{transformers.__version__}: write a function that loads it, and give module:function"
+            f"{transformers.__version__} for models: write a function that loads it, and give "
+            "module:function"
         )
     with _bars_at_a_terminal(transformers):
         try:
             model: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
         except Exception as error:
             raise CommandError(f"MODEL: {folder} cannot be loaded: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"MODEL: {name}, which {path} names, is no model")
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model
+
+
+def _configuration(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return a checkpoint's configuration, and the name of the one class in it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CommandError(f"MODEL: {folder} has no config.json, so it is no checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        names = config["architectures"]
+    except OSError as error:
+        raise CommandError(f"MODEL: {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CommandError(f"MODEL: {path} does not name one class in 'architectures'") from error
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise CommandError(f"MODEL: {path} does not name one class in 'architectures'")
+    return config, names[0]
 
 
 def _transformers(purpose: str) -> Any:

@@ -29,7 +29,7 @@ class Verify:
         samples: How many samples to compare.
         batch_size: How many samples to take from a file, from its start; 16 by default.
         max_tokens: Tokens to take of each sample in a file; 128 by default for texts.
-        field: Key of the text in lines of JSON.
+        field: Key of the text in lines of JSON (.jsonl); text by default.
         dtype: What to cast model and batch to. Only float64 tells rounding from mistakes.
         layers: Globs over names of modules or parameters, separated by commas: what to track.
         exclude: Globs, separated by commas: what to leave out of it.
@@ -45,7 +45,7 @@ class Verify:
     samples: int = 8
     batch_size: Count = None
     max_tokens: Count = None
-    field: str = "text"
+    field: Annotated[str | None, Named(metavar="KEY")] = None
     dtype: DType = "float64"
     layers: Annotated[str, Named(metavar="GLOBS")] = "*"
     exclude: Annotated[str, Named(metavar="GLOBS")] = ""
@@ -81,7 +81,7 @@ class Score:
         ids: Key of a batch that its samples' ids are under; by default they are numbered from 0.
         batch_size: Samples in a batch.
         max_tokens: Tokens to take of each sample in a file; 128 by default for texts.
-        field: Key of the text in lines of JSON.
+        field: Key of the text in lines of JSON (.jsonl); text by default.
         dtype: What to cast model and batches to; by default nothing is cast.
         layers: Globs over names of modules or parameters, separated by commas: what to track.
         exclude: Globs, separated by commas: what to leave out of it.
@@ -101,7 +101,7 @@ class Score:
     ids: Annotated[str | None, Named(metavar="KEY")] = None
     batch_size: int = 16
     max_tokens: Count = None
-    field: str = "text"
+    field: Annotated[str | None, Named(metavar="KEY")] = None
     dtype: DType = "as-is"
     layers: Annotated[str, Named(metavar="GLOBS")] = "*"
     exclude: Annotated[str, Named(metavar="GLOBS")] = ""

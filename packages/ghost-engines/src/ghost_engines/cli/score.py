@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghost_core import GhostError, UnsupportedLayerError, WrongSplitError
-from ghost_engines.cli.batches import load_data
+from ghost_engines.cli.batches import check_field, load_data
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import raised, reporting
 from ghost_engines.cli.losses import load_loss
@@ -17,7 +17,7 @@ from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Score
 from ghost_engines.cli.outputs import check_outputs, print_extremes, write_outputs
 from ghost_engines.cli.places import Place, described_parameters, seed
-from ghost_engines.cli.tables import print_table, while_read
+from ghost_engines.cli.tables import plain, print_table, while_read
 from ghost_engines.dataset import ScoreTable, score_dataset
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def score(options: Score) -> int:
     targets = _named(options.targets)
     if not targets and options.engine == "dot_product":
         raise CommandError("--targets: give at least one, as NAME=DATA")
+    check_field(options.field, [options.data, *targets.values()])
     check_outputs(options.top, options.out, options.plot)
     loss, loss_name = load_loss(options.loss)
     model = load_model(options.model)
@@ -36,7 +37,7 @@ def score(options: Score) -> int:
         table = _scored(options, targets, model, loss)
     except (UnsupportedLayerError, WrongSplitError) as error:
         with while_read():
-            print(f"refused: {error}")
+            print(plain(f"refused: {error}"))
         return 1
     described = reporting(lambda: [*described_parameters(model)], "MODEL: looking at it")()
     write_outputs(table, table.plot, options.out, options.plot)

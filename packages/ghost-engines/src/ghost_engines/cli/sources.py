@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ghost_core.errors import told
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.models import is_folder, load_tokenizer
 
@@ -41,14 +42,14 @@ class FileOptions:
         option: The option that names the file, for errors.
         model: What the model was loaded from, for its tokenizer.
         loaded: The model, for its largest number of positions.
-        field: Key of the text in lines of JSON.
+        field: Key of the text in lines of JSON; "text" by default.
         max_tokens: Tokens to take of each sample.
     """
 
     option: str
     model: str
     loaded: nn.Module
-    field: str
+    field: str | None
     max_tokens: int | None
 
 
@@ -67,15 +68,19 @@ def open_source(path: Path, options: FileOptions, limit: int | None) -> Source |
         CommandError: If there is no sample in it, or it cannot be read.
         MissingExtraError: If texts need transformers, and it is not installed.
     """
-    match path.suffix:
-        case ".txt":
-            return _Texts.of(path, _lines(path, options.option), options, limit)
-        case ".jsonl":
-            return _Texts.of(path, _json_texts(path, options), options, limit)
-        case ".npy":
-            return _from_numpy(path, options)
-        case ".safetensors":
-            return _from_safetensors(path, options)
+    try:
+        match path.suffix:
+            case ".txt":
+                return _Texts.of(path, _lines(path, options.option), options, limit)
+            case ".jsonl":
+                return _Texts.of(path, _json_texts(path, options), options, limit)
+            case ".npy":
+                return _from_numpy(path, options)
+            case ".safetensors":
+                return _from_safetensors(path, options)
+    except OSError as error:
+        why = error.strerror or error
+        raise CommandError(f"{options.option}: {path} cannot be read: {why}") from error
     return None
 
 
@@ -120,14 +125,14 @@ class _Texts(Source):
 def _lines(path: Path, option: str) -> Iterator[str]:
     """Yield the lines of a file that are not blank."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # a mark at the start is no text
             yield from (line.rstrip("\r\n") for line in file if line.strip())
     except ValueError as error:
         raise CommandError(f"{option}: {path} is not UTF-8: {error}") from error
 
 
 def _json_texts(path: Path, options: FileOptions) -> Iterator[str]:
-    option, field = options.option, options.field
+    option, field = options.option, options.field or "text"
     for number, line in enumerate(_lines(path, option), 1):
         try:
             text = json.loads(line)[field]
@@ -182,8 +187,10 @@ def _from_numpy(path: Path, options: FileOptions) -> Source:
     what = f"{options.option}: {path}"
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise CommandError(f"{what} is no array of numbers: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # a broken header is found out in many ways
+        raise CommandError(f"{what} is no array of numbers: {told(error)}") from error
     if not isinstance(values, np.ndarray):
         raise CommandError(f"{what} holds several arrays: give one, integers [N, T]")
     if values.dtype.kind not in "iu" or values.ndim != 2:
@@ -194,7 +201,9 @@ def _from_numpy(path: Path, options: FileOptions) -> Source:
     _check_any(values.size, what)
 
     def ids(rows: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.array(values[list(rows)], dtype=np.int64))
+        found = values[list(rows)]
+        _check_size(int(found.max()), what)
+        return torch.from_numpy(found.astype(np.int64))
 
     return _Tokens(what, len(values), ids, None, options.max_tokens)
 
@@ -228,9 +237,16 @@ def _from_safetensors(path: Path, options: FileOptions) -> Source:
     _check_any(values.numel(), what)
 
     def ids(rows: Sequence[int]) -> Tensor:
-        return values[list(rows)].long()
+        found = values[list(rows)]
+        _check_size(int(found.cpu().numpy().max()), what)
+        return found.long()
 
     return _Tokens(what, len(values), ids, mask, options.max_tokens)
+
+
+def _check_size(largest: int, what: str) -> None:
+    if largest > torch.iinfo(torch.int64).max:
+        raise CommandError(f"{what} has the id {largest}, which does not fit into int64")
 
 
 def _check_any(count: int, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ghost_engines.cli.tables import print_table
+from ghost_engines.cli.tables import plain, print_table
 from ghost_engines.store import DamagedStoreError, GradientStore
 
 
@@ -19,7 +19,7 @@ def describe(path: Path, *, verify: bool) -> int:
         if not verify:
             raise
         for problem in str(error).splitlines():
-            print(f"damaged: {problem}")
+            print(plain(f"damaged: {problem}"))
         return 1
     print_table(("property", "value"), _described(opened))
     layers = opened.manifest.engine.get("layers")

@@ -24,7 +24,19 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def one_line(value: object) -> str:
     """Return a value as text that can be printed, without line breaks or tabs."""
-    return " ".join(str(value).encode("utf-8", "backslashreplace").decode().split())
+    return plain(" ".join(str(value).split()))
+
+
+def plain(text: str) -> str:
+    """Return a text in which nothing but line breaks commands the terminal.
+
+    Names and notes come from files, which anybody may have written: escape codes, and whatever else
+    is not to be seen, become what python would write for them.
+    """
+    return "".join(
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 def open_streams() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ghost_engines.cli.options import Values
 from ghost_engines.cli.outputs import check_outputs, print_extremes, write_outputs
-from ghost_engines.cli.tables import print_table, while_read
+from ghost_engines.cli.tables import plain, print_table, while_read
 from ghost_engines.log import ScoreLog
 from ghost_engines.store import DamagedStoreError
 
@@ -20,7 +20,7 @@ def values(options: Values) -> int:
         if not options.verify:
             raise
         for problem in str(error).splitlines():
-            print(f"damaged: {problem}")
+            print(plain(f"damaged: {problem}"))
         return 1
     table = log.totals()
     write_outputs(table, table.plot, options.out, options.plot)

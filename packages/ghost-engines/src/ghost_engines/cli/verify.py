@@ -23,7 +23,7 @@ from ghost_engines.cli.losses import load_loss
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Verify
 from ghost_engines.cli.places import Place, described_parameters, seed
-from ghost_engines.cli.tables import print_table, while_read
+from ghost_engines.cli.tables import plain, print_table, while_read
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def verify(options: Verify) -> int:
             )
     except (UnsupportedLayerError, WrongSplitError) as error:
         with while_read():
-            print(f"\nrefused: {error}")
+            print(plain(f"\nrefused: {error}"))
         return 1
     except GhostError:
         raise
@@ -134,6 +134,6 @@ def _print_findings(model: nn.Module, found: Comparison) -> None:
     print_table(titles, checks[:shown])
     if len(checks) > shown:
         print(f"... and {len(checks) - shown} more, which are within their tolerances")
-    print(f"\n{found.verdict}")
+    print(plain(f"\n{found.verdict}"))
     if found.reason:
-        print(found.reason)
+        print(plain(found.reason))
