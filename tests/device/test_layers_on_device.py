@@ -34,6 +34,8 @@ EVERYWHERE = os.environ.get("GHOST_TEST_DEVICE", "cpu") != "cpu"
 NAMES = [*LAYERS] if EVERYWHERE else [name for name in LAYERS if name in FEW]
 EXACT = 1e-9  # relative to norms, in float64
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
 
 @dataclass(frozen=True)
 class OnDevice:
