@@ -75,6 +75,51 @@ def refused_later(function: Callable[..., Tensor], change: Callable[[], object])
             loss.backward()
 
 
+class TwoBranches(nn.Module):
+    """Uses one of two scales by the values that it gets."""
+
+    def __init__(self, inside: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        positive = (x > 0).to(x)
+        return x * positive * self.one + self.inside(x * (1 - positive), self.other)
+
+
+def branches(inside: Callable[[Tensor, Tensor], Tensor], signs: str) -> None:
+    """Run batches of positive and negative values through two branches."""
+    model = TwoBranches(inside).double()
+    engine = GradientHolder(model, registry=registry())
+    with engine:
+        for sign in signs:
+            x = doubles(3, 4).abs() * (1 if sign == "+" else -1)
+            expected = per_sample_gradients(model, losses(model(x)))
+            with engine.batch(range(3)) as batch:
+                losses(model(x)).sum().backward()
+            for name, held in batch.result.materialize().items():
+                assert_within(held, expected[name], max(expected[name].norm(), torch.tensor(1e-9)))
+
+
+def test_a_way_is_found_once_though_a_parameter_has_no_gradient(ways: list[Way]) -> None:
+    branches(torch.mul, "+++")
+    assert ways == [Way.VMAP]
+
+
+def test_a_way_is_proven_anew_once_a_parameter_has_a_gradient(ways: list[Way]) -> None:
+    branches(torch.mul, "++-+-")
+    assert ways == [Way.VMAP, Way.VMAP]
+
+
+def test_mixing_in_a_branch_that_is_taken_later_is_refused() -> None:
+    def mixed(x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale.detach() + mean_of_all(x) * (scale - scale.detach())
+
+    with pytest.raises(WrongSplitError, match=r"depends on other samples"):
+        branches(mixed, "+-")
+
+
 def test_a_later_call_that_does_not_return_what_it_did_is_refused() -> None:
     factor = [2.0]
 

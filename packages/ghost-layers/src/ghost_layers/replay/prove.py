@@ -81,12 +81,14 @@ class Search:
             check_unmixed(self.trial, plan, self._expected)
         return plan
 
-    def tells_all(self, plan: Plan) -> bool:
-        """Tell whether gradients have shown all that they can, so that the plan may be remembered.
+    def untold(self, plan: Plan) -> frozenset[str]:
+        """Return the parameters whose gradients were zero, and so told nothing of the plan.
 
         Behind two gates of zero neither has a gradient, until one of them has moved.
         """
-        return plan.way is not Way.VMAP or all(each.any() for each in self._expected.values())
+        if plan.way is not Way.VMAP:
+            return frozenset()
+        return frozenset(key for key, each in self._expected.items() if not each.any())
 
     def _as_it_was(self) -> Plan:
         """Find the outputs among what the module returns, and assert that it returns them again."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ghost_core import Call, WrongSplitError
@@ -17,7 +18,26 @@ from ghost_layers.replay.trial import Trial
 _KINDS = 64
 """How many kinds of calls of one module are remembered."""
 
-_Finding = tuple[Way, tuple[InputRows, ...], tuple[OutputRows, ...]]
+
+@dataclass(frozen=True)
+class _Finding:
+    """How calls of a kind are run.
+
+    Attributes:
+        way: How.
+        input_rows: Where their inputs have their samples.
+        outputs: The outputs with rows.
+        untold: First dotted names of parameters asked for whose gradients were zero.
+        unmoved: The same of others, with what their values were.
+    """
+
+    way: Way
+    input_rows: tuple[InputRows, ...]
+    outputs: tuple[OutputRows, ...]
+    untold: frozenset[str]
+    unmoved: Mapping[str, Tensor]
+
+
 _findings: WeakKeyDictionary[nn.Module, dict[object, _Finding]] = WeakKeyDictionary()
 
 
@@ -56,12 +76,21 @@ class Question:
         findings = _findings.setdefault(call.module, {})
         return cls(plan, trained, axes, kind, findings, cache)
 
-    def known(self) -> Plan | None:
-        """Return the plan that was found for calls like this one, which may not hold for it."""
-        if self.kind not in self.findings:
+    def known(self, replay: Replay) -> tuple[Plan, frozenset[str]] | None:
+        """Return the plan that was found for calls like this one, which may not hold for it.
+
+        Returns:
+            The plan, and the parameters whose gradients proved nothing of it, as they were zero:
+            once one of them is not, it is to be proven anew. None if that is to be done now.
+        """
+        found = self.findings.get(self.kind)
+        if found is None or not all(
+            torch.equal(replay.values[key], value) for key, value in found.unmoved.items()
+        ):
             return None
-        way, input_rows, outputs = self.findings[self.kind]
-        return replace(self.plan, way=way, input_rows=input_rows, outputs=outputs)
+        plan = replace(self.plan, way=found.way, input_rows=found.input_rows, outputs=found.outputs)
+        untold = (local for local, key in plan.wanted.items() if key in found.untold)
+        return plan, frozenset(untold)
 
     def answered(self, replay: Replay, recorded: tuple[Tensor, ...]) -> Plan:
         """Find a plan and prove it.
@@ -85,8 +114,13 @@ class Question:
             ) from refusal
         if len(self.findings) >= _KINDS:
             self.findings.clear()
-        if search.tells_all(found):
-            self.findings[self.kind] = found.way, found.input_rows, found.outputs
+        untold, asked = search.untold(found), set(self.plan.wanted.values())
+        how = found.way, found.input_rows, found.outputs
+        before = self.findings.get(self.kind)
+        if before is not None and how == (before.way, before.input_rows, before.outputs):
+            untold &= before.untold | before.unmoved.keys()
+        unmoved = {key: replay.values[key].detach().clone() for key in untold - asked}
+        self.findings[self.kind] = _Finding(*how, untold & asked, unmoved)
         return found
 
 

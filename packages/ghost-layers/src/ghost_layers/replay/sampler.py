@@ -94,13 +94,13 @@ class ReplaySampler(GradientSampler):
         what = f"{call.label} ({dotted_name(type(call.module))})"
         with _named(what):
             question, replay = self._taken_apart(call, call.module)
-            plan = question.known() if replay.count else question.plan
-            if plan is None:
-                plan = question.answered(replay, call.outputs)
+            known = question.known(replay) if replay.count else (question.plan, frozenset())
+            if known is None:
+                known = question.answered(replay, call.outputs), frozenset()
         # Also where that is proven by now: a checkpoint counts what is saved, the second time too.
         copies = tuple(value.detach().clone() for value in call.outputs)
         replay = replace(replay, expected=copies)
-        call.static = Planned(plan, question, what)
+        call.static = Planned(*known, question, what)
         return {next(iter(call.shapes)): replay}
 
     def gradients(
@@ -115,7 +115,9 @@ class ReplaySampler(GradientSampler):
         (replay,) = records.values()
         assert isinstance(replay, Replay)
         with suppress(OtherOutputsError), _named(planned.what):
-            return self.replayed(planned.plan, replay, call, grads)
+            made = self.replayed(planned.plan, replay, call, grads)
+            if not any(made[local].materialize().any() for local in planned.untold):
+                return made
         with _named(planned.what):
             recorded, replay = replay.expected, replace(replay, expected=())
             plan = planned.question.answered(replace(replay, rows=None), recorded)
@@ -200,11 +202,13 @@ class Planned:
 
     Attributes:
         plan: How calls of its kind were run so far.
+        untold: Parameters whose gradients proved nothing of that so far, as they were zero.
         question: How to find that out, if it is another.
         what: The module, for messages.
     """
 
     plan: Plan
+    untold: frozenset[str]
     question: Question
     what: str
 
