@@ -52,7 +52,6 @@ IMPORTED_WHERE_USED = {
     },
     "ghost_engines.plots": {"matplotlib.figure"},
     "ghost_engines.tables": {"pandas", "pyarrow"},
-    "ghost_engines.values.in_run": {"pandas"},
 }
 
 Graph = dict[str, set[str]]

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from ghost_engines.scoring import ScoreObserver, ScoringEngine
     from ghost_engines.selection import CandidateScores, Chosen, Greedy, Threshold, TopK
     from ghost_engines.store import DamagedStoreError, GradientStore, Neighbours, StoreError
-    from ghost_engines.values import CreditedStep, InRunValues
+    from ghost_engines.values import (
+        CreditedStep,
+        GroupValues,
+        History,
+        InRunValues,
+        ValueTable,
+    )
 
 __all__ = [
     "Between",
@@ -43,6 +49,8 @@ __all__ = [
     "Gram",
     "GramEngine",
     "Greedy",
+    "GroupValues",
+    "History",
     "HoldingEngine",
     "IdCollator",
     "InRunValues",
@@ -65,6 +73,7 @@ __all__ = [
     "SummedResult",
     "Threshold",
     "TopK",
+    "ValueTable",
     "WithId",
     "adam_aware",
     "load_direction",

@@ -64,6 +64,29 @@ def sample_figure(
     return figure
 
 
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], what: str) -> Figure:
+    """Draw numbers as colours: red below zero, blue above.
+
+    Args:
+        values: `[R, C]`. Those that are not finite are left out.
+        rows: Names of the R rows.
+        columns: Names of the C columns.
+        what: What the numbers are.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    size = (3 + 0.8 * len(columns), 1.5 + 0.35 * len(rows))
+    figure: Figure = _figure("plot()", figsize=size)
+    axes: Any = figure.subplots()
+    bound = np.abs(values[np.isfinite(values)]).max(initial=0.0) or 1.0
+    picture = axes.imshow(values, cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto")
+    axes.set_yticks(np.arange(len(rows)), list(rows))
+    axes.set_xticks(np.arange(len(columns)), list(columns), rotation=45, ha="right")
+    figure.colorbar(picture, label=what)
+    return figure
+
+
 def check_picture(path: Path) -> None:
     """Raise if a picture cannot be written to a file.
 

@@ -276,13 +276,6 @@ def test_missing_pandas_is_named(training, monkeypatch):
         training.values.to_pandas()
 
 
-def test_unknown_sample_is_an_error(training):
-    training.batch([3, 4])
-    training.step()
-    with pytest.raises(UnknownNameError, match=r"unknown sample '5'.*Available: 3, 4"):
-        training.values[5]
-
-
 def test_optimizer_without_a_tracked_parameter_is_refused(mlp):
     engine = DotProductEngine(mlp)
     with pytest.raises(CaptureError, match=r"does not hold 2\.bias"):

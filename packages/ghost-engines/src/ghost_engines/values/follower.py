@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ghost_core import CaptureError, Pass, PerSampleGradient, TrackedParameter, UnknownNameError
+from ghost_core._torch import version
 from ghost_engines.held import HeldGradients
 from ghost_engines.scores import Scores
 from ghost_engines.scoring import ScoringEngine
@@ -16,6 +19,7 @@ from ghost_engines.values.changes import Change, Changes
 from ghost_engines.values.credit import CreditedStep, OnCredit
 from ghost_engines.values.optimizers import rates, scale_left, skipped, stepping
 from ghost_engines.values.pending import Pending
+from ghost_engines.values.reasons import Counts
 from ghost_engines.values.second_order import add_curvature
 
 logger = logging.getLogger(__name__)
@@ -41,8 +45,8 @@ class Follower:
         order: Whether curvature is part of values: 1 or 2.
 
     Attributes:
-        steps: Number of steps so far.
-        skipped_batches: Number of batches that no step was made with.
+        counts: What was seen so far.
+        skipped_ids: Ids of samples whose batch was skipped.
 
     Raises:
         CaptureError: If the engine scores no batches, the optimizer does not hold a tracked
@@ -69,8 +73,9 @@ class Follower:
         self._pending: list[Pending] = []
         self._changes = Changes(self._parameters)
         self._directions: tuple[str, ...] = () if direction is None else (direction,)
-        self.steps = 0
-        self.skipped_batches = 0
+        self.counts = Counts()
+        self.skipped_ids: set[int] = set()
+        self._versions: dict[str, int] = {}
         self._said_altered = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -83,8 +88,35 @@ class Follower:
         """Names of the directions: those of the first batch, and before it those of the engine."""
         return self._directions or self._engine.directions
 
+    @property
+    def waiting(self) -> list[Tensor]:
+        """Ids of the samples of each batch that no step was made with yet, `[N]`."""
+        return [each.scores.ids for each in self._pending]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what another process needs to go on."""
+        return {
+            "counts": asdict(self.counts),
+            "skipped_ids": torch.tensor(sorted(self.skipped_ids), dtype=torch.int64),
+            "waiting": [ids.clone() for ids in self.waiting],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the process did whose state it is.
+
+        Gradients are not part of the state, and batches that waited for a step lost theirs.
+        """
+        self.counts = Counts(**state["counts"])
+        self.skipped_ids = set(state["skipped_ids"].tolist())
+        for ids in state["waiting"]:
+            self.counts.skipped += 1
+            self.skipped_ids.update(ids.tolist())
+        self._pending = []
+        self._changes.forget()
+
     def close(self) -> None:
         """Stop to watch the engine and the optimizer."""
+        self._look_for_other_steps()
         for handle in self._handles:
             handle.remove()
         self._engine.unobserve(self)
@@ -96,6 +128,7 @@ class Follower:
 
         Gradient scalers skip steps that overflow; then `zero_grad` is called with no step before.
         """
+        self._look_for_other_steps()
         self._apply(self._changes.start())
         self._held = HeldGradients(self._engine.parameters) if self._order == 2 else None
 
@@ -118,6 +151,8 @@ class Follower:
         self._check_directions(scores)
         change, made = self._changes.end()
         self._apply(change)
+        self.counts.batches += 1
+        self._look_for_other_steps()
         held, self._held = self._held, None
         if made:
             # What the engine divided out is in the gradients until the scaler takes it out.
@@ -125,18 +160,30 @@ class Follower:
             kept = None if held is None else held.copy()  # until the step, and not only the batch
             self._pending.append(Pending(scores, dict.fromkeys(made, scale), scale, kept))
         elif len(scores.ids):
-            self.skipped_batches += 1  # under frozen() there is nothing to make a step with
+            self._skip(scores)  # under frozen() there is nothing to make a step with
 
     def _apply(self, change: Change) -> None:
         """Do to the batches so far what was done to their gradients."""
         for each in self._pending:
             each.apply(change)
-        kept = [each for each in self._pending if each.factors]
-        self.skipped_batches += len(self._pending) - len(kept)
-        self._pending = kept
+        for each in self._pending:
+            if not each.factors:
+                self._skip(each.scores)
+        self._pending = kept = [each for each in self._pending if each.factors]
         if any(each.altered for each in kept) and not self._said_altered:
             self._said_altered = True
             logger.warning(_ALTERED, ", ".join(sorted(change.other)))
+
+    def _skip(self, scores: Scores) -> None:
+        self.counts.skipped += 1
+        self.skipped_ids.update(scores.ids.tolist())
+
+    def _look_for_other_steps(self) -> None:
+        """Notice whether parameters changed while gradients wait for a step."""
+        now = {name: version(leaf) for name, leaf in self._parameters().items()}
+        if self._pending and now != self._versions:
+            self.counts.foreign += 1
+        self._versions = now
 
     def _check_directions(self, scores: Scores) -> None:
         if self._direction is not None:
@@ -168,7 +215,7 @@ class Follower:
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if skipped(optimizer):
             return
-        self.steps += 1
+        self.counts.steps += 1
         pending, self._pending = self._pending, []
         self._changes.forget()
         moved = self._moved(optimizer)
@@ -176,7 +223,7 @@ class Follower:
         nothing = torch.zeros(0, len(self.directions), dtype=torch.float64)
         self._on_credit(
             CreditedStep(
-                step=self.steps,
+                step=self.counts.steps,
                 ids=torch.cat([_NO_IDS, *(each.scores.ids for each in pending)]),
                 values=torch.cat([nothing, *credit]),
                 directions=self.directions,

@@ -1,12 +1,13 @@
-"""The values of all samples so far, a row each."""
+"""Adds up the values of all samples while training runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ghost_engines.values.credit import CreditedStep
 
@@ -17,8 +18,10 @@ COUNTS = ("times_seen", "first_step", "last_step", "altered")
 """How often a sample was credited, by which step first and last, and how often by steps whose
 gradients were changed in a way that values do not know."""
 
+_STATE = ("ids", "values", "shares", "counts", "steps", "by_step", "shares_by_step")
 
-class Table:
+
+class Sums:
     """Adds up what steps credit, by sample id. Rows are in the order in which samples came.
 
     Args:
@@ -33,6 +36,9 @@ class Table:
         self._values: Floats = np.zeros((0, k))
         self._shares: Floats = np.zeros((0, k))
         self._counts: Integers = np.zeros((0, len(COUNTS)), dtype=np.int64)
+        self._steps: list[int] = []
+        self._by_step: list[list[float]] = []
+        self._shares_by_step: list[list[float]] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -63,6 +69,21 @@ class Table:
         """What `COUNTS` says, int64 `[S, 4]`."""
         return self._counts[: len(self)]
 
+    @property
+    def steps(self) -> Integers:
+        """Numbers of the steps that credited somebody, int64 `[B]`."""
+        return np.array(self._steps, dtype=np.int64)
+
+    @property
+    def by_step(self) -> Floats:
+        """What these credited to all of their samples, float64 `[B, K]`."""
+        return np.array(self._by_step).reshape(len(self._steps), len(self.directions))
+
+    @property
+    def shares_by_step(self) -> Floats:
+        """The same of `shares`, float64 `[B, K]`."""
+        return np.array(self._shares_by_step).reshape(len(self._steps), len(self.directions))
+
     def row(self, sample: int) -> int:
         """Return where a sample stands."""
         return self._rows[sample]
@@ -82,6 +103,29 @@ class Table:
         self._counts[known : len(self), 1] = credited.step
         self._counts[rows, 2] = credited.step
         np.add.at(self._counts[:, 3], rows, int(credited.altered))
+        self._steps.append(credited.step)
+        self._by_step.append(values.sum(0).tolist())
+        self._shares_by_step.append(shares.sum(0).tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it, as tensors."""
+        return {
+            "directions": list(self.directions),
+            **{name: torch.from_numpy(getattr(self, name).copy()) for name in _STATE},
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Sums:
+        """Return the sums whose state it is."""
+        sums = cls(state["directions"])
+        sums._rows = {sample: row for row, sample in enumerate(state["ids"].tolist())}
+        sums._values, sums._shares, sums._counts = (
+            state[name].cpu().numpy().copy() for name in ("values", "shares", "counts")
+        )
+        sums._steps, sums._by_step, sums._shares_by_step = (
+            state[name].tolist() for name in ("steps", "by_step", "shares_by_step")
+        )
+        return sums
 
     def _grow(self) -> None:
         if len(self) > len(self._values):
