@@ -36,7 +36,7 @@ class WriterLock:
         self._descriptor = os.open(self._path, kind, 0o666)
         # Also closed with the lock itself, which an interrupt may have left to nobody.
         self._close = weakref.finalize(self, let_go, self._descriptor)
-        _open_locks.add(self)
+        _open.add(self._close)
         try:
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 raise StoreError(f"{self._path} is not a file: remove it")
@@ -76,14 +76,18 @@ class WriterLock:
     def release(self) -> None:
         """Let the next writer in."""
         self._close()
+        _open.discard(self._close)
 
 
-_open_locks: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+_open: set[weakref.finalize[..., WriterLock]] = set()
+"""What closes locks. Not the locks themselves, in a set that forgets them: what Python runs while
+objects are cleared away would swallow an interrupt."""
 
 
 def _close_in_child() -> None:
-    for lock in list(_open_locks):
-        lock.release()
+    for close in _open:
+        close()
+    _open.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)

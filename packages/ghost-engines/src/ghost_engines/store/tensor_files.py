@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ghost_engines.files import open_regular, write_atomically
-from ghost_engines.store.errors import DamagedStoreError
+from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.tensor_layout import (
     LENGTH_BYTES,
     Place,
@@ -143,6 +143,7 @@ class TensorFile:
         """Return a tensor, mapped if it is large; what is written to it stays in memory.
 
         Raises:
+            StoreError: If it cannot be mapped.
             DamagedStoreError: If the file is cut off.
             OSError: If it cannot be read.
         """
@@ -154,7 +155,11 @@ class TensorFile:
                 f"/dev/fd/{self._descriptor}", False, self._size
             )
         except RuntimeError as error:
-            raise DamagedStoreError(f"{self.path} cannot be mapped: {error}") from error
+            raise StoreError(
+                f"{self.path} cannot be mapped: {error}",
+                reason="a process can have some 65,000 maps, and as much memory as there is",
+                remedy="let go of rows that were read before, or read fewer at once",
+            ) from error
         whole = torch.empty(0, dtype=torch.uint8, device="cpu")
         whole.set_(storage)  # type: ignore[arg-type]
         return whole[place.start : place.stop].view(self._dtype(name)).view(place.shape)
