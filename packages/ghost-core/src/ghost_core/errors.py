@@ -60,10 +60,10 @@ class UnsupportedLayerError(GhostError):
 class UnknownNameError(GhostError, ValueError):
     """A name that does not exist: a layer, an option, a direction, a projection."""
 
-    def __init__(self, kind: str, name: str, choices: Iterable[str], hint: str = "") -> None:
+    def __init__(self, kind: str, name: object, choices: Iterable[str], hint: str = "") -> None:
         listed = sorted(choices)
         message = f"unknown {kind} {name!r}"
-        if close := difflib.get_close_matches(name, listed, n=1):
+        if close := isinstance(name, str) and difflib.get_close_matches(name, listed, n=1):
             message += f"; did you mean {close[0]!r}?"
         else:
             message += "."

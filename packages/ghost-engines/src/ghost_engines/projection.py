@@ -134,11 +134,12 @@ class ProjectionEngine(Engine[ProjectedRows]):
             self.parameters, dim=dim, total_dim=total_dim, min_dim=min_dim
         )
         self._blocks = {block.parameter: block for block in self.layout}
-        projection = installed().projection(init)()
-        self._maps = {
-            parameter.name: _draw(projection, self.seed, parameter, self._blocks[parameter.name])
-            for parameter in self.parameters
-        }
+        with installed().blame("projection", init):
+            projection = installed().projection(init)()
+            self._maps = {
+                each.name: _draw(projection, self.seed, each, self._blocks[each.name])
+                for each in self.parameters
+            }
         self._rows = torch.empty(0)
         self._random = random_modules(model)
         self._manifest = self.manifest()

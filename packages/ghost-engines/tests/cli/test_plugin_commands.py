@@ -3,9 +3,11 @@
 import sys
 
 import pytest
+from torch import nn
 
+from ghost_core import UnknownNameError
 from ghost_core.plugins import DISABLED_VARIABLE, installed
-from ghost_engines import cli
+from ghost_engines import ProjectionEngine, cli
 
 CODE = '''
 import sys
@@ -79,15 +81,71 @@ def ghost_commands():
 '''
 
 
+LAYERS = """
+from ghost_core import Projection, hookimpl
+from ghost_core.testing import GradientHolder, PlainLinear
+
+
+class OddSampler(PlainLinear):
+    def record(self, call):
+        raise KeyError("odd")
+
+
+class OddProjection(Projection):
+    def __init__(self):
+        raise KeyError("odd")
+
+    def draw(self, k, n, generator):
+        raise AssertionError
+
+
+class OddEngine(GradientHolder):
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        raise KeyError("odd")
+
+
+@hookimpl
+def ghost_samplers():
+    return {"odd.Odd": OddSampler}
+
+
+@hookimpl
+def ghost_projections():
+    return {"odd": OddProjection}
+
+
+@hookimpl
+def ghost_engines():
+    return {"odd": OddEngine}
+"""
+
+ODD = """
+from torch import nn
+
+
+class Odd(nn.Linear):
+    pass
+
+
+def model():
+    return nn.Sequential(Odd(5, 3))
+"""
+
+
 @pytest.fixture(autouse=True)
 def _shop(tmp_path, _here, monkeypatch):
-    """Install a plugin with commands."""
+    """Install a distribution with commands in one plugin, and layers and more in another."""
     monkeypatch.delenv(DISABLED_VARIABLE, raising=False)
     (tmp_path / "shop_commands.py").write_text(CODE)
+    (tmp_path / "shop_layers.py").write_text(LAYERS)
+    (tmp_path / "odd.py").write_text(ODD)
     folder = tmp_path / "shop-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: shop\nVersion: 1.0\n")
-    (folder / "entry_points.txt").write_text("[ghost]\ncommands = shop_commands\n")
+    (folder / "entry_points.txt").write_text(
+        "[ghost]\ncommands = shop_commands\nlayers = shop_layers\n"
+    )
     sys.path.insert(0, str(tmp_path))
     installed.cache_clear()
     yield
@@ -161,3 +219,27 @@ def test_what_is_switched_off_is_no_command(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["greet", "--name", "you"])
     assert "hello" not in capsys.readouterr().out
+
+
+SCORE = ("--data", "subjects:batch", "--loss", "subjects:cross_entropy")
+
+
+def test_what_a_sampler_raises_names_plugin_and_module(capsys):
+    assert cli.main(["score", "odd:model", *SCORE, "--targets", "val=subjects:batch"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("ghost: ")
+    assert "KeyError: 'odd' (raised by OddSampler of the plugin shop:layers, for 0 [" in line
+
+
+def test_what_an_engine_raises_while_it_is_made_names_the_plugin(capsys):
+    assert cli.main(["score", "subjects:mlp", *SCORE, "--engine", "odd"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "KeyError: 'odd' (raised by the engine odd of the plugin shop:layers)" in line
+
+
+def test_what_a_projection_raises_names_the_plugin():
+    with pytest.raises(KeyError, match="odd") as caught:
+        ProjectionEngine(nn.Linear(2, 2), init="odd")
+    assert caught.value.__notes__ == ["raised by the projection odd of the plugin shop:layers"]
+    with pytest.raises(UnknownNameError, match="unknown projection 3"):
+        ProjectionEngine(nn.Linear(2, 2), init=3)

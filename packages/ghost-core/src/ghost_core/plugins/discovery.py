@@ -27,7 +27,7 @@ from ghost_core.plugins.offers import Offers, Plugin
 from ghost_core.policy import Policy
 from ghost_core.projection import Projection
 from ghost_core.sampler import GradientSampler
-from ghost_core.tracking import Claim, Patterns, SamplerRegistry, Selection
+from ghost_core.tracking import Blame, Claim, Patterns, SamplerRegistry, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,10 @@ class Contributions:
         """Return the plugin whose offer of a name stands; an empty name if there is none."""
         offer = f"{kind} {name}"
         return next((plugin.name for plugin in self.plugins if offer in plugin.offers), "")
+
+    def blame(self, kind: str, name: str) -> Blame:
+        """Return what names the plugin of an offer where it raises inside."""
+        return Blame(f"raised by the {kind} {name} of the plugin {self.owner(kind, name)}")
 
     def engine(self, name: str) -> type[Listener]:
         """Return an engine class by name.

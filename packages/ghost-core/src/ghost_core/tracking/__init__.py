@@ -1,5 +1,6 @@
 """Which parameters are tracked, under which names, by which sampler."""
 
+from ghost_core.tracking.blame import Blame
 from ghost_core.tracking.patterns import Patterns, as_patterns
 from ghost_core.tracking.registry import Claim, Found, Refused, SamplerRegistry, dotted_name
 from ghost_core.tracking.tracking import (
@@ -13,6 +14,7 @@ from ghost_core.tracking.tracking import (
 )
 
 __all__ = [
+    "Blame",
     "Claim",
     "Found",
     "Patterns",

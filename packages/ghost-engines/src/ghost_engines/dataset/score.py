@@ -127,7 +127,8 @@ def _engine(
             reason=f"{kind.__name__} is no ScoringEngine, which multiplies with directions",
             remedy="give targets={}, or choose another engine",
         )
-    made: Engine[Any] = kind(model, **given)
+    with installed().blame("engine", name):
+        made: Engine[Any] = kind(model, **given)
     return made
 
 

@@ -35,7 +35,7 @@ def check_closure(name: str, closure: Closure) -> None:
     except TypeError as error:
         raise CaptureError(
             f"direction {name!r}: the closure takes arguments",
-            reason=f"it is called without any, and there is a {error}",
+            reason=f"it is called without any: {error}",
             remedy="give a function of nothing, such as lambda: loss(model, validation_batch)",
         ) from error
 
