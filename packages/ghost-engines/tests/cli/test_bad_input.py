@@ -174,7 +174,22 @@ INPUTS = [
     *(given(*OWN, *option) for option in OPTIONS),
     *(["store", path] for path in STORES),
     *(["store", path, "--verify"] for path in STORES),
+    *(["values", path] for path in STORES),
+    *(["values", ".", "--out", f"{path}.csv"] for path in STORES),
 ]
+
+OF_VERIFY = {"--samples", "--tolerance", "--batch-size"}
+"""Options that `ghost score` does not have, or takes any number for."""
+
+
+def scored(verified):
+    """Return what scores the data that `ghost verify` is given."""
+    _, model, data, values, *more = verified
+    target = "given:batch" if "--loss" in more else "given:ids"
+    return ["score", model, data, values, "--targets", f"val={target}", *more]
+
+
+INPUTS += [scored(each) for each in INPUTS if each[0] == "verify" and not OF_VERIFY & {*each}]
 
 CHOSEN = [
     *(given(model=text) for text in ("", ":", "a:b:c", "\ud800:x", "/dev/null", "a\0b")),
@@ -207,6 +222,10 @@ CHOSEN = [
     ),
     *(["store", path] for path in ("missing", "a-file", "\ud800")),
     ["store", "a\0b", "--verify"],
+    *(["values", path] for path in ("missing", "a-file", "\ud800")),
+    ["values", ".", "--out", "a\0b.csv"],
+    *(scored(given(data=f"given:{name}")) for name in ("lazy.function", "lines", "nans")),
+    *(scored(tokens(name)) for name in ("no-axes.npy", "cut.npy", "nan-mask.safetensors")),
 ]  # fmt: skip
 """One of each kind, for every day; the others are for the stress tests."""
 
