@@ -25,8 +25,39 @@ def tree_flatten(
     return leaves, _structure(tree, leaves, is_leaf)
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors among the leaves of a tree, in order.
+
+    What operations are given is looked at one by one, and is tuples and lists of tensors and
+    numbers nearly always, for which torch's own helpers take many times as long.
+    """
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+_CONTAINERS = (tuple, list)
+_NUMBERS = frozenset({int, float, bool, str, complex, type(None), torch.dtype, torch.device})
+
+
+def _collect(node: Any, found: list[Tensor]) -> None:
+    kind = type(node)
+    if isinstance(node, Tensor):
+        found.append(node)
+    elif kind in _CONTAINERS:
+        for child in node:
+            _collect(child, found)
+    elif kind is dict:
+        for child in node.values():
+            _collect(child, found)
+    elif kind not in _NUMBERS:
+        found += [leaf for leaf in _pytree.tree_leaves(node) if isinstance(leaf, Tensor)]
+
+
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """Return a tree with other leaves. Torch 2.5."""
+    if isinstance(tree, Tensor):
+        return function(tree)
     leaves, structure = tree_flatten(tree)
     return _pytree.tree_unflatten([function(leaf) for leaf in leaves], structure)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ghost_core._torch import FunctionMode, caller_of, in_function
+from ghost_core._trees import tensors_in
 from ghost_core.capture.fused import FusedModules
 from ghost_core.capture.state import CaptureState
 from ghost_core.errors import CaptureError
@@ -96,7 +95,7 @@ class OwnRun(FunctionMode):
 
     def note(self, values: Any, *, would: bool | None) -> None:
         """Note whether tensors would require gradients; None where nobody knows."""
-        for value in _tensors(values):
+        for value in tensors_in(values):
             if not value.is_floating_point() and not value.is_complex():
                 self._would[value] = False
             elif would is None:
@@ -106,7 +105,7 @@ class OwnRun(FunctionMode):
 
     def would(self, values: Any) -> bool | None:
         """Tell whether any of some tensors would require gradients; None where nobody knows."""
-        answers = [self._told(value) for value in _tensors(values)]
+        answers = [self._told(value) for value in tensors_in(values)]
         return True if any(answers) else None if None in answers else False
 
     def _told(self, value: Tensor) -> bool | None:
@@ -143,7 +142,3 @@ class OwnRun(FunctionMode):
                 return f"{names[id(module)] or '(root)'} ({type(module).__name__})"
             frame = frame.f_back
         return "the model"
-
-
-def _tensors(values: Any) -> Iterable[Tensor]:
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))

@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ghost_core._torch import FunctionMode, in_backward, version
-from ghost_core._trees import tree_map
+from ghost_core._trees import tensors_in, tree_map
 from ghost_core.algebra import full_precision
 from ghost_core.capture.listener import Pass
 from ghost_core.capture.meeting import Meeting, Shared, closed_forms
@@ -65,9 +64,8 @@ class SharedValues(FunctionMode, Sharing):
         self._shared: dict[int, Shared] = {}
         self._constant: dict[int, Tensor] = {}
         self._samples: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        for leaf in tree_leaves(inputs):
-            if isinstance(leaf, Tensor):
-                self._samples[leaf] = True
+        for value in tensors_in(inputs):
+            self._samples[value] = True
 
     def depends(self, value: Tensor) -> bool:
         """Tell whether a value may belong to samples."""
@@ -77,7 +75,7 @@ class SharedValues(FunctionMode, Sharing):
 
     def is_shared_call(self, args: Any, kwargs: Any) -> bool:
         """Tell whether a module is called on nothing of the samples."""
-        return not any(map(self.depends, _tensors((args, kwargs))))
+        return not any(map(self.depends, tensors_in((args, kwargs))))
 
     def returned(
         self, tracked: TrackedModule, args: Any, kwargs: Any, outputs: Sequence[Tensor], before: Any
@@ -164,7 +162,7 @@ class SharedValues(FunctionMode, Sharing):
         kwargs = kwargs or {}
         if self._state.paused or in_backward() or _is_attribute(func):
             return func(*args, **kwargs)
-        given = _tensors((args, kwargs))
+        given = tensors_in((args, kwargs))
         shared = self._shared_among(given) if torch.is_grad_enabled() else {}
         depends = any(map(self.depends, given))
         if not shared:
@@ -177,7 +175,7 @@ class SharedValues(FunctionMode, Sharing):
                 values = {at: each.value for at, each in shared.items()}
             args, kwargs = tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
             result = func(*args, **kwargs)
-            used += [value for value in _tensors(result) if value.requires_grad]
+            used += [value for value in tensors_in(result) if value.requires_grad]
         if not depends:
             return self._derived(used, result, shared.values())
         met = tuple((values[at], each) for at, each in shared.items())
@@ -203,11 +201,11 @@ class SharedValues(FunctionMode, Sharing):
 
     def note(self, given: Any, result: Any) -> None:
         """Note what came of something that ran unseen, without gradients."""
-        self._noted(result, any(map(self.depends, _tensors(given))))
+        self._noted(result, any(map(self.depends, tensors_in(given))))
 
     def _noted(self, result: Any, depends: bool) -> Any:
         """Note whether values without shared ones among them may belong to samples."""
-        for value in _tensors(result):
+        for value in tensors_in(result):
             if not depends:
                 self._constant[id(value)] = value
             elif not value.requires_grad:
@@ -320,10 +318,6 @@ class SharedValues(FunctionMode, Sharing):
                 remedy="use an operation that is not in place, or leave these modules out with "
                 "exclude=...",
             )
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _is_attribute(func: Any) -> bool:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ghost_core._torch import DispatchMode, address, in_backward, in_function
+from ghost_core._trees import tensors_in
 from ghost_core.split.reasons import misused_row, unfit_row, used_outside
 from ghost_core.tracking import TrackedModule
 
@@ -76,20 +76,20 @@ class UsageMode(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it touched."""
         kwargs = kwargs or {}
-        given = [value for value in tree_leaves((args, kwargs)) if address(value)]
+        backward = in_backward()  # where operations are many, and nothing is noted
+        given = [] if backward else [each for each in tensors_in((args, kwargs)) if address(each)]
         try:
             result = func(*args, **kwargs)
         except RuntimeError as error:
-            for value in given:
+            for value in tensors_in((args, kwargs)):
                 if tracked := self._expanded.get(address(value)):
                     raise unfit_row(tracked, func) from error
             raise
-        if not in_backward():
-            differentiable = torch.is_grad_enabled()
-            for value in given:
-                self._see_parameter(value, func, result, differentiable)
-                if differentiable:
-                    self._see_expanded(value, func, given, result)
+        differentiable = torch.is_grad_enabled()
+        for value in given:
+            self._see_parameter(value, func, result, differentiable)
+            if differentiable:
+                self._see_expanded(value, func, given, result)
         return result
 
     def _see_parameter(self, value: Tensor, func: Any, result: Any, differentiable: bool) -> None:
@@ -141,7 +141,7 @@ class UsageMode(DispatchMode):
 
     def check_returned(self, output: Any) -> None:
         """Note values of one row for all samples that the model returns."""
-        for leaf in tree_leaves(output):
+        for leaf in tensors_in(output):
             if (tracked := self._expanded.get(address(leaf))) is not None:
                 self.shared.setdefault(tracked.label, "returned by the model")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ghost_core import WrongSplitError
 from ghost_core._torch import DispatchMode, address
+from ghost_core._trees import tensors_in
 
 
 class Guard(DispatchMode):
@@ -60,7 +60,7 @@ class Guard(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, if it may run."""
         kwargs = kwargs or {}
-        given = {address(value) for value in tree_leaves((args, kwargs))} - {0}
+        given = {address(value) for value in tensors_in((args, kwargs))} - {0}
         for place in given:
             self._check_use(place, func)
         if func._schema.is_mutable:
@@ -69,7 +69,7 @@ class Guard(DispatchMode):
         kernel = self._differentiable and func is torch.ops.aten.mkldnn_rnn_layer.default
         with torch.set_grad_enabled(kernel):
             result = func(*args, **kwargs)
-        made = {address(value) for value in tree_leaves(result)}
+        made = {address(value) for value in tensors_in(result)}
         self._made |= made if func is torch.ops.aten.lift_fresh.default else made - given
         return result
 
@@ -93,7 +93,7 @@ class Guard(DispatchMode):
         for each in arguments:
             if each.alias_info is None or not each.alias_info.is_write:
                 continue
-            if {address(value) for value in tree_leaves(values.get(each.name))} - self._made:
+            if {address(value) for value in tensors_in(values.get(each.name))} - self._made:
                 raise writes(func)
 
 
