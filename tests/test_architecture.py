@@ -20,7 +20,7 @@ FLOORS = [
     {"_torch", "arguments", "process"},
     {"algebra"},
     {"sampler", "projection", "policy"},
-    {"hooks", "state", "batch"},
+    {"hooks", "state", "batch", "differentiation"},
     {"tracking"},
     {"split"},
     {"capture"},

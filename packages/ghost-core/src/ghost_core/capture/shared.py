@@ -174,12 +174,21 @@ class SharedValues(FunctionMode, Sharing):
             else:
                 values = {at: each.value for at, each in shared.items()}
             args, kwargs = tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
+            if self._state.flags and getattr(func, "__name__", "") == "group_norm":
+                args = self._with_graph(args)
             result = func(*args, **kwargs)
             used += [value for value in tensors_in(result) if value.requires_grad]
         if not depends:
             return self._derived(used, result, shared.values())
         met = tuple((values[at], each) for at, each in shared.items())
         return tree_map(lambda leaf: self._met(func, args, kwargs, leaf, met), result)
+
+    def _with_graph(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Let gradients reach the input of a group norm; see `ghost_core.differentiation`."""
+        if not args or args[0].requires_grad:
+            return args
+        (value,) = tap(lambda saved, grads: (), self._state.seed, [args[0]], (), ())
+        return value, *args[1:]
 
     @contextmanager
     def _allowed(self, shared: Iterable[Shared]) -> Iterator[list[Tensor]]:

@@ -15,6 +15,7 @@ from ghost_core.algebra import Dense, PerSampleGradient, Record
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass
 from ghost_core.capture.state import CaptureState
+from ghost_core.differentiation import differentiated
 from ghost_core.sampler import PastCall
 from ghost_core.tracking import TrackedModule, TrackedParameter
 
@@ -217,4 +218,4 @@ def _differentiated(
     if value.is_complex():  # where no backward pass starts of itself
         return torch.autograd.grad(value, tensors, gradient, retain_graph=True, allow_unused=True)
     start = start_of_backward([value], [gradient])
-    return torch.autograd.grad(start, tensors, retain_graph=True, allow_unused=True)
+    return differentiated(start, tensors, (value, gradient, *tensors))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ghost_core._torch import is_graph_gone
 from ghost_core.algebra import PerSampleGradient, accumulation_dtype, as_rows, matrix_shape
 from ghost_core.capture import Pass
+from ghost_core.differentiation import differentiated
 from ghost_core.errors import CaptureError
 from ghost_core.tracking import TrackedParameter
 
@@ -122,7 +123,7 @@ def _stray(gradient: PerSampleGradient, values: Tensor) -> Tensor:
 
 def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
     try:
-        return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return differentiated(loss, parameters)
     except RuntimeError as error:
         if not is_graph_gone(error):
             raise

@@ -9,6 +9,7 @@ from torch import Size, Tensor
 
 from ghost_core._torch import start_of_backward
 from ghost_core._trees import vmap
+from ghost_core.differentiation import differentiated
 from ghost_layers.replay.plan import Plan, Replay, Way
 
 _AT_ONCE = 2**25
@@ -75,7 +76,7 @@ def _by_copies(
             outputs = vmap(one, [*leaves.values(), *own_part], plan.randomness)
             replay.check(plan, outputs, part if rows is None else rows[part])
         slopes = [None if grad is None else grad[part] for grad in grads]
-        made.append(_differentiated(outputs, slopes, leaves))
+        made.append(_differentiated(outputs, slopes, leaves, replay))
     if len(made) == 1:
         joined = dict(zip(wanted, made[0], strict=True))
     else:
@@ -100,7 +101,7 @@ def _by_backward_passes(
             None if grad is None else _in_row(grad[n], value, output.axis, row)
             for grad, value, output in zip(grads, outputs, plan.outputs, strict=True)
         ]
-        made.append(_differentiated(outputs, slopes, leaves))
+        made.append(_differentiated(outputs, slopes, leaves, replay))
     return _stacked(made, leaves)
 
 
@@ -122,7 +123,10 @@ def _with(plan: Plan, replay: Replay, wanted: Mapping[str, Tensor]) -> dict[str,
 
 
 def _differentiated(
-    outputs: Sequence[Tensor], slopes: Sequence[Tensor | None], leaves: Mapping[str, Tensor]
+    outputs: Sequence[Tensor],
+    slopes: Sequence[Tensor | None],
+    leaves: Mapping[str, Tensor],
+    replay: Replay,
 ) -> list[Tensor]:
     pairs = [
         (output, slope)
@@ -131,12 +135,9 @@ def _differentiated(
     ]
     found: Sequence[Tensor | None] = [None] * len(leaves)
     if pairs:
-        found = torch.autograd.grad(
-            start_of_backward(*zip(*pairs, strict=True)),
-            list(leaves.values()),
-            retain_graph=True,
-            allow_unused=True,
-        )
+        start = start_of_backward(*zip(*pairs, strict=True))
+        near = (*replay.inputs, *replay.values.values(), *outputs)
+        found = differentiated(start, list(leaves.values()), near)
     return [
         torch.zeros_like(leaf) if gradient is None else gradient
         for gradient, leaf in zip(found, leaves.values(), strict=True)
