@@ -14,6 +14,7 @@ from tests.foreign.foreign import WAYS, Foreign, assert_same, check, curved
 from tests.foreign.rows import Scalar
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 from ghost_core import GhostError
 from ghost_core.testing import GradientHolder, check_sampler, per_sample_gradients
@@ -263,3 +264,110 @@ def copied_or_refused(copy_of: Callable[[object], object], engine: object) -> tu
         return copy_of(engine), ""
     except GhostError as error:
         return None, str(error)
+
+
+class TwoTowers(nn.Module):
+    """CLIP without its loss: a scale that is returned, and one that nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(3, 4), nn.Linear(3, 4)
+        self.logit_scale, self.logit_bias = (
+            nn.Parameter(torch.ones(())),
+            nn.Parameter(torch.ones(())),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.image(x), self.text(x.tanh()), self.logit_scale.exp()
+
+
+def of_towers(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    image, text, _ = model(batch["x"])
+    return curved(image * text)
+
+
+def test_unused_scales() -> None:
+    foreign = Foreign("two towers", TwoTowers, batch_of, of_towers)
+    for way in WAYS:
+        check(foreign, way)
+
+
+class Recomputed(nn.Module):
+    """Uses another module's weight in a region that is run again in the backward pass."""
+
+    def __init__(self, saves: bool) -> None:
+        super().__init__()
+        self.layer, self.other, self.saves = nn.Linear(3, 8), nn.Linear(8, 8), saves
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = checkpoint(self.body, x, use_reentrant=False)
+        return output
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        lifted = nn.functional.linear(x, self.other.weight) if self.saves else x + self.other.bias
+        return lifted.tanh() + self.other(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("saves", [False, True])
+def test_lifted_parameter_in_a_checkpoint(saves: bool, frozen: bool) -> None:
+    """Under `frozen()` more may be saved the first time: that is refused, by name."""
+    model, x = Recomputed(saves), inputs()
+    expected, engine = per_sample_gradients(model, curved(model(x))), GradientHolder(model)
+    with engine.frozen() if frozen else engine:
+        if saves and frozen:
+            with pytest.raises(GhostError, match=r"other\.weight are used .* runs again"):  # noqa: SIM117
+                with engine.batch(range(N)):
+                    curved(model(x)).sum().backward()
+            return
+        with engine.batch(range(N)) as batch:
+            curved(model(x)).sum().backward()
+    assert_same(batch.result.materialize(), expected)
+
+
+class Forces(nn.Module):
+    """Returns the slope of an energy, as interatomic potentials do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.energy = nn.Linear(3, 8), nn.Linear(8, 1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = self.energy(self.layer(x).tanh())
+        return torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_gradients_are_refused_by_name(frozen: bool) -> None:
+    model, x = Forces(), inputs()
+    engine = GradientHolder(model)
+    refused = pytest.raises(GhostError, match=r"taken through layer \[.*create_graph=True")
+    with engine.frozen() if frozen else engine, refused, engine.batch(range(N)):
+        curved(model(x)).sum().backward()
+
+
+class Placed(nn.Module):
+    """Positions for all samples alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.places = nn.Linear(3, 8), nn.Embedding(1, 8)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.places(torch.arange(1)).tanh()
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_backward_hook_on_a_module_that_is_called_for_all_samples(frozen: bool) -> None:
+    model, x = Placed(), inputs()
+    model.places.register_full_backward_hook(lambda *_: None)
+    engine = GradientHolder(model)
+    refused = pytest.raises(GhostError, match=r"places \[places.weight\] has backward hooks")
+    with engine.frozen() if frozen else engine, refused, engine.batch(range(N)):
+        curved(model(x)).sum().backward()

@@ -167,6 +167,17 @@ def after_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
+def in_checkpoint() -> bool:
+    """Tell whether what runs will be run again in the backward pass. Torch 2.5."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def is_checkpoint_error(error: BaseException) -> bool:
+    """Tell whether what was run again did not do what it had done. Torch 2.5."""
+    return isinstance(error, torch.utils.checkpoint.CheckpointError)
+
+
 def in_function() -> bool:
     """Tell whether the forward pass of a `torch.autograd.Function` is running. Torch 2.5."""
     apply = torch.autograd.Function.apply.__code__

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ghost_core._torch import (
     address,
+    backward_hooks,
     direct_parameters,
     forward_hooks,
     forward_pre_hooks,
@@ -24,6 +25,7 @@ from ghost_core._torch import (
 from ghost_core._trees import tree_flatten
 from ghost_core.algebra import full_precision
 from ghost_core.capture.delivery import Delivery, keep
+from ghost_core.capture.refusals import hooked
 from ghost_core.capture.state import CaptureState, Running
 from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
@@ -94,6 +96,8 @@ class CallHooks:
             return name in self.state.shared_modules
         if sharing is None or not name or not sharing.is_shared_call(args, kwargs):
             return False
+        if any(backward_hooks(self.tracked.module)):
+            raise hooked(self.tracked.label)
         self.state.shared_modules.add(name)
         return True
 
@@ -255,7 +259,7 @@ class CallHooks:
         past = call.past()
         delivery = Delivery(state, batch, state.pass_, tracked, past, site, kept, made, withheld)
         state.add(site)
-        tapped = tap(delivery.deliver, state.seed, outputs, parameters, saved)
+        tapped = tap(delivery.deliver, state.seed, outputs, parameters, saved, tracked.label)
         for output, was in zip(tapped, given, strict=True):
             if output.shape != was.shape and state.verifying:  # expanded from one row
                 state.verifier.watch(output, tracked)

@@ -30,6 +30,7 @@ from ghost_core.capture.refusals import (
     attached_already,
     attached_late,
     disagreeing,
+    explained,
     left_early,
     not_attached,
     open_already,
@@ -237,7 +238,8 @@ class Recorder:
             stack.callback(self._leave, batch, listener)
             stack.callback(self._leave, batch, listener)
             batch.owners |= owners
-            yield batch
+            with explained(self._state.recomputed):
+                yield batch
             if batch.closed:
                 raise left_early()
             self._state.verifier.finish()

@@ -1,8 +1,12 @@
-"""What is said where an engine is attached, or a batch opened, at the wrong time."""
+"""What is said where an engine is attached or used at the wrong time, or in the wrong place."""
 
 from __future__ import annotations
 
-from ghost_core.errors import CaptureError
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+from ghost_core._torch import is_checkpoint_error
+from ghost_core.errors import CaptureError, WrongSplitError
 
 
 def not_attached() -> CaptureError:
@@ -94,4 +98,46 @@ def moved(name: str, gone: bool) -> CaptureError:
         f"{name} {what}",
         reason="gradients are captured by hooks on the modules that were there",
         remedy="leave the engine, change the model, and make a new engine",
+    )
+
+
+@contextmanager
+def explained(names: Collection[str]) -> Iterator[None]:
+    """Say why a checkpoint cannot run code again that uses frozen parameters of other modules.
+
+    Args:
+        names: The parameters that were used so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not names or not is_checkpoint_error(error):
+            raise
+        raise _unlike_before(sorted(names)) from error
+
+
+def _unlike_before(listed: Sequence[str]) -> WrongSplitError:
+    return WrongSplitError(
+        f"gradients cannot be split by sample: {', '.join(listed)} are used outside of the modules "
+        "that own them, in a region that activation checkpointing runs again",
+        reason="under frozen(), what stands for them requires gradients in the first run alone, "
+        "and so more is saved there than in the second",
+        remedy="attach by `with engine:` instead of frozen(), switch checkpointing off, or leave "
+        f"them out with exclude={','.join(listed)!r}",
+    )
+
+
+def hooked(label: str) -> WrongSplitError:
+    """Say that a module's backward hooks hide what it computes for all samples.
+
+    Args:
+        label: The module.
+    """
+    return WrongSplitError(
+        f"gradients cannot be split by sample: {label} has backward hooks, and is called on "
+        "nothing of the samples",
+        reason="such hooks make another tensor of what the module returns, which cannot be "
+        "followed to where it meets the samples",
+        remedy="put the hook on the tensor that it returns, with Tensor.register_hook, remove it "
+        "while the engine is attached, or leave the module out with exclude=...",
     )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ghost_core._torch import FunctionMode, in_backward, version
+from ghost_core._torch import FunctionMode, in_backward, in_checkpoint, version
 from ghost_core._trees import tensors_in, tree_map
 from ghost_core.algebra import full_precision
 from ghost_core.capture.listener import Pass
@@ -234,6 +234,8 @@ class SharedValues(FunctionMode, Sharing):
         for value in given:
             if id(value) in self._owners:
                 if self._is_lifted(value):
+                    if self._state.flags and in_checkpoint():
+                        self._state.recomputed.add(self._owners[id(value)][2].name)
                     source = self._source(value, stand_in=bool(self._state.flags))
                     found[id(value)] = Shared(source.tensor, (source,))
             elif id(value) in self._shared:
@@ -283,7 +285,7 @@ class SharedValues(FunctionMode, Sharing):
             state, state.batch, state.pass_, result, site, met, forms, versions, corrected
         )
         parameters = [source.tensor for source in corrected]
-        (tapped,) = tap(meeting.deliver, state.seed, [result], parameters, ())
+        (tapped,) = tap(meeting.deliver, state.seed, [result], parameters, (), ", ".join(names))
         return tapped
 
     def _noted_uses(self, met: Met, pass_: Pass) -> tuple[ParameterSource, ...]:

@@ -113,6 +113,7 @@ class CaptureState:
         allowed: Those that the operation which runs may use, since it is followed.
         shared_modules: The modules that are called on nothing of the samples.
         lifted: The modules whose parameters are followed, instead of running them again.
+        recomputed: The frozen parameters that are followed where a checkpoint runs code again.
         dim: Axis of the samples in the root's inputs and outputs.
         told_apart: Whether a module in this pass had a row for each sample.
         resting: Whether the user runs the model, so that hooks let everything pass.
@@ -136,6 +137,7 @@ class CaptureState:
     allowed: frozenset[str] = frozenset()
     shared_modules: set[str] = field(default_factory=set)
     lifted: set[str] = field(default_factory=set)
+    recomputed: set[str] = field(default_factory=set)
     dim: int = 0
     told_apart: bool = False
     resting: bool = False

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ghost_core._torch import backward_id
+from ghost_core.errors import CaptureError
 
 Deliver = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None]]
 """Takes what was saved and the gradients of a call's outputs; returns those of parameters."""
@@ -22,6 +22,7 @@ def tap(
     outputs: Sequence[Tensor],
     parameters: Sequence[Tensor],
     saved: Sequence[Tensor],
+    label: str = "",
 ) -> tuple[Tensor, ...]:
     """Return a module's outputs with a Tap behind them.
 
@@ -37,15 +38,21 @@ def tap(
         outputs: The outputs.
         parameters: Those whose gradient `deliver` returns.
         saved: What it gets in the backward pass.
+        label: What the outputs are of, for messages.
     """
     arrived: dict[int, dict[int, Tensor]] = {}
     several = len(outputs) > 1
     head = outputs[0].new_empty(()) if several else outputs[0]
     gather = partial(_gathered, arrived, len(outputs)) if several else _alone
-    tapped: Tensor = Tap.apply(gather, deliver, seed, len(parameters), head, *parameters, *saved)  # type: ignore[no-untyped-call]
+    tapped: Tensor = Tap.apply(  # type: ignore[no-untyped-call]
+        gather, deliver, label, seed, len(parameters), head, *parameters, *saved
+    )
     if not several:
         return (tapped,)
-    return tuple(Branch.apply(arrived, at, each, tapped) for at, each in enumerate(outputs))  # type: ignore[no-untyped-call]
+    return tuple(
+        Branch.apply(arrived, label, at, each, tapped)  # type: ignore[no-untyped-call]
+        for at, each in enumerate(outputs)
+    )
 
 
 Gather = Callable[[Tensor | None], list[Tensor | None]]
@@ -63,7 +70,48 @@ def _gathered(
     return [grads.get(at) for at in range(count)]
 
 
-_FIXED_INPUTS = 4  # gather, deliver, seed, parameter count
+_FIXED_INPUTS = 5  # gather, deliver, label, seed, parameter count
+
+
+class _Twice(torch.autograd.Function):
+    """Passes a gradient through, and refuses to take gradients of it.
+
+    Inputs are: what it is a gradient of; the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, label: str, gradient: Tensor) -> Tensor:
+        """Return the gradient."""
+        ctx.label = label
+        return gradient.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Refuse."""
+        raise CaptureError(
+            f"the loss depends on a gradient that was taken through {ctx.label or 'a module'}, "
+            "with create_graph=True",
+            reason="gradients of gradients do not pass through what modules return, where those "
+            "of samples are told apart",
+            remedy="leave the modules out with exclude=... that such a gradient is taken through",
+        )
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let gradients be taken once, as torch's `once_differentiable` does, and say so by name."""
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor | None) -> Any:
+        with torch.no_grad():
+            made = backward(ctx, grad)
+        if not torch.is_grad_enabled() or grad is None or not grad.requires_grad:
+            return made
+        return tuple(
+            None if each is None else _Twice.apply(ctx.label, each.detach().requires_grad_())  # type: ignore[no-untyped-call]
+            for each in made
+        )
+
+    return run
 
 
 class Tap(torch.autograd.Function):
@@ -74,8 +122,8 @@ class Tap(torch.autograd.Function):
     What the backward needs is saved by autograd, never held from Python, so that its lifetime,
     recomputation and version checks are those of any activation.
 
-    Inputs are: what gathers the gradients; who takes them; the seed; how many parameters follow;
-    the output; the parameters whose gradient is returned; the tensors to save.
+    Inputs are: what gathers the gradients; who takes them; whose they are; the seed; how many
+    parameters follow; the output; the parameters whose gradient is returned; the tensors to save.
     """
 
     @staticmethod
@@ -83,19 +131,21 @@ class Tap(torch.autograd.Function):
         ctx: Any,
         gather: Gather,
         deliver: Deliver,
+        label: str,
         seed: Tensor,
         n_parameters: int,
         output: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
         """Save the records and return the output."""
+        ctx.label = label
         ctx.gather, ctx.deliver, ctx.n_parameters = gather, deliver, n_parameters
         ctx.save_for_backward(*tensors[n_parameters:])
         ctx.set_materialize_grads(False)
         return output.detach()
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """Hand the gradients over and pass the output's own on."""
         grads = ctx.gather(grad)
@@ -110,24 +160,29 @@ class Tap(torch.autograd.Function):
 class Branch(torch.autograd.Function):
     """Passes one of several outputs through, and keeps its gradient for the Tap that joins them.
 
-    Inputs are: gradients by backward pass and position; the position; the output; what the Tap
-    returned, so that it runs once all gradients that arrive are there.
+    Inputs are: gradients by backward pass and position; whose they are; the position; the output;
+    what the Tap returned, so that it runs once all gradients that arrive are there.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, arrived: dict[int, dict[int, Tensor]], at: int, output: Tensor, join: Tensor
+        ctx: Any,
+        arrived: dict[int, dict[int, Tensor]],
+        label: str,
+        at: int,
+        output: Tensor,
+        join: Tensor,
     ) -> Tensor:
         """Return the output."""
-        ctx.arrived, ctx.at = arrived, at
+        ctx.arrived, ctx.label, ctx.at = arrived, label, at
         ctx.set_materialize_grads(False)
         return output.detach()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None, Tensor | None, None]:
+    @_once
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """Keep the gradient and pass it on."""
         grads = ctx.arrived.setdefault(backward_id(), {})
         if grad is not None:
             grads[ctx.at] = grad
-        return None, None, grad if ctx.needs_input_grad[2] else None, None
+        return None, None, None, grad if ctx.needs_input_grad[3] else None, None

@@ -156,7 +156,8 @@ class Balance:
                 reason="a part of it does not come through the outputs of the modules that own "
                 "it, as where a result is left in an attribute or a penalty is computed on "
                 "parameters, or a module computes something else in the backward pass than its "
-                "sampler takes it for",
+                "sampler takes it for, or has backward hooks around values that are the same for "
+                "all samples",
                 remedy="return what the loss is computed from, compute penalties outside of "
                 f"engine.batch(), or leave parameters out with exclude={','.join(named)!r}",
             )
