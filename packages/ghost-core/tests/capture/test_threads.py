@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from threading import Thread
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ghost_core import Batch, CaptureError, SamplerRegistry
+from ghost_core.capture import Recorder
 from ghost_core.testing import GradientHolder, Held, PlainLinear, per_sample_gradients
 from ghost_core.tracking import Claim, dotted_name
 
@@ -204,4 +206,26 @@ def test_a_fused_module_that_another_thread_runs_too(x: Tensor, assert_held) -> 
         losses(model, inputs).sum().backward()
     assert raised == [None, None]
     assert torch._C._is_torch_function_enabled()
+    assert_held(batch.result, expected)
+
+
+def test_silence_that_an_interrupt_left_is_that_of_its_batch_alone(
+    model, x: Tensor, assert_held
+) -> None:
+    expected = per_sample_gradients(model, losses(model, x))
+    engine = GradientHolder(model, registry=registry())
+    left = ExitStack()
+
+    def interrupted() -> None:
+        with engine.batch(range(N)):
+            state = Recorder.of(model)._state
+            left.enter_context(state.silence())  # as where Ctrl-C comes at its end
+            assert state.paused
+            raise KeyboardInterrupt
+
+    with engine, left:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        with engine.batch(range(N)) as batch:
+            losses(model, x).sum().backward()
     assert_held(batch.result, expected)

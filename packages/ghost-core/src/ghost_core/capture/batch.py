@@ -39,6 +39,7 @@ class BatchCapture:
         closed: Whether it is over.
         doubt: Why not every pass so far is verified, as far as engines verify; empty if they are.
         thread: The thread that it belongs to.
+        silence: Stands for it where hooks are to let calls pass.
     """
 
     n: int
@@ -55,6 +56,7 @@ class BatchCapture:
     closed: bool = False
     doubt: str = ""
     thread: int = field(default_factory=get_ident)
+    silence: object = field(default_factory=object)
     _lock: RLock = field(default_factory=RLock)
     _unclear: CaptureError | None = None
 

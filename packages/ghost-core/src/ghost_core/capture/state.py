@@ -22,8 +22,11 @@ from ghost_core.capture.refusals import in_another_thread
 from ghost_core.split import Balance, Site, Verifier
 from ghost_core.tracking import TrackedModule
 
-_SILENT: ContextVar[frozenset[int]] = ContextVar("silent", default=frozenset())
-"""States of which a sampler runs modules in this context, which a thread of its own may share."""
+_SILENT: ContextVar[frozenset[object]] = ContextVar("silent", default=frozenset())
+"""Batches for which a sampler runs modules in this context, which a thread of its own may share.
+
+An interrupt may leave one here, which then is over.
+"""
 
 
 class Audience(Enum):
@@ -146,7 +149,8 @@ class CaptureState:
     @property
     def paused(self) -> bool:
         """Whether hooks let everything pass that runs in this thread."""
-        return self.resting or id(self) in _SILENT.get()
+        silent = self.batch is not None and self.batch.silence in _SILENT.get()
+        return self.resting or silent
 
     @property
     def audience(self) -> Audience:
@@ -275,8 +279,9 @@ class CaptureState:
     def silence(self) -> Iterator[None]:
         """Let calls of modules pass for a while: a sampler runs them, outside of foreign modes."""
         before = _SILENT.get()
+        silence = object() if self.batch is None else self.batch.silence
         try:
-            _SILENT.set(before | {id(self)})
+            _SILENT.set(before | {silence})
             with foreign_modes_left():
                 yield
         finally:
