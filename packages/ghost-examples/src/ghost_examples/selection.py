@@ -1,0 +1,218 @@
+"""Trains on some of the candidates of each batch, chosen in several ways, at equal samples.
+
+Many labels are wrong. A few clean images say what the model should be good at: ghost's policies
+choose by how a step on a candidate would change their loss. Others choose at random, or by the
+candidates' own loss; one trains on the clean images alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean, stdev
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ghost_core import Policy
+from ghost_engines import DotProductEngine, Greedy, TopK
+from ghost_examples import mlp
+from ghost_examples.mlp import Digits, loss_of
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the comparison.
+
+    Attributes:
+        seeds: Runs of each way; they share data, parameters and candidates seed by seed.
+        steps: Training steps.
+        candidates: Candidates in each step.
+        chosen: How many of these are trained on.
+        clean: Images with right labels.
+        wrong: Share of the training labels that are wrong.
+        lr: Learning rate of plain gradient descent.
+    """
+
+    seeds: int = 5
+    steps: int = 200
+    candidates: int = 64
+    chosen: int = 16
+    clean: int = 40
+    wrong: float = 0.4
+    lr: float = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one seed trains on and is judged by.
+
+    Attributes:
+        train: Images with the labels that they were given.
+        is_wrong: Which of these are wrong, bool `[n]`.
+        clean: Images with right labels.
+        test: Images that nothing is decided with.
+    """
+
+    train: Digits
+    is_wrong: Tensor
+    clean: Digits
+    test: Digits
+
+
+def task(options: Options, seed: int) -> Task:
+    """Split the digits, and give wrong labels to some."""
+    train, rest = mlp.load(mlp.Options(val_batch=options.clean + 400, seed=seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train), generator=generator)
+    wrong = order[: round(options.wrong * len(train))]
+    labels = train.labels.clone()
+    labels[wrong] = (labels[wrong] + torch.randint(1, 10, wrong.shape, generator=generator)) % 10
+    is_wrong = labels != train.labels
+    given = replace(train, labels=labels)
+    return Task(given, is_wrong, rest[: options.clean], rest[options.clean :])
+
+
+def convnet(seed: int) -> nn.Sequential:
+    """Return a small convolutional network with parameters drawn from a seed."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 10),
+    )
+
+
+def losses(model: nn.Module, digits: Digits) -> Tensor:
+    """Return the own loss of each image, `[N]`."""
+    return cross_entropy(model(digits.inputs), digits.labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a way to choose is told.
+
+    Attributes:
+        engine: Has the loss of the clean images as its direction; attached.
+        candidates: The candidates.
+        ids: Their ids.
+        options: How many to choose, and the learning rate.
+        generator: For those who choose at random.
+    """
+
+    engine: DotProductEngine
+    candidates: Digits
+    ids: Tensor
+    options: Options
+    generator: torch.Generator
+
+
+Way = Callable[[Step], Tensor]
+"""Returns the positions of the candidates to train on."""
+
+
+def at_random(step: Step) -> Tensor:
+    """Choose at random."""
+    order = torch.randperm(len(step.candidates), generator=step.generator)
+    return order[: step.options.chosen]
+
+
+def by_loss(step: Step, *, highest: bool) -> Tensor:
+    """Choose the candidates with the highest loss, as one does for hard ones, or the lowest."""
+    with torch.no_grad():
+        found = losses(step.engine.model, step.candidates)
+    return found.argsort(descending=highest)[: step.options.chosen]
+
+
+def by_policy(step: Step, policy: Callable[[Options], Policy]) -> Tensor:
+    """Choose by what a step on a candidate would do to the loss of the clean images."""
+    made = policy(step.options)
+    with step.engine.scoring():
+        scores = step.engine.score(
+            lambda: losses(step.engine.model, step.candidates), step.ids, gram=made.needs_gram
+        )
+    return scores.choose(made).indices
+
+
+WAYS: Mapping[str, Way] = {
+    "at random": at_random,
+    "highest loss": partial(by_loss, highest=True),
+    "lowest loss": partial(by_loss, highest=False),
+    "TopK": partial(by_policy, policy=lambda o: TopK(o.chosen)),
+    "Greedy": partial(by_policy, policy=lambda o: Greedy(o.chosen, o.lr / o.chosen)),
+}
+"""Ways to choose, by name."""
+
+CLEAN = "clean alone"
+"""Trains on as many clean images in each step, and on no candidate."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training one way came to.
+
+    Attributes:
+        accuracy: On the test images.
+        wrong: Share of wrong labels among those trained on.
+    """
+
+    accuracy: float
+    wrong: float
+
+
+def train(name: str, found: Task, options: Options, seed: int) -> Outcome:
+    """Train a new network on what one way chooses."""
+    model = convnet(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
+    engine = DotProductEngine(model)
+    engine.add_direction("clean", partial(loss_of, model, found.clean))
+    drawn, chance = (torch.Generator().manual_seed(2 * seed + at) for at in (0, 1))
+    wrong = []
+    with engine:
+        for _ in range(options.steps):
+            ids = torch.randperm(len(found.train), generator=drawn)[: options.candidates]
+            if name == CLEAN:
+                order = torch.randperm(len(found.clean), generator=chance)
+                batch = found.clean[order[: options.chosen]]
+                wrong.append(0.0)
+            else:
+                step = Step(engine, found.train[ids], ids, options, chance)
+                chosen = ids[WAYS[name](step)]
+                batch = found.train[chosen]
+                wrong.append(float(found.is_wrong[chosen].float().mean()))
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+    with torch.no_grad():
+        right = model(found.test.inputs).argmax(1) == found.test.labels
+    return Outcome(float(right.float().mean()), fmean(wrong))
+
+
+def run(options: Options) -> dict[str, list[Outcome]]:
+    """Train in all ways with all seeds, and print a row for each way."""
+    found: dict[str, list[Outcome]] = {}
+    tasks = [task(options, seed) for seed in range(options.seeds)]
+    print(f"{'chosen':<14}{'test accuracy':>16}{'wrong labels':>15}")
+    for name in (*WAYS, CLEAN):
+        found[name] = [train(name, each, options, seed) for seed, each in enumerate(tasks)]
+        accuracy = [each.accuracy for each in found[name]]
+        spread = f" ± {stdev(accuracy):.1%}" if len(accuracy) > 1 else ""
+        wrong = fmean(each.wrong for each in found[name])
+        print(f"{name:<14}{f'{fmean(accuracy):.1%}{spread}':>16}{wrong:>15.1%}")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run from the command line."""
+    run(tyro.cli(Options, args=arguments, prog="ghost_examples.selection", description=__doc__))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The example of online selection: what it compares is comparable, and it says what it found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ghost_examples import selection
+
+SMALL = selection.Options(seeds=2, steps=2, candidates=12, chosen=3, clean=10)
+
+
+def test_it_prints_a_row_for_each_way(capsys: pytest.CaptureFixture[str]) -> None:
+    selection.main(
+        ["--seeds", "1", "--steps", "2", "--candidates", "12", "--chosen", "3", "--clean", "10"]
+    )
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert "wrong labels" in header
+    assert [row[:14].strip() for row in rows] == [*selection.WAYS, selection.CLEAN]
+    assert all(row.count("%") == 2 for row in rows)
+
+
+def test_runs_with_one_seed_are_the_same_each_time() -> None:
+    again = [selection.run(SMALL) for _ in range(2)]
+    assert again[0] == again[1]
+    assert [outcome.wrong for outcome in again[0][selection.CLEAN]] == [0.0, 0.0]
+
+
+def test_wrong_labels_are_as_many_as_asked_for_and_no_image_is_in_two_parts() -> None:
+    found = selection.task(selection.Options(wrong=0.25, clean=30), seed=1)
+    assert int(found.is_wrong.sum()) == round(0.25 * len(found.train))
+    assert (len(found.clean), len(found.test)) == (30, 400)
+    parts = torch.cat([found.train.inputs, found.clean.inputs, found.test.inputs])
+    assert len(parts) == 1797
+
+
+@pytest.mark.parametrize("name", selection.WAYS)
+def test_each_way_chooses_as_many_candidates_once_each(name: str) -> None:
+    found, model = selection.task(SMALL, 0), selection.convnet(0)
+    engine = selection.DotProductEngine(model)
+    engine.add_direction("clean", lambda: selection.loss_of(model, found.clean))
+    ids = torch.arange(12)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with engine:
+        step = selection.Step(engine, found.train[ids], ids, SMALL, torch.Generator())
+        chosen = selection.WAYS[name](step).tolist()
+    assert len(chosen) == len(set(chosen)) == 3
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_losses_are_chosen_by_their_size() -> None:
+    found, model = selection.task(SMALL, 0), selection.convnet(0)
+    engine = selection.DotProductEngine(model)
+    step = selection.Step(engine, found.train[:12], torch.arange(12), SMALL, torch.Generator())
+    order = selection.losses(model, found.train[:12]).argsort().tolist()
+    assert selection.by_loss(step, highest=False).tolist() == order[:3]
+    assert selection.by_loss(step, highest=True).tolist() == order[:-4:-1]
