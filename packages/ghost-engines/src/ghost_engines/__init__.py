@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ghost_engines.gram import Between, Gram, GramEngine
     from ghost_engines.holding import HoldingEngine, LossWeights
     from ghost_engines.ids import IdCollator, WithId, take_ids, with_ids
-    from ghost_engines.log import LogTable, ScoreLog
+    from ghost_engines.log import ScoreLog
     from ghost_engines.norms import NormEngine, Norms
     from ghost_engines.projection import ProjectedRows, ProjectionEngine
     from ghost_engines.results import Result, SummedResult
@@ -54,7 +54,6 @@ __all__ = [
     "HoldingEngine",
     "IdCollator",
     "InRunValues",
-    "LogTable",
     "LossWeights",
     "Neighbours",
     "NormEngine",

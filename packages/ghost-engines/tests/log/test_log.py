@@ -1,5 +1,6 @@
 """What a score log gives back, and what it refuses."""
 
+import copy
 import errno
 import gc
 import logging
@@ -162,31 +163,60 @@ def test_totals_are_sums_over_all_steps(tmp_path):
     assert list(table.columns()) == [
         "id", "value_val", "value_test", "times_seen", "first_step", "last_step", "altered"
     ]  # fmt: skip
-    assert repr(table) == f"LogTable({len(values)} samples, 40 steps, K=2 (val, test))"
+    assert repr(table) == f"ValueTable({len(values)} samples, 40 steps, K=2 (val, test))"
 
 
-def test_the_sums_are_the_values_of_the_run_bit_for_bit(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine = DotProductEngine(model)
-    val = torch.randn(5, 4)
-    engine.add_direction("val", lambda: model(val).square().mean())
-    values = InRunValues(engine, optimizer)
-    with engine, ScoreLog.create(tmp_path / "log", unit=20) as log:
-        handle = values.on_credit(log.append)
-        for at in range(12):
-            optimizer.zero_grad()
-            inputs = torch.randn(6, 4)
-            with engine.batch((torch.arange(6) * at) % 13):
-                model(inputs).square().sum().backward()
-            optimizer.step()
+class Run:
+    """Training whose values are logged; batch n is the same in every run."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.engine = DotProductEngine(self.model)
+        val = torch.randn(5, 4)
+        self.engine.add_direction("val", lambda: self.model(val).square().mean())
+        self.values = InRunValues(self.engine, self.optimizer)
+
+    def train(self, log, last):
+        handle = self.values.on_credit(log.append)
+        with self.engine:
+            for number in range(self.values.steps + 1, last + 1):
+                inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(number))
+                self.optimizer.zero_grad()
+                with self.engine.batch((torch.arange(6) * number) % 13):
+                    self.model(inputs).square().sum().backward()
+                self.optimizer.step()
         handle.remove()
-    table = ScoreLog.open(tmp_path / "log").totals()
-    assert dict(zip(table.ids.tolist(), table.values[:, 0].tolist(), strict=True)) == (
-        values.to_dict()
-    )
-    assert list(table.columns())[:2] == ["id", "value"]
+
+    def checkpoint(self):
+        parts = (self.model, self.optimizer, self.values)
+        return copy.deepcopy([part.state_dict() for part in parts])
+
+    def load(self, checkpoint):
+        for part, state in zip((self.model, self.optimizer, self.values), checkpoint, strict=True):
+            part.load_state_dict(state)
+
+
+def test_the_log_of_a_run_that_was_resumed_is_that_of_one_that_was_not(tmp_path):
+    """Sums are the values of the run bit for bit, though the log was ahead of the checkpoint."""
+    whole, killed, resumed = Run(), Run(), Run()
+    with ScoreLog.create(tmp_path / "whole", unit=20) as log:
+        whole.train(log, 12)
+    with ScoreLog.create(tmp_path / "log", unit=20) as log:
+        killed.train(log, 7)
+        log.commit()
+        checkpoint = killed.checkpoint()
+        killed.train(log, 10)
+    resumed.load(checkpoint)
+    with ScoreLog.resume(tmp_path / "log", after=resumed.values.steps) as log:
+        assert log.last == 7
+        resumed.train(log, 12)
+    for name in ("whole", "log"):
+        table = ScoreLog.open(tmp_path / name).totals()
+        sums = dict(zip(table.ids.tolist(), table.values[:, 0].tolist(), strict=True))
+        assert sums == whole.values.to_dict()
+        assert list(table.columns())[:2] == ["id", "value"]
 
 
 # What is refused

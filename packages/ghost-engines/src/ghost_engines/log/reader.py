@@ -8,10 +8,10 @@ from pathlib import Path
 from ghost_engines.log.manifest import Manifest
 from ghost_engines.log.shards import Shard, directions_of, read_shard
 from ghost_engines.log.steps import Directions, Tail
-from ghost_engines.log.totals import LogTable, totals
+from ghost_engines.log.totals import totals
 from ghost_engines.progress import Progress
 from ghost_engines.store import DamagedStoreError, shard_path
-from ghost_engines.values import CreditedStep
+from ghost_engines.values import CreditedStep, ValueTable
 
 Contents = tuple[tuple[Shard, ...], Tail]
 """The shards that are full, and what comes after them. A writer replaces both by one assignment: an
@@ -99,7 +99,7 @@ class LogReader:
             yield from found.first(shard.steps).split(directions)
         yield from tail.steps
 
-    def totals(self, progress: bool | None = None) -> LogTable:
+    def totals(self, progress: bool | None = None) -> ValueTable:
         """Add up what each sample was credited with, over all steps.
 
         Memory is taken for each sample once, and for each step a number for each direction.
