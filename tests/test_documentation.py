@@ -18,6 +18,7 @@ from ghost_engines import DotProductEngine, ProjectionEngine
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "docs/quickstart.md"
+VALUES = "docs/values.md"
 DATASET = "docs/dataset.md"
 LOG = "docs/log.md"
 FRAGMENTS = (
@@ -165,6 +166,31 @@ def test_quickstart_runs_as_it_is():
     assert scores.total.shape == (8, 1)
     torch.testing.assert_close(sum(scores.by_layer.values()), scores.total)
     assert namespace["neighbours"].ids.shape == (16, 3)
+
+
+def test_values_are_kept_as_the_page_says():
+    pytest.importorskip("pandas")
+    pytest.importorskip("matplotlib")
+    namespace, found = {}, blocks(VALUES)
+    assert len(found) == 6
+    with torch.random.fork_rng(devices=[]):
+        for block in found:
+            run(block, namespace)
+    values, table, groups = (namespace[name] for name in ("values", "table", "groups"))
+    assert sorted(table["id"]) == list(range(96))
+    (columns,) = re.findall(r"to_pandas.*# (.*)", found[1].code)
+    assert ", ".join(table) == columns
+    assert values.steps == 18
+    assert values.history.labels == ("epoch 1", "epoch 2", "epoch 3")
+    assert groups.values.shape == (2, 2)
+    assert (
+        min(Path(name).stat().st_size for name in ("values.csv", "values.svg", "groups.svg")) > 1000
+    )
+
+
+def test_values_are_the_first_page_after_the_quickstart():
+    pages = re.findall(r"^  - .*: (\w+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert pages[pages.index("quickstart") + 1] == "values"
 
 
 def test_a_data_set_is_scored_as_the_page_says():

@@ -1,7 +1,6 @@
 """In-run values against Shapley values of one step, over all subsets of its batch."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -10,25 +9,10 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import clip_grad_norm_
 
 from ghost_core import CaptureError
-from ghost_core.testing import assert_within, per_sample_gradients
+from ghost_core.testing import assert_within, per_sample_gradients, shapley, subset_sums
 from ghost_engines import DotProductEngine, InRunValues, adam_aware
 
 N, RATE = 16, 0.05
-
-
-def shapley(utilities):
-    """Return exact Shapley values of N players, from utilities `[2^N]` by the subset's bits."""
-    subsets = torch.arange(len(utilities))
-    sizes = sum((subsets >> n) & 1 for n in range(N))
-    weights = torch.tensor(
-        [1 / (N * math.comb(N - 1, size)) for size in range(N)], dtype=torch.float64
-    )
-    values = []
-    for n in range(N):
-        without = subsets[(subsets >> n) & 1 == 0]
-        gain = utilities[without | (1 << n)] - utilities[without]
-        values.append((weights[sizes[without]] * gain).sum())
-    return torch.stack(values)
 
 
 def pearson(one, other):
@@ -67,13 +51,11 @@ class Task:
             outputs = functional_call(self.model, parameters, (self.validation,))
             return (outputs - truth).square().mean()
 
-        subsets = torch.arange(1 << N)
-        inside = torch.stack([(subsets >> n) & 1 for n in range(N)], 1).double()
         with torch.no_grad():
             after = torch.cat(
                 [
-                    vmap(loss)(moved({k: torch.tensordot(part, g, 1) for k, g in each.items()}))
-                    for part in inside.split(1 << 13)
+                    vmap(loss)(moved({k: subset_sums(g, part) for k, g in each.items()}))
+                    for part in torch.arange(1 << N).split(1 << 13)
                 ]
             )
         return shapley(-after)  # what is lowered is gained

@@ -31,6 +31,7 @@ from ghost_core.testing.samplers import (
     check_layer,
     check_sampler,
 )
+from ghost_core.testing.shapley import shapley, subset_sums
 from ghost_core.testing.tiny import TinyTransformer, next_token_losses
 from ghost_core.testing.trials import capture, dense
 
@@ -70,4 +71,6 @@ __all__ = [
     "per_sample_gradients",
     "plain_registry",
     "semantic_key",
+    "shapley",
+    "subset_sums",
 ]
