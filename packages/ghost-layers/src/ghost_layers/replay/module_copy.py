@@ -20,6 +20,8 @@ from ghost_core.tracking import dotted_name
 
 _HOOKS = {name: value for name, value in vars(nn.Module()).items() if "hook" in name}
 _OLD_NORMS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+_UNCHANGING = frozenset({int, float, bool, str, complex, type(None), torch.dtype, torch.device})
+"""Classes of most attributes, which nobody can write to."""
 
 
 class _Stale:
@@ -116,7 +118,8 @@ def _copied(module: nn.Module) -> nn.Module:
             if name in ("_parameters", "_buffers"):
                 state[name] = dict(value)
             elif name in _HOOKS:
-                state[name] = copy.copy(_HOOKS[name])
+                none = _HOOKS[name]
+                state[name] = type(none)() if isinstance(none, dict) else none
             else:
                 state[name] = own_copy(value, copies)
     copied: nn.Module = copies[id(module)]
@@ -130,6 +133,9 @@ def own_copy(value: Any, copies: dict[int, Any]) -> Any:
         value: The value of an attribute, or an argument that is no tensor.
         copies: Copies by the identity of what they are copies of.
     """
+    kind = type(value)
+    if kind in _UNCHANGING or (kind is tuple and all(type(each) in _UNCHANGING for each in value)):
+        return value
     if id(value) in copies:
         return copies[id(value)]
     if isinstance(value, Tensor):
