@@ -5,13 +5,17 @@ import errno
 import gc
 import logging
 import os
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fork_kit import CALLS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from log_kit import NAMES, UNIT, assert_holds, fill, make, step
 from torch import nn
 
@@ -119,6 +123,46 @@ def test_shards_do_not_depend_on_interruptions(tmp_path):
     whole, parts = (ScoreLog.open(tmp_path / name).totals() for name in ("whole", "parts"))
     for name, column in whole.columns().items():
         np.testing.assert_array_equal(parts.columns()[name], column, strict=True)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    unit=st.integers(1, 40),
+    runs=st.lists(
+        st.tuples(st.integers(0, 30), st.lists(st.booleans(), max_size=25)), min_size=1, max_size=4
+    ),
+)
+def test_whatever_is_done_to_a_log_it_holds_the_steps_of_the_run_that_went_on(unit, runs):
+    """Each run resumes after a step, makes some, and commits after those that are true."""
+    made = []
+    with tempfile.TemporaryDirectory() as root:
+        ScoreLog.create(Path(root), unit=unit).close()
+        for run, (wanted, commits) in enumerate(runs):
+            after = min(wanted, len(made))
+            with ScoreLog.resume(root, after=after) as log:
+                made = made[:after]
+                for committed in commits:
+                    made.append(run)
+                    log.append(step(len(made), run))
+                    if committed:
+                        log.commit()
+                        assert log.committed == len(made)
+                assert_holds(log, made)
+            assert_holds(ScoreLog.open(root), made)
+        log = ScoreLog.open(root)
+        log.verify()
+        sizes = [1 + len(each.ids) for each in log]
+        assert len(shards(Path(root))) == shards_of(sizes, unit)
+
+
+def shards_of(sizes, unit):
+    """Return how many shards steps of these sizes take."""
+    count, filled = 0, unit
+    for size in sizes:
+        if filled >= unit:
+            count, filled = count + 1, 0
+        filled += size
+    return count
 
 
 def test_a_log_that_ends_before_the_checkpoint_is_refused(tmp_path):
