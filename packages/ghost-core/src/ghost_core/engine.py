@@ -24,7 +24,14 @@ from ghost_core.errors import CaptureError, UnknownOptionError
 from ghost_core.hooks import is_own
 from ghost_core.plugins import select
 from ghost_core.restoring import Leave, restored
-from ghost_core.tracking import Patterns, SamplerRegistry, TrackedParameter, Tracking, track
+from ghost_core.tracking import (
+    Patterns,
+    SamplerRegistry,
+    TrackedParameter,
+    Tracking,
+    coverage,
+    track,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +48,7 @@ class EngineOptions(TypedDict, total=False):
     verify: bool
     generic: bool
     lift: bool
-    batch_dim: Mapping[str, int]
+    batch_dim: Mapping[str, int | None]
     row_owner: Mapping[str, str]
     registry: SamplerRegistry | None
 
@@ -71,7 +78,7 @@ class Engine(Listener, Generic[ResultT]):
             it, they are refused.
         batch_dim: Axis of the samples, by glob over names of modules, where it is not the first:
             `{"*": 1}` for a sequence-first model, `""` for the model's own inputs and outputs.
-            Later entries win.
+            None stands for modules that are called on nothing of the samples. Later entries win.
         row_owner: For modules whose rows belong to samples in another number, as with several
             images a sample: by glob over names of modules, the key of a tensor `[R]` of integers
             that tells the position in the batch of each row's sample. The tensor is one of the
@@ -114,7 +121,7 @@ class Engine(Listener, Generic[ResultT]):
         verify: bool = True,
         generic: bool = True,
         lift: bool = True,
-        batch_dim: Mapping[str, int] = MappingProxyType({}),
+        batch_dim: Mapping[str, int | None] = MappingProxyType({}),
         row_owner: Mapping[str, str] = MappingProxyType({}),
         registry: SamplerRegistry | None = None,
     ) -> None:
@@ -305,18 +312,11 @@ class Engine(Listener, Generic[ResultT]):
                 yield
 
     def coverage(self) -> str:
-        """Return a table of the tracked modules, their samplers and their parameters."""
-        rows = [("module", "class", "sampler", "parameters")]
-        for tracked in self.tracking.modules:
-            names = ", ".join(parameter.name for parameter in tracked.parameters.values())
-            kinds = type(tracked.module).__name__, type(tracked.sampler).__name__
-            rows.append((tracked.name or "(root)", *kinds, names))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
-        return "\n".join(lines)
+        """Return a table of the tracked modules, their samplers and their parameters.
+
+        After a batch, a second table has what was followed as the same for all samples.
+        """
+        return coverage(self.tracking, Recorder.followed(self.model))
 
     def _say(self, message: str) -> None:
         """Log a warning, once."""

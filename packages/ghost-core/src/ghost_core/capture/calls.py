@@ -22,10 +22,10 @@ from ghost_core._torch import (
     has_global_forward_hooks,
     in_backward,
 )
-from ghost_core._trees import tree_flatten
+from ghost_core._trees import tensors_in, tree_flatten
 from ghost_core.algebra import full_precision
 from ghost_core.capture.delivery import Delivery, keep
-from ghost_core.capture.refusals import hooked
+from ghost_core.capture.refusals import declared_wrongly, hooked
 from ghost_core.capture.state import CaptureState, Running
 from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
@@ -94,8 +94,14 @@ class CallHooks:
         name, sharing = self.tracked.name, self.state.sharing
         if in_backward():
             return name in self.state.shared_modules
-        if sharing is None or not name or not sharing.is_shared_call(args, kwargs):
+        if sharing is None or not name:
             return False
+        if not sharing.is_shared_call(args, kwargs):
+            if not self.tracked.shared:
+                return False
+            given = tensors_in((args, kwargs))
+            if self.state.flags and any(value.requires_grad for value in given):
+                raise declared_wrongly(self.tracked.label)
         if any(backward_hooks(self.tracked.module)):
             raise hooked(self.tracked.label)
         self.state.shared_modules.add(name)

@@ -20,7 +20,7 @@ from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.sampler import as_tokens
 from ghost_core.split import Site, owner_of_rows
-from ghost_core.tracking import TrackedParameter
+from ghost_core.tracking import Followed, TrackedParameter
 
 ClosedForm = Callable[[Tensor], PerSampleGradient]
 """Makes the gradients of a shared value from that of a result, rows first `[R, ...]`."""
@@ -148,6 +148,30 @@ class Meeting:
         owner = owner.reshape([-1 if at == axis else 1 for at in range(grad.dim())])
         for sample in range(n):
             yield torch.where(owner == sample, grad, 0)
+
+
+def note_followed(
+    followed: Followed,
+    operation: str,
+    met: Sequence[tuple[Tensor, Shared]],
+    forms: Mapping[int, FormOn],
+) -> None:
+    """Note which parameters meet samples in an operation, and whether it has a closed form.
+
+    Args:
+        followed: What is known so far, which this adds to.
+        operation: The operation.
+        met: The shared values and what stands for them.
+        forms: The closed forms, by position among the shared values.
+    """
+    operation = operation.rpartition(".")[2]
+    for at, (_, shared) in enumerate(met):
+        for source in shared.sources:
+            closed = at in forms and source.tensor is shared.value
+            for reached, direct in source.costs():
+                name = reached.parameter.name
+                before = followed.setdefault(name, {}).get(operation, True)
+                followed[name][operation] = before and closed and direct
 
 
 def closed_forms(

@@ -42,7 +42,7 @@ from ghost_core.hooks import Hook
 from ghost_core.restoring import restored
 from ghost_core.split import Balance, Verifier
 from ghost_core.state import flags_set
-from ghost_core.tracking import TrackedModule
+from ghost_core.tracking import Followed, TrackedModule
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +51,13 @@ class Recorder:
     """Hooks on one model, shared by the engines attached to it. Get it from `Recorder.of`."""
 
     _recorders: ClassVar[WeakKeyDictionary[nn.Module, Recorder]] = WeakKeyDictionary()
+    _followed: ClassVar[WeakKeyDictionary[nn.Module, Followed]] = WeakKeyDictionary()
 
     def __init__(self, model: nn.Module) -> None:
         with torch.inference_mode(False):
             seed = torch.zeros((), requires_grad=True)
-        self._state = CaptureState(model, seed, Verifier(model, {}, seed))
+        known = Recorder._followed.setdefault(model, {})
+        self._state = CaptureState(model, seed, Verifier(model, {}, seed), followed=known)
         self._handles: list[RemovableHandle] = []
         self._told_compiled = False
         self._own_run: OwnRun | None = None
@@ -70,6 +72,11 @@ class Recorder:
     def of(cls, model: nn.Module) -> Recorder:
         """Return the recorder of a model, a new one if no engine is attached."""
         return cls._recorders.get(model) or cls(model)
+
+    @classmethod
+    def followed(cls, model: nn.Module) -> Followed:
+        """Return what batches of a model followed so far; see `Followed`."""
+        return cls._followed.get(model, {})
 
     @property
     def flags(self) -> Mapping[nn.Parameter, bool]:
@@ -344,17 +351,9 @@ class Recorder:
         Where the model is not called on samples, nothing tells what belongs to them.
         """
         state = self._state
-        assert state.pass_ is not None
-        assert state.batch is not None
-        on_samples = state.batch.joined or any(
-            leaf.shape[axis] == state.pass_.n
-            for leaf in tree_leaves(inputs)
-            if isinstance(leaf, Tensor)
-            for axis in {0, state.dim}
-            if leaf.dim() > axis
-        )
         lifted = all(listener.tracking.lift for listener, _ in state.attached)
-        if lifted and on_samples and (state.verifier.watching or state.shares is not False):
+        unknown = state.verifier.watching or state.shares is not False
+        if lifted and unknown and state.called_on_samples(inputs):
             self._following = self._modes.enter_context(SharedValues(state, inputs))
             state.sharing = self._following
 

@@ -141,3 +141,17 @@ def hooked(label: str) -> WrongSplitError:
         remedy="put the hook on the tensor that it returns, with Tensor.register_hook, remove it "
         "while the engine is attached, or leave the module out with exclude=...",
     )
+
+
+def declared_wrongly(label: str) -> WrongSplitError:
+    """Say that a module which was declared to have nothing of the samples got values with a graph.
+
+    Args:
+        label: The module.
+    """
+    return WrongSplitError(
+        f"gradients cannot be split by sample: {label} is declared to be called on nothing of the "
+        "samples, by batch_dim, and was called on values that other parameters had computed",
+        reason="under frozen(), what such a module returns begins a graph of its own",
+        remedy="leave it out of batch_dim, or attach by `with engine:` instead of frozen()",
+    )

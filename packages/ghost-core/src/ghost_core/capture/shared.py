@@ -28,7 +28,7 @@ from ghost_core._torch import FunctionMode, in_backward, in_checkpoint, version
 from ghost_core._trees import tensors_in, tree_map
 from ghost_core.algebra import full_precision
 from ghost_core.capture.listener import Pass
-from ghost_core.capture.meeting import Meeting, Shared, closed_forms
+from ghost_core.capture.meeting import Meeting, Shared, closed_forms, note_followed
 from ghost_core.capture.rows_met import site_of
 from ghost_core.capture.sources import CallSource, Form, ParameterSource, Source
 from ghost_core.capture.state import Audience, CaptureState, Sharing
@@ -280,6 +280,7 @@ class SharedValues(FunctionMode, Sharing):
         state.told_apart = True
         forms = closed_forms(func, args, kwargs, result, met)
         versions = tuple(version(each.value) for _, each in met)
+        note_followed(state.followed, site.operation, met, forms)
         corrected = self._noted_uses(met, state.pass_)
         meeting = Meeting(
             state, state.batch, state.pass_, result, site, met, forms, versions, corrected

@@ -33,6 +33,11 @@ class Source(ABC):
     def reached(self) -> Iterator[ParameterSource]:
         """Yield the parameters that gradients are handed on to."""
 
+    def costs(self) -> Iterator[tuple[ParameterSource, bool]]:
+        """Yield these, each with whether no graph is differentiated by sample on the way there."""
+        for source in self.reached():
+            yield source, source is self
+
     @abstractmethod
     def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
         """Hand on the gradient of each sample, of the tensor's shape.
@@ -137,6 +142,13 @@ class CallSource(Source):
             yield from self.form.sources.values()
         for source in self.behind:
             yield from source.reached()
+
+    def costs(self) -> Iterator[tuple[ParameterSource, bool]]:
+        """Yield the module's own with whether it has a closed form, and those behind without."""
+        own = () if self.form is None else self.form.sources.values()
+        yield from ((source, True) for source in own)
+        for source in self.behind:
+            yield from ((reached, False) for reached in source.reached())
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
         """Take gradients back to what is behind."""

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core._torch import foreign_modes_left, in_backward
+from ghost_core._trees import tensors_in
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.refusals import in_another_thread
 from ghost_core.split import Balance, Site, Verifier
-from ghost_core.tracking import TrackedModule
+from ghost_core.tracking import Followed, TrackedModule
 
 _SILENT: ContextVar[frozenset[object]] = ContextVar("silent", default=frozenset())
 """Batches for which a sampler runs modules in this context, which a thread of its own may share.
@@ -116,6 +117,7 @@ class CaptureState:
         allowed: Those that the operation which runs may use, since it is followed.
         shared_modules: The modules that are called on nothing of the samples.
         lifted: The modules whose parameters are followed, instead of running them again.
+        followed: What parameters met the samples in, by name; see `Followed`.
         recomputed: The frozen parameters that are followed where a checkpoint runs code again.
         dim: Axis of the samples in the root's inputs and outputs.
         told_apart: Whether a module in this pass had a row for each sample.
@@ -140,6 +142,7 @@ class CaptureState:
     allowed: frozenset[str] = frozenset()
     shared_modules: set[str] = field(default_factory=set)
     lifted: set[str] = field(default_factory=set)
+    followed: Followed = field(default_factory=dict)
     recomputed: set[str] = field(default_factory=set)
     dim: int = 0
     told_apart: bool = False
@@ -255,6 +258,21 @@ class CaptureState:
         }
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name] for name in names if name in parameters}
+
+    def called_on_samples(self, inputs: Any) -> bool:
+        """Tell whether the model is called on samples, given its inputs.
+
+        It is where they are joined in some tensor, too, or said not to be in others.
+        """
+        assert self.batch is not None
+        assert self.pass_ is not None
+        if self.batch.joined or any(each.shared for each in self.tracked.values()):
+            return True
+        return any(
+            value.dim() > axis and value.shape[axis] == self.pass_.n
+            for value in tensors_in(inputs)
+            for axis in (0, self.dim)
+        )
 
     def owned(self) -> frozenset[str]:
         """Return the parameters of the modules that run."""

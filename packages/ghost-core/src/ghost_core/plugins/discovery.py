@@ -101,7 +101,7 @@ def select(
     *,
     generic: bool = True,
     lift: bool = True,
-    batch_dim: Mapping[str, int] = MappingProxyType({}),
+    batch_dim: Mapping[str, int | None] = MappingProxyType({}),
     row_owner: Mapping[str, str] = MappingProxyType({}),
     registry: SamplerRegistry | None = None,
 ) -> Selection:

@@ -3,6 +3,7 @@
 from ghost_core.tracking.blame import Blame
 from ghost_core.tracking.patterns import Patterns, as_patterns
 from ghost_core.tracking.registry import Claim, Found, Refused, SamplerRegistry, dotted_name
+from ghost_core.tracking.shown import Followed, coverage
 from ghost_core.tracking.tracking import (
     Selection,
     TrackedModule,
@@ -16,6 +17,7 @@ from ghost_core.tracking.tracking import (
 __all__ = [
     "Blame",
     "Claim",
+    "Followed",
     "Found",
     "Patterns",
     "Refused",
@@ -25,6 +27,7 @@ __all__ = [
     "TrackedParameter",
     "Tracking",
     "as_patterns",
+    "coverage",
     "dotted_name",
     "owner_of",
     "parameter_of",

@@ -58,6 +58,7 @@ class TrackedModule:
         row_owner: Key of the batch that says which sample each of its rows belongs to; None where
             it has one row per sample.
         plugin: The plugin that offers the sampler, for messages.
+        shared: Whether it is declared to be called on nothing of the samples.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TrackedModule:
     batch_dim: int = 0
     row_owner: str | None = None
     plugin: str = ""
+    shared: bool = False
 
     @cached_property
     def blame(self) -> Blame:
@@ -81,8 +83,9 @@ class TrackedModule:
         Raises:
             CaptureError: If the engines capture it in different ways.
         """
-        mine = (self.module, type(self.sampler), self.batch_dim, self.row_owner)
-        if mine != (other.module, type(other.sampler), other.batch_dim, other.row_owner):
+        mine = (self.module, type(self.sampler), self.batch_dim, self.row_owner, self.shared)
+        its = (other.module, type(other.sampler), other.batch_dim, other.row_owner, other.shared)
+        if mine != its:
             raise CaptureError(
                 "engines on one model must agree on batch_dim, row_owner and the sampler of "
                 f"{self.label}"
@@ -144,7 +147,7 @@ class Selection:
         exclude: Globs: what to leave out of it.
         generic: Whether samplers that handle any module may be used.
         batch_dim: Axis of the samples by glob over names of modules, `""` for the model itself;
-            later ones win.
+            None for modules that are called on nothing of the samples; later ones win.
         row_owner: Key of the batch by glob over names of modules.
         lift: Whether values that are the same for all samples may be followed.
     """
@@ -153,7 +156,7 @@ class Selection:
     layers: Patterns = "*"
     exclude: Patterns = ()
     generic: bool = True
-    batch_dim: Mapping[str, int] = field(default_factory=dict)
+    batch_dim: Mapping[str, int | None] = field(default_factory=dict)
     row_owner: Mapping[str, str] = field(default_factory=dict)
     lift: bool = True
 
@@ -201,9 +204,32 @@ def track(
     _refuse_composed(parameters)
     modules = _find_owners(model, parameters, selection)
     ordered = tuple(sorted(parameters.values(), key=lambda parameter: parameter.name))
-    axes = by_module(model, "batch_dim", selection.batch_dim, whole)
-    dim = axes.get("", _axis_of(next((each for each in modules if not each.name), None)))
+    axes = by_module(model, "batch_dim", selection.batch_dim, _axis)
+    root = _axis_of(next((each for each in modules if not each.name), None))
+    dim = axes.get("", root)
+    if dim is None:
+        raise CaptureError(
+            "batch_dim of the model itself is None, which is for modules that are called on "
+            "nothing of the samples: give their names"
+        )
     return Tracking(ordered, tuple(modules), dim, selection.lift)
+
+
+def _axis(what: str, value: int | None) -> int | None:
+    """Return an axis as it is used; None for what has no samples."""
+    return None if value is None else whole(what, value)
+
+
+def _check_shared(name: str, owner: str | None, lift: bool) -> None:
+    """Refuse options that contradict that a module is called on nothing of the samples."""
+    if owner is not None or not lift:
+        other = "lift=False" if owner is None else f"row_owner={{{name!r}: {owner!r}}}"
+        raise CaptureError(
+            f"batch_dim={{{name!r}: None}} and {other} contradict each other",
+            reason="what is called on nothing of the samples has no rows of theirs, and is "
+            "followed to where it meets them",
+            remedy="leave one of them out",
+        )
 
 
 def _axis_of(root: TrackedModule | None) -> int:
@@ -216,7 +242,7 @@ def _find_owners(
     model: nn.Module, parameters: Mapping[nn.Parameter, TrackedParameter], selection: Selection
 ) -> list[TrackedModule]:
     """Find the modules that own the tracked parameters, outer ones first, and their samplers."""
-    axes = by_module(model, "batch_dim", selection.batch_dim, whole)
+    axes = by_module(model, "batch_dim", selection.batch_dim, _axis)
     owners = by_module(model, "row_owner", selection.row_owner, text)
     modules: list[TrackedModule] = []
     unhandled: list[tuple[str, Iterable[TrackedParameter], str]] = []
@@ -237,9 +263,11 @@ def _find_owners(
             continue
         if isinstance(found, Found):
             axis, owner = axes.get(name, 0), owners.get(name)
-            modules.append(
-                TrackedModule(name, module, found.sampler, own, axis, owner, found.claim.plugin)
-            )
+            shared, plugin = axis is None, found.claim.plugin
+            if shared:
+                _check_shared(name, owner, selection.lift)
+            given = name, module, found.sampler, own, axis or 0, owner, plugin, shared
+            modules.append(TrackedModule(*given))
             taken |= {owner_of(module, local) for local in own if "." in local}
         else:
             unhandled.append((name, own.values(), found.reason))
