@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ghost_core import SampleIds
 from ghost_core.arguments import whole
+from ghost_core.batch import as_ids
 from ghost_engines.progress import Progress
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.listing import shard_path
+from ghost_engines.store.lookup import ordinals_of
 from ghost_engines.store.manifest import MANIFEST, Manifest
 from ghost_engines.store.neighbours import Neighbours, search
 from ghost_engines.store.origin import query_rows
@@ -126,6 +129,41 @@ class StoreReader:
             rows[at : at + len(first)] = first.rows
             at += len(first)
             first = next(pieces, None)
+        return rows
+
+    def ordinals(self, ids: SampleIds) -> Tensor:
+        """Return where the rows of samples are, int64 `[N]`. Reads all ids: keep what it returns.
+
+        Args:
+            ids: Sample ids `[N]`, as they were given to batches.
+
+        Raises:
+            CaptureError: If they are no ids.
+            StoreError: If a sample is not stored, or more than once.
+            DamagedStoreError: If a file went missing or was altered.
+        """
+        return ordinals_of(as_ids(ids), self.ids)
+
+    def rows_by_id(self, ids: SampleIds) -> Tensor:
+        """Return the rows of samples, `[N, k_total]` in the store's dtype.
+
+        Args:
+            ids: Sample ids `[N]`, in any order.
+
+        Raises:
+            CaptureError: If they are no ids.
+            StoreError: If a sample is not stored, or more than once.
+            DamagedStoreError: If a file went missing or was altered.
+        """
+        ordinals = self.ordinals(ids)
+        rows = torch.empty(len(ordinals), self.k_total, dtype=self.dtype, device="cpu")
+        size = self.manifest.unit
+        order = ordinals.argsort()
+        units, counts = (ordinals[order] // size).unique_consecutive(return_counts=True)
+        for unit, at in zip(units.tolist(), order.split(counts.tolist()), strict=True):
+            first = unit * size
+            (piece,) = self._pieces(first, min(first + size, len(self)))
+            rows[at] = piece.rows[ordinals[at] - first]
         return rows
 
     def blocks(self, size: int = 4096) -> Iterator[StoredRows]:

@@ -1,0 +1,46 @@
+"""Finds rows by the ids of their samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ghost_engines.store.errors import StoreError
+
+_SHOWN = 20
+
+
+def ordinals_of(asked: Tensor, stored: Tensor) -> Tensor:
+    """Return where samples are among those that are stored.
+
+    Args:
+        asked: Ids, int64 `[N]`.
+        stored: Ids in order of the rows, int64 `[len]`.
+
+    Returns:
+        Ordinals, int64 `[N]`.
+
+    Raises:
+        StoreError: If a sample is not stored, or more than once.
+    """
+    ids, order = stored.sort(stable=True)
+    first = torch.searchsorted(ids, asked)
+    times = torch.searchsorted(ids, asked, right=True) - first
+    if (wrong := times != 1).any():
+        missing, often = asked[times == 0], asked[times > 1]
+        found = [
+            f"samples {_shown(some)} are stored {how}"
+            for some, how in ((missing, "not at all"), (often, "more than once"))
+            if len(some)
+        ]
+        raise StoreError(
+            "; ".join(found),
+            reason=f"{int(wrong.sum())} of {len(asked)} samples do not have one row",
+            remedy="ask for others, or look at store.ids and read rows by their ordinals",
+        )
+    return order[first]
+
+
+def _shown(ids: Tensor) -> str:
+    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
+    return f"{', '.join(map(str, ids[:_SHOWN].tolist()))}{more}"
