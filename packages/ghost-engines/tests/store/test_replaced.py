@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from store_kit import FakeEngine, assert_holds, batch, make
+from store_kit import FakeEngine, assert_holds, batch, fill, make
 
 from ghost_engines.store import DamagedStoreError, GradientStore, StoredRows, StoreError
+from ghost_engines.store.listing import shard_path
 
 
 def other_rows(root):
@@ -61,3 +62,16 @@ def test_a_store_that_is_gone_is_missing_and_one_that_is_back_can_be_read(tmp_pa
 def test_a_reader_can_be_sent_to_another_process(tmp_path):
     make(tmp_path / "g", 11)
     assert_holds(pickle.loads(pickle.dumps(GradientStore.open(tmp_path / "g"))), 11)
+
+
+def test_an_older_version_of_a_shard_under_an_open_reader_is_named(tmp_path):
+    with GradientStore.create(tmp_path / "g", FakeEngine(), unit=4) as store:
+        fill(store, 1)
+        store.commit()
+        older = shard_path(tmp_path / "g", 0).read_bytes()
+        fill(store, 3)
+    reader = GradientStore.open(tmp_path / "g")
+    shard_path(tmp_path / "g", 0).write_bytes(older)
+    for read in reads(reader):
+        with pytest.raises(DamagedStoreError, match="holds 1 rows, it had 3"):
+            read()

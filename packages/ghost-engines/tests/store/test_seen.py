@@ -23,3 +23,11 @@ def test_known_ids_are_those_of_a_set(seed):
         seen.add(ids)
         expected.update(ids.tolist())
     assert found
+
+
+def test_the_least_and_the_greatest_id_are_known():
+    seen = SeenIds(torch.tensor([5, 3, 9]))
+    assert seen.known(torch.tensor([9, 10])).tolist() == [9]
+    assert seen.known(torch.tensor([3, 2])).tolist() == [3]
+    assert seen.known(torch.tensor([10, 2])).tolist() == []
+    assert len(seen) == 3

@@ -275,14 +275,14 @@ class StoreReader:
                 continue
             with self._opened(unit) as file:
                 self._check_once(unit, file)
-                ids = file.read_tensor("ids")[part]
+                ids = file.read_tensor("ids")[: part.stop]
                 if len(room) < min(size, len(ids)):
                     room = torch.empty(
                         min(size, len(ids)), self.k_total, dtype=self.dtype, device="cpu"
                     )
                 for start in range(0, len(ids), size):
                     found = ids[start : start + size]
-                    file.read_rows("g", part.start + start, room[: len(found)])
+                    file.read_rows("g", start, room[: len(found)])
                     yield StoredRows(found, room[: len(found)], None)
 
     def _column(self, name: str, dtype: torch.dtype) -> Tensor:
