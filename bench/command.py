@@ -13,6 +13,7 @@ from bench.case import Case
 from bench.registry import CASES, GROUPS, chosen
 from bench.report import Results, rows, table, write_json, write_plot
 from bench.rounds import Timed, measure
+from ghost_core import GhostError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,14 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     runnable = [case for case in cases if not _missing(case)]
     results: dict[str, dict[str, Timed]] = {}
+    refused: dict[str, str] = {}
     for case in runnable:
         print(f"{case.name}: {case.subject}", flush=True)
-        results[case.name] = measure(case, device, given.rounds, tiny=given.tiny)
-    _write(Path(given.out), device, runnable, results)
+        try:
+            results[case.name] = measure(case, device, given.rounds, tiny=given.tiny)
+        except GhostError as error:  # the others are worth their time
+            refused[case.name] = str(error)
+    measured = [case for case in runnable if case.name in results]
+    _write(Path(given.out), device, measured, results)
     for case in cases:
         if missing := _missing(case):
             print(f"left out: {case.name}, which needs {', '.join(missing)}")
-    return 0
+    for name, reason in refused.items():
+        print(f"REFUSED: {name}: {reason}")
+    return 1 if refused else 0
 
 
 def _parser() -> argparse.ArgumentParser:

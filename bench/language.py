@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from bench.case import Case, Setting, Way
-from bench.steps import Loss, plain, scored
+from bench.steps import Loss, plain, projected, scored
 from ghost_engines import DotProductEngine
 
 
@@ -62,12 +62,28 @@ def concatenated(setting: Setting, model: nn.Module, n: int) -> Way:
     return Way(run, model.zero_grad)
 
 
+def gpt2_projection(setting: Setting) -> Mapping[str, Way]:
+    """Make a plain step, and projected ones: beside training, and without weight gradients."""
+    model, loss, n = gpt2(setting)
+    return {
+        "plain": plain(model, loss),
+        "training": projected(setting, model, loss, n, frozen=False),
+        "frozen": projected(setting, model, loss, n, frozen=True),
+    }
+
+
 CASES = [
     Case(
         "gpt2_dots",
         "GPT-2, 4 layers of 256, N = 8, T = 128, dots with one direction, by mode",
         gpt2_modes,
         goals={"exact": 1.32, "fused": 1.06, "fused, norms": 1.09, "concatenated, M = 2": 1.36},
+        needs=("transformers",),
+    ),
+    Case(
+        "gpt2_projection",
+        "GPT-2, 4 layers of 256, N = 8, T = 128, rows of 256 numbers for each parameter",
+        gpt2_projection,
         needs=("transformers",),
     ),
 ]

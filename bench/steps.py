@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.case import Setting, Way
-from ghost_engines import DotProductEngine
+from ghost_engines import DotProductEngine, ProjectionEngine
 
 Loss = Callable[[nn.Module], Tensor]
 """Returns the loss of a batch for a model."""
@@ -52,6 +52,28 @@ def first_scored(model: nn.Module, loss: Loss, n: int, **options: Any) -> Way:
             loss(fresh).backward()
 
     return Way(run, before)
+
+
+def projected(setting: Setting, model: nn.Module, loss: Loss, n: int, *, frozen: bool) -> Way:
+    """Return a step of N samples whose gradients are projected; not the first one.
+
+    Args:
+        setting: Where it runs.
+        model: The model; it is copied.
+        loss: The loss of a batch.
+        n: Number of samples N.
+        frozen: Whether weight gradients are left out, as where a corpus is gone through once.
+    """
+    model = copy.deepcopy(model)
+    engine = ProjectionEngine(model, dim=256)
+    setting.stack.enter_context(engine.frozen() if frozen else engine)
+
+    def run() -> None:
+        with engine.batch(range(n)):
+            loss(model).backward()
+        engine.collect()
+
+    return Way(run, model.zero_grad)
 
 
 def directions(model: nn.Module) -> Mapping[str, Tensor]:

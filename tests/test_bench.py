@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import command
 from bench.case import Case, Group, Way
 from bench.command import main
 from bench.registry import CASES, GROUPS, chosen
 from bench.report import rows, table
 from bench.rounds import Timed, interleaved
+
+from ghost_core import CaptureError
 
 QUICK = ("demo_convnet", "attention_alone")
 
@@ -78,6 +81,20 @@ def test_the_command_writes_table_json_and_plot(tmp_path: Path, capsys) -> None:
     text = (tmp_path / "bench.txt").read_text()
     assert text in capsys.readouterr().out
     assert all(name in text for name in QUICK)
+
+
+def test_a_case_that_is_refused_is_said_and_the_others_measured(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def refused(_: object) -> dict[str, Way]:
+        raise CaptureError("not this one")
+
+    cases = [Case("bad", "", refused), *chosen(["attention_alone"])]
+    monkeypatch.setattr(command, "chosen", lambda _: cases)
+    assert main(["--tiny", "--rounds=1", f"--out={tmp_path}"]) == 1
+    assert "REFUSED: bad: not this one" in capsys.readouterr().out
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert set(written["seconds"]) == {"attention_alone"}
 
 
 @pytest.mark.stress
