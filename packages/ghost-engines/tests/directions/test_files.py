@@ -63,6 +63,18 @@ def test_an_engine_goes_on_in_another_process(mlp, inputs, tmp_path):
         assert all(map(torch.equal, found, expected[2:])) == resumed
 
 
+def test_directions_share_their_memory_and_states_do_not(mlp, inputs):
+    """An engine keeps one copy of each direction, and a state no more than its own."""
+    engine = engine_of(mlp, inputs)
+    train(engine, mlp, inputs)
+    for name, parameter in mlp.named_parameters():
+        parts = [engine.direction(each)[name].untyped_storage() for each in engine.directions]
+        assert parts[0].data_ptr() == parts[1].data_ptr()
+        assert parts[0].nbytes() == 2 * parameter.numel() * 8
+        state = engine.state_dict()["directions"]["loss"]["tensors"][name]
+        assert state.untyped_storage().nbytes() == parameter.numel() * 8
+
+
 def test_the_state_of_other_directions_is_refused(mlp, inputs):
     state = engine_of(mlp, inputs).state_dict()
     with pytest.raises(CaptureError, match="directions loss, now, and the engine has none"):

@@ -65,13 +65,21 @@ class Task:
         return {name: leaf - RATE * factor * sums[name] for name, leaf in leaves}
 
     def values(
-        self, optimizer=None, act=None, micro=1, scaler=None, told=False, transform=None, order=1
+        self,
+        optimizer=None,
+        act=None,
+        micro=1,
+        scaler=None,
+        told=False,
+        transform=None,
+        order=1,
+        mode="exact",
     ):
         """Make one step from where the model is, and leave it there; return values `[N]`."""
         before = {name: each.clone() for name, each in self.model.state_dict().items()}
         optimizer = optimizer or torch.optim.SGD(self.model.parameters(), lr=RATE)
         optimizer.zero_grad()
-        engine = DotProductEngine(self.model, grad_scaler=scaler if told else None)
+        engine = DotProductEngine(self.model, mode=mode, grad_scaler=scaler if told else None)
         engine.add_direction("val", self.validation_loss, transform=transform)
         with engine, InRunValues(engine, optimizer, order=order) as values:
             for ids in torch.arange(N).split(N // micro):
@@ -126,6 +134,13 @@ def test_second_order_of_a_step_with_several_batches():
     whole = task.values(order=2)
     assert_within(task.values(order=2, micro=4), whole, whole.norm())
     assert not torch.allclose(task.values(), whole, rtol=1e-3)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_values_of_the_fused_mode_are_those_of_the_exact_one(order):
+    task = Task(0)
+    exact = task.values(order=order)
+    assert_within(task.values(order=order, mode="fused"), exact, exact.norm())
 
 
 def adam_step(task, optimizer):

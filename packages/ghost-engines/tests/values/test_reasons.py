@@ -108,6 +108,15 @@ def test_a_partly_credited_table_says_why_once(run, caplog):
     ]
 
 
+def test_another_optimizer_between_batch_and_step_is_named_where_batches_are_missing(run, caplog):
+    run.batch(0, 1)
+    run.step()
+    another_optimizer(run)
+    run.values.close()
+    assert "parameters changed" in caplog.text
+    assert "as by another optimizer" in caplog.text
+
+
 def test_a_whole_table_says_nothing(run, caplog):
     for at in range(3):
         run.batch(at)

@@ -99,7 +99,9 @@ class Direction:
     def state_dict(self) -> dict[str, Any]:
         """Return what another process needs to go on as this one would."""
         kept = self.refresh is not None and self.refresh > 1
-        return {"age": self.age, "tensors": dict(self.tensors) if kept else {}}
+        # Copies: each is a part of what all directions share, and would bring all of that along.
+        tensors = {name: each.clone() for name, each in self.tensors.items()} if kept else {}
+        return {"age": self.age, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the process did whose state it is."""

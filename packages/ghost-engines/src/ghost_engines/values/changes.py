@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -36,22 +36,22 @@ class Changes:
     looked at before it adds to them.
 
     Nothing here waits for a GPU while the batch runs.
-
-    Args:
-        parameters: Returns the parameters by name, as the optimizer holds them.
     """
 
-    def __init__(self, parameters: Callable[[], Mapping[str, nn.Parameter]]) -> None:
-        self._find = parameters
+    def __init__(self) -> None:
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._left: dict[str, Tensor] = {}
         self._found: dict[str, Tensor] = {}
         self._passes: dict[str, int] = {}
         self._torn: set[str] = set()
 
-    def start(self) -> Change:
-        """Begin a batch; return what was done since the last."""
-        self._parameters = self._find()
+    def start(self, parameters: Mapping[str, nn.Parameter]) -> Change:
+        """Begin a batch; return what was done since the last.
+
+        Args:
+            parameters: The parameters by name, as the optimizer holds them.
+        """
+        self._parameters = parameters
         self._found, self._passes, self._torn = {}, {}, set()
         return self.look()
 

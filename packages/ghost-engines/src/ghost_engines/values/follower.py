@@ -65,13 +65,14 @@ class Follower:
         if engine.is_open:
             raise CaptureError("make InRunValues outside of a batch, to see all of its gradients")
         optimizer = stepping(optimizer)
-        rates(engine, optimizer)  # raises early
+        self._leaves = self._parameters()
+        rates(self._leaves, optimizer)  # raises early
         self._direction = direction
         self._on_credit = on_credit
         self._order = order
         self._held: HeldGradients | None = None
         self._pending: list[Pending] = []
-        self._changes = Changes(self._parameters)
+        self._changes = Changes()
         self._directions: tuple[str, ...] = () if direction is None else (direction,)
         self.counts = Counts()
         self.skipped_ids: set[int] = set()
@@ -128,8 +129,9 @@ class Follower:
 
         Gradient scalers skip steps that overflow; then `zero_grad` is called with no step before.
         """
+        self._leaves = self._parameters()
         self._look_for_other_steps()
-        self._apply(self._changes.start())
+        self._apply(self._changes.start(self._leaves))
         self._held = HeldGradients(self._engine.parameters) if self._order == 2 else None
 
     def arriving(
@@ -180,7 +182,7 @@ class Follower:
 
     def _look_for_other_steps(self) -> None:
         """Notice whether parameters changed while gradients wait for a step."""
-        now = {name: version(leaf) for name, leaf in self._parameters().items()}
+        now = {name: version(leaf) for name, leaf in self._leaves.items()}
         if self._pending and now != self._versions:
             self.counts.foreign += 1
         self._versions = now
@@ -234,7 +236,7 @@ class Follower:
     def _moved(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Return what a step multiplies the gradients of parameters with, by name."""
         scale = scale_left(optimizer)
-        return {name: rate / scale for name, rate in rates(self._engine, optimizer).items()}
+        return {name: rate / scale for name, rate in rates(self._leaves, optimizer).items()}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         model = self._engine.model

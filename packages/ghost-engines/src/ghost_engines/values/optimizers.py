@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghost_core import CaptureError
 from ghost_core._torch import tells_of_steps
-from ghost_engines.scoring import ScoringEngine
 
 
 def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -30,22 +30,26 @@ def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return inner
 
 
-def rates(engine: ScoringEngine[Any], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def rates(leaves: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the learning rate of each tracked parameter, negative where a loss is maximised.
+
+    Args:
+        leaves: The tracked parameters by name.
+        optimizer: The optimizer that makes the steps.
 
     Raises:
         CaptureError: If the optimizer does not hold one of them.
     """
     held = {leaf: group for group in optimizer.param_groups for leaf in group["params"]}
     found = {}
-    for parameter in engine.parameters:
-        group = held.get(engine.model.get_parameter(parameter.name))
+    for name, leaf in leaves.items():
+        group = held.get(leaf)
         if group is None:
             raise CaptureError(
-                f"the optimizer does not hold {parameter.name}: leave it out with exclude=..., "
+                f"the optimizer does not hold {name}: leave it out with exclude=..., "
                 "since no step changes it"
             )
-        found[parameter.name] = float(group["lr"]) * (-1 if group.get("maximize") else 1)
+        found[name] = float(group["lr"]) * (-1 if group.get("maximize") else 1)
     return found
 
 

@@ -50,12 +50,18 @@ class Pending:
             rates: What the step multiplies gradients with, by parameter name.
             directions: Names of the K directions.
         """
-        columns = [self.scores.directions.index(name) for name in directions]
-        values = torch.zeros(len(self.scores.ids), len(columns), dtype=torch.float64)
-        for name, dots in self.scores.by_parameter.items():
-            if name in self.factors:
-                found = dots[:, columns].to("cpu", torch.float64)
-                if self.second is not None:
-                    found = found + self.second[name].to("cpu", torch.float64)
-                values += rates[name] * self.factors[name] * found
-        return values
+        names = [name for name in self.scores.by_parameter if name in self.factors]
+        found = _stacked([self.scores.by_parameter[name] for name in names])  # [P, N, K]
+        if self.scores.directions != tuple(directions):
+            found = found[..., [self.scores.directions.index(name) for name in directions]]
+        if self.second is not None:
+            found = found + _stacked([self.second[name] for name in names])
+        moved = [rates[name] * self.factors[name] for name in names]
+        # Brought here at once: each transfer waits for a GPU.
+        return torch.einsum("p,pnk->nk", torch.tensor(moved, dtype=torch.float64), found.cpu())
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Stack numbers of parameters, which may be on several devices, in float64."""
+    device = parts[0].device
+    return torch.stack([each.to(device, torch.float64) for each in parts])

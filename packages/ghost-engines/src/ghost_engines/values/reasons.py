@@ -61,7 +61,7 @@ def why_partly(counts: Counts, waiting: int) -> str:
         )
     if waiting:
         found.append(f"no step followed the last {waiting} of {counts.batches} batches")
-    if counts.foreign:
+    if found and counts.foreign:
         found.append(
             f"parameters changed {counts.foreign} times between a batch and its step, as by "
             "another optimizer"
