@@ -21,6 +21,7 @@ import ghost_layers
 from ghost_core import GhostError
 from ghost_core.testing import GradientHolder, per_sample_gradients
 from ghost_core.testing.snapshots import assert_untouched, traces
+from ghost_engines import DotProductEngine
 
 N = 3
 
@@ -160,7 +161,7 @@ def open_modes() -> str:
         return "hooks on saved tensors are open"
     if not torch.is_grad_enabled():
         return "gradients are disabled"
-    if settings() != SETTINGS:
+    if settings() != BEFORE[0]:
         return "settings of the process are not as they were"
     nested = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
@@ -175,7 +176,13 @@ def settings() -> tuple[object, ...]:
     return products, backends.mha.get_fastpath_enabled(), parametrize._cache_enabled
 
 
-SETTINGS = settings()
+BEFORE = [settings()]
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_the_process() -> None:
+    """Compare with what the tests before left, whatever that is."""
+    BEFORE[0] = settings()
 
 
 def close_modes() -> None:
@@ -244,3 +251,37 @@ def test_inside_a_batch(step: int, number: int, way: str) -> None:
 def test_inside_a_batch_with_replays(number: int, way: str) -> None:
     """Every tenth line, since there are thousands and each takes a batch."""
     assert interrupt_everywhere("large", way, number, step=10) == []
+
+
+def score_candidates(engine: DotProductEngine, model: nn.Module, tracer: Tracer) -> None:
+    """Score twice while the engine is attached; the second time is traced."""
+    for traced_now in (nullcontext(), tracer.tracing()):
+        with traced_now, engine.scoring():
+            engine.score(lambda: curved(model(inputs())), range(N), gram=True)
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.stress), 29])
+def test_while_candidates_are_scored(step: int) -> None:
+    """The parameters that were frozen are not, at once, and the engine goes on."""
+    model = made("small")
+    engine = DotProductEngine(model)
+    engine.add_direction("d", {name: p.detach() for name, p in model.named_parameters()})
+    with engine:
+        counter = Tracer()
+        score_candidates(engine, model, counter)
+        found, left = traces(model), []
+        for at in range(1, counter.count + 1, step):
+            tracer = Tracer(at)
+            with pytest.raises(KeyboardInterrupt):
+                score_candidates(engine, model, tracer)
+            if wrong := open_modes() or "".join(_changed(found, traces(model))):
+                left.append(f"{tracer.where}: {wrong}")
+            close_modes()
+        with engine.batch(range(N)) as batch:
+            curved(model(inputs())).sum().backward()
+    assert left == []
+    assert batch.result.verified
+
+
+def _changed(found: dict[str, object], now: dict[str, object]) -> list[str]:
+    return [key for key in found if found[key] != now[key]]

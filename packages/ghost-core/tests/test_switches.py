@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Barrier, Thread
+from typing import Any
 
 import pytest
 import torch
@@ -78,19 +79,28 @@ def settings() -> dict[str, object]:
         "warnings": list(warnings.filters),
         "parametrizations": parametrize._cache_enabled,
     }
-    if hasattr(backends, "fp32_precision"):
-        cudnn, mkldnn = backends.cudnn, backends.mkldnn
-        owners = backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
-        found["float32"] = [owner.fp32_precision for owner in owners]
+    found["float32"] = [owner.fp32_precision for owner in owners()]
     return found
+
+
+def owners() -> list[Any]:
+    """Return what has a setting of its own for float32 products, from torch 2.9 on."""
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        return []
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    return [backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
 
 
 @pytest.fixture
 def fast_products() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
+    each = [owner.fp32_precision for owner in owners()]
     torch.set_float32_matmul_precision("high")
     yield
     torch.set_float32_matmul_precision(before)
+    for owner, precision in zip(owners(), each, strict=True):
+        owner.fp32_precision = precision
 
 
 @pytest.mark.usefixtures("fast_products")

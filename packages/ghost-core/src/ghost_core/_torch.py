@@ -23,7 +23,7 @@ from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from ghost_core._trees import tree_map
-from ghost_core.restoring import restored
+from ghost_core.restoring import restored, undo
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -218,9 +218,7 @@ def run_backward(start: Tensor, leaf: Tensor) -> None:
     """
     with restored() as stack:
         mode = _StoresKept()
-        # Twice, since an interrupt may end the first.
-        stack.callback(mode.restore)
-        stack.callback(mode.restore)
+        undo(stack, mode.restore)
         stack.enter_context(mode)
         torch.autograd.Variable._execution_engine.run_backward(
             (start,),

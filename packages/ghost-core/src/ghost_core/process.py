@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
-from ghost_core.restoring import restored
+from ghost_core.restoring import restored, undo
 from ghost_core.switches import Switch, Switches
 
 # float32 products
@@ -111,8 +111,7 @@ def parametrizations_computed() -> Iterator[None]:
     """
     taken: list[int] = []
     with restored() as stack:
-        stack.callback(_give_back, taken)
-        stack.callback(_give_back, taken)
+        undo(stack, _give_back, taken)
         taken[:], parametrize._cache_enabled = [parametrize._cache_enabled], 0
         yield
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -39,3 +39,9 @@ class Leave(property):
     def __call__(self, owner: Any, *exception: Any) -> Any:
         """Leave: `ExitStack` asks the class, and calls what it finds with the object."""
         return self.__get__(owner)(*exception)
+
+
+def undo(stack: ExitStack, function: Callable[..., object], *args: object) -> None:
+    """Have a stack undo something: twice, since an interrupt may end the first."""
+    stack.callback(function, *args)
+    stack.callback(function, *args)

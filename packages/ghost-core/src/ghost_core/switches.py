@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 
-from ghost_core.restoring import restored
+from ghost_core.restoring import restored, undo
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +67,7 @@ class Switches:
         """Throw the switches for a while."""
         user = object()
         with restored() as stack:
-            # Twice, since an interrupt may end the first.
-            stack.callback(self._leave, user)
-            stack.callback(self._leave, user)
+            undo(stack, self._leave, user)
             self._users.add(user)
             self._settle()
             yield

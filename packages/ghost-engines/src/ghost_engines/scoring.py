@@ -24,6 +24,7 @@ from ghost_core import (
 from ghost_core.algebra import accumulation_dtype
 from ghost_core.arguments import switch
 from ghost_core.capture import Recorder, not_attached, open_already
+from ghost_core.restoring import restored, undo
 from ghost_engines.directions import Closure, Directions, Transform
 from ghost_engines.scores import Scores
 from ghost_engines.selection import Candidates, CandidateScores, Losses
@@ -208,12 +209,11 @@ class ScoringEngine(Engine[ScoresT]):
         candidates = Candidates(
             self.model, recorder, self.tracking, self.verifies, stacked, self.directions
         )
-        with recorder.aside(candidates):
-            try:
-                self._candidates = candidates
-                yield
-            finally:
-                self._candidates = None
+        with restored() as stack:
+            undo(stack, setattr, self, "_candidates", None)
+            stack.enter_context(recorder.aside(candidates))
+            self._candidates = candidates
+            yield
 
     def score(
         self,

@@ -1,6 +1,8 @@
 """The search against a comparison of everything with everything."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ghost_core import UnknownNameError
 from ghost_engines.store import GradientStore, Neighbours, StoredRows, StoreError
+from ghost_engines.store.neighbours import search
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -190,3 +193,37 @@ def test_queries_that_are_no_tensor_are_refused(stored):
     store = stored(torch.eye(3))
     with pytest.raises(StoreError, match=r"such as engine\.collect\(\), not list"):
         store.search([[1.0, 0.0, 0.0]])
+
+
+def test_two_searches_at_once_leave_the_precision_of_products_as_it_was(stored):
+    """The first to come is the first to go, while the second is still inside."""
+    store, queries, failed = stored(torch.randn(8, 4)), torch.randn(1, 4), []
+    step = Barrier(2, timeout=60)
+
+    def products() -> list[object]:
+        newer = hasattr(torch.backends, "fp32_precision")
+        return [torch.backends.mkldnn.matmul.fp32_precision] if newer else []
+
+    def blocks(late: bool) -> Iterator[StoredRows]:
+        step.wait()  # both are inside
+        yield from store.blocks(8)
+        if late:
+            step.wait()  # the first has left
+
+    def run(late: bool) -> None:
+        try:
+            search(store, blocks(late), queries, k=1, metric="dot", progress=False)
+            if not late:
+                step.wait()
+        except BaseException as error:
+            failed.append(error)
+            step.abort()
+
+    before = torch.get_float32_matmul_precision(), products()
+    threads = [Thread(target=run, args=(late,)) for late in (False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert (torch.get_float32_matmul_precision(), products()) == before

@@ -39,7 +39,7 @@ from ghost_core.capture.shared import SharedValues
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.hooks import Hook
-from ghost_core.restoring import restored
+from ghost_core.restoring import restored, undo
 from ghost_core.split import Balance, Verifier
 from ghost_core.state import flags_set
 from ghost_core.tracking import Followed, TrackedModule
@@ -100,9 +100,7 @@ class Recorder:
         """
         self._check(listener, freeze)
         with restored() as stack:
-            # Twice, since an interrupt may end the first.
-            stack.callback(self._detach, listener)
-            stack.callback(self._detach, listener)
+            undo(stack, self._detach, listener)
             self._attach(listener, freeze)
             yield
 
@@ -158,9 +156,7 @@ class Recorder:
         if self._state.batch is not None or self._suspended is not None:
             raise attached_late()
         with restored() as stack:
-            # Twice, since an interrupt may end the first.
-            stack.callback(self._resume)
-            stack.callback(self._resume)
+            undo(stack, self._resume)
             self._suspend(listener)
             yield
 
@@ -239,11 +235,11 @@ class Recorder:
         Raises:
             CaptureError: If the model ran on other samples, or not at all.
         """
+        batch = self._batch_for(listener, n)
         with restored() as stack:
-            batch = self._open(listener, n)
-            # Twice, since an interrupt may end the first.
-            stack.callback(self._leave, batch, listener)
-            stack.callback(self._leave, batch, listener)
+            undo(stack, self._leave, batch, listener)
+            self._state.batch = batch
+            batch.listeners.append(listener)
             batch.owners |= owners
             with explained(self._state.recomputed):
                 yield batch
@@ -255,20 +251,19 @@ class Recorder:
                 self._state.balance.check()
             batch.doubt = self._state.verifier.doubt or batch.doubt
 
-    def _open(self, listener: Listener, n: int) -> BatchCapture:
+    def _batch_for(self, listener: Listener, n: int) -> BatchCapture:
+        """Return the batch that is open, or a new one, for an engine that may take part in it."""
         if not self._serves(listener):
             raise not_attached()
         batch = self._state.batch
         if batch is None:
-            batch = self._state.batch = BatchCapture(n, [listener])
-            return batch
+            return BatchCapture(n, [])
         if any(other is listener for other in batch.listeners):
             raise open_already()
         if batch.n != n:
             raise CaptureError(f"another engine opened this batch for {batch.n} samples")
         if batch.passes:
             raise CaptureError("open the batches of all engines before the model is called")
-        batch.listeners.append(listener)
         return batch
 
     def _leave(self, batch: BatchCapture, listener: Listener) -> None:

@@ -20,6 +20,7 @@ from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.refusals import in_another_thread
+from ghost_core.restoring import restored, undo
 from ghost_core.split import Balance, Site, Verifier
 from ghost_core.tracking import Followed, TrackedModule
 
@@ -308,11 +309,10 @@ class CaptureState:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Let calls of modules pass for a while: the user runs them."""
-        before, self.resting = self.resting, True
-        try:
+        with restored() as stack:
+            undo(stack, setattr, self, "resting", self.resting)
+            self.resting = True
             yield
-        finally:
-            self.resting = before
 
     def forget_pass(self) -> None:
         """Forget a pass that an exception cut short, and give back what its calls withheld."""
