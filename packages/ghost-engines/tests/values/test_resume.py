@@ -87,7 +87,7 @@ def test_killed_processes_are_gone_on_with(until, tmp_path):
     )
     killed = subprocess.run(
         [sys.executable, "-c", code.format(until), str(tmp_path / "run.pt")],
-        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{os.environ['PYTHONPATH']}"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL
