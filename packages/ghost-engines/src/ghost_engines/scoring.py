@@ -206,6 +206,12 @@ class ScoringEngine(Engine[ScoresT]):
         self._check_flags()
         with self.paused():
             stacked = self._directions.renewed()
+        if any(len(each) != len(self.directions) for each in stacked.values()):
+            raise CaptureError(
+                "candidates cannot be scored by this engine",
+                reason="its direction comes with each batch, and there is none before",
+                remedy="make another engine for it, in mode='exact' or mode='fused'",
+            )
         candidates = Candidates(
             self.model, recorder, self.tracking, self.verifies, stacked, self.directions
         )

@@ -254,6 +254,8 @@ def test_scoring_at_the_wrong_time_is_refused(model: Model, x: Tensor) -> None:
         score(engine, lambda: losses(model, x))
     with pytest.raises(CaptureError, match="call add_direction first"):
         score(DotProductEngine(model), lambda: losses(model, x))
+    with pytest.raises(CaptureError, match="its direction comes with each batch"):
+        score(DotProductEngine(model, mode="concatenated"), lambda: losses(model, x))
     with engine:
         with engine.batch(IDS):
             with pytest.raises(CaptureError, match="a batch is open already"):
