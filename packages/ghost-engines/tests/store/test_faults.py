@@ -57,9 +57,13 @@ def failing(name: str, at: int) -> Iterator[Failing]:
         yield state
 
 
+STRIDES = [3, pytest.param(1, marks=pytest.mark.stress)]
+
+
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("name", STEPS)
-def test_after_a_failed_write_the_writer_can_go_on(tmp_path, name):
-    for at in range(100):
+def test_after_a_failed_write_the_writer_can_go_on(tmp_path, name, stride):
+    for at in range(0, 200, stride):
         root = tmp_path / f"{name}{at}"
         store = GradientStore.create(root, FakeEngine(), unit=UNIT)
         with store, failing(name, at) as disk:
@@ -87,9 +91,10 @@ def test_after_a_failed_write_the_writer_can_go_on(tmp_path, name):
     assert not failed
 
 
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("name", STEPS)
-def test_after_a_disk_stays_full_the_store_can_be_read_and_resumed(tmp_path, name):
-    for at in range(100):
+def test_after_a_disk_stays_full_the_store_can_be_read_and_resumed(tmp_path, name, stride):
+    for at in range(0, 200, stride):
         root = tmp_path / f"{name}{at}"
         store = GradientStore.create(root, FakeEngine(), unit=UNIT)
         acknowledged, failure = 0, None

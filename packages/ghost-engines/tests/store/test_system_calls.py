@@ -17,7 +17,7 @@ CALLS = (
     *("stat", "fstat", "scandir", "mkdir", "replace", "unlink"),
 )
 
-QUICK = ("pread", "scandir", "fstat")
+QUICK = ("pread", "scandir")
 
 
 class Once:
