@@ -131,7 +131,7 @@ def owner_of_rows(
     if site.found is not None:
         return _as_found(tracked, site.found, grads, n)
     axes = site.axes
-    if axes.routed:
+    if axes.routed and axes.count:
         raise unreached(tracked)
     if not axes.is_folded(n):
         return axes.owner
