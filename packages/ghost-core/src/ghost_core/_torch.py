@@ -78,6 +78,12 @@ class DispatchMode(TorchDispatchMode):
         return False
 
 
+def only_own_modes() -> bool:
+    """Tell whether there are no dispatch modes but ghost's. Torch 2.5."""
+    modes: list[Any] = _python_dispatch._get_current_dispatch_mode_stack()
+    return not modes or all(isinstance(mode, DispatchMode) for mode in modes)
+
+
 @contextmanager
 def foreign_modes_left() -> Iterator[None]:
     """Leave dispatch modes that are not ghost's: what a checkpoint keeps is not ghost's to change.
@@ -85,8 +91,7 @@ def foreign_modes_left() -> Iterator[None]:
     Modes of torch's own machinery, which stand in for tensors or trace, stay. Torch 2.5.
     """
     modes: list[Any] = _python_dispatch._get_current_dispatch_mode_stack()
-    foreign = not all(isinstance(mode, DispatchMode) for mode in modes)
-    if not foreign or any(mode.is_infra_mode() for mode in modes):
+    if only_own_modes() or any(mode.is_infra_mode() for mode in modes):
         yield
         return
     with _python_dispatch._disable_current_modes():

@@ -362,8 +362,9 @@ class Engine(Listener, Generic[ResultT]):
 
     def _check_flags(self) -> None:
         """Refuse parameters frozen or unfrozen since: scores would not be those of the training."""
+        leaves = dict(self.model.named_parameters())
         for parameter in self.parameters:
-            hooks = gradient_hooks(self.model.get_parameter(parameter.name))
+            hooks = gradient_hooks(leaves[parameter.name])
             if not all(map(is_own, hooks.values())):
                 raise CaptureError(
                     f"{parameter.name} has a hook on its gradient, which contributions do not pass "
@@ -373,7 +374,7 @@ class Engine(Listener, Generic[ResultT]):
             return
         changed = {
             name: leaf.requires_grad
-            for name, leaf in self.model.named_parameters()
+            for name, leaf in leaves.items()
             if leaf.requires_grad != self._flags.get(name)
         }
         if changed and self._track() != self.tracking:

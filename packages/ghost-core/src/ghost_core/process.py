@@ -43,6 +43,17 @@ def _exact_products() -> Iterator[Switch]:
 _EXACT = Switches(*_exact_products())
 
 
+def products_are_exact(kind: str) -> bool:
+    """Tell whether float32 is multiplied as it is already, on a kind of device, and will be.
+
+    Not while other threads see to it, which will put back what was before.
+    """
+    if kind != "cpu" or _EXACT.in_use or not hasattr(torch.backends.cudnn, "conv"):
+        return False
+    read = torch._C._get_fp32_precision_getter  # what an operation does not have set, it inherits
+    return all(read("mkldnn", each) in ("ieee", "none") for each in ("matmul", "conv", "rnn"))
+
+
 def exact_products() -> AbstractContextManager[None]:
     """Multiply float32 as it is meanwhile, not as TF32 or bfloat16."""
     return _EXACT.thrown()

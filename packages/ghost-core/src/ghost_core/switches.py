@@ -62,6 +62,11 @@ class Switches:
         self._users: set[object] = set()
         self._lock = RLock()
 
+    @property
+    def in_use(self) -> bool:
+        """Whether they are thrown."""
+        return bool(self._users or self._found)
+
     @contextmanager
     def thrown(self) -> Iterator[None]:
         """Throw the switches for a while."""

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Size, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_core.algebra.gradients
 import ghost_core.algebra.outer
 from ghost_core import Dense, Lookups, Outer, PerSampleGradient, Tokens
-from ghost_core.algebra import chunks, gram_of_uses, matrix_shape, paired_of_uses
+from ghost_core.algebra import building_at_most, chunks, gram_of_uses, matrix_shape, paired_of_uses
 from ghost_core.testing import Gradients, assert_within, check_operations
 
 N, M = 4, 3
@@ -244,3 +246,26 @@ def test_matrix_shapes() -> None:
     assert matrix_shape(Size((4, 2, 3))) == (4, 6)
     assert matrix_shape(Size((4,))) == (4, 1)
     assert matrix_shape(Size(())) == (1, 1)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest result of an operation had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not result._is_view():
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_intermediates_are_as_large_as_told(k: int) -> None:
+    gradient, directions = tokens(64, 8, 5, 32), random(k, 32, 5)
+    with Largest() as freely:
+        expected = gradient.dot(directions)
+    with Largest() as told, building_at_most(4 * 2048):
+        found = gradient.dot(directions)
+    torch.testing.assert_close(found, expected)
+    assert told.elements <= 2 * 2048 < freely.elements  # about

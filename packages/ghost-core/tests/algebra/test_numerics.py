@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ghost_core.algebra import accumulation_dtype, chunks, full_precision
+from ghost_core.algebra import accumulation_dtype, building_at_most, chunks, full_precision
 
 CPU = torch.device("cpu")
 
@@ -119,3 +119,31 @@ def test_chunks_cover_all_samples_in_order(
     n: int, per_sample: int, limit: int, expected: list[tuple[int, int]]
 ) -> None:
     assert [(part.start, part.stop) for part in chunks(n, per_sample, limit)] == expected
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="settings before torch 2.9")
+def test_what_a_user_chose_for_all_products_is_left_alone_and_overruled() -> None:
+    """An operation inherits what is chosen for all of them; what is exact is not set again."""
+    backends: Any = torch.backends
+    with torch.no_grad(), full_precision(CPU):
+        assert backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    before = backends.mkldnn.fp32_precision
+    try:
+        backends.mkldnn.fp32_precision = "bf16"
+        with torch.no_grad(), full_precision(CPU):
+            assert backends.mkldnn.matmul.fp32_precision == "ieee"
+            assert backends.mkldnn.conv.fp32_precision == "ieee"
+            assert not torch.is_grad_enabled()
+        assert backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        backends.mkldnn.fp32_precision = before
+
+
+def test_less_is_built_at_once_inside() -> None:
+    assert list(chunks(4, 2**24)) == [slice(0, 2), slice(2, 4)]
+    with building_at_most(4 * 2**24):
+        assert len(list(chunks(4, 2**24))) == 4
+        assert len(list(chunks(4, 1, limit=2))) == 2
+        with building_at_most(1):  # a sample at least
+            assert len(list(chunks(4, 2**24))) == 4
+    assert len(list(chunks(4, 2**24))) == 2

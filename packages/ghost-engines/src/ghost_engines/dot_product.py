@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Unpack
 
 import torch
@@ -16,7 +17,7 @@ from ghost_core import (
     PerSampleGradient,
     TrackedParameter,
 )
-from ghost_core.algebra import as_rows
+from ghost_core.algebra import as_rows, building_at_most
 from ghost_engines.modes import (
     Concatenation,
     InBatch,
@@ -53,6 +54,8 @@ class DotProductEngine(ScoringEngine[Scores]):
             batch is closed.
         per_token: As in `ScoringEngine`. In fused mode it saves nothing, in concatenated mode it is
             refused.
+        memory_budget: Bytes that intermediates may take at once, but for those of one sample; over
+            it, samples are worked through in parts. By default 128 MiB.
         options: What all engines take: see `Engine`. With `grad_scaler`, a batch whose gradients
             overflow has scores that are not finite.
 
@@ -61,7 +64,7 @@ class DotProductEngine(ScoringEngine[Scores]):
         UnsupportedLayerError: If a selected parameter belongs to a module without a sampler.
         CaptureError: If no trainable parameter is selected, a module is compiled, `row_owner` is
             given for one whose gradients are to be kept by token, or not all trainable parameters
-            are selected in concatenated mode.
+            are selected in concatenated mode, or `memory_budget` is not positive.
     """
 
     def __init__(
@@ -71,9 +74,13 @@ class DotProductEngine(ScoringEngine[Scores]):
         mode: str = "exact",
         norms: bool = False,
         per_token: bool = False,
+        memory_budget: int | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         super().__init__(model, per_token=per_token, **options)
+        if memory_budget is not None and memory_budget <= 0:
+            raise CaptureError(f"memory_budget must be a number of bytes, not {memory_budget}")
+        self._memory_budget = memory_budget
         chosen = as_mode(mode)
         self.freeze = chosen.freeze
         self.plain_sums = chosen is not Mode.CONCATENATED
@@ -169,6 +176,17 @@ class DotProductEngine(ScoringEngine[Scores]):
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
         """Score the training samples, and tell the observers of them."""
+        with self._budgeted():
+            return self._scored(pass_, parameter, gradient)
+
+    def _budgeted(self) -> AbstractContextManager[None]:
+        return (
+            nullcontext() if self._memory_budget is None else building_at_most(self._memory_budget)
+        )
+
+    def _scored(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> Tensor | None:
         if self._both is None:
             return super().on_gradient(pass_, parameter, gradient)
         pass_, gradient, self._stacked[parameter.name] = self._both.split(pass_, gradient)
@@ -207,7 +225,8 @@ class DotProductEngine(ScoringEngine[Scores]):
         """Return the dots, and the norms if they were taken."""
         squared = of_directions = None
         if self._takes_norms and self._terms is not None:
-            squared = self._unscaled(self._terms.squared_norms(batch.n), 2)
+            with self._budgeted():
+                squared = self._unscaled(self._terms.squared_norms(batch.n), 2)
             of_directions = {
                 name: torch.linalg.vector_norm(as_rows(stacked), dim=1).square()
                 for name, stacked in self._stacked.items()

@@ -9,7 +9,12 @@ from ghost_core.algebra.gradients import (
     matrix_shape,
     paired_of_uses,
 )
-from ghost_core.algebra.numerics import accumulation_dtype, chunks, full_precision
+from ghost_core.algebra.numerics import (
+    accumulation_dtype,
+    building_at_most,
+    chunks,
+    full_precision,
+)
 from ghost_core.algebra.outer import Outer
 from ghost_core.algebra.owned import Owned
 from ghost_core.algebra.precision import INSIDE, PRECISIONS, Precision, floating_dtypes
@@ -30,6 +35,7 @@ __all__ = [
     "Tokens",
     "accumulation_dtype",
     "as_rows",
+    "building_at_most",
     "chunks",
     "floating_dtypes",
     "full_precision",

@@ -7,7 +7,7 @@ k projected.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -27,7 +27,7 @@ class Record:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensor fields by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def replace(self, **changes: object) -> Self:

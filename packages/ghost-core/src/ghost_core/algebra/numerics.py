@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-from ghost_core.process import exact_products
+from ghost_core.process import exact_products, products_are_exact
 from ghost_core.restoring import restored
 
 
@@ -28,26 +29,52 @@ def full_precision(device: torch.device) -> Iterator[None]:
     These settings are the whole process's: what other threads compute meanwhile is exact as well,
     and they are as the user chose them once no thread is inside.
     """
+    # It is entered for each call of a module, forward and backward: what is so is left alone.
+    exact, grad = products_are_exact(device.type), torch.is_grad_enabled()
+    autocast = torch.is_autocast_enabled(device.type)
+    if exact and not grad and not autocast:
+        yield
+        return
     with restored() as stack:
-        stack.enter_context(exact_products())
-        # Again, since modes that see every function see this one too, and may be interrupted.
-        stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if not exact:
+            stack.enter_context(exact_products())
+        if grad:
+            # Again, since modes that see every function see this one too, and may be interrupted.
+            stack.callback(torch.set_grad_enabled, True)
+            stack.enter_context(torch.no_grad())
+        if autocast:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
 
 
-def chunks(n: int, elements_per_sample: int, limit: int = 2**25) -> Iterator[slice]:
+_MOST: ContextVar[int] = ContextVar("most elements at once", default=2**25)
+
+
+@contextmanager
+def building_at_most(size: int) -> Iterator[None]:
+    """Let intermediates inside hold no more than about `size` bytes, but for those of one sample.
+
+    Without it, the limit is 128 MiB.
+    """
+    before = _MOST.set(max(1, size // 4))
+    try:
+        yield
+    finally:
+        _MOST.reset(before)
+
+
+def chunks(n: int, elements_per_sample: int, limit: int | None = None) -> Iterator[slice]:
     """Split n samples so that no intermediate holds more than about `limit` elements.
 
     Args:
         n: Number of samples.
         elements_per_sample: Elements that one sample adds to the intermediate.
-        limit: Elements allowed at once; the default is 128 MiB of float32.
+        limit: Elements allowed at once, if fewer than `building_at_most` says.
 
     Yields:
         Consecutive slices that cover `range(n)`; one empty slice if n is 0.
     """
-    step = max(1, limit // max(1, elements_per_sample))
+    most = _MOST.get() if limit is None else min(limit, _MOST.get())
+    step = max(1, most // max(1, elements_per_sample))
     for start in range(0, max(n, 1), step):
         yield slice(start, min(start + step, n))

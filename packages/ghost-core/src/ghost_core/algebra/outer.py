@@ -157,13 +157,16 @@ class Outer(PerSampleGradient):
         return self.grad.shape[2]
 
     def _contract(self, directions: Tensor, dims: tuple[int, ...]) -> Tensor:
+        parts = list(chunks(self.n, 2 * self.grad.shape[1:].numel()))
+        if len(parts) > 1:
+            return torch.cat([self.narrow(part)._contract(directions, dims) for part in parts])
         dtype = accumulation_dtype(self.grad, directions)
         grad = self.grad.to(dtype)
-        dots = [
-            (self.factor.mix(self._as_map(direction.to(dtype))) * grad).sum(dims)
-            for direction in directions
-        ]
-        return torch.stack(dots, dim=-1)
+        mixed = (self.factor.mix(self._as_map(direction.to(dtype))) for direction in directions)
+        if len(dims) == 3 and self.n:  # whole samples: products that are summed as they are made
+            rows = as_rows(grad).unsqueeze(2)
+            return torch.cat([(as_rows(each).unsqueeze(1) @ rows)[:, 0] for each in mixed], 1)
+        return torch.stack([(each * grad).sum(dims) for each in mixed], dim=-1)
 
     def _as_map(self, direction: Tensor) -> Tensor:
         """Turn a direction of the parameter's shape into `[G, p, d]`."""

@@ -133,26 +133,27 @@ class CallHooks:
 
     def _guard(self, module: nn.Module) -> None:
         """Refuse calls that the hooks would not see as they are."""
-        label = self.tracked.label
         first = next(iter(forward_hooks(module)), None)
         if first != self._first.id or has_global_forward_hooks():
             raise CaptureError(
-                f"a forward hook on {label} runs before ghost's and may change the output: "
-                "register it before the engine is attached, and no global forward hooks"
+                f"a forward hook on {self.tracked.label} runs before ghost's and may change the "
+                "output: register it before the engine is attached, and no global forward hooks"
             )
         if next(reversed(forward_pre_hooks(module))) != self._last.id:
             raise CaptureError(
-                f"a forward pre-hook on {label} runs after ghost's and may use parameters: "
-                "register it before the engine is attached"
+                f"a forward pre-hook on {self.tracked.label} runs after ghost's and may use "
+                "parameters: register it before the engine is attached"
             )
         if any(running.tracked is self.tracked for running in self.state.running):
-            raise CaptureError(f"{label} called itself, which cannot be captured: exclude it")
+            raise CaptureError(
+                f"{self.tracked.label} called itself, which cannot be captured: exclude it"
+            )
         for local in self.tracked.parameters:
             owner, name = owner_of(module, local)
             parameter = direct_parameters(owner).get(name)
             if parameter is not None and not parameter.is_leaf:
                 raise CaptureError(
-                    f"{label} was called with another value for its {local} (by "
+                    f"{self.tracked.label} was called with another value for its {local} (by "
                     "torch.func.functional_call?), whose gradient is not the parameter's"
                 )
 

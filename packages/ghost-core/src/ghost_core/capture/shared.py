@@ -160,7 +160,7 @@ class SharedValues(FunctionMode, Sharing):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and look at where its values come from."""
         kwargs = kwargs or {}
-        if self._state.paused or in_backward() or _is_attribute(func):
+        if func in _QUESTIONS or self._state.paused or in_backward() or _is_attribute(func):
             return func(*args, **kwargs)
         given = tensors_in((args, kwargs))
         shared = self._shared_among(given) if torch.is_grad_enabled() else {}
@@ -330,6 +330,16 @@ class SharedValues(FunctionMode, Sharing):
                 remedy="use an operation that is not in place, or leave these modules out with "
                 "exclude=...",
             )
+
+
+_QUESTIONS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "is_leaf", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "ndim", "is_cuda")),
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.data_ptr),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size),
+    torch._C._set_grad_enabled,
+}
+"""What is asked most, at times of ghost's own, and answered with no tensor."""
 
 
 def _is_attribute(func: Any) -> bool:

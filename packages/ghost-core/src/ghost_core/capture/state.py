@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghost_core._torch import foreign_modes_left, in_backward
+from ghost_core._torch import foreign_modes_left, in_backward, only_own_modes
 from ghost_core._trees import tensors_in
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
@@ -191,10 +191,10 @@ class CaptureState:
     def made(self, tracked: TrackedModule) -> tuple[str, ...]:
         """Return the parameters whose gradients an engine makes in the open batch, local names."""
         assert self.batch is not None
-        names: set[str] = set()
+        names: frozenset[str] = frozenset()
         for listener, freeze in self.attached:
             if freeze is Freeze.CALL and listener in self.batch.listeners:
-                names |= listener.tracking.names
+                names = listener.tracking.names  # there is only one such engine
         return tuple(
             local for local, parameter in tracked.parameters.items() if parameter.name in names
         )
@@ -301,8 +301,11 @@ class CaptureState:
         silence = object() if self.batch is None else self.batch.silence
         try:
             _SILENT.set(before | {silence})
-            with foreign_modes_left():
+            if only_own_modes():
                 yield
+            else:
+                with foreign_modes_left():
+                    yield
         finally:
             _SILENT.set(before)
 

@@ -1,0 +1,87 @@
+"""What the modes add to the memory of plain training: peak size of a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ghost_core import CaptureError
+from ghost_core.testing import next_token_losses
+from ghost_engines import DotProductEngine
+
+WIDTH, LAYERS, N, T = 1536, 6, 8, 64
+PARAMETERS = LAYERS * WIDTH**2 * 4
+LARGEST = WIDTH**2 * 4
+
+STEPS = f"""
+import resource, sys
+import torch
+from torch import nn
+from ghost_engines import DotProductEngine
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+mode = sys.argv[1]
+layers = [nn.Linear({WIDTH}, {WIDTH}, bias=False) for _ in range({LAYERS})]
+model = nn.Sequential(*layers)
+inputs = torch.randn({N}, {T}, {WIDTH})
+
+def step():
+    model(inputs).square().mean().backward()
+
+if mode == "plain":
+    engine = DotProductEngine(model)  # whose code takes memory too
+    with engine:
+        pass
+    for _ in range(3):
+        model.zero_grad()
+        step()
+else:
+    engine = DotProductEngine(model, mode=mode, verify=False)
+    direction = {{name: torch.ones(1).expand_as(p) for name, p in model.named_parameters()}}
+    engine.add_direction("ones", direction)
+    with engine:
+        for _ in range(3):
+            model.zero_grad()
+            with engine.batch(range({N})):
+                step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak(mode):
+    """Return the most bytes that a process ever had."""
+    command = [sys.executable, "-c", STEPS, mode]
+    # What is freed goes back to the system at once, or holes in the heap would count too.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return int(done.stdout)
+
+
+@pytest.mark.stress
+def test_what_modes_add_to_plain_training():
+    plain, exact, fused = peak("plain"), peak("exact"), peak("fused")
+    assert exact - plain <= 1.1 * PARAMETERS  # the direction
+    assert fused - plain <= PARAMETERS + 3 * LARGEST  # and the samples in flight
+
+
+@pytest.mark.parametrize("mode", ["exact", "fused"])
+def test_a_budget_changes_no_number(mode, transformer, tokens, draw_directions):
+    found = []
+    for budget in (None, 1):
+        engine = DotProductEngine(transformer, mode=mode, norms=True, memory_budget=budget)
+        for name, direction in draw_directions(transformer, 3).items():
+            engine.add_direction(name, direction)
+        with engine, engine.batch(range(5)) as batch:
+            next_token_losses(transformer(tokens), tokens).sum().backward()
+        found.append(batch.result)
+    torch.testing.assert_close(found[0].total, found[1].total)
+    torch.testing.assert_close(found[0].norms, found[1].norms)
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_budget_is_positive(budget, mlp):
+    with pytest.raises(CaptureError, match="memory_budget must be a number of bytes"):
+        DotProductEngine(mlp, memory_budget=budget)
