@@ -209,7 +209,7 @@ def test_a_dotted_function_is_found():
         ([*MLP[:4], "subjects:broken"], "--loss: subjects:broken raised KeyError"),
         ([*MLP[:4], "subjects:number"], "--loss: subjects:number raised TypeError: number() takes"),
         ([*MLP[:4], "subjects:mean"], "losses are float64 of shape (): return one loss per sample"),
-        ([*MLP[:4], "subjects:penalised"], "the comparison raised RuntimeError: "),
+        ([*MLP[:4], "subjects:penalised"], "the loss depends on a gradient that was taken thr"),
         ([*MLP, "--layers", "head"], "unknown layer 'head'"),
         ([*MLP, "--samples", "0"], "samples must be at least 1, not 0"),
         ([*MLP, "--tolerance", "2"], "tolerance must be between 0 and 1, not 2.0"),
