@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -74,7 +75,10 @@ class WriterLock:
             )
 
     def release(self) -> None:
-        """Let the next writer in."""
+        """Let the next writer in. It can be repeated after an interrupt."""
+        if self.held:  # in a forked child it is not: unlocking there would unlock the parent's
+            with contextlib.suppress(OSError):  # as closing does
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self._close()
         _open.discard(self._close)
 
