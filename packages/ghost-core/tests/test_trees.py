@@ -66,16 +66,16 @@ def test_vmap_is_torchs() -> None:
 
 
 def test_no_cycles_are_left() -> None:
-    def work() -> None:
+    def left() -> int:
+        gc.collect()
         for tree in TREES.values():
             tree_map(lambda leaf: leaf, tree)
         vmap(rows, [torch.randn(5, 3), torch.randn(5, 3)], "different")
+        return gc.collect()
 
-    work()  # whatever torch sets up at its first call, once in a process
-    gc.collect()
     gc.disable()
     try:
-        work()
-        assert gc.collect() == 0
+        # What torch sets up at its first call, and what other threads leave, comes now and then.
+        assert min(left() for _ in range(5)) == 0
     finally:
         gc.enable()
