@@ -21,8 +21,6 @@ EXPECTED_REFUSALS: dict[str, str] = {
     # Every image meets every text.
     "clip": COUPLED,
     "clip_logits": COUPLED,
-    # Nothing tells whose the images are.
-    "llava_four_images_not_owned": COUPLED + r"|returned 6 rows for 5 samples",
 }
 """What the refusal of an architecture says, by name."""
 

@@ -17,7 +17,7 @@ from ghost_core.testing import per_sample_gradients
 from ghost_core.testing.oracle import norms
 
 EVERYWHERE = os.environ.get("GHOST_TEST_DEVICE", "cpu") != "cpu"
-REFUSED = {"clip", "clip_logits", "llava_four_images_not_owned"}
+REFUSED = {"clip", "clip_logits"}
 NAMES = [name for name in FAMILIES if name not in REFUSED] if EVERYWHERE else ["gpt2", "llama"]
 SOME = ["gpt2", "llama", "bert", "vit"] if EVERYWHERE else ["gpt2"]
 NO_WORSE = 1.2

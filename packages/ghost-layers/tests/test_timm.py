@@ -5,6 +5,7 @@ Models of them are compared with autograd in tests/foreign.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ def named(kind: type[nn.Module], module: str, name: str) -> Any:
 class BatchNormAct(nn.BatchNorm2d):
     def __init__(self, act: nn.Module, drop: nn.Module | None = None) -> None:
         super().__init__(4)
-        self.act, self.drop = act, drop or nn.Identity()
+        self.act, self.drop = copy.deepcopy(act), drop or nn.Identity()
         self.running_mean, self.running_var = torch.randn(4), torch.rand(4) + 0.5
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ghost_core.algebra import accumulation_dtype, building_at_most, chunks, full_precision
+from ghost_core.process import exact_products
 
 CPU = torch.device("cpu")
 
@@ -48,7 +49,10 @@ def owners() -> dict[str, Any]:
         "cudnn": backends.cudnn,
         "cudnn conv": backends.cudnn.conv,
         "cudnn rnn": backends.cudnn.rnn,
+        "mkldnn": backends.mkldnn,
         "mkldnn matmul": backends.mkldnn.matmul,
+        "mkldnn conv": backends.mkldnn.conv,
+        "mkldnn rnn": backends.mkldnn.rnn,
     }
 
 
@@ -100,8 +104,10 @@ def test_settings_made_through_the_newer_interface_are_handled(name: str, precis
     owners()[name].fp32_precision = precision
     before = {each: owner.fp32_precision for each, owner in owners().items()}
     with full_precision(CPU):
-        assert torch.backends.cuda.matmul.fp32_precision != "tf32"
         assert torch.backends.mkldnn.matmul.fp32_precision != "tf32"
+    with exact_products():
+        assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+        assert torch.backends.cudnn.conv.fp32_precision != "tf32"
     assert {each: owner.fp32_precision for each, owner in owners().items()} == before
 
 
@@ -122,21 +128,18 @@ def test_chunks_cover_all_samples_in_order(
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="settings before torch 2.9")
+@pytest.mark.usefixtures("restored")
 def test_what_a_user_chose_for_all_products_is_left_alone_and_overruled() -> None:
     """An operation inherits what is chosen for all of them; what is exact is not set again."""
     backends: Any = torch.backends
     with torch.no_grad(), full_precision(CPU):
         assert backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
-    before = backends.mkldnn.fp32_precision
-    try:
-        backends.mkldnn.fp32_precision = "bf16"
-        with torch.no_grad(), full_precision(CPU):
-            assert backends.mkldnn.matmul.fp32_precision == "ieee"
-            assert backends.mkldnn.conv.fp32_precision == "ieee"
-            assert not torch.is_grad_enabled()
-        assert backends.mkldnn.matmul.fp32_precision == "bf16"
-    finally:
-        backends.mkldnn.fp32_precision = before
+    backends.mkldnn.fp32_precision = "bf16"
+    with torch.no_grad(), full_precision(CPU):
+        assert backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert backends.mkldnn.conv.fp32_precision == "ieee"
+        assert not torch.is_grad_enabled()
+    assert backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
 def test_less_is_built_at_once_inside() -> None:

@@ -201,7 +201,7 @@ def test_a_fused_module_that_another_thread_runs_too(x: Tensor, assert_held) -> 
 
     expected = per_sample_gradients(model, losses(model, inputs))
     layer.norm1.register_forward_hook(meanwhile)
-    engine = GradientHolder(model)
+    engine = GradientHolder(model, registry=registry())
     with engine.frozen(), engine.batch(range(N)) as batch:
         losses(model, inputs).sum().backward()
     assert raised == [None, None]
