@@ -74,6 +74,7 @@ def test_its_code_runs_over_a_few_configurations(monkeypatch):
     )
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.stress
 def test_its_code_runs():
     assert "agreement" in namespace()

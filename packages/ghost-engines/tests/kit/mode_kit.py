@@ -32,6 +32,14 @@ TIED = (
     "parameter shared with a linear layer",
 )
 
+PROBED = (
+    "linear, sorted",
+    "lstm, packed",
+    "gru, packed, both directions",
+    "embedding bag, offsets, max, the last one",
+)
+"""Beside folded rows: whose rows are in which place only a verified batch can tell."""
+
 
 def table(samples: int = 1) -> list[object]:
     """Return the names of the table, all but a thin slice of it for the stress tests.

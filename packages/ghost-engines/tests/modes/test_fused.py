@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from engine_kit import Repeated, squares
-from mode_kit import EXACT, check_grads, check_norms_of, reference, table
+from mode_kit import EXACT, PROBED, check_grads, check_norms_of, reference, table
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,14 +37,14 @@ def test_every_layer(name, assert_scores, draw_directions):
     example = EXACT[name]
     plain, gradients = example.build(), reference(example)
     losses(example, plain, example.draw()).sum().backward()
-    folded = name.startswith("folded")  # which only a verified batch can tell
+    probed = name.startswith("folded") or name in PROBED
     for verified in (True, False):
         model = example.build()
         directions = draw_directions(model, 2)
-        verify = verified or folded
+        verify = verified or probed
         engine = fused(model, directions, norms=True, verify=verify, **example.options)
         with engine:
-            for _ in range(1 if verified or not folded else 2):
+            for _ in range(1 if verified or not probed else 2):
                 model.zero_grad()
                 with engine.batch(range(example.n)) as batch:
                     losses(example, model, example.draw()).sum().backward()
