@@ -73,16 +73,9 @@ def without_cudnn() -> AbstractContextManager[None]:
     return _WITHOUT_CUDNN.thrown()
 
 
-@contextmanager
-def _warnings_ignored() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 _REPLAYABLE = Switches(
     Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
-    Switch.of(_warnings_ignored),
+    Switch.of(lambda: warnings.catch_warnings(action="ignore")),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
@@ -28,17 +28,18 @@ class Switch:
     @classmethod
     def of(cls, make: Callable[[], AbstractContextManager[Any]]) -> Switch:
         """Return a switch that is thrown while a context is entered, which `make` makes."""
-        entered: list[AbstractContextManager[Any]] = []
+        stack, entered = ExitStack(), False
 
         def write(thrown: bool) -> None:
+            nonlocal entered
             if thrown:
-                entered.append(make())
-                entered[-1].__enter__()
-            while entered and not thrown:
-                entered[-1].__exit__(None, None, None)
-                entered.pop()
+                entered = True  # first: an interrupt may come before the next line
+                stack.enter_context(make())
+            else:
+                stack.close()
+                entered = False
 
-        return cls(lambda: bool(entered), write, True)
+        return cls(lambda: entered, write, True)
 
 
 class Switches:
