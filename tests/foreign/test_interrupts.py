@@ -249,8 +249,8 @@ def test_inside_a_batch(step: int, number: int, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("number", [1, 2])
 def test_inside_a_batch_with_replays(number: int, way: str) -> None:
-    """Every 29th line, since there are tens of thousands and each takes a batch."""
-    assert interrupt_everywhere("large", way, number, step=29) == []
+    """Every 30th line, since there are tens of thousands and each takes a batch."""
+    assert interrupt_everywhere("large", way, number, step=30) == []
 
 
 def score_candidates(engine: DotProductEngine, model: nn.Module, tracer: Tracer) -> None:
