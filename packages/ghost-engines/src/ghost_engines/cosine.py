@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ghost_core import Batch, Pass, PerSampleGradient, TrackedParameter
-from ghost_core.algebra import as_rows
 from ghost_engines.held import HeldGradients
 from ghost_engines.results import by_layer, cosines, summed
 from ghost_engines.scores import Scores
@@ -76,10 +74,6 @@ class CosineEngine(ScoringEngine[Cosines]):
             name: values / self.loss_scale / self.loss_scale
             for name, values in self._held.squared_norms(batch.n).items()
         }
-        of_directions = {
-            name: torch.linalg.vector_norm(as_rows(stacked), dim=1).square()
-            for name, stacked in self._stacked.items()
-        }
         return Cosines(
             ids=batch.ids,
             verified=batch.verified,
@@ -87,7 +81,7 @@ class CosineEngine(ScoringEngine[Cosines]):
             directions=self.directions,
             token_dots=token_dots,
             squared_norms=squared,
-            squared_direction_norms=of_directions,
+            squared_direction_norms=self.squared_direction_norms(),
         )
 
     def on_close(self) -> None:

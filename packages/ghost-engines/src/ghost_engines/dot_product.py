@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from ghost_core import (
@@ -17,7 +16,7 @@ from ghost_core import (
     PerSampleGradient,
     TrackedParameter,
 )
-from ghost_core.algebra import as_rows, building_at_most
+from ghost_core.algebra import building_at_most
 from ghost_engines.modes import (
     Concatenation,
     InBatch,
@@ -227,10 +226,7 @@ class DotProductEngine(ScoringEngine[Scores]):
         if self._takes_norms and self._terms is not None:
             with self._budgeted():
                 squared = self._unscaled(self._terms.squared_norms(batch.n), 2)
-            of_directions = {
-                name: torch.linalg.vector_norm(as_rows(stacked), dim=1).square()
-                for name, stacked in self._stacked.items()
-            }
+            of_directions = self.squared_direction_norms()
         if self._both is not None:
             dots = self._unscaled(dots, 1)  # both sides had the scale
             if self._takes_norms:

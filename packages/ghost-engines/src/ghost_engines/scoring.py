@@ -21,7 +21,7 @@ from ghost_core import (
     SampleIds,
     TrackedParameter,
 )
-from ghost_core.algebra import accumulation_dtype
+from ghost_core.algebra import accumulation_dtype, as_rows
 from ghost_core.arguments import switch
 from ghost_core.capture import Recorder, not_attached, open_already
 from ghost_core.restoring import restored, undo
@@ -322,6 +322,13 @@ class ScoringEngine(Engine[ScoresT]):
         for observer in self._observers:
             observer.scored(scores)
         return scores
+
+    def squared_direction_norms(self) -> dict[str, Tensor]:
+        """Return the squared norms of the directions by parameter name, `[K]`."""
+        return {
+            name: torch.linalg.vector_norm(as_rows(stacked), dim=1).square()
+            for name, stacked in self._stacked.items()
+        }
 
     @abstractmethod
     def make_scores(
