@@ -79,8 +79,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def stress(session: nox.Session) -> None:
-    """Run the stress tests: many kills, many rows, long loops."""
-    install_in_place(session, "test", "models", "tables")
+    """Run the stress tests: many kills, many rows, long loops, other frameworks."""
+    install_in_place(session, "test", "models", "tables", "frameworks")
     run_tests(session, "-m", "stress")
 
 
