@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ghost_engines.blocks import Block
+    from ghost_engines.corpus import CorpusError, TokenCorpus, TokenMemmap, TokenWriter
     from ghost_engines.cosine import CosineEngine, Cosines
     from ghost_engines.dataset import PerSampleLoss, ScoreTable, score_dataset
     from ghost_engines.digest import model_digest
@@ -40,6 +41,7 @@ __all__ = [
     "Block",
     "CandidateScores",
     "Chosen",
+    "CorpusError",
     "CosineEngine",
     "Cosines",
     "CreditedStep",
@@ -71,6 +73,9 @@ __all__ = [
     "StoreError",
     "SummedResult",
     "Threshold",
+    "TokenCorpus",
+    "TokenMemmap",
+    "TokenWriter",
     "TopK",
     "ValueTable",
     "WithId",
@@ -86,9 +91,9 @@ __all__ = [
 ]
 
 _ROOMS = (
-    "blocks", "cosine", "dataset", "digest", "directions", "dot_product", "gram", "holding",
-    "ids", "log", "norms", "projection", "results", "scores", "scoring", "selection", "store",
-    "values",
+    "blocks", "corpus", "cosine", "dataset", "digest", "directions", "dot_product", "gram",
+    "holding", "ids", "log", "norms", "projection", "results", "scores", "scoring", "selection",
+    "store", "values",
 )  # fmt: skip
 """The modules that the names above come from."""
 

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,31 @@ def write_atomically(path: Path, data: bytes | Sequence[bytes | memoryview], roo
     # A folder made by an earlier process that was killed may not be on disk yet: sync all of them.
     for folder in folders:
         _sync_folder(folder)
+
+
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write to bit by bit; it is on disk, and complete, once the block ends.
+
+    Args:
+        path: The file, in a folder that is there and on disk. If the block ends with an exception,
+            the old file, or its absence, is as it was.
+
+    Raises:
+        OSError: If a step fails.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with os.fdopen(_create(temporary), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
 def make_root(path: Path) -> None:
@@ -147,10 +173,14 @@ def closed_after(close: Callable[[], object], exception: BaseException | None, l
         exception.add_note(f"and then {lost}: {type(failure).__name__}: {failure}")
 
 
-def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+def _create(path: Path) -> int:
     # What stands there may be what a killed writer left, but no link or pipe to write through.
     kind = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | kind, 0o666)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | kind, 0o666)
+
+
+def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    descriptor = _create(path)
     try:
         for part in parts:
             rest = memoryview(part)
