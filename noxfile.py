@@ -50,7 +50,11 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
     processes = min(cores, 8)  # each takes seconds to start and a gigabyte
     session.run(
         *("pytest", "--numprocesses=auto", "--dist=worksteal", *arguments, *session.posargs),
-        env={"PYTEST_XDIST_AUTO_NUM_WORKERS": str(processes)},
+        env={
+            "PYTEST_XDIST_AUTO_NUM_WORKERS": str(processes),
+            # Where byte code is not kept, each of the many processes compiles all of torch.
+            "PYTHONDONTWRITEBYTECODE": "",
+        },
     )
 
 

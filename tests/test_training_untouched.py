@@ -3,6 +3,7 @@
 import gc
 import random
 from contextlib import ExitStack
+from itertools import product
 
 import numpy as np
 import pytest
@@ -91,19 +92,22 @@ def train(model, kinds, *, autocast=False, checkpointing=False, steps=STEPS):
     return [batch.result for batch in batches]
 
 
-def stress(*kinds):
-    return pytest.param(kinds, marks=pytest.mark.stress)
-
-
 @pytest.fixture(scope="module")
 def trained_without():
     """Train without ghost, once for each setting."""
     return {}
 
 
-@pytest.mark.parametrize("kinds", [stress("dots"), stress("rows"), KINDS], ids="+".join)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+QUICK = {(False, False, KINDS), (True, True, KINDS)}
+
+
+@pytest.mark.parametrize(
+    ("autocast", "checkpointing", "kinds"),
+    [
+        setting if setting in QUICK else pytest.param(*setting, marks=pytest.mark.stress)
+        for setting in product((False, True), (False, True), (("dots",), ("rows",), KINDS))
+    ],
+)
 def test_parameters_are_equal(autocast, checkpointing, kinds, make_model, gpt2, trained_without):
     setting = {"autocast": autocast, "checkpointing": checkpointing}
     key = (autocast, checkpointing)

@@ -69,7 +69,10 @@ def waits(device: torch.device, run: Callable[[], object]) -> Counter[str]:
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
 @pytest.mark.parametrize("kind", ENGINES)
-@pytest.mark.parametrize("name", ["gpt2", "llama", "resnet"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", *(pytest.param(each, marks=pytest.mark.stress) for each in ("llama", "resnet"))],
+)
 def test_nothing_waits_inside_a_batch(
     name: str, kind: str, frozen: bool, device: torch.device
 ) -> None:

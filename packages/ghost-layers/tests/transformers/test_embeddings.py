@@ -26,7 +26,17 @@ def make(name: str, padding: int | None) -> nn.Module:
     return embedding
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS_EMBEDDINGS)
+OFTEN = ("bart", "gemma3", "m2m_100")
+"""Families that the default tests import; each takes half a second."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.split(".")[2] in OFTEN else pytest.param(name, marks=pytest.mark.stress)
+        for name in TRANSFORMERS_EMBEDDINGS
+    ],
+)
 def test_every_listed_class(name: str) -> None:
     check_sampler(TRANSFORMERS_EMBEDDINGS[name], make(name, 2), INDEX)
 
