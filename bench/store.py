@@ -78,7 +78,7 @@ def searching(setting: Setting, queries: int) -> Mapping[str, Way]:
     return {
         "products": Way(plain),
         "dot": Way(lambda: store.search(asked)),
-        "cosine": Way(lambda: store.search(asked, metric="cosine")),
+        "cosine": Way(lambda: store.search(asked, by="cosine")),
     }
 
 

@@ -1,6 +1,5 @@
 """The search against a comparison of everything with everything."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Barrier, Thread
 from typing import Any
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from ghost_core import UnknownNameError
 from ghost_engines.store import GradientStore, Neighbours, StoredRows, StoreError
-from ghost_engines.store.neighbours import search
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -59,7 +57,7 @@ def best_of(scores: Tensor, k: int) -> Tensor:
 def test_it_finds_what_comparing_everything_finds(stored, dtype, metric, block):
     rows, queries = torch.randn(200, 24).to(dtype), torch.randn(5, 24)
     store = stored(rows, unit=48)
-    found = store.search(queries, k=9, metric=metric, block=block)
+    found = store.search(queries, k=9, by=metric, block=block)
     expected = scores_of(rows, queries, metric)
     assert torch.equal(found.ordinals, best_of(expected, 9))
     assert torch.equal(found.ids, found.ordinals * 10 + 7)
@@ -93,7 +91,7 @@ def test_rows_that_are_not_committed_are_searched_too(tmp_path):
     rows = torch.randn(11, 4)
     with GradientStore.create(tmp_path / "g", FakeEngine(4, torch.float32), unit=4) as store:
         store.append(StoredRows(torch.arange(11), rows, None))
-        found = store.search(rows[10:], k=1, metric="cosine")
+        found = store.search(rows[10:], k=1, by="cosine")
     assert found.ids.tolist() == [[10]]
 
 
@@ -121,7 +119,7 @@ def test_queries_in_float64_are_not_rounded(stored):
 @pytest.mark.parametrize("scale", [1e-30, 1e-38, 1e30])
 def test_the_cosine_of_tiny_and_huge_rows_is_right(stored, scale):
     rows, queries = torch.randn(30, 8), torch.randn(3, 8)
-    found = stored(rows * scale).search(queries * scale, k=30, metric="cosine")
+    found = stored(rows * scale).search(queries * scale, k=30, by="cosine")
     expected = scores_of(rows, queries, "cosine").gather(1, found.ordinals)
     tolerance = 1e-6 if scale > 1e-37 else 1e-4  # there the rows themselves are rounded
     assert (found.scores.double() - expected).abs().max() < tolerance
@@ -129,14 +127,14 @@ def test_the_cosine_of_tiny_and_huge_rows_is_right(stored, scale):
 
 def test_a_row_of_zeros_has_cosine_0(stored):
     rows = torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]])
-    found = stored(rows).search(torch.tensor([[2.0, 0.0]]), k=3, metric="cosine")
+    found = stored(rows).search(torch.tensor([[2.0, 0.0]]), k=3, by="cosine")
     assert found.scores.tolist() == [[1.0, 0.0, -1.0]]
     assert found.ordinals.tolist() == [[0, 1, 2]]
 
 
 def test_an_unknown_metric_lists_those_that_exist(stored):
     with pytest.raises(UnknownNameError, match=r"'dott'.*'dot'.*cosine, dot"):
-        stored(torch.randn(3, 2)).search(torch.randn(1, 2), metric="dott")
+        stored(torch.randn(3, 2)).search(torch.randn(1, 2), by="dott")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +144,7 @@ def test_an_unknown_metric_lists_those_that_exist(stored):
         (torch.randn(4), {}, r"must be floating point \[Q, 4\]"),
         (torch.ones(1, 4).long(), {}, r"must be floating point \[Q, 4\]"),
         (torch.tensor([[0.0] * 4, [float("nan")] * 4]), {}, r"queries \[1\] are not finite"),
-        (torch.tensor([[1.0] * 4, [0.0] * 4]), {"metric": "cosine"}, r"queries \[1\] are zero"),
+        (torch.tensor([[1.0] * 4, [0.0] * 4]), {"by": "cosine"}, r"queries \[1\] are zero"),
         (torch.randn(2, 4), {"k": 0}, "k must be at least 1"),
         (torch.randn(2, 4), {"block": 0}, "rows of a block must be at least 1"),
         (torch.full((2, 4), 1e38), {}, "overflow"),
@@ -184,7 +182,7 @@ def test_the_progress_bar_is_off_unless_someone_sees_it(stored, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_search_runs_where_the_queries_are(stored):
     rows, queries = torch.randn(100, 8).half(), torch.randn(4, 8)
-    found = stored(rows).search(queries.cuda(), k=5, metric="cosine")
+    found = stored(rows).search(queries.cuda(), k=5, by="cosine")
     assert found.scores.is_cuda
     assert torch.equal(found.ordinals.cpu(), best_of(scores_of(rows, queries, "cosine"), 5))
 
@@ -204,15 +202,19 @@ def test_two_searches_at_once_leave_the_precision_of_products_as_it_was(stored):
         newer = hasattr(torch.backends, "fp32_precision")
         return [torch.backends.mkldnn.matmul.fp32_precision] if newer else []
 
-    def blocks(late: bool) -> Iterator[StoredRows]:
-        step.wait()  # both are inside
-        yield from store.blocks(8)
-        if late:
-            step.wait()  # the first has left
+    class Waiting:
+        def __init__(self, late: bool) -> None:
+            self.late = late
+
+        def transform(self, store: object, queries: Tensor, columns: object) -> Tensor:
+            step.wait()  # both are inside
+            if self.late:
+                step.wait()  # the first has left
+            return queries
 
     def run(late: bool) -> None:
         try:
-            search(store, blocks(late), queries, k=1, metric="dot", progress=False)
+            store.search(queries, k=1, by=Waiting(late), progress=False)
             if not late:
                 step.wait()
         except BaseException as error:

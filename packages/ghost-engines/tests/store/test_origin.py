@@ -78,9 +78,9 @@ def test_a_search_with_rows_of_another_engine_is_refused(store, mlp, changed):
 @pytest.mark.parametrize("changed", [{}, {"verify": False}, {"dtype": torch.float64}])
 def test_a_search_takes_what_a_like_engine_collects_and_plain_tensors(store, mlp, changed):
     queries = collected(engine_of(mlp, **changed), mlp)
-    found = store.search(queries, k=1, metric="cosine")
+    found = store.search(queries, k=1, by="cosine")
     assert torch.equal(found.ids.flatten(), queries.ids)
-    again = store.search(queries.rows, k=1, metric="cosine")
+    again = store.search(queries.rows, k=1, by="cosine")
     assert torch.equal(found.ids, again.ids)
 
 

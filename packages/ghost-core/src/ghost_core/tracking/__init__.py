@@ -1,7 +1,7 @@
 """Which parameters are tracked, under which names, by which sampler."""
 
 from ghost_core.tracking.blame import Blame
-from ghost_core.tracking.patterns import Patterns, as_patterns
+from ghost_core.tracking.patterns import Patterns, as_patterns, select_parameters
 from ghost_core.tracking.registry import Claim, Found, Refused, SamplerRegistry, dotted_name
 from ghost_core.tracking.shown import Followed, coverage
 from ghost_core.tracking.tracking import (
@@ -31,5 +31,6 @@ __all__ = [
     "dotted_name",
     "owner_of",
     "parameter_of",
+    "select_parameters",
     "track",
 ]

@@ -1,11 +1,13 @@
 """Rows of projected gradients on disk, and exact search among them."""
 
+from ghost_engines.store.columns import Columns, columns_of, parameter_columns
+from ghost_engines.store.comparison import By, Comparison, Queries, RowReader, unit_length
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.listing import clean, has_shards, listed_units, shard_path
 from ghost_engines.store.lock import WriterLock
 from ghost_engines.store.manifest import Manifest
-from ghost_engines.store.neighbours import Neighbours
+from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.shards import check_contents
 from ghost_engines.store.store import GradientStore
@@ -13,19 +15,28 @@ from ghost_engines.store.tensor_files import TensorFile, header, write_tensors
 
 __all__ = [
     "STORAGE_DTYPES",
+    "By",
+    "Columns",
+    "Comparison",
     "DamagedStoreError",
     "GradientStore",
     "Manifest",
     "Neighbours",
+    "Queries",
+    "RowReader",
     "StoreError",
     "StoredRows",
     "TensorFile",
     "WriterLock",
+    "best",
     "check_contents",
     "clean",
+    "columns_of",
     "has_shards",
     "header",
     "listed_units",
+    "parameter_columns",
     "shard_path",
+    "unit_length",
     "write_tensors",
 ]

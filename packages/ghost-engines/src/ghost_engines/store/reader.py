@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +13,16 @@ from torch import Tensor
 from ghost_core import SampleIds
 from ghost_core.arguments import whole
 from ghost_core.batch import as_ids
+from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
+from ghost_engines.store.comparison import By, Comparison, Queries
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.listing import shard_path
 from ghost_engines.store.lookup import ordinals_of
 from ghost_engines.store.manifest import MANIFEST, Manifest
-from ghost_engines.store.neighbours import Neighbours, search
-from ghost_engines.store.origin import query_rows
+from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.place import Place
-from ghost_engines.store.rows import RowBatch, StoredRows
+from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.shards import (
     Shard,
     check_contents,
@@ -181,41 +183,79 @@ class StoreReader:
             for start in range(0, len(piece), size):
                 yield piece[start : start + size]
 
+    def scan(self, size: int = 4096) -> Iterator[StoredRows]:
+        """Yield all rows in order, without their losses, in memory that the next ones take over.
+
+        They are read and not mapped: a disk that fails is an error then, and no signal.
+
+        Args:
+            size: The most rows to yield at once. Blocks end where a shard ends.
+
+        Raises:
+            StoreError: If the size is not positive.
+            DamagedStoreError: If a file went missing or was altered.
+        """
+        size = whole("the rows of a block", size, least=1, error=StoreError)
+        room = torch.empty(0, self.k_total, dtype=self.dtype, device="cpu")
+        for unit, part in self._parts(0, len(self)):
+            if (piece := self._in_memory(unit, part)) is not None:
+                for start in range(0, len(piece), size):
+                    yield piece[start : start + size]
+                continue
+            with self._opened(unit) as file:
+                self._check_once(unit, file)
+                ids = file.read_tensor("ids")[: part.stop]
+                if len(room) < min(size, len(ids)):
+                    room = torch.empty(
+                        min(size, len(ids)), self.k_total, dtype=self.dtype, device="cpu"
+                    )
+                for start in range(0, len(ids), size):
+                    found = ids[start : start + size]
+                    file.read_rows("g", start, room[: len(found)])
+                    yield StoredRows(found, room[: len(found)], None)
+
     def search(
         self,
-        queries: Tensor | RowBatch,
+        queries: Queries,
         k: int = 10,
-        metric: str = "dot",
+        by: By = "dot",
         *,
+        largest: bool = True,
+        parameters: Patterns | None = None,
+        device: torch.device | str | None = None,
         block: int = 4096,
         progress: bool | None = None,
     ) -> Neighbours:
-        """Find the rows with the highest scores for each query, exactly.
+        """Find the best rows for each query among all rows.
 
-        Computes in float32, or in float64 if the rows or the queries are, on the queries' device.
-        Equal scores come in order of the rows. Scores are rounded, so that equal rows need not
-        have quite equal ones.
+        Computes in float32, or in float64 if the rows or the queries are. Equal scores come in
+        order of the rows. Scores are rounded, so that equal rows need not have quite equal ones.
 
         Args:
             queries: `[Q, k_total]`, floating point; or what an engine collected, which must be one
                 like that of the store.
             k: How many rows to find for each query. If the store has fewer, all are returned.
-            metric: `dot`, or `cosine`, in which a row of zeros scores 0.
+            by: `dot`; `cosine`, in which a row of zeros scores 0; or a `Whitening` of this store.
+            largest: Whether the largest scores are the best, or the smallest.
+            parameters: Globs over names of modules and parameters: whose columns to compare, as if
+                rows had no others. By default all.
+            device: Where to compute; by default where the queries are.
             block: Rows to compare at once.
             progress: Whether to show a progress bar. By default at a terminal, if it takes long.
 
         Returns:
-            Scores, ids and ordinals, each `[Q, min(k, len)]`.
+            Scores, ids and ordinals, each `[Q, min(k, len)]`, best first.
 
         Raises:
-            UnknownNameError: If the metric does not exist.
-            StoreError: If a shape does not fit, a query or a score is not finite, or the queries
-                are of another engine.
+            UnknownNameError: If the metric does not exist, or a glob matches nothing.
+            StoreError: If a shape does not fit, a query or a score is not finite, the queries are
+                of another engine, or the whitening is of other rows.
             DamagedStoreError: If a file went missing.
         """
-        rows = query_rows(queries, self.manifest)
-        blocks = self._scan(whole("the rows of a block", block, least=1, error=StoreError))
-        return search(self, blocks, rows, k=k, metric=metric, progress=progress)
+        comparison = Comparison(
+            [self], [queries], by=by, parameters=parameters, device=device, block=block
+        )
+        return best(comparison, k, largest=largest, progress=progress)
 
     def verify(self, progress: bool | None = None) -> None:
         """Compare all that is on disk with its hashes.
@@ -237,6 +277,25 @@ class StoreReader:
                 bar.advance(min(self.manifest.unit, self.committed - unit * self.manifest.unit))
         if problems:
             raise DamagedStoreError("\n".join(problems))
+
+    def digest(self) -> str:
+        """Return the sha256, in hexadecimal, of the hashes of all shards: what the rows are.
+
+        Raises:
+            StoreError: If there are rows that were not committed.
+            DamagedStoreError: If a file went missing.
+        """
+        if self.committed < len(self):
+            raise StoreError(
+                f"the store at {self.path} has rows that are not committed",
+                reason="what is derived from all rows is kept with a digest of those on disk",
+                remedy="call commit() before",
+            )
+        digest = hashlib.sha256(self.manifest.fingerprint.encode())
+        for unit in self._units_on_disk():
+            with self._opened(unit) as file:
+                digest.update(str(file.metadata["sha256"]).encode())
+        return digest.hexdigest()
 
     @property
     def size_on_disk(self) -> int:
@@ -260,30 +319,6 @@ class StoreReader:
                 self._check_once(unit, file)
                 piece = rows_of(file)[part]
             yield piece
-
-    def _scan(self, size: int) -> Iterator[StoredRows]:
-        """Yield all rows in order, at most `size` at a time, without their losses.
-
-        They are read into memory that the next ones take over, not mapped: a disk that fails is an
-        error then, and no signal.
-        """
-        room = torch.empty(0, self.k_total, dtype=self.dtype, device="cpu")
-        for unit, part in self._parts(0, len(self)):
-            if (piece := self._in_memory(unit, part)) is not None:
-                for start in range(0, len(piece), size):
-                    yield piece[start : start + size]
-                continue
-            with self._opened(unit) as file:
-                self._check_once(unit, file)
-                ids = file.read_tensor("ids")[: part.stop]
-                if len(room) < min(size, len(ids)):
-                    room = torch.empty(
-                        min(size, len(ids)), self.k_total, dtype=self.dtype, device="cpu"
-                    )
-                for start in range(0, len(ids), size):
-                    found = ids[start : start + size]
-                    file.read_rows("g", start, room[: len(found)])
-                    yield StoredRows(found, room[: len(found)], None)
 
     def _column(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return one number of each row."""

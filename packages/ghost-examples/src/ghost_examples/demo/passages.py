@@ -236,7 +236,7 @@ def run(folder: Path, device: str, plan: Plan | None = None) -> PassagesResult:
         rows.append(engine.collect().rows)
         losses.append(loss)
     store = GradientStore.open(folder)
-    near = store.search(torch.cat(rows), k=plan.neighbours, metric="cosine", progress=False)
+    near = store.search(torch.cat(rows), k=plan.neighbours, by="cosine", progress=False)
     looked = [
         Looked(query, [Neighbour(kept[i], s) for i, s in zip(ids, scores, strict=True)])
         for query, ids, scores in zip(

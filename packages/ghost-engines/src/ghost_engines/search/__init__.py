@@ -1,0 +1,17 @@
+"""What is asked of stores beyond the nearest rows of one: whitened, of several, by group, twins."""
+
+from ghost_engines.search.duplicates import Pairs, near_duplicates
+from ghost_engines.search.groups import GroupScores, group_scores
+from ghost_engines.search.together import RowScores, scores, search
+from ghost_engines.search.whitening import Whitening
+
+__all__ = [
+    "GroupScores",
+    "Pairs",
+    "RowScores",
+    "Whitening",
+    "group_scores",
+    "near_duplicates",
+    "scores",
+    "search",
+]

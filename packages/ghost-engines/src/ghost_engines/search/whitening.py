@@ -1,0 +1,263 @@
+"""Scores that take into account in which directions all rows are long: `⟨q, C⁻¹ r⟩`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ghost_core import UnknownNameError
+from ghost_core.algebra import full_precision
+from ghost_core.tracking import Patterns
+from ghost_engines.progress import Progress
+from ghost_engines.store import (
+    Columns,
+    GradientStore,
+    Manifest,
+    RowReader,
+    StoreError,
+    TensorFile,
+    check_contents,
+    columns_of,
+    parameter_columns,
+    write_tensors,
+)
+
+BLOCKS = ("all", "parameter")
+"""Between which columns second moments are taken: all, or those of each parameter."""
+
+_FORMAT = "ghost whitening 1"
+
+
+@dataclass(frozen=True, repr=False)
+class Whitening:
+    """The inverse of the second moments of a store's rows, to search by.
+
+    With C the mean of `r rᵀ` over all rows and λ the damping times C's mean eigenvalue, a row
+    scores `⟨q, (C + λI)⁻¹ r⟩`. Of per-sample gradients, C is the empirical Fisher information, and
+    the score an influence with it in place of the Hessian (Koh and Liang, 2017); TRAK (Park et
+    al., 2023) is the same without damping. The inverse is applied to queries, so that a search
+    costs what it does by dot.
+
+    Make one with `of`.
+
+    Attributes:
+        damping: λ, relative to the mean eigenvalue of each block.
+        blocks: `parameter`: each parameter's columns have a C of their own. `all`: there is one C,
+            `[k_total, k_total]`.
+        moments: C by parameter, float64 `[c, c]`; under `*` if there is one.
+        digest: Digest of the store's rows.
+    """
+
+    damping: float
+    blocks: str
+    moments: Mapping[str, Tensor]
+    digest: str
+    _factors: dict[str, Tensor] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        store: GradientStore,
+        damping: float = 0.1,
+        blocks: str = "parameter",
+        *,
+        renew: bool = False,
+        save: bool = True,
+        device: torch.device | str = "cpu",
+        progress: bool | None = None,
+    ) -> Self:
+        """Return the whitening of a store: the one that is kept beside it, or from a pass over it.
+
+        C is kept in `whitening/` in the store's folder, with a digest of the rows; it is the same
+        for every damping.
+
+        Args:
+            store: The store, with all its rows committed.
+            damping: λ, relative to the mean eigenvalue of each block; 0 or more.
+            blocks: `parameter` or `all`.
+            renew: Whether to replace what is kept, which may be of other rows.
+            save: Whether to keep what a pass found.
+            device: Where to compute in the pass, in float64.
+            progress: Whether to show a progress bar. By default at a terminal, if it takes long.
+
+        Raises:
+            UnknownNameError: If `blocks` does not exist.
+            StoreError: If the damping is negative, there are no rows, some are not committed, the
+                manifest does not say which columns belong to which parameter, or what is kept is
+                of other rows.
+            DamagedStoreError: If a file was altered.
+            OSError: If it cannot be kept.
+        """
+        if blocks not in BLOCKS:
+            raise UnknownNameError("blocks", blocks, BLOCKS)
+        if not isfinite(damping) or damping < 0:
+            raise StoreError(f"damping must be 0 or more, not {damping}")
+        digest, path = store.digest(), _path(store, blocks)
+        if path.exists() and not renew:
+            return cls(damping, blocks, _read(path, digest), digest)
+        moments = _second_moments(store, blocks, device, progress)
+        if save:
+            header = {"format": _FORMAT, "rows": digest, "blocks": blocks, "n": str(len(store))}
+            write_tensors(path, moments, header, store.path)
+        return cls(damping, blocks, moments, digest)
+
+    def __repr__(self) -> str:
+        """Say what it is of."""
+        size = sum(map(len, self.moments.values()))
+        return (
+            f"<{type(self).__name__}: damping={self.damping}, {len(self.moments)} blocks, {size}>"
+        )
+
+    def transform(self, store: RowReader, queries: Tensor, columns: Columns) -> Tensor:
+        """Return `(C + λI)⁻¹ q` for each query, as a search asks for.
+
+        Args:
+            store: What the rows are in.
+            queries: `[Q, c]`.
+            columns: Which columns of a row these are: C is that of these columns.
+
+        Returns:
+            `[Q, c]`, in the queries' dtype.
+
+        Raises:
+            StoreError: If it is the whitening of other rows, or C cannot be inverted.
+        """
+        self._check(store)
+        found = queries.double()
+        for here, factor in self._parts(store.manifest, columns):
+            part = found[:, here].mT
+            found[:, here] = torch.cholesky_solve(part, factor.to(queries.device)).mT
+        return found.to(queries.dtype)
+
+    def self_influence(
+        self,
+        store: GradientStore,
+        *,
+        parameters: Patterns | None = None,
+        block: int = 4096,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """Return `⟨r, (C + λI)⁻¹ r⟩` of each row: how unlike the others a sample is.
+
+        Args:
+            store: The store.
+            parameters: Globs over names of modules and parameters: whose columns to take.
+            block: Rows to take at once.
+            progress: Whether to show a progress bar. By default at a terminal, if it takes long.
+
+        Returns:
+            In order of the rows, float64 `[N]`.
+
+        Raises:
+            UnknownNameError: If a glob matches nothing.
+            StoreError: If it is the whitening of other rows, or C cannot be inverted.
+            DamagedStoreError: If a file went missing or was altered.
+        """
+        self._check(store)
+        columns = columns_of(store.manifest, parameters)
+        parts = list(self._parts(store.manifest, columns))
+        influence = torch.zeros(len(store), dtype=torch.float64, device="cpu")
+        start = 0
+        with full_precision(influence.device), Progress(len(store), "influence", progress) as bar:
+            for found in store.scan(block):
+                rows = found.rows[:, columns].double()
+                for here, factor in parts:
+                    white = torch.linalg.solve_triangular(factor, rows[:, here].mT, upper=False)
+                    influence[start : start + len(found)] += white.square().sum(0)
+                start += len(found)
+                bar.advance(len(found))
+        return influence
+
+    def _check(self, store: RowReader) -> None:
+        if store.digest() != self.digest:
+            raise StoreError(
+                "the whitening is of other rows than those that are searched",
+                reason="each store has second moments of its own",
+                remedy="make one with Whitening.of(store)",
+            )
+
+    def _parts(self, manifest: Manifest, columns: Columns) -> list[tuple[Tensor, Tensor]]:
+        """Return, block by block, which of some columns are in it, and the Cholesky factor."""
+        taken = torch.arange(manifest.k_total, device="cpu")[columns]
+        parts = []
+        for name, place in _places(manifest, self.blocks).items():
+            here = ((taken >= place.start) & (taken < place.stop)).nonzero().flatten()
+            if len(here):
+                parts.append((here, self._factor(name, taken[here] - place.start)))
+        return parts
+
+    def _factor(self, name: str, columns: Tensor) -> Tensor:
+        """Return the Cholesky factor of C + λI for some columns of a block, all of them or not."""
+        whole = len(columns) == len(self.moments[name])
+        if whole and name in self._factors:
+            return self._factors[name]
+        moments = self.moments[name][columns][:, columns]
+        mean = moments.diagonal().mean().item()
+        # A block that is zero in all rows adds nothing to any score, whatever is put in its place.
+        moments.diagonal().add_(self.damping * mean if mean > 0 else 1.0)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(moments)
+        if failed:
+            raise StoreError(
+                f"the second moments of {'all columns' if name == '*' else name} cannot be "
+                f"inverted with damping={self.damping}",
+                reason="there are directions that no row has",
+                remedy="raise the damping, as to 0.1",
+            )
+        if whole:
+            self._factors[name] = factor
+        return factor
+
+
+def _path(store: GradientStore, blocks: str) -> Path:
+    return store.path / "whitening" / f"{blocks}.safetensors"
+
+
+def _places(manifest: Manifest, blocks: str) -> dict[str, slice]:
+    if blocks == "all":
+        return {"*": slice(0, manifest.k_total)}
+    return parameter_columns(manifest)
+
+
+def _read(path: Path, digest: str) -> dict[str, Tensor]:
+    """Read what is kept beside a store, if it is of its rows."""
+    with TensorFile(path) as file:
+        if (found := file.metadata.get("format")) != _FORMAT:
+            raise StoreError(f"{path} has the format {found!r}, this version reads {_FORMAT!r}")
+        if file.metadata.get("rows") != digest:
+            raise StoreError(
+                f"{path} is of other rows than those that the store has now",
+                reason=f"it is of {file.metadata.get('n')} rows, as they were then",
+                remedy="make it anew: Whitening.of(store, renew=True)",
+            )
+        check_contents(file)
+        return {name: file.read_tensor(name) for name in file.keys()}  # noqa: SIM118 # no mapping
+
+
+def _second_moments(
+    store: GradientStore, blocks: str, device: torch.device | str, progress: bool | None
+) -> dict[str, Tensor]:
+    """Return the mean of `r rᵀ` of each block, float64, in one pass."""
+    if not len(store):
+        raise StoreError("a store without rows has no second moments")
+    places = _places(store.manifest, blocks)
+    moments = {
+        name: torch.zeros(
+            place.stop - place.start, place.stop - place.start, dtype=torch.float64, device=device
+        )
+        for name, place in places.items()
+    }
+    device = torch.device(device)
+    with full_precision(device), Progress(len(store), "whitening", progress) as bar:
+        for found in store.scan():
+            rows = found.rows.to(device).double()
+            for name, place in places.items():
+                moments[name].addmm_(rows[:, place].mT, rows[:, place])
+            bar.advance(len(found))
+    return {name: (moment / len(store)).cpu() for name, moment in moments.items()}

@@ -1,0 +1,315 @@
+"""How rows are compared with queries, block by block, for searches and tables of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from math import isfinite
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ghost_core import UnknownNameError
+from ghost_core.algebra import accumulation_dtype, full_precision
+from ghost_core.tracking import Patterns
+from ghost_engines.progress import Progress
+from ghost_engines.store.columns import Columns, columns_of, count
+from ghost_engines.store.errors import StoreError
+from ghost_engines.store.manifest import Manifest
+from ghost_engines.store.origin import query_rows
+from ghost_engines.store.rows import RowBatch, StoredRows
+
+METRICS = ("cosine", "dot")
+"""How a row can be compared with a query, by name."""
+
+_SHORTEST = 1e-12
+"""Length of rows whose squares are added up in float32 without a loss, and 1 / it the longest."""
+
+ValueT = TypeVar("ValueT")
+
+
+class RowReader(Protocol):
+    """What a comparison needs of a store."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the rows are."""
+
+    @property
+    def k_total(self) -> int:
+        """Number of columns of a row."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the rows."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def scan(self, size: int = 4096) -> Iterator[StoredRows]:
+        """Yield all rows in order, each block in place of the one before."""
+
+    def digest(self) -> str:
+        """Return a digest of all rows."""
+
+
+class Metric(Protocol):
+    """A way to compare rows that changes the queries, and then takes dot products with these."""
+
+    def transform(self, store: RowReader, queries: Tensor, columns: Columns) -> Tensor:
+        """Return the queries to take dot products with.
+
+        Args:
+            store: What the rows are in.
+            queries: The columns that are compared, `[Q, c]`, finite.
+            columns: Which columns of a row these are.
+
+        Returns:
+            `[Q, c]`, in the queries' dtype.
+
+        Raises:
+            StoreError: If it is not made for the rows of that store.
+        """
+
+
+By = str | Metric
+"""`dot`, `cosine` or a metric."""
+
+Queries = Tensor | RowBatch
+"""Rows to compare with: a tensor `[Q, k_total]`, or what an engine collected."""
+
+
+class Scorer:
+    """Scores of one store's rows with queries.
+
+    Args:
+        store: What the rows are in.
+        queries: What to compare them with.
+        by: How.
+        weight: What scores are multiplied with.
+        parameters: Globs over the parameters whose columns are compared; by default all.
+        device: Where to compute; by default where the queries are.
+
+    Raises:
+        UnknownNameError: If a metric or a parameter does not exist.
+        StoreError: If the queries do not fit.
+    """
+
+    def __init__(
+        self,
+        store: RowReader,
+        queries: Queries,
+        by: By,
+        weight: float,
+        parameters: Patterns | None,
+        device: torch.device | str | None,
+    ) -> None:
+        if by not in METRICS and not hasattr(by, "transform"):
+            raise UnknownNameError("metric", by, METRICS)
+        if not isfinite(weight):
+            raise StoreError(f"weights must be finite, not {weight}")
+        rows = query_rows(queries, store.manifest)
+        self.dtype = _check_queries(store, rows)
+        self._columns = columns_of(store.manifest, parameters)
+        self._cosine = by == "cosine"
+        with full_precision(rows.device):
+            asked = rows.detach().to(device or rows.device, self.dtype)[:, self._columns]
+            if not isinstance(by, str):
+                asked = by.transform(store, asked, self._columns)
+            elif self._cosine:
+                asked = unit_length(_without_zeros(asked))
+            self.queries = asked * weight
+        self._room = asked.new_empty(0, count(self._columns))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the scores `[Q, B]` of rows `[B, k_total]`."""
+        if len(self._room) < len(rows):  # made once, as new memory costs as much as what is done
+            self._room = self._room.new_empty(len(rows), self._room.shape[1])
+        rows = self._room[: len(rows)].copy_(rows[:, self._columns])
+        if not self._cosine:
+            return self.queries @ rows.mT
+        return _cosines(self.queries, rows)
+
+
+class Comparison:
+    """Scores of the rows of stores with queries, added up over the stores.
+
+    Args:
+        stores: Stores of the same samples, in the same order; most often one.
+        queries: What to compare the rows of each with, of Q queries each.
+        by: How, for all or each; `dot`, `cosine` or a metric such as a whitening.
+        weights: What the scores of each are multiplied with; by default 1.
+        parameters: Globs over the parameters whose columns are compared; by default all.
+        device: Where to compute; by default where the queries are.
+        block: Rows to compare at once.
+
+    Attributes:
+        n: Number of rows.
+        q: Number of queries.
+
+    Raises:
+        UnknownNameError: If a metric or a parameter does not exist.
+        StoreError: If there is not one of each for each store, or something does not fit.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[RowReader],
+        queries: Sequence[Queries],
+        *,
+        by: By | Sequence[By] = "dot",
+        weights: Sequence[float] | None = None,
+        parameters: Patterns | None = None,
+        device: torch.device | str | None = None,
+        block: int = 4096,
+    ) -> None:
+        ways: Iterable[By]
+        if isinstance(by, Sequence) and not isinstance(by, str):
+            ways = _for_each("by", by, stores)
+        else:
+            ways = repeat(by)
+        factors = repeat(1.0) if weights is None else _for_each("weights", weights, stores)
+        asked = _for_each("queries", queries, stores)
+        self._stores, self._block = stores, block
+        self._scorers = [
+            Scorer(store, those, how, weight, parameters, device)
+            for store, those, how, weight in zip(stores, asked, ways, factors, strict=False)
+        ]
+        if len({len(store) for store in stores}) != 1 or not stores:
+            raise StoreError(
+                f"the stores must hold the same samples, but have {[len(s) for s in stores]} rows"
+            )
+        if len({len(scorer.queries) for scorer in self._scorers}) != 1:
+            lengths = [len(scorer.queries) for scorer in self._scorers]
+            raise StoreError(f"there must be as many queries for each store, not {lengths}")
+        self.n, self.q = len(stores[0]), len(self._scorers[0].queries)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the scores."""
+        return accumulation_dtype(*(scorer.dtype for scorer in self._scorers))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scores are."""
+        return self._scorers[0].queries.device
+
+    def scores(self, title: str, progress: bool | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the first ordinal, the ids `[B]` and the scores `[Q, B]` of blocks of rows.
+
+        Args:
+            title: What is going on, for the progress bar.
+            progress: Whether to show one.
+
+        Raises:
+            StoreError: If a score is not finite, or the stores hold different samples.
+            DamagedStoreError: If a file went missing or was altered.
+        """
+        start = 0
+        scans = [store.scan(self._block) for store in self._stores]
+        with Progress(self.n, title, progress) as bar:
+            for found in aligned(scans):
+                # Not held while nobody computes: a generator may be left at any yield.
+                with full_precision(self.device):
+                    scores = self._scorers[0](found[0].rows)
+                    for scorer, other in zip(self._scorers[1:], found[1:], strict=True):
+                        scores = scores + scorer(other.rows)
+                    _check_scores(scores)
+                yield start, found[0].ids, scores
+                start += len(found[0])
+                bar.advance(len(found[0]))
+
+
+def aligned(scans: Sequence[Iterator[StoredRows]]) -> Iterator[list[StoredRows]]:
+    """Yield the same rows of each of several stores, of which shards may end elsewhere.
+
+    Raises:
+        StoreError: If they are not those of the same samples.
+    """
+    start = 0
+    heads = [next(scan, None) for scan in scans]
+    while True:
+        there = [head for head in heads if head is not None]
+        if len(there) < len(heads):
+            return
+        n = min(map(len, there))
+        found = [head[:n] for head in there]
+        if any(not torch.equal(each.ids, found[0].ids) for each in found[1:]):
+            raise StoreError(
+                f"the stores hold different samples, or in another order, from row {start} on",
+                reason="scores are added up row by row",
+                remedy="make them from the same data in the same order",
+            )
+        yield found
+        start += n
+        heads = [
+            head[n:] if len(head) > n else next(scan, None)
+            for head, scan in zip(there, scans, strict=True)
+        ]
+
+
+def _for_each(name: str, given: Sequence[ValueT], stores: Sequence[RowReader]) -> Sequence[ValueT]:
+    if isinstance(given, str | Tensor) or not isinstance(given, Sequence):
+        raise StoreError(
+            f"{name} must be a list, one for each of {len(stores)} stores, not a "
+            f"{type(given).__name__}"
+        )
+    if len(given) != len(stores):
+        raise StoreError(f"there are {len(given)} {name} for {len(stores)} stores")
+    return given
+
+
+def _check_queries(store: RowReader, queries: Tensor) -> torch.dtype:
+    """Return the dtype to compute in."""
+    if not isinstance(queries, Tensor):
+        raise StoreError(
+            f"queries must be a tensor [Q, {store.k_total}] or rows such as engine.collect(), not "
+            f"{type(queries).__name__}"
+        )
+    if queries.dim() != 2 or queries.shape[1] != store.k_total or not queries.is_floating_point():
+        raise StoreError(
+            f"queries must be floating point [Q, {store.k_total}], not {queries.dtype} of shape "
+            f"{list(queries.shape)}"
+        )
+    finite = queries.detach().isfinite().all(dim=1)
+    if not finite.all():
+        raise StoreError(f"queries {(~finite).nonzero().flatten().tolist()} are not finite")
+    return accumulation_dtype(store.dtype, queries.dtype)
+
+
+def _check_scores(scores: Tensor) -> None:
+    if scores.numel() and not isfinite(scores.sum().item()) and not scores.isfinite().all():
+        raise StoreError(
+            f"scores overflow {scores.dtype}: scale the queries, give them as float64, or choose "
+            'by="cosine"'
+        )
+
+
+def _without_zeros(queries: Tensor) -> Tensor:
+    zero = (queries == 0).all(dim=1)
+    if zero.any():
+        raise StoreError(
+            f"queries {zero.nonzero().flatten().tolist()} are zero: they have no cosine with a row"
+        )
+    return queries
+
+
+def _cosines(queries: Tensor, rows: Tensor) -> Tensor:
+    """Return the products of queries of length 1 with rows, each divided by its row's length."""
+    lengths = torch.linalg.vector_norm(rows, dim=1)
+    if len(rows) and lengths.min() > _SHORTEST and lengths.max() < 1 / _SHORTEST:
+        return (queries @ rows.mT).div_(lengths)
+    return queries @ unit_length(rows).mT
+
+
+def unit_length(rows: Tensor) -> Tensor:
+    """Scale rows to length 1; rows of zeros stay.
+
+    Squares of small gradients underflow, so the largest entry is taken out first.
+    """
+    largest = torch.maximum(rows.amax(dim=1, keepdim=True), -rows.amin(dim=1, keepdim=True))
+    scaled = rows / largest.where(largest > 0, 1)
+    lengths = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    unit: Tensor = scaled / lengths.where(lengths > 0, 1)
+    return unit

@@ -1,0 +1,133 @@
+"""Whitened scores against the inverse itself, in float64."""
+
+import pytest
+import torch
+from search_kit import BLOCKS, K, Rows, best_of, columns_of, stored, whitened
+
+from ghost_core import UnknownNameError
+from ghost_engines.search import Whitening, scores
+from ghost_engines.store import DamagedStoreError, GradientStore, StoredRows, StoreError
+
+GROUPS = {"parameter": [columns_of(name) for name in BLOCKS], "all": [list(range(K))]}
+
+
+def skewed(n, dtype=torch.float32):
+    """Return rows that are long in some directions and correlated."""
+    return (torch.randn(n, K) @ torch.randn(K, K) * torch.logspace(-1, 1, K)).to(dtype)
+
+
+@pytest.mark.parametrize("blocks", GROUPS)
+@pytest.mark.parametrize("damping", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_it_is_the_inverse_of_the_second_moments(tmp_path, blocks, damping, dtype):
+    rows, queries = skewed(70, dtype), torch.randn(4, K)
+    store = stored(tmp_path / "g", rows)
+    whitening = Whitening.of(store, damping, blocks)
+    expected = whitened(rows, queries, damping, GROUPS[blocks])
+    found = scores(store, queries, whitening).scores.double()
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+    assert torch.equal(store.search(queries, 6, whitening).ordinals, best_of(expected, 6))
+    own = whitened(rows, rows, damping, GROUPS[blocks]).diagonal()
+    torch.testing.assert_close(whitening.self_influence(store, block=9), own)
+
+
+@pytest.mark.parametrize("blocks", GROUPS)
+def test_of_some_parameters_it_is_that_of_their_columns_alone(tmp_path, blocks):
+    rows, queries = skewed(50, torch.float64), torch.randn(2, K, dtype=torch.float64)
+    store = stored(tmp_path / "g", rows)
+    whitening = Whitening.of(store, 0.1, blocks)
+    whitening.self_influence(store)  # factors of whole blocks are kept
+    names = ("b.0.weight", "c.weight")
+    groups = [columns_of(*names)] if blocks == "all" else [columns_of(name) for name in names]
+    expected = whitened(rows, queries, 0.1, groups)
+    found = scores(store, queries, whitening, parameters=list(names)).scores
+    torch.testing.assert_close(found, expected)
+    own = whitening.self_influence(store, parameters=list(names))
+    torch.testing.assert_close(own, whitened(rows, rows, 0.1, groups).diagonal())
+
+
+def test_it_is_kept_beside_the_store_for_every_damping(tmp_path, monkeypatch):
+    rows, queries = skewed(30), torch.randn(2, K)
+    store = stored(tmp_path / "g", rows)
+    Whitening.of(store)
+    again = GradientStore.open(tmp_path / "g")
+    monkeypatch.setattr(GradientStore, "scan", None)
+    kept = Whitening.of(again, 2.0)
+    monkeypatch.undo()
+    expected = whitened(rows, queries, 2.0, GROUPS["parameter"])
+    torch.testing.assert_close(
+        scores(again, queries, kept).scores.double(), expected, rtol=1e-4, atol=1e-4
+    )
+    again.verify()
+
+
+def test_what_is_of_other_rows_is_refused_until_it_is_renewed(tmp_path):
+    store = stored(tmp_path / "g", skewed(20))
+    old = Whitening.of(store)
+    with GradientStore.resume(tmp_path / "g", Rows()) as more:
+        more.append(StoredRows(torch.arange(3), torch.randn(3, K), None))
+        with pytest.raises(StoreError, match="not committed") as caught:
+            Whitening.of(more)
+        assert "commit()" in caught.value.remedy
+    grown = GradientStore.open(tmp_path / "g")
+    with pytest.raises(StoreError, match="is of other rows") as caught:
+        Whitening.of(grown)
+    assert "20 rows" in caught.value.reason
+    with pytest.raises(StoreError, match="whitening is of other rows"):
+        grown.search(torch.randn(1, K), by=old)
+    with pytest.raises(StoreError, match="whitening is of other rows"):
+        old.self_influence(grown)
+    new = Whitening.of(grown, renew=True)
+    queries = torch.randn(1, K)
+    expected = whitened(grown.rows(), queries, 0.1, GROUPS["parameter"])
+    torch.testing.assert_close(
+        scores(grown, queries, new).scores.double(), expected, rtol=1e-4, atol=1e-4
+    )
+    assert not list(tmp_path.glob("g/whitening/*tmp*"))
+
+
+def test_nothing_is_kept_on_request(tmp_path):
+    store = stored(tmp_path / "g", skewed(20))
+    Whitening.of(store, save=False)
+    assert not (tmp_path / "g/whitening").exists()
+
+
+def test_a_file_that_was_altered_is_damaged(tmp_path):
+    store = stored(tmp_path / "g", skewed(20))
+    Whitening.of(store)
+    path = tmp_path / "g/whitening/parameter.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedStoreError, match="was altered"):
+        Whitening.of(store)
+
+
+def test_what_has_no_inverse_is_refused(tmp_path):
+    rows = torch.ones(5, K)
+    rows[:, columns_of("a.weight")] = 0
+    store = stored(tmp_path / "g", rows)
+    with pytest.raises(StoreError, match=r"moments of b\.0\.weight cannot") as caught:
+        store.search(rows, by=Whitening.of(store, 0.0))
+    assert "raise the damping" in caught.value.remedy
+    zero = Whitening.of(store, 0.1).self_influence(store, parameters="a")
+    assert zero.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"blocks": "layer"}, UnknownNameError, "all, parameter"),
+        ({"damping": -1.0}, StoreError, "damping must be 0 or more"),
+        ({"damping": float("nan")}, StoreError, "damping must be 0 or more"),
+    ],
+)
+def test_unknown_options_are_refused(tmp_path, given, error, message):
+    with pytest.raises(error, match=message):
+        Whitening.of(stored(tmp_path / "g", skewed(5)), **given)
+
+
+def test_a_store_without_rows_has_no_second_moments(tmp_path):
+    with pytest.raises(StoreError, match="without rows"):
+        Whitening.of(stored(tmp_path / "g", torch.empty(0, K)))
