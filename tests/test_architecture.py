@@ -51,6 +51,7 @@ IMPORTED_WHERE_USED = {
         "ghost_engines.cli.verify",
     },
     "ghost_engines.plots": {"matplotlib.figure"},
+    "ghost_engines.runs.config": {"yaml"},
     "ghost_engines.tables": {"pandas", "pyarrow"},
 }
 

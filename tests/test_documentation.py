@@ -21,6 +21,7 @@ QUICKSTART = "docs/quickstart.md"
 VALUES = "docs/values.md"
 DATASET = "docs/dataset.md"
 LOG = "docs/log.md"
+RUNS = "docs/runs.md"
 FRAGMENTS = (
     "README.md",
     "docs/loop.md",
@@ -221,6 +222,21 @@ def test_a_log_is_written_resumed_and_read_as_the_page_says():
     (columns,) = re.findall(r"values.csv.*# (.*)", blocks(LOG)[2].code)
     assert ", ".join(table.columns()) == columns
     assert Path("values.svg").stat().st_size > 1000
+
+
+def test_a_run_is_as_the_page_says():
+    namespace = {}
+    with torch.random.fork_rng(devices=[]):
+        first, *rest = blocks(RUNS)
+        run(first, namespace)
+        table = namespace["table"]
+        for block in rest:
+            run(block, namespace)
+    assert sorted(table.ids.tolist()) == list(range(96))
+    assert len(table.steps) == 18
+    written = set(re.findall(r"^\| `([\w.]+)/?` ", (ROOT / RUNS).read_text(), re.M))
+    assert {each.name for each in Path("runs/a").iterdir()} == written
+    assert len(list(Path("runs").iterdir())) == 4
 
 
 @pytest.mark.parametrize(

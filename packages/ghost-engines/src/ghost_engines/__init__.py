@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ghost_engines.norms import NormEngine, Norms
     from ghost_engines.projection import ProjectedRows, ProjectionEngine
     from ghost_engines.results import Result, SummedResult
+    from ghost_engines.runs import Run, RunConfig
     from ghost_engines.scores import Scores, SegmentScores
     from ghost_engines.scoring import ScoreObserver, ScoringEngine
     from ghost_engines.selection import CandidateScores, Chosen, Greedy, Threshold, TopK
@@ -64,6 +65,8 @@ __all__ = [
     "ProjectedRows",
     "ProjectionEngine",
     "Result",
+    "Run",
+    "RunConfig",
     "ScoreLog",
     "ScoreObserver",
     "ScoreTable",
@@ -92,8 +95,8 @@ __all__ = [
 
 _ROOMS = (
     "blocks", "corpus", "cosine", "dataset", "digest", "directions", "dot_product", "gram",
-    "holding", "ids", "log", "norms", "projection", "results", "scores", "scoring", "selection",
-    "store", "values",
+    "holding", "ids", "log", "norms", "projection", "results", "runs", "scores", "scoring",
+    "selection", "store", "values",
 )  # fmt: skip
 """The modules that the names above come from."""
 

@@ -75,6 +75,11 @@ class Manifest:
         write_atomically(root / MANIFEST, data.encode(), root)
 
 
+def has_log(root: Path) -> bool:
+    """Tell whether there is a log in a folder."""
+    return (root / MANIFEST).exists()
+
+
 def make_log(root: Path, manifest: Manifest) -> None:
     """Write the manifest of a new log into a folder that is there.
 
@@ -83,7 +88,7 @@ def make_log(root: Path, manifest: Manifest) -> None:
         DamagedStoreError: If there are shards without a manifest, or of something else.
         OSError: If it cannot be written.
     """
-    if (root / MANIFEST).exists():
+    if has_log(root):
         raise StoreError(
             f"there is a score log at {root} already: go on with ScoreLog.resume(path, "
             "after=STEP), or read it with ScoreLog.open(path)"

@@ -4,6 +4,7 @@ from ghost_engines.values.credit import CreditedStep
 from ghost_engines.values.groups import GroupValues
 from ghost_engines.values.history import History
 from ghost_engines.values.in_run import InRunValues
+from ghost_engines.values.optimizers import skipped, stepping
 from ghost_engines.values.sums import COUNTS, Sums
 from ghost_engines.values.value_table import ValueTable
 
@@ -15,4 +16,6 @@ __all__ = [
     "InRunValues",
     "Sums",
     "ValueTable",
+    "skipped",
+    "stepping",
 ]

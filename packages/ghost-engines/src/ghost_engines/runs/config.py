@@ -1,0 +1,184 @@
+"""What a run does, as fields that can be written to a file, and are checked one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from ghost_core import CaptureError, MissingExtraError, UnknownNameError, UnknownOptionError
+from ghost_core.arguments import switch, whole
+from ghost_core.plugins import installed
+from ghost_engines.modes import as_mode
+
+NONE = "none"
+"""The method that measures nothing, for the run to compare with."""
+
+DOTS = "dot_product"
+"""The engine that has modes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a `Run` does. Each field is checked, and an unknown one is refused.
+
+        RunConfig(folder="runs/a", method=["dot_product", "projection"])
+        RunConfig.of({"folder": "runs/a", "mode": "fused"})
+        RunConfig.read("run.yaml")
+
+    Attributes:
+        folder: Where the run writes what it measures.
+        method: "none", or the name of an engine that a plugin offers, or several, which then share
+            one capture.
+        mode: How dot products come about: "exact", "fused" or "concatenated".
+        options: Options of engines by the engine's name, such as
+            `{"dot_product": {"exclude": "*.bias"}}`: what can be written to a file.
+        values: Whether to add up in-run values and to log each step; by default where an engine
+            scores.
+        order: Order of the values: 1, or 2 for curvature.
+        history: Whether to keep values over time: see `InRunValues`.
+        refresh: Batches after which directions are made anew.
+        log_every: Steps after which the log and the metrics are safe on disk.
+
+    Raises:
+        UnknownOptionError: If there is no such field.
+        UnknownNameError: If there is no such method or mode, or options are of no engine of it.
+        CaptureError: If a value is of another type, or fields do not go together.
+    """
+
+    folder: str | Path
+    method: str | Sequence[str] = DOTS
+    mode: str = "exact"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    values: bool | None = None
+    order: int = 1
+    history: bool | int = False
+    refresh: int = 1
+    log_every: int = 100
+
+    def __new__(cls, **given: object) -> Self:
+        """Refuse unknown fields, with a list of those that exist."""
+        cls._check_names(given)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | Path) or not str(self.folder):
+            raise CaptureError(f"folder must be a path, not {self.folder!r}")
+        engines = self.engines
+        as_mode(self.mode)
+        if self.mode != "exact" and DOTS not in engines:
+            raise CaptureError(
+                f"mode={self.mode!r} does not go with method={self.method!r}",
+                reason=f"only the engine {DOTS} has modes",
+                remedy=f"leave it out, or add {DOTS} to the methods",
+            )
+        self._check_options(engines)
+        if self.values is not None:
+            switch("values", self.values)
+        if self.order not in (1, 2) or isinstance(self.order, bool):
+            raise CaptureError(f"order must be 1 or 2, not {self.order!r}")
+        if not isinstance(self.history, bool):
+            whole("history", self.history, least=1)
+        for name in ("refresh", "log_every"):
+            whole(name, getattr(self, name), least=1)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of the engines; there is none where the method is "none"."""
+        given = [self.method] if isinstance(self.method, str) else self.method
+        if not isinstance(given, list | tuple) or not given:
+            raise CaptureError(f"method must be a name or a list of names, not {self.method!r}")
+        known = installed().engines
+        for name in given:
+            if name not in known and name != NONE:
+                raise UnknownNameError("method", name, [NONE, *known])
+        if len(set(given)) < len(given) or (NONE in given and len(given) > 1):
+            raise CaptureError(
+                f"method={list(given)} names one twice, or {NONE!r} beside others",
+                remedy="name each engine once",
+            )
+        return tuple(name for name in given if name != NONE)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Return the config of a mapping.
+
+        Raises:
+            CaptureError: If it is none, `folder` is missing, or a value does not fit.
+            UnknownNameError: If there is no such field, method or mode.
+        """
+        if not isinstance(given, Mapping):
+            raise CaptureError(f"a config is a mapping of fields, not {given!r}")
+        cls._check_names(given)
+        if "folder" not in given:
+            raise CaptureError("the config has no folder", remedy="say where the run writes to")
+        return cls(**given)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Return the config of a YAML file.
+
+        Raises:
+            MissingExtraError: If pyyaml is not installed.
+            CaptureError: If it is no YAML, or as in `of`.
+            UnknownNameError: As in `of`.
+            OSError: If it cannot be read.
+        """
+        try:
+            import yaml
+        except ImportError as error:
+            raise MissingExtraError("pyyaml", "ghost-engines[yaml]", "a config in YAML") from error
+        try:
+            given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CaptureError(f"{path} is no YAML: {error}") from error
+        return cls.of(given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field, defaults included, as JSON and YAML can say it."""
+        options = {name: _plain(given) for name, given in self.options.items()}
+        method = list(self.engines) or NONE
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        return given | {"folder": str(self.folder), "method": method, "options": options}
+
+    @classmethod
+    def _check_names(cls, given: Iterable[object]) -> None:
+        names = [each.name for each in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise UnknownOptionError(f"field of {cls.__name__}", name, names)
+
+    def _check_options(self, engines: tuple[str, ...]) -> None:
+        if not isinstance(self.options, Mapping):
+            raise CaptureError(f"options must be a mapping by engine, not {self.options!r}")
+        for name, given in self.options.items():
+            if name not in engines:
+                raise UnknownNameError("engine in options", name, engines)
+            if not isinstance(given, Mapping):
+                raise CaptureError(f"options of {name} must be a mapping by name, not {given!r}")
+            if taken := {"mode", "grad_scaler"} & given.keys():
+                raise CaptureError(
+                    f"options of {name} have {', '.join(sorted(taken))}",
+                    remedy="mode is a field of its own; give the scaler to Run(grad_scaler=...)",
+                )
+            _plain(given, name)
+
+
+def _plain(value: Any, where: str = "options") -> Any:
+    """Return a value as lists, dictionaries, texts and numbers.
+
+    Raises:
+        CaptureError: If it is something else.
+    """
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: _plain(each, f"{where}.{name}") for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each, where) for each in value]
+    raise CaptureError(
+        f"{where} cannot be written to a file: {value!r}",
+        reason="the config of a run is saved in its folder, and compared where it is resumed",
+        remedy="give texts, numbers, lists and mappings of these",
+    )

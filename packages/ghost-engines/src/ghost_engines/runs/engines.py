@@ -1,0 +1,69 @@
+"""Makes the engines that a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghost_core import CaptureError, Engine
+from ghost_core.plugins import installed
+from ghost_engines.directions import Closure
+from ghost_engines.runs.config import DOTS, RunConfig
+from ghost_engines.scoring import ScoringEngine
+
+GivenDirections = Mapping[str, Closure | Mapping[str, Tensor]]
+Engines = dict[str, Engine[Any]]
+
+
+def make_engines(
+    config: RunConfig, model: nn.Module, scaler: torch.amp.GradScaler | None
+) -> Engines:
+    """Return the engines of a config by name.
+
+    Raises:
+        UnknownNameError: If an option does not exist.
+        CaptureError: If an option does not fit.
+    """
+    engines: Engines = {}
+    for name in config.engines:
+        options: dict[str, Any] = dict(config.options.get(name, {}))
+        if name == DOTS:
+            options["mode"] = config.mode
+        if scaler is not None:
+            options["grad_scaler"] = scaler
+        kind: Any = installed().engine(name)
+        engines[name] = kind(model, **options)
+    return engines
+
+
+def scorer_of(engines: Engines) -> ScoringEngine[Any] | None:
+    """Return the first engine that scores batches."""
+    found = (each for each in engines.values() if isinstance(each, ScoringEngine))
+    return next(found, None)
+
+
+def add_directions(engines: Engines, directions: GivenDirections, config: RunConfig) -> None:
+    """Give the directions to all engines that score.
+
+    Raises:
+        CaptureError: If there are none for an engine that needs some, or no engine for them, or one
+            is none.
+    """
+    scoring = [each for each in engines.values() if isinstance(each, ScoringEngine)]
+    if directions and engines and not scoring:
+        raise CaptureError(
+            f"directions are given, and none of {', '.join(engines)} scores",
+            remedy=f"leave them out, or add {DOTS} to the methods",
+        )
+    for engine in scoring:
+        for name, direction in directions.items():
+            changes = callable(direction)  # tensors stay as they are
+            engine.add_direction(name, direction, refresh=config.refresh if changes else None)
+        if not engine.directions:
+            raise CaptureError(
+                f"{type(engine).__name__} has nothing to score samples against",
+                remedy="name validation losses: Run(..., directions={'val': val_loss})",
+            )

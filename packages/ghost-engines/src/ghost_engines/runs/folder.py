@@ -1,0 +1,124 @@
+"""The folder of a run: what it was, what each step credited, its metrics, its checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import distributed
+
+from ghost_core import CaptureError
+from ghost_engines.files import make_root, write_atomically
+from ghost_engines.log import ScoreLog, has_log
+from ghost_engines.runs.description import Description, check_same
+from ghost_engines.runs.metrics import Metrics
+
+DESCRIPTION = "run.json"
+LOG = "log"
+CHECKPOINT = "checkpoint.pt"
+
+
+def place_of(folder: str | Path) -> Path:
+    """Return where this process writes: the folder, or one in it where there are several."""
+    root = Path(folder).absolute()
+    known = distributed.is_available() and distributed.is_initialized()
+    several = known and distributed.get_world_size() > 1
+    return root / f"rank-{distributed.get_rank()}" if several else root
+
+
+class RunFolder:
+    """Writes the folder of a run; a context manager, which commits when it is left.
+
+    Args:
+        path: The folder, which is there.
+        log: The log, open for writing, if steps are logged.
+        metrics: The metrics.
+
+    Attributes:
+        path: The folder.
+        log: The log, or None.
+        metrics: The metrics.
+    """
+
+    def __init__(self, path: Path, log: ScoreLog | None, metrics: Metrics) -> None:
+        self.path, self.log, self.metrics = path, log, metrics
+        self._stack = ExitStack()
+        if log is not None:
+            self._stack.enter_context(log)
+        self._stack.callback(metrics.write)
+
+    @classmethod
+    def open(cls, path: Path, now: Description, *, after: int | None, logs: bool) -> Self:
+        """Begin a folder, or go on with one.
+
+        Args:
+            path: The folder; missing ones are made.
+            now: What the run is.
+            after: The last step to keep; None for a run that begins.
+            logs: Whether steps are logged.
+
+        Raises:
+            CaptureError: If there is a run already, and this one begins, or it was another.
+            StoreError: If the log ends before that step, or another process writes it.
+            DamagedStoreError: If the log is damaged.
+            OSError: If it cannot be written.
+        """
+        make_root(path)
+        description = path / DESCRIPTION
+        if description.exists():
+            if after is None:
+                raise CaptureError(
+                    f"there is a run in {path} already",
+                    reason="its log would go on with steps of another",
+                    remedy="call run.resume(...) or run.load_state_dict(...) first to go on with "
+                    "it, or choose another folder",
+                )
+            check_same(json.loads(description.read_text(encoding="utf-8")), now, str(description))
+        else:
+            data = json.dumps(now, indent=1) + "\n"
+            write_atomically(description, data.encode(), path)
+        log = None
+        if logs:
+            place, there = path / LOG, has_log(path / LOG)
+            log = ScoreLog.resume(place, after=after or 0) if there else ScoreLog.create(place)
+        return cls(path, log, Metrics(path, after or 0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def commit(self) -> None:
+        """Have all of it on disk.
+
+        Raises:
+            OSError: If that fails.
+        """
+        self.metrics.write()
+        if self.log is not None:
+            self.log.commit()
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write or replace the checkpoint.
+
+        Raises:
+            OSError: If that fails; then the last one is still there.
+        """
+        data = io.BytesIO()
+        torch.save(dict(state), data)
+        write_atomically(self.path / CHECKPOINT, [data.getbuffer()], self.path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Return the checkpoint in a folder, on the CPU, or None if there is none."""
+    file = path / CHECKPOINT
+    if not file.exists():
+        return None
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return state

@@ -1,0 +1,84 @@
+"""Configs are checked field by field; what does not exist is named with what does."""
+
+from dataclasses import fields
+
+import pytest
+
+from ghost_core import CaptureError, UnknownNameError
+from ghost_engines import RunConfig
+
+yaml = pytest.importorskip("yaml")
+
+FIELDS = {
+    "folder": "runs/a",
+    "method": ["dot_product", "projection"],
+    "mode": "fused",
+    "options": {"projection": {"dim": 16}, "dot_product": {"exclude": ["*.bias"]}},
+    "values": True,
+    "order": 2,
+    "history": 10,
+    "refresh": 5,
+    "log_every": 20,
+}
+
+
+def written(tmp_path, given):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(given))
+    return path
+
+
+def test_a_file_says_all_fields(tmp_path):
+    assert FIELDS.keys() == {each.name for each in fields(RunConfig)}
+    config = RunConfig.read(written(tmp_path, FIELDS))
+    assert config == RunConfig(**FIELDS) == RunConfig.of(FIELDS)
+    assert config.engines == ("dot_product", "projection")
+    assert config.to_dict() == FIELDS
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_misspelt_field_names_the_nearest(name, tmp_path):
+    wrong = name[:-2] + name[-1]
+    given = {wrong if each == name else each: value for each, value in FIELDS.items()}
+    with pytest.raises(UnknownNameError, match=rf"'{wrong}'; did you mean '{name}'\? Available:"):
+        RunConfig.read(written(tmp_path, given))
+    with pytest.raises(TypeError, match=name):
+        RunConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "dot_produkt"}, "unknown method 'dot_produkt'; did you mean 'dot_product'"),
+        ({"method": "regular"}, "cosine, dot_product, gram, none, norm, projection"),
+        ({"method": ["none", "gram"]}, "beside others"),
+        ({"method": ["gram", "gram"]}, "twice"),
+        ({"method": []}, "name or a list of names"),
+        ({"mode": "fussed"}, "did you mean 'fused'"),
+        ({"method": "projection", "mode": "fused"}, "only the engine dot_product has modes"),
+        ({"options": {"gram": {}}}, "unknown engine in options 'gram'"),
+        ({"options": {"dot_product": {"mode": "fused"}}}, "mode is a field of its own"),
+        ({"options": {"dot_product": {"registry": object()}}}, "cannot be written to a file"),
+        ({"options": 3}, "must be a mapping"),
+        ({"values": "yes"}, "values must be True or False"),
+        ({"order": 3}, "order must be 1 or 2"),
+        ({"history": 0}, "history must be at least 1"),
+        ({"refresh": "1"}, "refresh must be at least 1, a whole number"),
+        ({"log_every": 0}, "log_every must be at least 1"),
+        ({"folder": 3}, "folder must be a path"),
+    ],
+)
+def test_a_wrong_value_says_what_is_right(changes, message):
+    with pytest.raises((CaptureError, UnknownNameError), match=message):
+        RunConfig(**{"folder": "a"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("method: none", "has no folder"), ("- a", "mapping"), ("a: [", "no YAML"), ("1: 2", "1")],
+)
+def test_a_file_that_is_no_config_is_refused(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises((CaptureError, UnknownNameError), match=message):
+        RunConfig.read(path)
