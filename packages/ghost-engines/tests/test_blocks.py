@@ -165,3 +165,5 @@ def test_manifest_is_json_and_has_all_numbers():
         "k_left": 6,
         "k_right": 8,
     }
+    sketched = Block("bias", torch.Size((12,)), 0, 6, 1, sketched=True).manifest()
+    assert sketched["sketched"] is True

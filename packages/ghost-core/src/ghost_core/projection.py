@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Generator, Tensor
 
@@ -25,3 +26,12 @@ class Projection(ABC):
         Returns:
             P as float32 `[k, n]` on the CPU. Equal generators give equal maps.
         """
+
+    def options(self) -> dict[str, Any]:
+        """Return, as JSON-able values by name, what it was made with: by default its attributes.
+
+        They are part of what a store knows of its rows, and go to the class by name when the
+        projection is made again.
+        """
+        given = getattr(self, "__dict__", {})
+        return {name: value for name, value in given.items() if not name.startswith("_")}

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     )
     from ghost_engines.dot_product import DotProductEngine
     from ghost_engines.gram import Between, Gram, GramEngine
-    from ghost_engines.holding import HoldingEngine, LossWeights
+    from ghost_engines.holding import HoldingEngine
     from ghost_engines.ids import IdCollator, WithId, take_ids, with_ids
     from ghost_engines.log import ScoreLog
     from ghost_engines.norms import NormEngine, Norms
-    from ghost_engines.projection import ProjectedRows, ProjectionEngine
+    from ghost_engines.projected import ProjectedRows
+    from ghost_engines.projection import ProjectionEngine
+    from ghost_engines.queries import project_queries
     from ghost_engines.results import Result, SummedResult
     from ghost_engines.runs import Run, RunConfig
     from ghost_engines.scores import Scores, SegmentScores
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         InRunValues,
         ValueTable,
     )
+    from ghost_engines.weighing import LossWeights
 
 __all__ = [
     "Between",
@@ -85,6 +88,7 @@ __all__ = [
     "adam_aware",
     "load_direction",
     "model_digest",
+    "project_queries",
     "save_direction",
     "score_dataset",
     "second_order",
@@ -95,8 +99,8 @@ __all__ = [
 
 _ROOMS = (
     "blocks", "corpus", "cosine", "dataset", "digest", "directions", "dot_product", "gram",
-    "holding", "ids", "log", "norms", "projection", "results", "runs", "scores", "scoring",
-    "selection", "store", "values",
+    "holding", "ids", "log", "norms", "projected", "projection", "queries", "results", "runs",
+    "scores", "scoring", "selection", "store", "values", "weighing",
 )  # fmt: skip
 """The modules that the names above come from."""
 

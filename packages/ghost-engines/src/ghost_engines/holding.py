@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import MappingProxyType
-from typing import Literal, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ghost_core import (
     Batch,
     CaptureError,
-    Engine,
     EngineOptions,
     Pass,
     PerSampleGradient,
-    SampleIds,
     TrackedParameter,
-    UnknownNameError,
 )
 from ghost_engines.held import HeldGradients
+from ghost_engines.weighing import LossWeights, WeighingEngine
 
 ResultT = TypeVar("ResultT")
 
-LossWeights = Literal["mean", "sum", "given"]
-"""What the backpropagated loss was: the mean over the samples, their sum, or a weighted sum."""
 
-_LOSS_WEIGHTS = ("mean", "sum", "given")
-
-
-class HoldingEngine(Engine[ResultT]):
+class HoldingEngine(WeighingEngine[ResultT]):
     """Holds the gradients of a batch, and knows the weight that each sample's loss had in it.
 
     A subclass writes `on_end`, from `held` and `divisors`.
@@ -57,52 +46,15 @@ class HoldingEngine(Engine[ResultT]):
         loss_weights: LossWeights | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, loss_weights=loss_weights, **options)
         if loss_weights is None:
             raise CaptureError(
                 f"{type(self).__name__} needs loss_weights, the weight of each sample's own loss "
                 "in the backpropagated one: 'sum', 'mean' or 'given'; there is no default"
             )
-        if not isinstance(loss_weights, str):
-            raise CaptureError(
-                "weights belong to a batch: make the engine with loss_weights='given', and open "
-                "batches with engine.batch(ids, loss_weights=...)"
-            )
-        if loss_weights not in _LOSS_WEIGHTS:
-            raise UnknownNameError("value of loss_weights", loss_weights, _LOSS_WEIGHTS)
-        self._kind = loss_weights
         self._n = 0
-        self._scaled_weights = torch.empty(0)
         self.held = HeldGradients(())
         """The gradients of the open batch: of contributions, times the scale of a scaler."""
-
-    @contextmanager
-    def batch(
-        self,
-        ids: SampleIds,
-        *,
-        owners: Mapping[str, Tensor] = MappingProxyType({}),
-        loss_weights: float | Tensor | None = None,
-    ) -> Iterator[Batch[ResultT]]:
-        """Capture the forward and backward passes of one batch; see `Engine.batch`.
-
-        Args:
-            ids: One integer per sample, `[N]`.
-            owners: As in `Engine.batch`.
-            loss_weights: For an engine made with `loss_weights="given"`: the weight that each
-                sample's own loss has in the backpropagated loss, `[N]`, or one for all.
-
-        Yields:
-            The batch, whose result is there once it is closed.
-
-        Raises:
-            CaptureError: If weights are missing, not expected, or not one finite number per
-                sample; and as `Engine.batch` does.
-            WrongSplitError: If gradients cannot be split by sample.
-        """
-        with super().batch(ids, owners=owners) as batch:
-            self._scaled_weights = self._weights(batch.n, loss_weights) * self.loss_scale
-            yield batch
 
     def on_start(self, batch: Batch[ResultT]) -> None:
         """Hold nothing yet."""
@@ -113,69 +65,10 @@ class HoldingEngine(Engine[ResultT]):
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> None:
         """Hold the gradient."""
-        if self._kind == "mean" and pass_.n != self._n:
-            raise CaptureError(
-                f"loss_weights='mean' does not say which mean, in a batch of {self._n} samples "
-                f"with a micro-batch of {pass_.n}: make the engine with loss_weights='given' and "
-                "open engine.batch(ids, loss_weights=...), with 1 / len(ids) if the losses of the "
-                "micro-batches are divided by how many there are; or open a batch for each"
-            )
+        self.check_mean(pass_, self._n)
         self.held.add(pass_, parameter, gradient)
 
     def on_close(self) -> None:
         """Let go of the gradients."""
+        super().on_close()
         self.held = HeldGradients(())
-        self._scaled_weights = torch.empty(0)
-
-    def divisors(self, batch: Batch[ResultT], squared: Tensor) -> Tensor:
-        """Return what contributions are divided by to get gradients of own losses, `[N]`, float64.
-
-        Args:
-            batch: The batch.
-            squared: Squared norms of what is held, `[N]`.
-
-        Raises:
-            CaptureError: If gradients arrived from a sample whose weight is zero.
-        """
-        divisors = self._scaled_weights.to(squared.device)
-        wrong = (divisors == 0) & (squared > 0)
-        if wrong.any():
-            raise CaptureError(
-                f"loss_weights are zero for samples {batch.ids[wrong.cpu()].tolist()}, whose "
-                "gradients are not: give the weights that the backpropagated loss has"
-            )
-        return divisors
-
-    def _weights(self, n: int, given: float | Tensor | None) -> Tensor:
-        if self._kind == "given" and given is None:
-            raise CaptureError(
-                "the engine was made with loss_weights='given': open batches with "
-                "engine.batch(ids, loss_weights=...)"
-            )
-        if self._kind != "given" and given is not None:
-            raise CaptureError(
-                f"the engine was made with loss_weights={self._kind!r}: leave loss_weights out of "
-                "engine.batch(), or make the engine with loss_weights='given'"
-            )
-        if given is None:
-            given = 1 / n if self._kind == "mean" and n else 1.0
-        return _as_weights(given, n)
-
-
-def _as_weights(given: float | Tensor, n: int) -> Tensor:
-    """Return weights as float64 `[N]` on the CPU."""
-    described = type(given).__name__
-    if isinstance(given, Tensor):
-        described = f"{given.dtype} of shape {tuple(given.shape)}"
-        usable = given.shape in ((), (n,)) and not given.is_complex() and given.dtype != torch.bool
-    else:
-        usable = isinstance(given, int | float) and not isinstance(given, bool)
-    if not usable:
-        raise CaptureError(
-            f"loss_weights must be a tensor of one number per sample, [{n}], or one number for "
-            f"all, not {described}"
-        )
-    weights = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
-    if not weights.isfinite().all():
-        raise CaptureError("loss_weights are not finite")
-    return weights.expand(n)

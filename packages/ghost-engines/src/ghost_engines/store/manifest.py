@@ -162,7 +162,9 @@ class Manifest:
         What a row is as a whole comes first, then its layers one by one.
         """
         found = differences("", self.identity(), other.identity())
-        return sorted(found, key=lambda line: line.startswith("engine.layers"))
+        return sorted(
+            found, key=lambda line: (line.startswith("engine.layers"), line[:6] == "engine")
+        )
 
     def _check_types(self) -> None:
         """Check what was read from a file.
