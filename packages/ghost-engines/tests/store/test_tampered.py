@@ -174,6 +174,9 @@ def test_a_shard_that_is_altered_after_it_was_read_is_compared_again(tmp_path):
         ("info", "x"),
         ("notes", 3),
         ("versions", None),
+        ("columns", {"norm": {"dtype": "float3"}}),
+        ("columns", {"norm": "float32"}),
+        ("data", [{"path": 3, "digest": "x"}]),
     ],
 )
 def test_wrong_types_in_a_manifest_are_named_although_its_fingerprint_fits(tmp_path, key, value):
@@ -221,9 +224,9 @@ def test_a_manifest_that_was_altered_is_named(tmp_path, change, message):
 def test_a_newer_format_is_told_from_damage(tmp_path):
     make(tmp_path / "g", 3)
     path = tmp_path / "g/manifest.json"
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 3'))
     with pytest.raises(
-        StoreError, match="format version 2, this version of ghost reads 1"
+        StoreError, match="format version 3, this version of ghost reads 1 and 2"
     ) as caught:
         GradientStore.open(tmp_path / "g")
     assert not isinstance(caught.value, DamagedStoreError)

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ghost_engines.store import DamagedStoreError
-from ghost_engines.store.tensor_files import TensorFile, read_from, sha256_of, write_tensors
+from ghost_engines.store.hashes import HASHES, hash_of
+from ghost_engines.store.tensor_files import TensorFile, read_from, write_tensors
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+DTYPES = [*FLOATS, torch.int64, torch.int32, torch.uint8]
 
 
 def tensors(n=5):
@@ -41,14 +43,15 @@ def test_each_reads_what_the_other_writes(tmp_path, monkeypatch, n):
                 assert_same(found, expected)  # also once the file is closed
 
 
-def test_the_bytes_of_a_file_depend_on_its_tensors_alone(tmp_path):
+@pytest.mark.parametrize("kind", HASHES)
+def test_the_bytes_of_a_file_depend_on_its_tensors_alone(tmp_path, kind):
     found = tensors()
     for name in ("one", "other"):
-        write_tensors(tmp_path / name, found, {"unit": "3"}, tmp_path)
+        write_tensors(tmp_path / name, found, {"unit": "3"}, tmp_path, kind)
         found = dict(reversed(found.items()))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
-    sha256 = read_from(tmp_path / "one", lambda file: file.metadata["sha256"])
-    assert sha256 == sha256_of(found)
+    told = read_from(tmp_path / "one", lambda file: (file.kind, file.metadata[kind]))
+    assert told == (kind, hash_of(found, kind))
 
 
 def entry(**changed):

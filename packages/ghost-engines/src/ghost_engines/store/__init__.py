@@ -1,9 +1,12 @@
 """Rows of projected gradients on disk, and exact search among them."""
 
+from ghost_engines.store.beside import Column
 from ghost_engines.store.columns import Columns, columns_of, parameter_columns
 from ghost_engines.store.comparison import By, Comparison, Queries, RowReader, unit_length
+from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.labels import Labels
 from ghost_engines.store.listing import clean, has_shards, listed_units, shard_path
 from ghost_engines.store.lock import WriterLock
 from ghost_engines.store.manifest import Manifest
@@ -16,10 +19,13 @@ from ghost_engines.store.tensor_files import TensorFile, header, write_tensors
 __all__ = [
     "STORAGE_DTYPES",
     "By",
+    "Column",
     "Columns",
     "Comparison",
     "DamagedStoreError",
+    "DataFile",
     "GradientStore",
+    "Labels",
     "Manifest",
     "Neighbours",
     "Queries",

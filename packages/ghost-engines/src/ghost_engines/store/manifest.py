@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,20 @@ import torch
 
 from ghost_core.arguments import whole
 from ghost_engines.files import read_regular, write_atomically
+from ghost_engines.store.beside import Column, declared
+from ghost_engines.store.data_files import DataFile, as_entries
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.hashes import FAST
 from ghost_engines.versions import version
 
-SCHEMA = 1
+SCHEMA = 2
+"""Version of the format. The one before has no columns but the losses, and shards with sha256."""
+
 MANIFEST = "manifest.json"
 LIBRARIES = ("ghost-core", "ghost-layers", "ghost-engines", "torch", "numpy", "safetensors")
+_SCHEMAS = (1, SCHEMA)
+_SINCE_2 = ("columns", "data")
 
 _ABSENT = object()
 _LONGEST = 1 << 28
@@ -53,6 +60,9 @@ class Manifest:
         unit: Rows per shard.
         engine: The engine's own manifest.
         info: What else changes a value: digests of the model and the data, the loss.
+        columns: What is stored beside the rows: `{"norm": {"dtype": "float32", "finite": True}}`.
+        data: Where samples come from: `[{"path": ..., "digest": ...}]`; without the paths, part of
+            the fingerprint.
         notes: Whatever is worth remembering; not part of the fingerprint.
         versions: Library versions at creation; not part of the fingerprint.
         schema: Version of the format.
@@ -63,6 +73,8 @@ class Manifest:
     unit: int
     engine: dict[str, Any]
     info: dict[str, Any]
+    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    data: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -75,6 +87,9 @@ class Manifest:
         unit: int,
         info: Mapping[str, Any] | None = None,
         notes: Mapping[str, Any] | None = None,
+        columns: Mapping[str, str | Column] | None = None,
+        data: Sequence[DataFile] | None = None,
+        schema: int = SCHEMA,
     ) -> Self:
         """Describe the rows that an engine makes.
 
@@ -94,8 +109,33 @@ class Manifest:
             whole("unit", unit, least=1, error=StoreError),
             plain("the engine's manifest", engine.manifest()),
             plain("info", {} if info is None else info),
+            declared(columns),
+            as_entries(data),
             plain("notes", {} if notes is None else notes),
             {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+            schema,
+        )
+
+    def renewed(
+        self,
+        engine: RowEngine,
+        *,
+        columns: Mapping[str, str | Column] | None = None,
+        info: Mapping[str, Any] | None = None,
+        data: Sequence[DataFile] | None = None,
+    ) -> Self:
+        """Describe the rows that an engine would append, with what is not given as it is here.
+
+        Raises:
+            StoreError: As of `of`.
+        """
+        return self.of(
+            engine,
+            unit=self.unit,
+            info=info,
+            columns=self.declared if columns is None else columns,
+            data=self.data_files if data is None else data,
+            schema=self.schema,
         )
 
     @classmethod
@@ -115,10 +155,11 @@ class Manifest:
             ) from error
         except (ValueError, RecursionError) as error:
             raise DamagedStoreError(f"{path} is not JSON: {error}") from error
-        if isinstance(content, dict) and content.get("schema", SCHEMA) != SCHEMA:
+        if isinstance(content, dict) and content.get("schema", SCHEMA) not in _SCHEMAS:
             raise StoreError(
                 f"{path} has format version {content['schema']}, this version of ghost reads "
-                f"{SCHEMA}: use the one that wrote it ({content.get('versions')})"
+                f"{' and '.join(map(str, _SCHEMAS))}: use the one that wrote it "
+                f"({content.get('versions')})"
             )
         try:
             fingerprint = content.pop("fingerprint")
@@ -149,12 +190,15 @@ class Manifest:
 
     def identity(self) -> dict[str, Any]:
         """Return what the fingerprint is made of."""
-        free = ("notes", "versions")
-        return {
+        free = ("notes", "versions", *(_SINCE_2 if self.schema == 1 else ()))
+        found = {
             entry.name: getattr(self, entry.name)
             for entry in fields(self)
             if entry.name not in free
         }
+        if "data" in found:
+            found["data"] = [file["digest"] for file in self.data]
+        return found
 
     def differences(self, other: Manifest) -> list[str]:
         """Return a line for each entry in which another manifest's rows differ from these.
@@ -175,6 +219,18 @@ class Manifest:
         for name, kind in (("engine", dict), ("info", dict), ("notes", dict), ("versions", dict)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} is {getattr(self, name)!r}")
+        for name, again in (
+            ("columns", lambda: declared(self.declared)),
+            ("data", lambda: as_entries(self.data_files)),
+        ):
+            try:
+                intact = again() == getattr(self, name)
+            except (AttributeError, StoreError, TypeError):
+                intact = False
+            if not intact:
+                raise TypeError(f"{name} is {getattr(self, name)!r}")
+        if self.schema == 1 and (self.columns or self.data):
+            raise TypeError("a store of format version 1 has no columns")
         for name in ("k_total", "unit"):
             number = getattr(self, name)
             if type(number) is not int or not 1 <= number <= _MOST:
@@ -186,6 +242,21 @@ class Manifest:
     def torch_dtype(self) -> torch.dtype:
         """Dtype of the rows."""
         return STORAGE_DTYPES[self.dtype]
+
+    @cached_property
+    def declared(self) -> dict[str, Column]:
+        """What is stored beside the rows, by name."""
+        return {name: Column(**what) for name, what in self.columns.items()}
+
+    @property
+    def data_files(self) -> list[DataFile]:
+        """Where the samples come from."""
+        return [DataFile(**file) for file in self.data]
+
+    @property
+    def hash(self) -> str:
+        """Name of the hash that shards have."""
+        return "sha256" if self.schema == 1 else FAST
 
 
 def _check_engine(engine: object) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,72 +14,20 @@ from ghost_core.arguments import whole
 from ghost_core.batch import as_ids
 from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
+from ghost_engines.store.beside import LOSS
 from ghost_engines.store.comparison import By, Comparison, Queries
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.labels import Labels
 from ghost_engines.store.listing import shard_path
 from ghost_engines.store.lookup import ordinals_of
-from ghost_engines.store.manifest import MANIFEST, Manifest
 from ghost_engines.store.neighbours import Neighbours, best
-from ghost_engines.store.place import Place
+from ghost_engines.store.pieces import Pieces
 from ghost_engines.store.rows import StoredRows
-from ghost_engines.store.shards import (
-    Shard,
-    check_contents,
-    inspect,
-    open_shard,
-    read_checked,
-    rows_of,
-)
-from ghost_engines.store.tail import Tail
-from ghost_engines.store.tensor_files import TensorFile
+from ghost_engines.store.shards import check_contents
 
 
-class StoreReader:
-    """What can be read of a store: its rows, their ids and losses, and neighbours of queries.
-
-    Args:
-        path: Folder of the store.
-        manifest: What the rows are.
-        shards: What is on disk.
-        check: Whether to compare each shard with its hash when it is read for the first time.
-
-    Attributes:
-        path: Folder of the store.
-        manifest: What the rows are.
-        loss_dtype: Dtype of the losses; None if there are none.
-    """
-
-    def __init__(
-        self, path: Path, manifest: Manifest, shards: list[Shard], *, check: bool = True
-    ) -> None:
-        self._place = Place(path / MANIFEST)
-        self._check = check
-        self._checked: dict[int, tuple[int, int, int]] = {}
-        self.path = path
-        self.manifest = manifest
-        full = sum(shard.n == manifest.unit for shard in shards)
-        partial = shards[full].n if full < len(shards) else 0
-        self._tail = Tail(full, partial, partial)
-        self.loss_dtype: torch.dtype | None = shards[0].loss_dtype if shards else None
-
-    def __len__(self) -> int:
-        """Return the number of rows that were appended."""
-        return self._tail.unit * self.manifest.unit + self._tail.length
-
-    @property
-    def committed(self) -> int:
-        """Number of acknowledged rows."""
-        return self._tail.unit * self.manifest.unit + self._tail.written
-
-    @property
-    def k_total(self) -> int:
-        """Number of columns of a row."""
-        return self.manifest.k_total
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the rows."""
-        return self.manifest.torch_dtype
+class StoreReader(Pieces):
+    """What can be read of a store: its rows, what is beside them, and neighbours of queries."""
 
     @property
     def ids(self) -> Tensor:
@@ -89,7 +36,9 @@ class StoreReader:
         Raises:
             DamagedStoreError: If a file went missing or was altered.
         """
-        return self._column("ids", torch.int64)
+        ids = self._column("ids", torch.int64)
+        assert isinstance(ids, Tensor)
+        return ids
 
     @property
     def losses(self) -> Tensor | None:
@@ -98,7 +47,28 @@ class StoreReader:
         Raises:
             DamagedStoreError: If a file went missing or was altered.
         """
-        return None if self.loss_dtype is None else self._column("loss", self.loss_dtype)
+        return None if self.loss_dtype is None else self.columns[LOSS]
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """What is stored beside the rows, by name; each is read anew when it is asked for.
+
+        `columns["norm"]` is a tensor `[len]` of the dtype that the column was declared with, or
+        `Labels` for a column of names.
+        """
+        dtypes = {name: column.torch_dtype for name, column in self.manifest.declared.items()}
+        if self.loss_dtype is not None:
+            dtypes[LOSS] = self.loss_dtype
+        return _Columns(dtypes, self._column)
+
+    @property
+    def groups(self) -> Labels | None:
+        """The column `group`, if there is one: the domain of each row, say.
+
+        Raises:
+            DamagedStoreError: If a file went missing or was altered.
+        """
+        return self.columns.get("group")
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return rows from ordinal `start` up to and without `stop`.
@@ -294,7 +264,7 @@ class StoreReader:
         digest = hashlib.sha256(self.manifest.fingerprint.encode())
         for unit in self._units_on_disk():
             with self._opened(unit) as file:
-                digest.update(str(file.metadata["sha256"]).encode())
+                digest.update(str(file.metadata[self.manifest.hash]).encode())
         return digest.hexdigest()
 
     @property
@@ -306,62 +276,23 @@ class StoreReader:
         """
         return sum(shard_path(self.path, unit).stat().st_size for unit in self._units_on_disk())
 
-    def _units_on_disk(self) -> range:
-        return range(self._tail.unit + (self._tail.written > 0))
 
-    def _pieces(self, start: int, stop: int) -> Iterator[StoredRows]:
-        """Yield the rows from `start` up to `stop`, shard by shard."""
-        for unit, part in self._parts(start, stop):
-            if (piece := self._in_memory(unit, part)) is not None:
-                yield piece.copy()
-                continue
-            with self._opened(unit) as file:
-                self._check_once(unit, file)
-                piece = rows_of(file)[part]
-            yield piece
+class _Columns(Mapping[str, Any]):
+    def __init__(
+        self,
+        dtypes: Mapping[str, torch.dtype],
+        read: Callable[[str, torch.dtype], Tensor | Labels],
+    ) -> None:
+        self._dtypes, self._read = dtypes, read
 
-    def _column(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return one number of each row."""
-        column = torch.empty(len(self), dtype=dtype, device="cpu")
-        for unit, part in self._parts(0, len(self)):
-            if (piece := self._in_memory(unit, part)) is not None:
-                found = piece.tensors()[name]
-            else:
-                with self._opened(unit) as file:
-                    whole = read_checked(file, name) if self._check else file.read_tensor(name)
-                found = whole[part]
-            first = unit * self.manifest.unit
-            column[first + part.start : first + part.stop] = found
-        return column
+    def __getitem__(self, name: str) -> Any:
+        return self._read(name, self._dtypes[name])
 
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """Yield the units with rows from `start` up to `stop`, and which of their rows."""
-        size = self.manifest.unit
-        while start < stop:
-            unit, first = divmod(start, size)
-            end = min(stop - unit * size, size)
-            yield unit, slice(first, end)
-            start = unit * size + end
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dtypes)
 
-    def _in_memory(self, unit: int, part: slice) -> StoredRows | None:
-        """Return some rows of a unit as views, if they are in memory; they may be of several."""
-        if self._tail.memory is None or unit < self._tail.unit:
-            return None
-        first = (unit - self._tail.unit) * self.manifest.unit
-        return self._tail.rows[first + part.start : first + part.stop]
+    def __len__(self) -> int:
+        return len(self._dtypes)
 
-    @contextmanager
-    def _opened(self, unit: int) -> Iterator[TensorFile]:
-        """Open a shard that has the rows that it had when the store was opened, or more."""
-        expected = min(self.manifest.unit, len(self) - unit * self.manifest.unit)
-        with open_shard(self.path, self.manifest, unit) as file:
-            self._place.check()  # the shard was there before: it is of the store that is there now
-            if (n := inspect(file, self.manifest, unit).n) < expected:
-                raise DamagedStoreError(f"{file.path} holds {n} rows, it had {expected}")
-            yield file
-
-    def _check_once(self, unit: int, file: TensorFile) -> None:
-        """Compare a shard with its hash if it was not, or was replaced since."""
-        if self._check and self._checked.get(unit) != file.version:
-            check_contents(file)
-            self._checked[unit] = file.version
+    def __repr__(self) -> str:
+        return f"<columns {', '.join(self) or 'none'}>"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from ghost_core import Batch
+from ghost_engines.store.beside import LOSS, ColumnValues, checked_columns
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import StoreError
 from ghost_engines.store.finite import all_finite
+from ghost_engines.store.labels import Labels, Names
 from ghost_engines.store.manifest import Manifest
 
 
@@ -35,11 +38,13 @@ class StoredRows:
         ids: Sample ids, int64 `[n]`.
         rows: `[n, k_total]`.
         loss: The samples' losses `[n]`, if they were stored.
+        columns: What else is stored beside the rows, by name: numbers `[n]`, or names.
     """
 
     ids: Tensor
     rows: Tensor
-    loss: Tensor | None
+    loss: Tensor | None = None
+    columns: Mapping[str, Tensor | Labels] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of rows n."""
@@ -47,27 +52,48 @@ class StoredRows:
 
     def __getitem__(self, part: slice) -> Self:
         """Return some of the rows, as views."""
-        loss = None if self.loss is None else self.loss[part]
-        return type(self)(self.ids[part], self.rows[part], loss)
+        return self.mapped(lambda tensor: tensor[part])
 
     def copy(self) -> Self:
         """Return them in memory of their own."""
-        loss = None if self.loss is None else self.loss.clone()
-        return type(self)(self.ids.clone(), self.rows.clone(), loss)
+        return self.mapped(torch.clone)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return them with each tensor changed."""
+        columns = {
+            name: Labels(change(column.codes), column.names)
+            if isinstance(column, Labels)
+            else change(column)
+            for name, column in self.columns.items()
+        }
+        loss = None if self.loss is None else change(self.loss)
+        return type(self)(change(self.ids), change(self.rows), loss, columns)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a shard holds, by name."""
+        """Return the numbers of each row, by name."""
         tensors = {"g": self.rows, "ids": self.ids}
-        return tensors if self.loss is None else {**tensors, "loss": self.loss}
+        if self.loss is not None:
+            tensors[LOSS] = self.loss
+        for name, column in self.columns.items():
+            tensors[name] = column.codes if isinstance(column, Labels) else column
+        return tensors
 
 
-def checked(batch: RowBatch, loss: Tensor | None, manifest: Manifest) -> StoredRows:
+def checked(
+    batch: RowBatch,
+    loss: Tensor | None,
+    columns: Mapping[str, ColumnValues],
+    manifest: Manifest,
+    names: Mapping[str, Names],
+) -> StoredRows:
     """Return a batch as rows of a store, on the device on which it is.
 
     Args:
         batch: The batch, on any device.
         loss: Losses `[N]`, floating point.
+        columns: What else is to be stored beside the rows.
         manifest: What the store holds.
+        names: The writer's table of names for each column of names.
 
     Raises:
         StoreError: If a shape or a dtype does not fit.
@@ -89,7 +115,23 @@ def checked(batch: RowBatch, loss: Tensor | None, manifest: Manifest) -> StoredR
         raise StoreError(
             f"loss must be [{len(ids)}], of dtype {', '.join(STORAGE_DTYPES)}, not {_kind(loss)}"
         )
-    return StoredRows(ids, rows, loss)
+    if loss is not None and LOSS in manifest.declared:
+        columns = {**columns, LOSS: loss}
+    found = checked_columns(len(ids), columns, manifest.declared, names)
+    declared_loss = found.pop(LOSS, loss)
+    assert not isinstance(declared_loss, Labels)
+    return StoredRows(ids, rows, declared_loss, found)
+
+
+def with_tables(rows: StoredRows, names: Mapping[str, Names]) -> StoredRows:
+    """Return rows with their names numbered by a writer's tables, to which new ones are added."""
+    columns = {
+        name: Labels(column.numbered(names[name]), names[name])
+        if isinstance(column, Labels)
+        else column
+        for name, column in rows.columns.items()
+    }
+    return replace(rows, columns=columns)
 
 
 def check_finite(found: StoredRows) -> None:

@@ -1,7 +1,7 @@
 """Shards: unit u holds the rows with ordinals from u · U to (u + 1) · U in one safetensors file.
 
 A shard's name depends on its unit alone and a unit is done when its file is full. The header says
-which store the shard belongs to, its unit, and the sha256 of its tensors' bytes, in order of their
+which store the shard belongs to, its unit, and a hash of its tensors' bytes, in order of their
 names. The last shard may be partial; a fuller version of it takes its place.
 """
 
@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ghost_engines.store.beside import LOSS
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.hashes import hash_of
+from ghost_engines.store.labels import Labels, decode_names, encode_names
 from ghost_engines.store.listing import SHARDS, listed_units, shard_path
 from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.rows import StoredRows
-from ghost_engines.store.tensor_files import TensorFile, header, sha256_of, write_tensors
+from ghost_engines.store.tensor_files import TensorFile, header, write_tensors
 from ghost_engines.store.tensor_layout import SAFETENSORS_NAMES
 
 _LOSS_DTYPES = {SAFETENSORS_NAMES[dtype]: dtype for dtype in STORAGE_DTYPES.values()}
@@ -62,12 +65,12 @@ def write_shard(
         OSError: If writing fails; a shard that was there before still is.
     """
     path = shard_path(root, unit)
-    tensors = rows.tensors()
+    tensors = _on_disk(rows)
     if path.exists():
         with open_shard(root, manifest, unit) as file:
             n = inspect(file, manifest, unit).n
             # One that a failed write has left holds what is written again now.
-            known = n == replaced or file.metadata["sha256"] == sha256_of(tensors)
+            known = n == replaced or file.metadata[manifest.hash] == hash_of(tensors, manifest.hash)
         if not known:
             raise StoreError(
                 f"{path} has {n} rows and is not overwritten",
@@ -77,12 +80,25 @@ def write_shard(
             )
     metadata = {"fingerprint": manifest.fingerprint, "unit": str(unit)}
     for name in sorted(tensors.keys() - {"g"}):  # these are also read without the rows
-        metadata[_own_hash(name)] = sha256_of({name: tensors[name]})
-    write_tensors(path, tensors, metadata, root)
+        metadata[f"{manifest.hash}.{name}"] = hash_of({name: tensors[name]}, manifest.hash)
+    write_tensors(path, tensors, metadata, root, manifest.hash)
 
 
-def _own_hash(name: str) -> str:
-    return f"sha256.{name}"
+def _on_disk(rows: StoredRows) -> dict[str, Tensor]:
+    """Return what a shard holds: of names those that its rows have, so that it depends on no other.
+
+    All is contiguous.
+    """
+    tensors = rows.tensors()
+    for name, column in rows.columns.items():
+        if isinstance(column, Labels):
+            labels = column.compact()
+            tensors[name], tensors[_names_of(name)] = labels.codes, encode_names(labels.names)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _names_of(name: str) -> str:
+    return f"{name}.names"
 
 
 def open_shard(root: Path, manifest: Manifest, unit: int) -> TensorFile:
@@ -114,15 +130,22 @@ def inspect(file: TensorFile, manifest: Manifest, unit: int) -> Shard:
     Raises:
         DamagedStoreError: If these are no rows of the store, or too many.
     """
-    metadata, found = header(file)
+    _, found = header(file)
     n = found["ids"][0][0] if "ids" in found and found["ids"][0] else 0
-    loss = found.pop("loss", None)
+    loss = found.get(LOSS)
+    if LOSS not in manifest.declared:
+        found.pop(LOSS, None)
     expected = {
         "g": ([n, manifest.k_total], SAFETENSORS_NAMES[manifest.torch_dtype]),
         "ids": ([n], SAFETENSORS_NAMES[torch.int64]),
     }
+    for name, column in manifest.declared.items():
+        expected[name] = [n], SAFETENSORS_NAMES[column.torch_dtype]
+        if column.is_category:  # a table as long as the names in it
+            length = found.get(_names_of(name), ([], ""))[0][:1]
+            expected[_names_of(name)] = length, SAFETENSORS_NAMES[torch.uint8]
     fits = found == expected and (loss is None or (loss[0] == [n] and loss[1] in _LOSS_DTYPES))
-    if not fits or not isinstance(metadata.get("sha256"), str):
+    if not fits or file.kind != manifest.hash:
         raise DamagedStoreError(f"{file.path} was altered: it holds {found}, not {expected}")
     if not 1 <= n <= manifest.unit:
         raise DamagedStoreError(f"{file.path} holds {n} rows, not {manifest.unit}")
@@ -136,36 +159,63 @@ def check_contents(file: TensorFile) -> None:
         DamagedStoreError: If they differ, or the file is cut off.
         OSError: If it cannot be read.
     """
-    if file.sha256() != file.metadata.get("sha256"):
-        raise DamagedStoreError(f"{file.path} was altered: its contents do not fit its sha256")
+    kind = file.kind
+    if kind is None or file.hash(kind) != file.metadata[kind]:
+        raise DamagedStoreError(f"{file.path} was altered: its contents do not fit its {kind}")
 
 
-def read_checked(file: TensorFile, name: str) -> Tensor:
-    """Read one number of each row of an open shard, and compare it with its hash.
+def read_column(file: TensorFile, name: str, *, check: bool) -> Tensor | Labels:
+    """Read what an open shard holds of each row under a name.
+
+    Args:
+        file: The shard.
+        name: Name of the column.
+        check: Whether to compare it with its hash.
 
     Raises:
         DamagedStoreError: If it was altered, or the file is cut off.
         OSError: If it cannot be read.
     """
-    own = file.metadata.get(_own_hash(name))
+    read = _read_checked if check else TensorFile.read_tensor
+    numbers = read(file, name)
+    if _names_of(name) not in file.places:
+        return numbers
+    return _labels(file, numbers, read(file, _names_of(name)))
+
+
+def _labels(file: TensorFile, codes: Tensor, names: Tensor) -> Labels:
+    try:
+        return Labels(codes, decode_names(names, codes))
+    except ValueError as error:
+        raise DamagedStoreError(f"{file.path} was altered: {error}") from error
+
+
+def _read_checked(file: TensorFile, name: str) -> Tensor:
+    own = file.metadata.get(f"{file.kind}.{name}")
     if own is None:  # written by a version that hashed all together
         check_contents(file)
         return file.read_tensor(name)
     tensor = file.read_tensor(name)
-    if sha256_of({name: tensor}) != own:
-        raise DamagedStoreError(f"{file.path} was altered: its {name} does not fit its sha256")
+    if hash_of({name: tensor}, str(file.kind)) != own:
+        raise DamagedStoreError(f"{file.path} was altered: its {name} does not fit its {file.kind}")
     return tensor
 
 
-def rows_of(file: TensorFile) -> StoredRows:
+def rows_of(file: TensorFile, manifest: Manifest) -> StoredRows:
     """Return the rows of an open shard, mapped if they are large.
 
     Raises:
         DamagedStoreError: If the file is cut off.
         OSError: If it cannot be read.
     """
-    loss = file.get_tensor("loss") if "loss" in file.places else None
-    return StoredRows(file.get_tensor("ids"), file.get_tensor("g"), loss)
+    loss = file.get_tensor(LOSS) if LOSS in file.places else None
+    columns: dict[str, Tensor | Labels] = {}
+    for name, column in manifest.declared.items():
+        if name != LOSS:
+            columns[name] = numbers = file.get_tensor(name)
+            if column.is_category:
+                columns[name] = _labels(file, numbers, file.read_tensor(_names_of(name)))
+    return StoredRows(file.get_tensor("ids"), file.get_tensor("g"), loss, columns)
 
 
 def find_shards(root: Path, manifest: Manifest) -> list[Shard]:

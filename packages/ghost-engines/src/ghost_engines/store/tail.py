@@ -102,5 +102,4 @@ def _room(n: int, like: StoredRows) -> StoredRows:
         return torch.empty(n, *tensor.shape[1:], dtype=tensor.dtype, device="cpu")
 
     with torch.inference_mode(False):  # what is made in it could not be written to outside of it
-        loss = None if like.loss is None else empty(like.loss)
-        return StoredRows(empty(like.ids), empty(like.rows), loss)
+        return like.mapped(empty)

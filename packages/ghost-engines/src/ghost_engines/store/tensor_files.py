@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ghost_engines.files import open_regular, write_atomically
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.hashes import HASHES, bytes_of, hash_of, hash_of_pieces
 from ghost_engines.store.tensor_layout import (
     LENGTH_BYTES,
     Place,
@@ -35,35 +35,27 @@ ResultT = TypeVar("ResultT")
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], root: Path
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    root: Path,
+    kind: str = "sha256",
 ) -> None:
-    """Write tensors on the CPU, with the sha256 of their bytes; on disk once this returns.
+    """Write tensors on the CPU, with a hash of their bytes; on disk once this returns.
 
     Args:
         path: The file, in or below `root`.
         tensors: The tensors by name, of dtypes that are stored.
         metadata: What else the header says.
         root: A folder that is there, and on disk.
+        kind: Which hash, by its name in `HASHES`.
 
     Raises:
         OSError: If that fails; a file that was there before still is.
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    head = encode(whole, {**metadata, "sha256": sha256_of(whole)})
-    write_atomically(path, [head, *(_bytes(whole[name]) for name in in_order(whole))], root)
-
-
-def sha256_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of the bytes of contiguous tensors, in order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(_bytes(tensors[name]))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    # A view of the flat tensor: one of no rows has no last axis to view otherwise.
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    head = encode(whole, {**metadata, kind: hash_of(whole, kind)})
+    write_atomically(path, [head, *(bytes_of(whole[name]) for name in in_order(whole))], root)
 
 
 def read_from(path: Path, get: Callable[[TensorFile], ResultT]) -> ResultT:
@@ -173,7 +165,7 @@ class TensorFile:
         """
         place = self.places[name]
         tensor = torch.empty(place.shape, dtype=self._dtype(name), device="cpu")
-        self._read_into(_bytes(tensor), place.start)
+        self._read_into(bytes_of(tensor), place.start)
         return tensor
 
     def read_rows(self, name: str, start: int, into: Tensor) -> None:
@@ -189,26 +181,35 @@ class TensorFile:
             OSError: If it cannot be read.
         """
         bytes_each = into[:1].nbytes
-        self._read_into(_bytes(into), self.places[name].start + start * bytes_each)
+        self._read_into(bytes_of(into), self.places[name].start + start * bytes_each)
 
-    def sha256(self) -> str:
-        """Return the sha256 of the tensors' bytes, in order of their names.
+    @property
+    def kind(self) -> str | None:
+        """Which hash its header has, if any."""
+        return next((kind for kind in HASHES if isinstance(self.metadata.get(kind), str)), None)
+
+    def hash(self, kind: str) -> str:
+        """Return a hash of the tensors' bytes, in order of their names.
 
         They are read and not mapped: a disk that fails is an error then, and no signal.
+
+        Args:
+            kind: Which hash, by its name in `HASHES`.
 
         Raises:
             DamagedStoreError: If the file is cut off.
             OSError: If it cannot be read.
         """
-        digest = hashlib.sha256()
+        return hash_of_pieces(self._all_pieces(), kind)
+
+    def _all_pieces(self) -> Iterator[memoryview]:
         piece = memoryview(bytearray(_PIECE))
         for name in sorted(self.places):
             place = self.places[name]
             for start in range(place.start, place.stop, _PIECE):
                 part = piece[: min(_PIECE, place.stop - start)]
                 self._read_into(part, start)
-                digest.update(part)
-        return digest.hexdigest()
+                yield part
 
     def _dtype(self, name: str) -> torch.dtype:
         place = self.places[name]

@@ -20,8 +20,10 @@ SAFETENSORS_NAMES = {
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.uint8: "U8",
 }
 """What safetensors calls the dtypes that are stored, in the order in which a file holds them."""
 
