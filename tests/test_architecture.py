@@ -17,8 +17,8 @@ PACKAGES = ["ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"]
 FLOORS = [
     {"restoring"},
     {"errors", "_trees", "switches"},
-    {"_torch", "arguments", "process"},
-    {"algebra"},
+    {"_torch", "_distributed", "arguments", "process"},
+    {"algebra", "ranks"},
     {"sampler", "projection", "policy"},
     {"hooks", "state", "batch", "differentiation"},
     {"tracking"},

@@ -23,6 +23,7 @@ from ghost_core.compare import Comparison, compare
 from ghost_core.errors import CaptureError, UnknownOptionError
 from ghost_core.hooks import is_own
 from ghost_core.plugins import select
+from ghost_core.ranks import Ranks, unwrapped
 from ghost_core.restoring import Leave, restored
 from ghost_core.tracking import (
     Patterns,
@@ -61,7 +62,8 @@ class Engine(Listener, Generic[ResultT]):
     to capture; whatever runs outside of a batch is left alone.
 
     Args:
-        model: The module that the training loop calls.
+        model: The module that the training loop calls. `DistributedDataParallel` is taken for the
+            model inside of it, whose names count, and for the processes that train it.
         layers: Globs over dotted names of modules or parameters: what to track.
         exclude: Globs over dotted names: what to leave out of it.
         grad_scaler: The scaler that multiplies the loss, whose scale engines divide out.
@@ -125,7 +127,7 @@ class Engine(Listener, Generic[ResultT]):
         row_owner: Mapping[str, str] = MappingProxyType({}),
         registry: SamplerRegistry | None = None,
     ) -> None:
-        self.model = module(model)
+        self.model, self.ranks = unwrapped(model), Ranks.of(module(model))
         self.verifies = switch("verify", verify)
         self.loss_scale = 1.0
         """What the loss of the open batch was multiplied with, by the gradient scaler."""
@@ -140,7 +142,7 @@ class Engine(Listener, Generic[ResultT]):
             registry=registry,
         )
         self.tracking: Tracking = self._track()
-        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self._recorder: Recorder | None = None
         self._attachment = ExitStack()
         self._leaving = closing(self._attachment)
@@ -204,7 +206,7 @@ class Engine(Listener, Generic[ResultT]):
 
         Every per-sample gradient is as without it, for less time and memory.
         """
-        with restored() as stack:
+        with self.ranks.apart(), restored() as stack:
             self._attach(Freeze.PASS, stack)
             yield self
 
@@ -292,15 +294,16 @@ class Engine(Listener, Generic[ResultT]):
             raise CaptureError(
                 f"the model changed since the engine was made ({difference}): make a new engine"
             )
-        return compare(
-            self.model,
-            losses,
-            self.selection,
-            verify=self.verifies,
-            samples=samples,
-            tolerance=tolerance,
-            owners=owners,
-        )
+        with self.ranks.apart():
+            return compare(
+                self.model,
+                losses,
+                self.selection,
+                verify=self.verifies,
+                samples=samples,
+                tolerance=tolerance,
+                owners=owners,
+            )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

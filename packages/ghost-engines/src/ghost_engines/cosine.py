@@ -71,7 +71,7 @@ class CosineEngine(ScoringEngine[Cosines]):
     ) -> Cosines:
         """Return dots and norms."""
         squared = {
-            name: values / self.loss_scale / self.loss_scale
+            name: values / self.scale / self.scale
             for name, values in self._held.squared_norms(batch.n).items()
         }
         return Cosines(

@@ -90,8 +90,9 @@ class DotProductEngine(ScoringEngine[Scores]):
         if chosen is Mode.CONCATENATED:
             if per_token:
                 raise CaptureError("per_token=True does not go with mode='concatenated'")
-            check_tracked(model, self.tracking)
-            self._directions = InBatch(model, self.parameters)
+            self._check_alone()
+            check_tracked(self.model, self.tracking)
+            self._directions = InBatch(self.model, self.parameters)
             self._both = Concatenation(self.tracking)
 
     # For users, in concatenated mode
@@ -250,8 +251,17 @@ class DotProductEngine(ScoringEngine[Scores]):
             self._stacked = {}
             self._both.close()
 
+    def _check_alone(self) -> None:
+        if self.ranks.several:
+            raise CaptureError(
+                f"mode='concatenated' is for one process, and {self.ranks.count} train the model",
+                reason="each would multiply its samples with the validation samples of its own "
+                "batches, and not with those of all",
+                remedy="use mode='exact' or mode='fused', and add_direction",
+            )
+
     def _unscaled(self, values: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
-        scale = self.loss_scale**times
+        scale = self.scale**times
         return {name: each / scale for name, each in values.items()}
 
     def _concatenation(self) -> Concatenation:

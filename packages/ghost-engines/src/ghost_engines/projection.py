@@ -121,7 +121,7 @@ class ProjectionEngine(WeighingEngine[ProjectedRows]):
             self._described = described(self.init, projection)
         self._described["maps"] = digest(self._maps[block.parameter] for block in self.layout)
         self._rows = torch.empty(0)
-        self._random = random_modules(model)
+        self._random = random_modules(self.model)
         self._manifest = self.manifest()
 
     @classmethod

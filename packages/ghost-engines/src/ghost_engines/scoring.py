@@ -86,7 +86,7 @@ class ScoringEngine(Engine[ScoresT]):
         if per_token:
             self._check_positions()
         self._per_token = per_token
-        self._directions = Directions(model, self.parameters)
+        self._directions = Directions(self.model, self.parameters, self.ranks)
         self._stacked: dict[str, Tensor] = {}
         self._dots: dict[str, Tensor] = {}
         self._tokens: TokenSum | None = None
@@ -97,6 +97,15 @@ class ScoringEngine(Engine[ScoresT]):
     def directions(self) -> tuple[str, ...]:
         """Names of the directions, in the order of their columns."""
         return self._directions.names
+
+    @property
+    def scale(self) -> float:
+        """What contributions to the open batch are multiplied with where gradients arrive.
+
+        A scaler multiplies the loss, and is divided out. Each of several processes adds its
+        gradients to an average, in which a sample's part is so many times smaller.
+        """
+        return self.loss_scale * self.ranks.count
 
     def add_direction(
         self,
@@ -258,9 +267,10 @@ class ScoringEngine(Engine[ScoresT]):
                 remedy="open it around engine.score(...), and close it before the step",
             )
         scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
-        return self._candidates.score(
-            losses, ids, gram=switch("gram", gram), scale=scale, owners=owners
-        )
+        with self.ranks.apart():
+            return self._candidates.score(
+                losses, ids, gram=switch("gram", gram), scale=scale, owners=owners
+            )
 
     def observe(self, observer: ScoreObserver) -> None:
         """Tell an observer of every batch from now on."""
@@ -292,6 +302,10 @@ class ScoringEngine(Engine[ScoresT]):
             shape, device = (batch.n, 0, len(self.directions)), self.parameters[0].device
             self._tokens = TokenSum(torch.zeros(shape, dtype=dtype, device=device))
 
+    def on_call(self) -> None:
+        """Refuse a wrapper that averages gradients and that the engine does not know of."""
+        self.ranks.check_caller()
+
     def on_gradient(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
@@ -316,8 +330,8 @@ class ScoringEngine(Engine[ScoresT]):
 
     def on_end(self, batch: Batch[ScoresT]) -> ScoresT:
         """Return the dots, and tell the observers."""
-        dots = {name: values / self.loss_scale for name, values in self._dots.items()}
-        tokens = None if self._tokens is None else self._tokens.total() / self.loss_scale
+        dots = {name: values / self.scale for name, values in self._dots.items()}
+        tokens = None if self._tokens is None else self._tokens.total() / self.scale
         scores = self.make_scores(batch, dots, tokens)
         for observer in self._observers:
             observer.scored(scores)

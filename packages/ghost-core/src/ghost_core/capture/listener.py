@@ -59,6 +59,10 @@ class Listener(ABC):
     """Whether the gradients that it returns are the sums of all samples', as those that autograd
     makes are, so that these need no correction."""
 
+    def on_call(self) -> None:
+        """Look who calls the model in a batch of its own, right before that runs."""
+        return
+
     def on_input(self, parameter: TrackedParameter, record: Record) -> Record:
         """Keep a record in the forward pass, or compress it if it is an `InputFactor`.
 

@@ -296,6 +296,8 @@ class Recorder:
         if state.pass_ is not None:
             raise CaptureError("the model called itself")
         self._places.check()
+        for listener in batch.listeners:
+            listener.on_call()
         if not self._told_compiled and called_compiled():
             self._told_compiled = True
             logger.warning(

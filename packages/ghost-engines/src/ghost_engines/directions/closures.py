@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ghost_core import CaptureError, TrackedParameter
 from ghost_core._torch import is_graph_gone
+from ghost_core.ranks import ALONE, Ranks
 from ghost_core.state import untouched
 from ghost_engines.directions.given import finite, given, widened
 
@@ -44,7 +46,9 @@ def check_closure(name: str, closure: Closure) -> None:
 class Source:
     """A closure, and how it is called: without touching the training around it.
 
-    Random number generators, buffers, modes and `.grad` are as before afterwards.
+    Random number generators, buffers, modes and `.grad` are as before afterwards. Where several
+    processes train the model, each calls its own, and what they give is averaged: they may have
+    parts of the validation data, or all of it.
 
     Attributes:
         name: The direction's name, for errors.
@@ -52,6 +56,7 @@ class Source:
         model: The model.
         parameters: The tracked parameters.
         training: Whether it runs with the model as it is, instead of in evaluation mode.
+        ranks: The processes that train the model.
     """
 
     name: str
@@ -59,18 +64,23 @@ class Source:
     model: nn.Module
     parameters: tuple[TrackedParameter, ...]
     training: bool = False
+    ranks: Ranks = ALONE
 
     def tensors(self) -> dict[str, Tensor]:
         """Call the closure; return what it gives, or the gradient of the loss that it gives.
 
         Raises:
             CaptureError: If the loss is no finite scalar that depends on the parameters, or was
-                backpropagated before, or what is returned is no direction.
+                backpropagated before, or what is returned is no direction, in any process.
             UnknownNameError: If a name that is returned is no parameter of the model.
         """
+        return self._averaged(self._own_tensors)
+
+    def _own_tensors(self) -> dict[str, Tensor]:
         with self._called() as result:
             if isinstance(result, Mapping):
-                return given(self.name, result, self.model, self.parameters)
+                named = self.ranks.inside(result)
+                return given(self.name, named, self.model, self.parameters)
             gradients = self._differentiated(self._loss(result))
         return finite(self.name, {key: widened(each) for key, each in gradients.items()})
 
@@ -83,6 +93,9 @@ class Source:
         Raises:
             CaptureError: If the closure returns no loss, or as `tensors` does.
         """
+        return self._averaged(partial(self._own_curvature, step))
+
+    def _own_curvature(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Torch's plain formula for attention is the one whose second derivative is known.
         with sdpa_kernel(SDPBackend.MATH), self._called() as result:
             if isinstance(result, Mapping):
@@ -105,10 +118,15 @@ class Source:
         """Return the tracked parameters by name."""
         return {each.name: self.model.get_parameter(each.name) for each in self.parameters}
 
+    def _averaged(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what all processes make, averaged; each of them calls this at the same place."""
+        what = f"direction {self.name!r}"
+        return self.ranks.average(self.ranks.all_or_none(what, make, lambda _: what))
+
     @contextmanager
     def _called(self) -> Iterator[object]:
         """Call the closure, and undo afterwards what that did."""
-        with torch.enable_grad(), untouched(self.model):
+        with torch.enable_grad(), untouched(self.model), self.ranks.apart():
             if not self.training:
                 self.model.eval()
             yield self.closure()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import CaptureError, TrackedParameter, UnknownNameError
+from ghost_core.ranks import ALONE, Ranks
 from ghost_engines.directions.closures import Closure
 from ghost_engines.directions.direction import Direction, direction_of
 from ghost_engines.directions.transforms import Transform
@@ -20,10 +21,14 @@ class Directions:
     Args:
         model: The model that the parameters belong to.
         parameters: The tracked parameters.
+        ranks: The processes that train it, over which directions are averaged.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[TrackedParameter]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Iterable[TrackedParameter], ranks: Ranks = ALONE
+    ) -> None:
         self._model = model
+        self._ranks = ranks
         self._parameters = tuple(parameters)
         self._by_name: dict[str, Direction] = {}
         self._stacked: dict[str, Tensor] = {}
@@ -56,6 +61,7 @@ class Directions:
             refresh=refresh,
             transform=transform,
             training=training,
+            ranks=self._ranks,
         )
         self._stacked = {}
 

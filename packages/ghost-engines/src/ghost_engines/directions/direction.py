@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ghost_core import CaptureError, TrackedParameter
 from ghost_core.arguments import whole
+from ghost_core.ranks import ALONE, Ranks
 from ghost_engines.directions.closures import Closure, Source, check_closure
 from ghost_engines.directions.given import finite, given, widened
 from ghost_engines.directions.transforms import Gradient, Transform
@@ -25,6 +26,7 @@ class Direction:
         source: What calls the closure; None if it was given as tensors.
         fixed: The tensors that it was given as; empty if it has a closure.
         transform: What is done to them.
+        ranks: The processes that train the model.
         refresh: Batches after which it is renewed; None for never.
         tensors: The direction by parameter name; empty before it was made.
         age: Batches since it was made.
@@ -35,6 +37,7 @@ class Direction:
     fixed: Gradient
     transform: Transform | None
     refresh: int | None
+    ranks: Ranks = ALONE
     tensors: dict[str, Tensor] = field(default_factory=dict)
     age: int = 0
 
@@ -73,6 +76,8 @@ class Direction:
         raw = self.fixed
         if self.source is not None:
             raw = Gradient(self.source.tensors(), self.source, self.fixed.leaves)
+        else:
+            self.ranks.all_or_none(f"direction {self.name!r}", lambda: raw, _described)
         if self.transform is None:
             return dict(raw)
         with torch.no_grad():
@@ -122,6 +127,7 @@ def direction_of(
     refresh: int | None,
     transform: Transform | None,
     training: bool,
+    ranks: Ranks = ALONE,
 ) -> Direction:
     """Return a direction; see `ScoringEngine.add_direction`.
 
@@ -143,13 +149,19 @@ def direction_of(
             raise CaptureError("training=True goes with a closure; tensors call no model")
         if every is not None and transform is None:
             raise CaptureError("refresh goes with a closure; tensors stay as they are")
-        fixed = Gradient(given(name, given_as, model, parameters), None, leaves)
-        return Direction(name, None, fixed, transform, (every or 1) if transform else None)
+        fixed = Gradient(given(name, ranks.inside(given_as), model, parameters), None, leaves)
+        renewed = (every or 1) if transform else None
+        return Direction(name, None, fixed, transform, renewed, ranks)
     if callable(given_as):
         check_closure(name, given_as)
-        source = Source(name, given_as, model, parameters, training)
-        return Direction(name, source, Gradient({}, source, leaves), transform, every or 1)
+        source = Source(name, given_as, model, parameters, training, ranks)
+        return Direction(name, source, Gradient({}, source, leaves), transform, every or 1, ranks)
     raise CaptureError(
         f"direction {name!r} must be a closure or a mapping of tensors, not "
         f"{type(given_as).__name__}"
     )
+
+
+def _described(tensors: Mapping[str, Tensor]) -> list[tuple[str, float]]:
+    """Return what tells whether tensors are those that another process has."""
+    return [(name, each.sum(dtype=torch.float64).item()) for name, each in tensors.items()]

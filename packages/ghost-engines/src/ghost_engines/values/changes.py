@@ -36,9 +36,14 @@ class Changes:
     looked at before it adds to them.
 
     Nothing here waits for a GPU while the batch runs.
+
+    Args:
+        shared: Whether a backward pass may bring other processes' gradients, also to parameters
+            that this one's did not reach.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
+        self._shared = shared
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._left: dict[str, Tensor] = {}
         self._found: dict[str, Tensor] = {}
@@ -91,7 +96,8 @@ class Changes:
         training = {name: p for name, p in self._parameters.items() if p.requires_grad}
         now = self._now(training)
         self._check_kept(training.keys(), now)
-        untouched = {name: now[name] for name in now.keys() - self._passes.keys()}
+        after = self._left if self._shared else now
+        untouched = {n: after[n] for n in (now.keys() & after.keys()) - self._passes.keys()}
         change = self._compared(untouched | self._found) if self._left else Change()
         self._left = now
         return change, set(now)

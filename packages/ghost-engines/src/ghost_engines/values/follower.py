@@ -62,6 +62,12 @@ class Follower:
         order: int,
     ) -> None:
         self._engine = _scoring(engine)
+        if order == 2 and engine.ranks.several:
+            raise CaptureError(
+                f"order=2 is for one process, and {engine.ranks.count} train the model",
+                reason="the step is made of the samples of all processes",
+                remedy="use order=1",
+            )
         if engine.is_open:
             raise CaptureError("make InRunValues outside of a batch, to see all of its gradients")
         optimizer = stepping(optimizer)
@@ -72,7 +78,7 @@ class Follower:
         self._order = order
         self._held: HeldGradients | None = None
         self._pending: list[Pending] = []
-        self._changes = Changes()
+        self._changes = Changes(shared=engine.ranks.several)
         self._directions: tuple[str, ...] = () if direction is None else (direction,)
         self.counts = Counts()
         self.skipped_ids: set[int] = set()

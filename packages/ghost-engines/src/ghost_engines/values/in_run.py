@@ -192,7 +192,16 @@ class InRunValues(Table):
         Args:
             normalised: Whether every step hands out as much: values are divided by the sum of the
                 magnitudes of all in their step, whatever its learning rate and gradients.
+
+        Raises:
+            CaptureError: If values are to be normalised, and other processes have samples too.
         """
+        if normalised and self._engine.ranks.several:
+            raise CaptureError(
+                "values cannot be normalised in one of several processes",
+                reason="the magnitudes of a step are those of the samples of all of them",
+                remedy="log steps with ScoreLog, and add up the logs of all processes",
+            )
         self._explain()
         sums = self._known
         values = sums.shares if normalised else sums.values

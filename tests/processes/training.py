@@ -1,0 +1,175 @@
+"""What two processes train on, and the training itself: with DDP, with ghost or without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ghost_engines import DotProductEngine, InRunValues
+
+RATE, CLIP = 0.2, 0.05
+SAMPLES, HELD_OUT, WIDTH = 24, 6, 3
+
+Parts = Sequence[Sequence[int]]
+"""Sample ids of each process."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training run in two processes.
+
+    Attributes:
+        name: What it is about.
+        steps: For each step its micro-batches, each with the ids of each process.
+        options: Options of `DistributedDataParallel`.
+        engine: Options of the engine.
+        validation: The validation samples of each process.
+        heads: The heads that each process uses, micro-batch by micro-batch; None for both.
+        clips: Whether gradients are clipped before the step.
+    """
+
+    name: str
+    steps: Sequence[Sequence[Parts]]
+    options: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    validation: Parts = (range(HELD_OUT), range(HELD_OUT))
+    heads: Sequence[Sequence[int | None]] = ((None,), (None,))
+    clips: bool = False
+
+    def head(self, rank: int, at: int) -> int | None:
+        """Return the head that a process uses in a micro-batch of a step."""
+        heads = self.heads[rank]
+        return heads[at % len(heads)]
+
+
+_PLAIN: Parts = ([0, 1, 2, 3], [4, 5, 6, 7])
+_NEXT: Parts = ([8, 9, 10, 11], [12, 13, 14, 15])
+_UNEVEN: Parts = ([16, 17, 18], [19])
+_HALVES: Parts = (range(3), range(3, 6))
+
+DDP = [
+    Case("plain", [[_PLAIN], [_NEXT]]),
+    Case("uneven last batch", [[_PLAIN], [_UNEVEN]], validation=_HALVES),
+    Case("a sample on both", [[_PLAIN], [([1, 8], [1, 9])]], validation=_HALVES),
+    Case("accumulated", [[_PLAIN, _NEXT, _UNEVEN], [_PLAIN, _UNEVEN]], clips=True),
+    Case(
+        "bucket views",
+        [[_PLAIN, _NEXT], [_UNEVEN], [_PLAIN]],
+        {"gradient_as_bucket_view": True},
+        validation=_HALVES,
+        clips=True,
+    ),
+    Case("static graph", [[_PLAIN], [_NEXT], [_UNEVEN]], {"static_graph": True}, clips=True),
+    Case(
+        "unused parameters",
+        [[_PLAIN, _NEXT], [_UNEVEN], [_PLAIN]],
+        {"find_unused_parameters": True},
+        heads=((0,), (1,)),
+        clips=True,
+    ),
+    Case(
+        "unused after it was used",
+        [[_PLAIN, _NEXT], [_UNEVEN, _PLAIN]],
+        {"find_unused_parameters": True},
+        heads=((None, 0), (None, 1)),
+        clips=True,
+    ),
+    Case("fused", [[_PLAIN, _NEXT], [_UNEVEN]], engine={"mode": "fused"}, validation=_HALVES),
+]
+
+
+class Net(nn.Module):
+    """A net with two heads and a buffer that every call in training mode writes to."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.LayerNorm(5))
+        self.heads = nn.ModuleList([nn.Linear(5, 2), nn.Linear(5, 2)])
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, inputs: Tensor, head: int | None = None) -> Tensor:
+        """Return the outputs of one head, or the sum of both, `[N, 2]`."""
+        if self.training:
+            self.calls += 1
+        inner = self.trunk(inputs)
+        chosen = self.heads if head is None else [self.heads[head]]
+        return torch.stack([each(inner) for each in chosen], 1).sum(1)
+
+
+def net() -> Net:
+    """Return the same net each time, in float64."""
+    torch.manual_seed(3)
+    return Net().double()
+
+
+def samples() -> Tensor:
+    """Return all training samples, `[SAMPLES, WIDTH]`."""
+    return torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(1)).double()
+
+
+def held_out() -> Tensor:
+    """Return all validation samples, `[HELD_OUT, WIDTH]`."""
+    return torch.randn(HELD_OUT, WIDTH, generator=torch.Generator().manual_seed(2)).double()
+
+
+def losses(outputs: Tensor) -> Tensor:
+    """Return the loss of each sample, `[N]`."""
+    return (outputs - 1).square().sum(1)
+
+
+def train(case: Case, rank: int, *, ghost: bool, how: str = "wrapper") -> dict[str, Any]:
+    """Train in one of the processes.
+
+    Args:
+        case: The run.
+        rank: Which process it is.
+        ghost: Whether ghost is there.
+        how: How the validation loss is computed: by the wrapper, or by the model inside.
+
+    Returns:
+        Parameters, and what ghost says: scores by step and sample, values by sample.
+    """
+    model = net()
+    wrapped = DistributedDataParallel(model, **case.options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    inputs = samples()
+    target = held_out()[list(case.validation[rank])]
+    asked = wrapped if how == "wrapper" else model
+    scores: list[dict[int, float]] = []
+    with ExitStack() as stack:
+        if ghost:
+            engine = DotProductEngine(wrapped, **case.engine)
+            engine.add_direction("held out", lambda: losses(asked(target)).mean())
+            values = stack.enter_context(InRunValues(engine, optimizer))
+            stack.enter_context(engine)
+        for step in case.steps:
+            optimizer.zero_grad()
+            for at, parts in enumerate(step):
+                part, head, last = list(parts[rank]), case.head(rank, at), at == len(step) - 1
+                synced = nullcontext() if last else wrapped.no_sync()
+                with synced, engine.batch(part) if ghost else nullcontext() as batch:
+                    losses(wrapped(inputs[part], head)).mean().backward()
+                if ghost:
+                    found = batch.result.total.flatten().tolist()
+                    scores.append(dict(zip(part, found, strict=True)))
+            if case.clips:
+                nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+    state = {name: each.tolist() for name, each in model.state_dict().items()}
+    if not ghost:
+        return {"state": state}
+    table = values.table()
+    return {
+        "state": state,
+        "scores": scores,
+        "values": dict(zip(table.ids.tolist(), table.values[:, 0].tolist(), strict=True)),
+        "seen": dict(zip(table.ids.tolist(), table.counts.tolist(), strict=True)),
+    }
