@@ -7,7 +7,13 @@ if TYPE_CHECKING:
     from ghost_engines.blocks import Block
     from ghost_engines.corpus import CorpusError, TokenCorpus, TokenMemmap, TokenWriter
     from ghost_engines.cosine import CosineEngine, Cosines
-    from ghost_engines.dataset import PerSampleLoss, ScoreTable, score_dataset
+    from ghost_engines.dataset import (
+        PerSampleLoss,
+        ProjectedData,
+        ScoreTable,
+        project_dataset,
+        score_dataset,
+    )
     from ghost_engines.digest import model_digest
     from ghost_engines.directions import (
         adam_aware,
@@ -65,6 +71,7 @@ __all__ = [
     "NormEngine",
     "Norms",
     "PerSampleLoss",
+    "ProjectedData",
     "ProjectedRows",
     "ProjectionEngine",
     "Result",
@@ -88,6 +95,7 @@ __all__ = [
     "adam_aware",
     "load_direction",
     "model_digest",
+    "project_dataset",
     "project_queries",
     "save_direction",
     "score_dataset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Self
 
 from torch import distributed
@@ -25,6 +26,7 @@ class Progress:
         hidden: bool | None = None if show is None else not show
         if show is None and distributed.is_available() and distributed.is_initialized():
             hidden = True if distributed.get_rank() else None
+        self._tokens, self._started = 0, time.monotonic()
         self._bar: Any = tqdm(
             total=total,
             desc=title,
@@ -40,6 +42,10 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def advance(self, rows: int) -> None:
-        """Count rows as done."""
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        """Count rows as done, and tokens, of which a bar shows how many there are in a second."""
+        self._tokens += tokens
+        if self._tokens and not self._bar.disable:
+            rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
+            self._bar.set_postfix_str(f"{tqdm.format_sizeof(rate)} tokens/s", refresh=False)
         self._bar.update(rows)

@@ -35,6 +35,21 @@ from ghost_engines.store import STORAGE_DTYPES
 from ghost_engines.weighing import LossWeights, WeighingEngine
 
 
+class ProjectionOptions(EngineOptions, total=False):
+    """The options of `ProjectionEngine`, which says what they mean."""
+
+    dim: Dim | None
+    total_dim: int | None
+    min_dim: int
+    dims: Mapping[str, Dim]
+    sketch: Patterns
+    seed: int
+    init: str | Projection | type[Projection]
+    dtype: torch.dtype | str
+    loss_weights: LossWeights | None
+    unit_norm: bool
+
+
 class ProjectionEngine(WeighingEngine[ProjectedRows]):
     """Projects each per-sample gradient G to `L G Rᵀ` without ever building G.
 
@@ -277,17 +292,10 @@ class ProjectionEngine(WeighingEngine[ProjectedRows]):
         norms = torch.linalg.vector_norm(exact, dim=1)
         if self.unit_norm:
             exact = _unit(exact, norms)
-        rows = exact.to(self.dtype)
-        lost = exact.isfinite().all(1) & ~rows.isfinite().all(1)
-        if lost.any():
-            raise CaptureError(
-                f"the rows of samples {batch.ids[lost.cpu()].tolist()} overflow {self.dtype}: "
-                "choose another dtype, or scale the loss"
-            )
         return ProjectedRows(
             ids=batch.ids,
             verified=batch.verified,
-            rows=rows,
+            rows=self._stored(exact, batch),
             layout=self.layout,
             random=drawing(self._random),
             manifest=self._manifest,
@@ -305,6 +313,19 @@ class ProjectionEngine(WeighingEngine[ProjectedRows]):
             return float(self.scaled_weights[0]) if batch.n else 1.0
         squared = self._rows.square().sum(1)
         return self.divisors(batch, squared).to(self._rows)[:, None]
+
+    def _stored(self, exact: Tensor, batch: Batch[ProjectedRows]) -> Tensor:
+        """Return rows in the storage dtype; nobody waits for the device where it is wide enough."""
+        rows = exact.to(self.dtype)
+        if torch.finfo(self.dtype).max >= torch.finfo(exact.dtype).max:
+            return rows
+        lost = exact.isfinite().all(1) & ~rows.isfinite().all(1)
+        if lost.any():
+            raise CaptureError(
+                f"the rows of samples {batch.ids[lost.cpu()].tolist()} overflow {self.dtype}: "
+                "choose another dtype, or scale the loss"
+            )
+        return rows
 
     def _by_parameter(self, dims: Mapping[str, Dim]) -> dict[str, Dim]:
         """Return dimensions by the name of each parameter that they are given for."""

@@ -24,7 +24,8 @@ Ids = str | Callable[[Any], SampleIds] | None
 """Where the ids of a batch are: under a key of it, in what a function returns for it; None for
 those that `with_ids` gave to samples, else to number the samples from 0."""
 
-_WHOLE = (Tensor, Mapping, tuple)
+WHOLE = (Tensor, Mapping, tuple)
+"""What is one batch of all samples."""
 
 
 class Batches:
@@ -51,11 +52,11 @@ class Batches:
         if isinstance(data, DataLoader):
             self._batches = data
             self.total = None if isinstance(data.dataset, IterableDataset) else _length(data)
-        elif isinstance(data, _WHOLE):
+        elif isinstance(data, WHOLE):
             self.total = self.size(data)
             starts = range(0, self.total, batch_size)
             self._batches = (_slice(data, slice(at, at + batch_size)) for at in starts)
-        elif isinstance(data, Dataset) or _is_map_style(data):
+        elif isinstance(data, Dataset) or is_map_style(data):
             # A generator of its own: the loader draws a number for its workers.
             self._batches = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
             self.total = None if isinstance(data, IterableDataset) else len(data)
@@ -76,7 +77,7 @@ class Batches:
             CaptureError: If there is none.
         """
         for batch in self._raw():
-            yield _taken_apart(batch)[1]
+            yield taken_apart(batch)[1]
 
     def with_ids(self, ids: Ids) -> Iterator[tuple[Tensor, Any]]:
         """Yield the batches with the ids of their samples, int64 `[N]`.
@@ -96,11 +97,9 @@ class Batches:
             yield found, batch
 
     def _identified(self, raw: Any, ids: Ids, start: int) -> tuple[Tensor, Any]:
-        if isinstance(ids, str):
-            return as_ids(self._under(ids, raw)), raw
         if ids is not None:
-            return as_ids(ids(raw)), raw
-        own, batch = _taken_apart(raw)
+            return as_ids(given_ids(ids, raw, self.what)), raw
+        own, batch = taken_apart(raw)
         if own is not None:
             return as_ids(own), batch
         self._check_order()
@@ -136,17 +135,6 @@ class Batches:
             "with ids=..., a function of the batch that returns one integer per sample",
         )
 
-    def _under(self, key: str, batch: Any) -> Any:
-        if not isinstance(batch, Mapping) or key not in batch:
-            kind = f"with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
-            raise CaptureError(
-                f"{self.what}: a batch has no ids under {key!r}",
-                reason=f"it is a {type(batch).__name__} {kind}".rstrip(),
-                remedy="name one of its keys, or give a function of the batch: ids=lambda batch: "
-                "...; without ids samples are numbered from 0",
-            )
-        return batch[key]
-
     def _check_order(self) -> None:
         """Refuse to number samples that come in another order than that of the data set."""
         loader = self._data
@@ -161,8 +149,35 @@ class Batches:
             )
 
 
-def _taken_apart(batch: Any) -> tuple[Any, Any]:
-    """Return the ids that `with_ids` gave to samples, None if it did not, and their batch."""
+def given_ids(where: str | Callable[[Any], SampleIds], batch: Any, what: str) -> Any:
+    """Return the ids of a batch's samples: under a key of it, or what a function returns.
+
+    Args:
+        where: The key or the function.
+        batch: The batch.
+        what: What the data are called, for errors.
+
+    Raises:
+        CaptureError: If there is no such key.
+    """
+    if not isinstance(where, str):
+        return where(batch)
+    if not isinstance(batch, Mapping) or where not in batch:
+        kind = f"with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        raise CaptureError(
+            f"{what}: a batch has no ids under {where!r}",
+            reason=f"it is a {type(batch).__name__} {kind}".rstrip(),
+            remedy="name one of its keys, or give a function of the batch: ids=lambda batch: "
+            "...; without ids samples are numbered from 0",
+        )
+    return batch[where]
+
+
+def taken_apart(batch: Any) -> tuple[Any, Any]:
+    """Return the ids that `with_ids` gave to samples, None if it did not, and their batch.
+
+    It takes one sample apart as it does a batch.
+    """
     if isinstance(batch, WithId):
         return batch.sample_id, batch.sample
     if isinstance(batch, dict) and ID_FIELD in batch:
@@ -171,7 +186,8 @@ def _taken_apart(batch: Any) -> tuple[Any, Any]:
     return None, batch
 
 
-def _is_map_style(data: Any) -> bool:
+def is_map_style(data: Any) -> bool:
+    """Tell whether data have a length and items, and are no list of batches."""
     listed = isinstance(data, list | str | bytes)
     return not listed and hasattr(data, "__getitem__") and hasattr(data, "__len__")
 

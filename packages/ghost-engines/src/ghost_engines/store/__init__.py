@@ -9,7 +9,7 @@ from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.labels import Labels
 from ghost_engines.store.listing import clean, has_shards, listed_units, shard_path
 from ghost_engines.store.lock import WriterLock
-from ghost_engines.store.manifest import Manifest
+from ghost_engines.store.manifest import MANIFEST, Manifest
 from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.shards import check_contents
@@ -17,6 +17,7 @@ from ghost_engines.store.store import GradientStore
 from ghost_engines.store.tensor_files import TensorFile, header, write_tensors
 
 __all__ = [
+    "MANIFEST",
     "STORAGE_DTYPES",
     "By",
     "Column",

@@ -1,0 +1,209 @@
+"""Consecutive samples of a data set, which are computed in batches and stored together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ghost_core import CaptureError, SampleIds
+from ghost_core.batch import as_ids
+from ghost_engines.dataset.batches import (
+    WHOLE,
+    Batches,
+    Ids,
+    given_ids,
+    is_map_style,
+    taken_apart,
+)
+from ghost_engines.dataset.collating import collated
+from ghost_engines.dataset.packing import packed, token_count
+
+Collate = Callable[[list[Any]], Any]
+"""Makes a batch of samples without ids."""
+
+Length = Callable[[Any], int]
+"""Returns how many tokens a sample has."""
+
+_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive samples.
+
+    Attributes:
+        ids: Sample ids, int64 `[n]`.
+        batches: Yields their batches, with the positions in the window that each one has, int64.
+    """
+
+    ids: Tensor
+    batches: Iterator[tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How samples are put into batches.
+
+    Attributes:
+        batch_size: Samples of a batch at most; None for any number.
+        tokens: Tokens of a batch at most, padding included; None for any number.
+        length: Tells the tokens of a sample.
+        collate: Makes a batch.
+    """
+
+    batch_size: int | None
+    tokens: int | None
+    length: Length
+    collate: Collate
+
+    def batches(self, samples: Sequence[Any]) -> list[list[int]]:
+        """Return the positions that belong together."""
+        size = len(samples) if self.batch_size is None else self.batch_size
+        if self.tokens is None:
+            starts = range(0, len(samples), size)
+            return [list(range(at, min(at + size, len(samples)))) for at in starts]
+        return packed([self.length(sample) for sample in samples], self.tokens, size)
+
+
+def packing_of(
+    batch_size: int | None, tokens: int | None, length: Length | None, collate: Collate | None
+) -> Packing:
+    """Return how samples are put into batches, with what is not given filled in."""
+    return Packing(
+        32 if batch_size is None and tokens is None else batch_size,
+        tokens,
+        token_count if length is None else length,
+        collated if collate is None else collate,
+    )
+
+
+def window_size(unit: int) -> int:
+    """Return how many samples a window has: the largest divisor of a unit up to 512.
+
+    A unit of the store is filled by whole windows, so that one that was begun goes on as it would
+    have without the interruption, bit by bit.
+    """
+    return next(size for size in range(min(unit, _AT_ONCE), 0, -1) if unit % size == 0)
+
+
+class Windows:
+    """The windows of a data set.
+
+    Args:
+        data: The data set: see `score_dataset`.
+        ids: Where ids are: as there.
+        packing: How samples are put into batches.
+        size: Samples of a window. What comes as batches has a window for each.
+
+    Attributes:
+        total: How many samples there are; None if nobody knows.
+        positions: Whether any sample can be asked for, by its position.
+        numbered: Whether samples have no ids but their positions.
+
+    Raises:
+        CaptureError: If it is none, or batches that are given are to be packed.
+    """
+
+    def __init__(self, data: Any, ids: Ids, packing: Packing, size: int) -> None:
+        self._data, self._ids, self._packing, self._size = data, ids, packing, size
+        samples = isinstance(data, Dataset) or is_map_style(data)
+        in_batches = isinstance(data, (DataLoader, *WHOLE)) or not samples
+        self.positions = not in_batches and not isinstance(data, IterableDataset)
+        self._batches: Batches | None = None
+        if in_batches:
+            if packing.tokens is not None:
+                raise CaptureError(
+                    "tokens_per_batch is for samples, and the data come in batches",
+                    reason=f"a {type(data).__name__} was given, whose batches are taken as they "
+                    "are",
+                    remedy="give a data set of samples, with a length and items or to iterate over",
+                )
+            self._batches = Batches(data, "data", packing.batch_size or 32)
+        self.total: int | None = None
+        if self._batches is not None:
+            self.total = self._batches.total
+        elif self.positions:
+            self.total = len(data)
+        if self.total == 0:
+            raise CaptureError("data is empty", remedy="give data with at least one sample")
+        self.numbered = self.positions and ids is None and taken_apart(data[0])[0] is None
+
+    def among(self, wanted: Callable[[int, int], bool]) -> Iterator[Window]:
+        """Yield windows.
+
+        Args:
+            wanted: Told the position of a window's first sample and how many it has, where any
+                sample can be asked for; says whether to load it.
+
+        Raises:
+            CaptureError: If there is none, or ids are missing or mean nothing.
+        """
+        if self._batches is not None:
+            for ids, batch in self._batches.with_ids(self._ids):
+                yield Window(ids, iter([(torch.arange(len(ids)), batch)]))
+            return
+        empty = True
+        for start, samples in self._samples(wanted):
+            empty = False
+            yield self._window(start, samples)
+        if empty and not self.positions:
+            raise CaptureError("data is empty", remedy="give data with at least one sample")
+
+    def _samples(self, wanted: Callable[[int, int], bool]) -> Iterator[tuple[int, list[Any]]]:
+        if not self.positions:
+            stream, start = iter(self._data), 0
+            while samples := list(itertools.islice(stream, self._size)):
+                yield start, samples
+                start += len(samples)
+            return
+        assert self.total is not None
+        for start in range(0, self.total, self._size):
+            count = min(self._size, self.total - start)
+            if wanted(start, count):
+                yield start, [self._data[at] for at in range(start, start + count)]
+
+    def _window(self, start: int, samples: list[Any]) -> Window:
+        taken = [taken_apart(sample) for sample in samples]
+        rest = [sample for _, sample in taken]
+        batches = (
+            (torch.tensor(part), self._packing.collate([rest[at] for at in part]))
+            for part in self._packing.batches(rest)
+        )
+        if self._ids is None:
+            own = [number for number, _ in taken]
+            has = [number is not None for number in own]
+            if any(has) and not all(has):
+                raise CaptureError("some samples of data have ids, and some have none")
+            ids = as_ids(own) if all(has) else torch.arange(start, start + len(samples))
+            return Window(ids, batches)
+        return _identified(self._ids, list(batches), len(samples))
+
+
+def _identified(
+    where: str | Callable[[Any], SampleIds], batches: list[tuple[Tensor, Any]], n: int
+) -> Window:
+    """Return a window whose ids are in its batches."""
+    ids = torch.empty(n, dtype=torch.int64)
+    for positions, batch in batches:
+        found = as_ids(given_ids(where, batch, "data"))
+        if len(found) != len(positions):
+            raise CaptureError(f"data: a batch of {len(positions)} samples has {len(found)} ids")
+        ids[positions] = found
+    return Window(ids, iter(batches))
+
+
+def batch_tokens(batch: Any) -> int:
+    """Return how many tokens a batch has, without padding, as far as its tensors tell."""
+    if isinstance(batch, dict):
+        mask, tokens = batch.get("attention_mask"), batch.get("input_ids")
+        if isinstance(mask, Tensor) and mask.device.type == "cpu":
+            return int((mask != 0).sum())
+        if isinstance(tokens, Tensor):
+            return tokens.numel()
+    return 0
