@@ -1,4 +1,4 @@
-"""One writer at a time."""
+"""One writer at a time, of a store or of a part of it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ LOCK = ".lock"
 """Name of the file that a writer locks. It stays; removing it would let a second writer in."""
 
 
+JOINING = ".joining"
+"""Name of the file that is locked while a writer joins a store."""
+
+
 class WriterLock:
     """A lock on a store that the kernel releases when its process ends, however it ends.
 
@@ -23,15 +27,17 @@ class WriterLock:
     killed writer would keep the next one out.
 
     Args:
-        root: Folder of the store.
+        root: Folder of the store, or of a part of it.
+        name: Name of the file that is locked.
+        wait: Whether to wait for whoever holds it.
 
     Raises:
         StoreError: If a writer holds it, in this process or another one.
         OSError: If the file system has no locks.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._path = root / LOCK
+    def __init__(self, root: Path, name: str = LOCK, *, wait: bool = False) -> None:
+        self._path = root / name
         # Nothing else than a file is opened: opening a pipe waits for whoever reads it.
         kind = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         self._descriptor = os.open(self._path, kind, 0o666)
@@ -41,7 +47,7 @@ class WriterLock:
         try:
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 raise StoreError(f"{self._path} is not a file: remove it")
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             self.release()
             raise StoreError(
@@ -73,6 +79,10 @@ class WriterLock:
                 f"the store at {self._path.parent} was replaced by another while it was open for "
                 "writing; rows that were not committed are lost"
             )
+
+    def close(self) -> None:
+        """Let the next writer in, as `release` does."""
+        self.release()
 
     def release(self) -> None:
         """Let the next writer in. It can be repeated after an interrupt."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -12,16 +15,19 @@ from torch import Tensor
 from ghost_engines.store.errors import DamagedStoreError
 from ghost_engines.store.labels import Labels, Names
 from ghost_engines.store.manifest import MANIFEST, Manifest
+from ghost_engines.store.parts import Part
 from ghost_engines.store.place import Place
 from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.shards import (
     Shard,
     check_contents,
     inspect,
+    one_loss_dtype,
     open_shard,
     read_column,
     rows_of,
 )
+from ghost_engines.store.slots import Slot, interleaved
 from ghost_engines.store.tail import Tail
 from ghost_engines.store.tensor_files import TensorFile
 
@@ -32,7 +38,7 @@ class Pieces:
     Args:
         path: Folder of the store.
         manifest: What the rows are.
-        shards: What is on disk.
+        parts: What is on disk, for each part that is read.
         check: Whether to compare each shard with its hash when it is read for the first time.
 
     Attributes:
@@ -42,25 +48,36 @@ class Pieces:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, shards: list[Shard], *, check: bool = True
+        self,
+        path: Path,
+        manifest: Manifest,
+        parts: Sequence[tuple[Part, Sequence[Shard]]],
+        *,
+        check: bool = True,
     ) -> None:
         self._place = Place(path / MANIFEST)
         self._check = check
-        self._checked: dict[int, tuple[int, int, int]] = {}
+        self._checked: dict[tuple[str, int], tuple[int, int, int]] = {}
         self.path = path
         self.manifest = manifest
+        self._part, shards = parts[0]
         full = sum(shard.n == manifest.unit for shard in shards)
         partial = shards[full].n if full < len(shards) else 0
         self._tail = Tail(full, partial, partial)
-        self.loss_dtype: torch.dtype | None = shards[0].loss_dtype if shards else None
+        self._slots: list[Slot] | None = interleaved(parts) if len(parts) > 1 else None
+        self.loss_dtype = one_loss_dtype(path, parts)
 
     def __len__(self) -> int:
         """Return the number of rows that were appended."""
+        if self._slots is not None:
+            return self._slots[-1].first + self._slots[-1].n if self._slots else 0
         return self._tail.unit * self.manifest.unit + self._tail.length
 
     @property
     def committed(self) -> int:
         """Number of acknowledged rows."""
+        if self._slots is not None:
+            return len(self)
         return self._tail.unit * self.manifest.unit + self._tail.written
 
     @property
@@ -73,18 +90,22 @@ class Pieces:
         """Dtype of the rows."""
         return self.manifest.torch_dtype
 
-    def _units_on_disk(self) -> range:
-        return range(self._tail.unit + (self._tail.written > 0))
+    def _slots_on_disk(self) -> Iterator[Slot]:
+        if self._slots is not None:
+            yield from self._slots
+            return
+        for slot, part in self._parts(0, self.committed):
+            yield replace(slot, size=part.stop)
 
     def _pieces(self, start: int, stop: int) -> Iterator[StoredRows]:
         """Yield the rows from `start` up to `stop`, shard by shard."""
-        for unit, part in self._parts(start, stop):
-            if (piece := self._in_memory(unit, part)) is not None:
+        for slot, part in self._parts(start, stop):
+            if (piece := self._in_memory(slot, part)) is not None:
                 yield piece.copy()
                 continue
-            with self._opened(unit) as file:
-                self._check_once(unit, file)
-                piece = rows_of(file, self.manifest)[part]
+            with self._opened(slot) as file:
+                self._check_once(slot, file)
+                piece = rows_of(file, self.manifest)[slot.rows(part)]
             yield piece
 
     def _column(self, name: str, dtype: torch.dtype) -> Tensor | Labels:
@@ -92,48 +113,55 @@ class Pieces:
         names = Names()
         named = name in self.manifest.declared and self.manifest.declared[name].is_category
         column = torch.empty(len(self), dtype=dtype, device="cpu")
-        for unit, part in self._parts(0, len(self)):
-            found = self._column_of(unit, part, name)
-            first = unit * self.manifest.unit
+        for slot, part in self._parts(0, len(self)):
+            found = self._column_of(slot, part, name)
             numbers = found.numbered(names) if isinstance(found, Labels) else found
-            column[first + part.start : first + part.stop] = numbers
+            column[slot.first + part.start : slot.first + part.stop] = numbers
         return Labels(column, tuple(names)) if named else column
 
-    def _column_of(self, unit: int, part: slice, name: str) -> Tensor | Labels:
-        if (piece := self._in_memory(unit, part)) is not None:
+    def _column_of(self, slot: Slot, part: slice, name: str) -> Tensor | Labels:
+        if (piece := self._in_memory(slot, part)) is not None:
             return piece.columns[name] if name in piece.columns else piece.tensors()[name]
-        with self._opened(unit) as file:
+        with self._opened(slot) as file:
             found = read_column(file, name, check=self._check)
-        return Labels(found.codes[part], found.names) if isinstance(found, Labels) else found[part]
+        rows = slot.rows(part)
+        return Labels(found.codes[rows], found.names) if isinstance(found, Labels) else found[rows]
 
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """Yield the units with rows from `start` up to `stop`, and which of their rows."""
-        size = self.manifest.unit
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[Slot, slice]]:
+        """Yield the shards with rows from `start` up to `stop`, and which of their rows."""
         while start < stop:
-            unit, first = divmod(start, size)
-            end = min(stop - unit * size, size)
-            yield unit, slice(first, end)
-            start = unit * size + end
+            slot = self._slot_at(start)
+            end = min(stop - slot.first, slot.n)
+            yield slot, slice(start - slot.first, end)
+            start = slot.first + end
 
-    def _in_memory(self, unit: int, part: slice) -> StoredRows | None:
-        """Return some rows of a unit as views, if they are in memory; they may be of several."""
-        if self._tail.memory is None or unit < self._tail.unit:
+    def _slot_at(self, ordinal: int) -> Slot:
+        """Return the shard that has a row."""
+        if self._slots is not None:
+            return self._slots[bisect_right(self._slots, ordinal, key=attrgetter("first")) - 1]
+        size = self.manifest.unit
+        unit = ordinal // size
+        return Slot(self._part, unit, unit * size, min(size, len(self) - unit * size))
+
+    def _in_memory(self, slot: Slot, part: slice) -> StoredRows | None:
+        """Return some rows of a unit as views, if they are in memory."""
+        if self._tail.memory is None or slot.unit < self._tail.unit:
             return None
-        first = (unit - self._tail.unit) * self.manifest.unit
+        first = (slot.unit - self._tail.unit) * self.manifest.unit
         return self._tail.rows[first + part.start : first + part.stop]
 
     @contextmanager
-    def _opened(self, unit: int) -> Iterator[TensorFile]:
+    def _opened(self, slot: Slot) -> Iterator[TensorFile]:
         """Open a shard that has the rows that it had when the store was opened, or more."""
-        expected = min(self.manifest.unit, len(self) - unit * self.manifest.unit)
-        with open_shard(self.path, self.manifest, unit) as file:
+        with open_shard(slot.part, self.manifest, slot.unit) as file:
             self._place.check()  # the shard was there before: it is of the store that is there now
-            if (n := inspect(file, self.manifest, unit).n) < expected:
-                raise DamagedStoreError(f"{file.path} holds {n} rows, it had {expected}")
+            if (n := inspect(file, self.manifest).n) < slot.size:
+                raise DamagedStoreError(f"{file.path} holds {n} rows, it had {slot.size}")
             yield file
 
-    def _check_once(self, unit: int, file: TensorFile) -> None:
+    def _check_once(self, slot: Slot, file: TensorFile) -> None:
         """Compare a shard with its hash if it was not, or was replaced since."""
-        if self._check and self._checked.get(unit) != file.version:
+        shard = slot.part.name, slot.unit
+        if self._check and self._checked.get(shard) != file.version:
             check_contents(file)
-            self._checked[unit] = file.version
+            self._checked[shard] = file.version

@@ -129,13 +129,15 @@ class StoreReader(Pieces):
         """
         ordinals = self.ordinals(ids)
         rows = torch.empty(len(ordinals), self.k_total, dtype=self.dtype, device="cpu")
-        size = self.manifest.unit
         order = ordinals.argsort()
-        units, counts = (ordinals[order] // size).unique_consecutive(return_counts=True)
-        for unit, at in zip(units.tolist(), order.split(counts.tolist()), strict=True):
-            first = unit * size
-            (piece,) = self._pieces(first, min(first + size, len(self)))
-            rows[at] = piece.rows[ordinals[at] - first]
+        ascending = ordinals[order]
+        at = 0
+        while at < len(order):
+            slot = self._slot_at(int(ascending[at]))
+            stop = int(torch.searchsorted(ascending, slot.first + slot.n))
+            (piece,) = self._pieces(slot.first, slot.first + slot.n)
+            rows[order[at:stop]] = piece.rows[ascending[at:stop] - slot.first]
+            at = stop
         return rows
 
     def blocks(self, size: int = 4096) -> Iterator[StoredRows]:
@@ -167,14 +169,14 @@ class StoreReader(Pieces):
         """
         size = whole("the rows of a block", size, least=1, error=StoreError)
         room = torch.empty(0, self.k_total, dtype=self.dtype, device="cpu")
-        for unit, part in self._parts(0, len(self)):
-            if (piece := self._in_memory(unit, part)) is not None:
+        for slot, part in self._parts(0, len(self)):
+            if (piece := self._in_memory(slot, part)) is not None:
                 for start in range(0, len(piece), size):
                     yield piece[start : start + size]
                 continue
-            with self._opened(unit) as file:
-                self._check_once(unit, file)
-                ids = file.read_tensor("ids")[: part.stop]
+            with self._opened(slot) as file:
+                self._check_once(slot, file)
+                ids = file.read_tensor("ids")[: slot.size]
                 if len(room) < min(size, len(ids)):
                     room = torch.empty(
                         min(size, len(ids)), self.k_total, dtype=self.dtype, device="cpu"
@@ -182,7 +184,11 @@ class StoreReader(Pieces):
                 for start in range(0, len(ids), size):
                     found = ids[start : start + size]
                     file.read_rows("g", start, room[: len(found)])
-                    yield StoredRows(found, room[: len(found)], None)
+                    block = StoredRows(found, room[: len(found)])
+                    if slot.kept is not None:
+                        kept = slot.kept[(slot.kept >= start) & (slot.kept < start + size)] - start
+                        block = block[kept]
+                    yield block
 
     def search(
         self,
@@ -238,13 +244,13 @@ class StoreReader(Pieces):
         """
         problems = []
         with Progress(self.committed, "verify", progress) as bar:
-            for unit in self._units_on_disk():
+            for slot in self._slots_on_disk():
                 try:
-                    with self._opened(unit) as file:
+                    with self._opened(slot) as file:
                         check_contents(file)
                 except DamagedStoreError as error:
                     problems.append(str(error))
-                bar.advance(min(self.manifest.unit, self.committed - unit * self.manifest.unit))
+                bar.advance(slot.n)
         if problems:
             raise DamagedStoreError("\n".join(problems))
 
@@ -262,8 +268,8 @@ class StoreReader(Pieces):
                 remedy="call commit() before",
             )
         digest = hashlib.sha256(self.manifest.fingerprint.encode())
-        for unit in self._units_on_disk():
-            with self._opened(unit) as file:
+        for slot in self._slots_on_disk():
+            with self._opened(slot) as file:
                 digest.update(str(file.metadata[self.manifest.hash]).encode())
         return digest.hexdigest()
 
@@ -274,7 +280,9 @@ class StoreReader(Pieces):
         Raises:
             OSError: If a file went missing.
         """
-        return sum(shard_path(self.path, unit).stat().st_size for unit in self._units_on_disk())
+        return sum(
+            shard_path(slot.part.root, slot.unit).stat().st_size for slot in self._slots_on_disk()
+        )
 
 
 class _Columns(Mapping[str, Any]):

@@ -50,8 +50,8 @@ class StoredRows:
         """Return the number of rows n."""
         return len(self.ids)
 
-    def __getitem__(self, part: slice) -> Self:
-        """Return some of the rows, as views."""
+    def __getitem__(self, part: slice | Tensor) -> Self:
+        """Return some of the rows; those of a slice as views."""
         return self.mapped(lambda tensor: tensor[part])
 
     def copy(self) -> Self:

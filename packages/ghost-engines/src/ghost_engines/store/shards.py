@@ -7,7 +7,7 @@ names. The last shard may be partial; a fuller version of it takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ghost_engines.store.hashes import hash_of
 from ghost_engines.store.labels import Labels, decode_names, encode_names
 from ghost_engines.store.listing import SHARDS, listed_units, shard_path
 from ghost_engines.store.manifest import Manifest
+from ghost_engines.store.parts import Part
 from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.tensor_files import TensorFile, header, write_tensors
 from ghost_engines.store.tensor_layout import SAFETENSORS_NAMES
@@ -48,12 +49,12 @@ class Shard:
 
 
 def write_shard(
-    root: Path, manifest: Manifest, unit: int, rows: StoredRows, *, replaced: int
+    part: Part, manifest: Manifest, unit: int, rows: StoredRows, *, replaced: int
 ) -> None:
     """Write a unit's shard; it is on disk once this returns.
 
     Args:
-        root: Folder of the store.
+        part: The part of the store.
         manifest: What the rows are.
         unit: The unit.
         rows: Its rows so far.
@@ -64,11 +65,11 @@ def write_shard(
         DamagedStoreError: If there is something that is no shard of this store.
         OSError: If writing fails; a shard that was there before still is.
     """
-    path = shard_path(root, unit)
+    path = shard_path(part.root, unit)
     tensors = _on_disk(rows)
     if path.exists():
-        with open_shard(root, manifest, unit) as file:
-            n = inspect(file, manifest, unit).n
+        with open_shard(part, manifest, unit) as file:
+            n = inspect(file, manifest).n
             # One that a failed write has left holds what is written again now.
             known = n == replaced or file.metadata[manifest.hash] == hash_of(tensors, manifest.hash)
         if not known:
@@ -79,9 +80,11 @@ def write_shard(
                 remedy="close the store and resume it",
             )
     metadata = {"fingerprint": manifest.fingerprint, "unit": str(unit)}
+    if part.name:
+        metadata["part"] = part.name
     for name in sorted(tensors.keys() - {"g"}):  # these are also read without the rows
         metadata[f"{manifest.hash}.{name}"] = hash_of({name: tensors[name]}, manifest.hash)
-    write_tensors(path, tensors, metadata, root, manifest.hash)
+    write_tensors(path, tensors, metadata, part.root, manifest.hash)
 
 
 def _on_disk(rows: StoredRows) -> dict[str, Tensor]:
@@ -101,14 +104,14 @@ def _names_of(name: str) -> str:
     return f"{name}.names"
 
 
-def open_shard(root: Path, manifest: Manifest, unit: int) -> TensorFile:
+def open_shard(part: Part, manifest: Manifest, unit: int) -> TensorFile:
     """Open a unit's shard, which its header says that it is.
 
     Raises:
         DamagedStoreError: If the file is missing, cut off, or of another store or unit.
         OSError: If it cannot be read.
     """
-    file = TensorFile(shard_path(root, unit))
+    file = TensorFile(shard_path(part.root, unit))
     try:
         if file.metadata.get("fingerprint") != manifest.fingerprint:
             raise DamagedStoreError(
@@ -118,13 +121,15 @@ def open_shard(root: Path, manifest: Manifest, unit: int) -> TensorFile:
             raise DamagedStoreError(
                 f"{file.path} holds unit {file.metadata.get('unit')}: it was renamed"
             )
+        if file.metadata.get("part", "") != part.name:
+            raise DamagedStoreError(f"{file.path} is of another part of the store: it was moved")
     except BaseException:
         file.close()
         raise
     return file
 
 
-def inspect(file: TensorFile, manifest: Manifest, unit: int) -> Shard:
+def inspect(file: TensorFile, manifest: Manifest) -> Shard:
     """Return what an open shard holds, as its header says.
 
     Raises:
@@ -218,8 +223,8 @@ def rows_of(file: TensorFile, manifest: Manifest) -> StoredRows:
     return StoredRows(file.get_tensor("ids"), file.get_tensor("g"), loss, columns)
 
 
-def find_shards(root: Path, manifest: Manifest) -> list[Shard]:
-    """Return the shards of a store by unit, checked except for the hash of their contents.
+def find_shards(part: Part, manifest: Manifest) -> list[Shard]:
+    """Return the shards of a part by unit, checked except for the hash of their contents.
 
     A writer may be at work at the same time.
 
@@ -228,7 +233,7 @@ def find_shards(root: Path, manifest: Manifest) -> list[Shard]:
             or of another store. The first such files are named.
         OSError: If a folder cannot be listed, or a shard cannot be read.
     """
-    listed = listed_units(root)
+    listed = listed_units(part.root)
     last = listed[-1] if listed else -1
     problems: list[str] = []
     units: Iterable[int] = range(last + 1)
@@ -236,12 +241,12 @@ def find_shards(root: Path, manifest: Manifest) -> list[Shard]:
     # before it has then been full when its header is read. Some before it may have been added
     # while others were listed, but not as many as one stray name can stand for.
     if last + 1 - len(listed) > _UNLISTED:
-        problems.append(f"{last + 1 - len(listed)} shards before {shard_path(root, last)}")
+        problems.append(f"{last + 1 - len(listed)} shards before {shard_path(part.root, last)}")
         problems[0] += " are missing: was it put there by mistake?"
         units = listed
-    shards = _inspected(root, manifest, units, last, problems)
+    shards = _inspected(part, manifest, units, last, problems)
     if len({shard.loss_dtype for shard in shards}) > 1:
-        problems.append(f"the shards in {root / SHARDS} do not all have the same kind of loss")
+        problems.append(f"the shards in {part.root / SHARDS} do not all have the same kind of loss")
     if problems:
         more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise DamagedStoreError("\n".join(problems[:_SHOWN]) + more)
@@ -249,14 +254,14 @@ def find_shards(root: Path, manifest: Manifest) -> list[Shard]:
 
 
 def _inspected(
-    root: Path, manifest: Manifest, units: Iterable[int], last: int, problems: list[str]
+    part: Part, manifest: Manifest, units: Iterable[int], last: int, problems: list[str]
 ) -> list[Shard]:
     """Return what the shards of some units hold; add to the problems what is wrong with others."""
     shards = []
     for unit in units:
         try:
-            with open_shard(root, manifest, unit) as file:
-                shard = inspect(file, manifest, unit)
+            with open_shard(part, manifest, unit) as file:
+                shard = inspect(file, manifest)
                 if shard.n < manifest.unit and unit != last:
                     raise DamagedStoreError(
                         f"{file.path} holds {shard.n} rows, not {manifest.unit}"
@@ -265,3 +270,19 @@ def _inspected(
         except DamagedStoreError as error:
             problems.append(str(error))
     return shards
+
+
+def one_loss_dtype(path: Path, parts: Sequence[tuple[Part, Sequence[Shard]]]) -> torch.dtype | None:
+    """Return the dtype of the losses of all parts of a store; None if they have none.
+
+    Raises:
+        DamagedStoreError: If parts differ.
+    """
+    kinds = {shards[0].loss_dtype for _, shards in parts if shards}
+    if len(kinds) > 1:
+        raise DamagedStoreError(
+            f"the parts of {path} do not all have the same kind of loss",
+            reason=f"their writers appended {', '.join(sorted(map(str, kinds)))}",
+            remedy='declare the losses when a store is made, as in columns={"loss": "float32"}',
+        )
+    return kinds.pop() if kinds else None

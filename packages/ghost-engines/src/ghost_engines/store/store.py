@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,12 +14,19 @@ from ghost_engines.store.beside import Column
 from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.listing import clean, has_shards
-from ghost_engines.store.lock import WriterLock
+from ghost_engines.store.lock import JOINING, WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
-from ghost_engines.store.record import RECORD, read_record
-from ghost_engines.store.shards import (
-    find_shards,
+from ghost_engines.store.parts import (
+    PARTS,
+    REGISTER,
+    Part,
+    has_parts,
+    part_name,
+    register,
+    registered,
 )
+from ghost_engines.store.record import RECORD, check_record, read_record
+from ghost_engines.store.shards import Shard, find_shards
 from ghost_engines.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
@@ -36,8 +44,9 @@ class GradientStore(StoreWriter):
     once `append` has filled a unit with them or `commit` has returned; `committed` counts them.
     All rows that were appended can be read at once.
 
-    One process writes at a time; any number may read meanwhile, and see the store as it was when
-    they opened it. A store is not made for use by several threads.
+    One process writes a store that was made with `create`. Several write one that each of them has
+    opened with `join`, in a part of its own. Any number may read meanwhile, and see the store as it
+    was when they opened it. A store is not made for use by several threads.
     """
 
     # Opening and closing
@@ -80,9 +89,7 @@ class GradientStore(StoreWriter):
         manifest = Manifest.of(
             engine, unit=unit, info=info, notes=notes, columns=columns, data=data
         )
-        if root.exists() and not root.is_dir():
-            raise StoreError(f"{root} is a file; a store is a folder")
-        make_root(root)
+        _make(root)
         lock = WriterLock(root)
         try:
             if (root / MANIFEST).exists():
@@ -90,14 +97,9 @@ class GradientStore(StoreWriter):
                     f"there is a store at {root} already: go on with GradientStore.resume(path, "
                     "engine), or read it with GradientStore.open(path)"
                 )
-            if has_shards(root) or (root / RECORD).exists():
-                raise DamagedStoreError(
-                    f"{root / MANIFEST} is missing, but there are shards: restore it, or remove "
-                    f"them and {root / RECORD}"
-                )
-            clean(root)
+            _check_empty(root)
             manifest.write(root)
-            return cls(root, manifest, [], lock)
+            return cls(root, manifest, [(Part(root), [])], lock)
         except BaseException:
             lock.release()
             raise
@@ -131,23 +133,83 @@ class GradientStore(StoreWriter):
         """
         root = _root(path)
         manifest = Manifest.read(root)
-        now = manifest.renewed(engine, columns=columns, info=info, data=data)
-        if differences := manifest.differences(now):
+        _check_same(root, manifest, manifest.renewed(engine, columns=columns, info=info, data=data))
+        if has_parts(root):
             raise StoreError(
-                f"the rows would not be those of the store at {root}: {_listed(differences)}",
-                reason="rows that were made in another way cannot be compared",
-                remedy="make the engine, info and columns as they were when the store was made, "
-                "or make another store with GradientStore.create(path, engine)",
+                f"the store at {root} is written in parts, by writers that joined it",
+                reason="each part has a writer of its own",
+                remedy='go on with GradientStore.join(path, engine, part="..."), as before',
             )
-        if manifest.versions != now.versions:
-            logger.warning(
-                "the store at %s was made with %s; now: %s", root, manifest.versions, now.versions
-            )
-        lock = WriterLock(root)
+        return cls._writing(root, manifest, Part(root), WriterLock(root))
+
+    @classmethod
+    def join(
+        cls,
+        path: StrPath,
+        engine: RowEngine,
+        *,
+        part: str | tuple[int, int],
+        unit: int = 4096,
+        columns: Mapping[str, str | Column] | None = None,
+        info: Mapping[str, Any] | None = None,
+        data: Sequence[DataFile] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Open a part of a store for writing, while others write other parts.
+
+        Makes the store and the part if they are not there, and else goes on after the part's
+        committed rows. Nobody has to come first, or wait for others. What is returned holds the
+        rows of the part alone: `store.ids` tells which samples its writer has done, and
+        `GradientStore.open(path)` reads those of all. There the first unit of each part comes
+        before the second of any, so that units of data that are dealt out in turn are in order.
+
+        Args:
+            path: Folder of the store; missing folders are made.
+            engine: Where the rows come from; the same for all writers, as all that follows.
+            part: Who writes: `(rank, world)`, or a name that no other writer has.
+            unit: As of `create`.
+            columns: As of `create`.
+            info: As of `create`.
+            data: As of `create`.
+            notes: As of `create`; those of the writer that makes the store are kept.
+
+        Raises:
+            StoreError: If the store's rows are not of the kind that would be appended, another
+                writer has the part, the store is written by one writer without parts, or an
+                argument does not fit.
+            DamagedStoreError: If a file is missing, cut off or of another store.
+            OSError: If it cannot be written.
+        """
+        root, name = _root(path), part_name(part)
+        manifest = Manifest.of(
+            engine, unit=unit, info=info, notes=notes, columns=columns, data=data
+        )
+        _make(root)
+        # Whoever joins waits for others that do, and refuses a writer of the store as a whole.
+        with closing(WriterLock(root, JOINING, wait=True)), closing(WriterLock(root)):
+            if (root / MANIFEST).exists():
+                there = Manifest.read(root)
+                _check_same(root, there, manifest)
+                manifest = there
+            else:
+                _check_empty(root)
+                manifest.write(root)
+            if has_shards(root) or (root / RECORD).exists():
+                raise StoreError(
+                    f"the store at {root} was written by one writer, and has no parts",
+                    reason="rows of several writers are kept apart",
+                    remedy="go on with GradientStore.resume(path, engine), or join another store",
+                )
+            own = register(root, manifest, name)
+        return cls._writing(root, manifest, own, WriterLock(own.root))
+
+    @classmethod
+    def _writing(cls, root: Path, manifest: Manifest, part: Part, lock: WriterLock) -> Self:
+        """Open a part whose lock is held."""
         try:
-            clean(root)
-            recorded = read_record(root, manifest)
-            return cls(root, manifest, find_shards(root, manifest), lock, recorded=recorded)
+            clean(part.root)
+            recorded, shards = _read(part, manifest)
+            return cls(root, manifest, [(part, shards)], lock, recorded=recorded)
         except BaseException:
             lock.release()
             raise
@@ -169,10 +231,9 @@ class GradientStore(StoreWriter):
         """
         root = _root(path)
         manifest = Manifest.read(root)
-        # A writer may add to the store meanwhile, so what must be there is read first.
-        recorded = read_record(root, manifest)
-        shards = find_shards(root, manifest)
-        return cls(root, manifest, shards, None, recorded=recorded, check=check)
+        parts = registered(root, manifest) or [Part(root)]
+        found = [(part, _read(part, manifest)[1]) for part in parts]
+        return cls(root, manifest, found, None, check=check)
 
 
 def _root(path: StrPath) -> Path:
@@ -198,3 +259,49 @@ def _root(path: StrPath) -> Path:
 def _listed(differences: list[str]) -> str:
     more = len(differences) - _SHOWN
     return "; ".join([*differences[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _make(root: Path) -> None:
+    """Make the folder of a store."""
+    if root.exists() and not root.is_dir():
+        raise StoreError(f"{root} is a file; a store is a folder")
+    make_root(root)
+
+
+def _check_empty(root: Path) -> None:
+    """Raise if a folder without a manifest has rows, and remove what killed writers left."""
+    if has_shards(root) or (root / RECORD).exists():
+        raise DamagedStoreError(
+            f"{root / MANIFEST} is missing, but there are shards: restore it, or remove them and "
+            f"{root / RECORD}"
+        )
+    if has_parts(root):
+        raise DamagedStoreError(
+            f"{root / MANIFEST} is missing, but there are parts of a store: restore it, or remove "
+            f"{root / PARTS} and {root / REGISTER}"
+        )
+    clean(root)
+
+
+def _check_same(root: Path, manifest: Manifest, now: Manifest) -> None:
+    """Raise if the rows that would be appended are not of the kind of those of a store."""
+    if differences := manifest.differences(now):
+        raise StoreError(
+            f"the rows would not be those of the store at {root}: {_listed(differences)}",
+            reason="rows that were made in another way cannot be compared",
+            remedy="make the engine, info and columns as they were when the store was made, or "
+            "make another store with GradientStore.create(path, engine)",
+        )
+    if manifest.versions != now.versions:
+        logger.warning(
+            "the store at %s was made with %s; now: %s", root, manifest.versions, now.versions
+        )
+
+
+def _read(part: Part, manifest: Manifest) -> tuple[int, list[Shard]]:
+    """Return how many rows a part must have, and its shards, of which it has as many."""
+    # A writer may add to the part meanwhile, so what must be there is read first.
+    recorded = read_record(part.root, manifest)
+    shards = find_shards(part, manifest)
+    check_record(part.root, recorded, sum(shard.n for shard in shards))
+    return recorded, shards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -18,8 +18,9 @@ from ghost_engines.store.labels import Names
 from ghost_engines.store.lock import WriterLock
 from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.origin import check_origin, check_verified
+from ghost_engines.store.parts import Part
 from ghost_engines.store.reader import StoreReader
-from ghost_engines.store.record import check_record, write_record
+from ghost_engines.store.record import write_record
 from ghost_engines.store.rows import RowBatch, check_finite, checked, with_tables
 from ghost_engines.store.seen import SeenIds
 from ghost_engines.store.shards import Shard, check_contents, rows_of, write_shard
@@ -34,14 +35,13 @@ class StoreWriter(StoreReader):
         self,
         path: Path,
         manifest: Manifest,
-        shards: list[Shard],
+        parts: Sequence[tuple[Part, Sequence[Shard]]],
         lock: WriterLock | None,
         *,
         recorded: int = 0,
         check: bool = True,
     ) -> None:
-        super().__init__(path, manifest, shards, check=check)
-        check_record(path, recorded, len(self))
+        super().__init__(path, manifest, parts, check=check)
         self._lock = lock
         self._recorded = recorded
         self._origin: object = None
@@ -52,14 +52,14 @@ class StoreWriter(StoreReader):
         }
         if lock is not None and self._tail.length:
             # A writer replaces the last shard, with a new hash: what is in it must fit the old one.
-            with self._opened(self._tail.unit) as file:
+            with self._opened(self._slot_at(len(self) - 1)) as file:
                 check_contents(file)
                 rows = rows_of(file, manifest)[: self._tail.length].copy()
             self._tail = replace(self._tail, memory=with_tables(rows, self._names))
 
     def __repr__(self) -> str:
         """Say where it is, what is in it, and whether it is open for writing."""
-        facts = [str(self.path), f"{len(self)} rows of {self.k_total} {self.manifest.dtype}"]
+        facts = [str(self._part.root), f"{len(self)} rows of {self.k_total} {self.manifest.dtype}"]
         if waiting := len(self) - self.committed:
             facts.append(f"{waiting} not committed")
         if self._lock is not None:
@@ -199,14 +199,14 @@ class StoreWriter(StoreReader):
         while self._tail.length >= size or (partial and self._tail.length > self._tail.written):
             rows, after = self._tail.split(size)
             write_shard(
-                self.path, self.manifest, self._tail.unit, rows, replaced=self._tail.written
+                self._part, self.manifest, self._tail.unit, rows, replaced=self._tail.written
             )
             self._tail = after
 
     def _record(self) -> None:
         """Record how many rows are on disk, if that has changed."""
         if self._recorded != self.committed:
-            write_record(self.path, self.manifest, self.committed)
+            write_record(self._part.root, self.manifest, self.committed)
             self._recorded = self.committed
 
     def _check_writable(self) -> None:
