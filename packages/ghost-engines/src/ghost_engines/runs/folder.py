@@ -110,15 +110,31 @@ class RunFolder:
         Raises:
             OSError: If that fails; then the last one is still there.
         """
-        data = io.BytesIO()
-        torch.save(dict(state), data)
-        write_atomically(self.path / CHECKPOINT, [data.getbuffer()], self.path)
+        write_state(self.path / CHECKPOINT, state)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Return the checkpoint in a folder, on the CPU, or None if there is none."""
-    file = path / CHECKPOINT
-    if not file.exists():
-        return None
-    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state of tensors and numbers into a folder that is there, or replace it.
+
+    Raises:
+        OSError: If that fails; then the file, or its absence, is as it was.
+    """
+    data = io.BytesIO()
+    torch.save(dict(state), data)
+    write_atomically(path, [data.getbuffer()], path.parent)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return a state, on the CPU.
+
+    Raises:
+        CaptureError: If there is no such file.
+    """
+    if not path.exists():
+        raise CaptureError(
+            f"{path} is not there",
+            reason="the checkpoint was saved without ghost, or is not whole",
+            remedy="resume from another one, or begin a run anew",
+        )
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state

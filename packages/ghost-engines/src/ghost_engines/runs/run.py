@@ -21,7 +21,7 @@ from ghost_engines.modes import Padding
 from ghost_engines.runs.config import RunConfig
 from ghost_engines.runs.description import check_same, describe
 from ghost_engines.runs.engines import GivenDirections, add_directions, make_engines, scorer_of
-from ghost_engines.runs.folder import RunFolder, place_of, read_checkpoint
+from ghost_engines.runs.folder import CHECKPOINT, RunFolder, place_of, read_state
 from ghost_engines.values import CreditedStep, InRunValues, skipped, stepping
 
 
@@ -66,6 +66,7 @@ class Run:
         config: The config.
         engines: The engines by name.
         steps: Number of steps that the optimizer made.
+        adds_up: Whether it adds up values.
 
     Raises:
         UnknownNameError: If a field, method, mode or option does not exist.
@@ -90,8 +91,8 @@ class Run:
         )
         add_directions(engines, directions, self.config)
         self._scorer = scorer_of(engines)
-        self._adds_up = self.config.values is not False and self._scorer is not None
-        if self.config.values and not self._adds_up:
+        self.adds_up = self.config.values is not False and self._scorer is not None
+        if self.config.values and not self.adds_up:
             raise CaptureError(
                 "values=True, and no method scores batches",
                 remedy="add dot_product to the methods, or leave values out",
@@ -116,7 +117,7 @@ class Run:
         with ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine)
-            if self._adds_up and self._scorer is not None:
+            if self.adds_up and self._scorer is not None:
                 self._values = InRunValues(
                     self._scorer,
                     self._optimizer,
@@ -323,10 +324,10 @@ class Run:
             CaptureError: If the objects are others, or as in `load_state_dict`.
             StoreError: If the log in the folder ends before the checkpoint.
         """
-        state = read_checkpoint(self.folder)
-        if state is None:
+        if not (self.folder / CHECKPOINT).exists():
             self._writer(after=0)
             return 0
+        state = read_state(self.folder / CHECKPOINT)
         if objects.keys() != state["objects"].keys():
             raise CaptureError(
                 f"the checkpoint has {', '.join(state['objects']) or 'nothing'}, and "

@@ -1,0 +1,198 @@
+"""Values inside Hugging Face's Trainer are those of a brute-force run, and training is its own."""
+
+import pytest
+import torch
+from trainer_kit import LENGTH, RATE, brute_force, recording, rows, tiny
+
+from ghost_core import CaptureError
+from ghost_engines import IdCollator, RunConfig, ScoreLog, with_ids
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+
+TRAIN, VALIDATION = rows(14, seed=1), rows(3, seed=2)
+CLIP = 0.5
+
+
+def make(trainer_class, folder, model=None, callbacks=(), data=TRAIN, collate=None, **changes):
+    """Return a trainer: four steps of two micro-batches an epoch, the last of them uneven."""
+    given = {
+        "output_dir": folder, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2, "learning_rate": RATE, "optim": "sgd", "max_grad_norm": CLIP,
+        "lr_scheduler_type": "constant", "report_to": "none", "remove_unused_columns": False,
+        "use_cpu": True, "save_strategy": "no", "logging_steps": 2, "disable_tqdm": True,
+        "eval_strategy": "steps", "eval_steps": 3,
+    } | changes  # fmt: skip
+    return trainer_class(
+        model=tiny() if model is None else model,
+        args=transformers.TrainingArguments(**given),
+        train_dataset=with_ids(data),
+        eval_dataset=with_ids(VALIDATION),
+        data_collator=IdCollator(collate or transformers.default_data_collator),
+        callbacks=list(callbacks),
+    )
+
+
+def ghost(folder, directions=VALIDATION, **fields):
+    """Return the callback."""
+    from ghost_engines.frameworks import GhostCallback
+
+    return GhostCallback(RunConfig(folder=folder, **fields), {"val": directions})
+
+
+def ghost_trainer(folder, callback, **changes):
+    from ghost_engines.frameworks import GhostTrainer
+
+    return make(GhostTrainer, folder / "out", callbacks=[callback], **changes)
+
+
+def plain(folder, **changes):
+    trainer = make(recording(transformers.Trainer), folder / "plain", eval_strategy="no", **changes)
+    trainer.seen = []
+    trainer.train()
+    return trainer
+
+
+def losses(model, parts):
+    """The trainer divides the summed losses of a step by how many labels it has, shifted or not."""
+    tokens = torch.cat([each["inputs"]["input_ids"] for each in parts])
+    own = [model(input_ids=one[None], labels=one[None]).loss * (LENGTH - 1) for one in tokens]
+    return [each / tokens.numel() for each in own]
+
+
+def validation(model):
+    tokens = torch.stack([each["input_ids"] for each in VALIDATION])
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def equal(one, other):
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def test_values_and_parameters_with_accumulation_clipping_and_evaluation(tmp_path):
+    before = plain(tmp_path)
+    callback = ghost(tmp_path / "run")
+    trainer = ghost_trainer(tmp_path, callback)
+    trainer.train()
+    assert equal(trainer.model, before.model)
+    expected = brute_force(tiny(), before.seen, losses, validation, clip=CLIP)
+    assert sorted(expected) == list(range(len(TRAIN)))
+    assert callback.values.to_dict() == pytest.approx(expected, rel=1e-4)  # logits are float32
+    assert callback.run.steps == trainer.state.global_step == 8
+    logged = [each for each in trainer.state.log_history if "ghost_value_val" in each]
+    assert [each["step"] for each in logged] == [2, 4, 6, 8]
+    credited = sum(each["ghost_value_val"] for each in logged)
+    assert credited == pytest.approx(sum(expected.values()))
+    assert any("eval_loss" in each for each in trainer.state.log_history)
+    assert not trainer.model._forward_hooks
+
+
+@pytest.mark.stress
+def test_a_run_is_resumed_from_a_checkpoint(tmp_path):
+    """The run that is resumed was killed two steps after its last checkpoint."""
+    saved = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}
+    whole = ghost(tmp_path / "whole")
+    expected = ghost_trainer(tmp_path / "a", whole, **saved)
+    expected.train()
+    killed = ghost_trainer(tmp_path / "b", ghost(tmp_path / "run"), **saved)
+    killed.add_callback(_stops_at(5))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert not killed.model._forward_hooks
+    resumed = ghost(tmp_path / "run")
+    trainer = ghost_trainer(tmp_path / "b", resumed, **saved)
+    trainer.train(resume_from_checkpoint=True)
+    assert equal(trainer.model, expected.model)
+    assert resumed.values.to_dict() == whole.values.to_dict()
+    assert any(whole.values.to_dict().values())
+    table = ScoreLog.open(tmp_path / "run/log").totals()
+    assert table.steps.tolist() == list(range(1, 9))
+    other = ghost(tmp_path / "other", mode="fused")
+    with pytest.raises(CaptureError, match="mode='exact', and this one has mode='fused'"):
+        ghost_trainer(tmp_path / "b", other, **saved).train(resume_from_checkpoint=True)
+    checkpoint = tmp_path / "b/out/checkpoint-6"
+    (checkpoint / "ghost.pt").unlink()
+    with pytest.raises(CaptureError, match="was saved without ghost"):
+        ghost_trainer(tmp_path / "b", ghost(tmp_path / "run"), **saved).train(str(checkpoint))
+
+
+@pytest.mark.stress
+def test_values_are_logged_to_tensorboard(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    callback = ghost(tmp_path / "run")
+    ghost_trainer(tmp_path, callback, report_to="tensorboard").train()
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    found = [each.value for each in board.Scalars("train/ghost_value_val")]
+    assert len(found) == 4
+    assert sum(found) == pytest.approx(sum(callback.values.to_dict().values()), rel=1e-5)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mode": "fused"},
+        {"method": ["projection", "dot_product"], "options": {"projection": {"dim": 4}}},
+        {"method": "none"},
+    ],
+    ids=str,
+)
+def test_every_method_goes_with_the_trainer(fields, tmp_path):
+    before = plain(tmp_path)
+    callback = ghost(tmp_path / "run", **fields)
+    trainer = ghost_trainer(tmp_path, callback)
+    trainer.train()
+    if "mode" in fields:
+        for one, other in zip(trainer.model.parameters(), before.model.parameters(), strict=True):
+            torch.testing.assert_close(one, other)
+    else:
+        assert equal(trainer.model, before.model)
+    if fields != {"method": "none"}:
+        expected = brute_force(tiny(), before.seen, losses, validation, clip=CLIP)
+        assert callback.values.to_dict() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.stress
+def test_bfloat16_and_padding_are_the_trainers_own(tmp_path):
+    """Under autocast, and where samples have labels in other numbers; ids are the data set's."""
+    data = [dict(each, labels=each["labels"].clone()) for each in TRAIN]
+    for at, each in enumerate(data):
+        each["labels"][: at % 4] = -100
+    changes = {"data": data, "bf16": True}
+    before = plain(tmp_path, model=tiny(torch.float32), **changes)
+    callback = ghost(tmp_path / "run")
+    trainer = ghost_trainer(tmp_path, callback, model=tiny(torch.float32), **changes)
+    trainer.train()
+    assert equal(trainer.model, before.model)
+    assert sorted(callback.values.to_dict()) == list(range(len(TRAIN)))
+
+
+def _stops_at(step):
+    class Stops(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Stops()
+
+
+def test_mistakes_say_what_to_do(tmp_path):
+    callback = ghost(tmp_path / "run")
+    removed = ghost_trainer(tmp_path, callback, remove_unused_columns=True)
+    with pytest.raises(CaptureError, match=r"remove_unused_columns=False") as raised:
+        removed.train()
+    assert "a sample has no 'sample_id'" in str(raised.value)
+    without = make(transformers.Trainer, tmp_path / "out", callbacks=[ghost(tmp_path / "run")])
+    with pytest.raises(CaptureError, match="GhostCallback needs a trainer that opens batches"):
+        without.train()
+    trainer = ghost_trainer(tmp_path, callback)
+    with pytest.raises(CaptureError, match="has 0 callbacks"):
+        make(type(trainer), tmp_path / "out").train()
+    with pytest.raises(CaptureError, match="auto_find_batch_size=False"):
+        ghost_trainer(tmp_path, ghost(tmp_path / "run"), auto_find_batch_size=True).train()
+    with pytest.raises(CaptureError, match="before trainer"):
+        ghost(tmp_path / "run").values.to_dict()

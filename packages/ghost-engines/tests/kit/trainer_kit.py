@@ -1,0 +1,77 @@
+"""A tiny language model, what trainers train it on, and what its values are without ghost."""
+
+import copy
+
+import torch
+
+VOCABULARY, LENGTH = 19, 6
+RATE = 0.5
+
+
+def tiny(dtype=torch.float64):
+    """Return a language model of some hundred parameters, the same each time."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=8, n_layer=1, n_head=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def rows(count, seed):
+    """Return samples."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, VOCABULARY, (count, LENGTH), generator=generator)
+    return [{"input_ids": each, "labels": each} for each in tokens]
+
+
+def gradient(loss, model):
+    """Return the gradient of a loss as one vector, of the parameters that are trained."""
+    trained = [each for each in model.parameters() if each.requires_grad]
+    return torch.cat([each.flatten() for each in torch.autograd.grad(loss, trained)])
+
+
+def recording(trainer_class):
+    """Return a trainer that keeps what it trains on, and where, in `seen`."""
+
+    class Recording(trainer_class):
+        def training_step(self, model, inputs, *args, **kwargs):
+            step = {"at": self.state.global_step, "inputs": copy.copy(inputs)}
+            ids = inputs.pop("sample_id")
+            parameters = copy.deepcopy(self.model.state_dict())
+            self.seen.append(step | {"ids": ids.tolist(), "parameters": parameters})
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    return Recording
+
+
+def brute_force(model, seen, contributions, validation, *, rate=RATE, clip=None):
+    """Return the values of all samples, one backward pass for each.
+
+    Args:
+        model: A model to load parameters into; its training mode stays as it is.
+        seen: What `recording` kept.
+        contributions: Returns the losses that the samples of a step contribute, `[N]` in order of
+            their ids, given the model and what was seen of the step.
+        validation: Returns the validation loss, given the model.
+        rate: The learning rate.
+        clip: The norm that gradients are clipped to.
+    """
+    values = {}
+    for at in sorted({each["at"] for each in seen}):
+        parts = [each for each in seen if each["at"] == at]
+        model.load_state_dict(parts[0]["parameters"])
+        ids = [one for part in parts for one in part["ids"]]
+        gradients = [gradient(loss, model) for loss in contributions(model, parts)]
+        assert len(gradients) == len(ids)
+        norm = torch.stack(gradients).sum(0).norm()
+        factor = 1.0 if clip is None else min(1.0, float(clip / (norm + 1e-6)))
+        model.eval()
+        direction = gradient(validation(model), model)
+        model.train()
+        for one, each in zip(ids, gradients, strict=True):
+            values[one] = values.get(one, 0.0) + rate * factor * float(each @ direction)
+    return values
