@@ -25,7 +25,7 @@ except ImportError as error:
     raise MissingExtraError("transformers", "ghost-engines[hf]", "GhostTrainer") from error
 
 
-class GhostCallback(TrainerCallback):  # type: ignore[misc] # has no types
+class GhostCallback(TrainerCallback):
     """Holds the run of a `GhostTrainer`, and writes it into every checkpoint.
 
     Give it to the trainer in `callbacks`. The run is made when training begins, since there is no
@@ -90,9 +90,7 @@ class GhostCallback(TrainerCallback):  # type: ignore[misc] # has no types
 
     # Called by the trainer
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the run, and resume it."""
         trainer = self._trainer
         if trainer is None:
@@ -103,6 +101,7 @@ class GhostCallback(TrainerCallback):  # type: ignore[misc] # has no types
             )
         directions = {name: _loss_of(trainer, each) for name, each in self.directions.items()}
         scaler = trainer.accelerator.scaler
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
         run = Run(model, optimizer, self.config, directions=directions, grad_scaler=scaler)
         self.run = self._stack.enter_context(run)
         if self._checkpoint is not None:
@@ -110,7 +109,7 @@ class GhostCallback(TrainerCallback):  # type: ignore[misc] # has no types
         if run.adds_up:
             run.values.on_credit(self._on_credit)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the run's state into the checkpoint that was just saved."""
         if self.run is not None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -181,7 +180,7 @@ class GhostMixin:
         super().log({**logs, **more}, *args, **kwargs)  # type: ignore[misc]
 
 
-class GhostTrainer(GhostMixin, Trainer):  # type: ignore[misc] # has no types
+class GhostTrainer(GhostMixin, Trainer):
     """Hugging Face's `Trainer` with in-run values: see `GhostCallback`."""
 
 
