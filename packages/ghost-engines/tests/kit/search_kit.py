@@ -30,10 +30,10 @@ class Rows:
         return {"seed": self.seed, "layers": layers if self.k_total == K else []}
 
 
-def stored(path: Path, rows: Tensor, unit: int = 16, seed: int = 0) -> GradientStore:
+def stored(path: Path, rows: Tensor, unit: int = 16, seed: int = 0, **given: Any) -> GradientStore:
     """Store rows of the samples 7, 17, 27, ... and open the store."""
     engine = Rows(rows.dtype, rows.shape[1], seed)
-    with GradientStore.create(path, engine, unit=unit) as made:
+    with GradientStore.create(path, engine, unit=unit, **given) as made:
         made.append(StoredRows(torch.arange(len(rows)) * 10 + 7, rows, None))
     return GradientStore.open(path)
 
@@ -50,14 +50,21 @@ def best_of(scores: Tensor, k: int, sign: int = 1) -> Tensor:
     )  # fmt: skip
 
 
-def whitened(rows: Tensor, queries: Tensor, damping: float, groups: list[list[int]]) -> Tensor:
+def whitened(
+    rows: Tensor,
+    queries: Tensor,
+    damping: float,
+    groups: list[list[int]],
+    searched: Tensor | None = None,
+) -> Tensor:
     """Return ⟨q, (C + λI)⁻¹ r⟩ in float64, block by block, by the inverse itself."""
     rows, queries = rows.double(), queries.double()
-    total = torch.zeros(len(queries), len(rows), dtype=torch.float64)
+    others = rows if searched is None else searched.double()
+    total = torch.zeros(len(queries), len(others), dtype=torch.float64)
     for columns in groups:
         part = rows[:, columns]
         moments = sum(torch.outer(row, row) for row in part) / len(part)
         level = damping * torch.linalg.eigvalsh(moments).mean()
         inverse = torch.linalg.inv(moments + level * torch.eye(len(columns), dtype=torch.float64))
-        total += queries[:, columns] @ inverse @ part.T
+        total += queries[:, columns] @ inverse @ others[:, columns].T
     return total

@@ -22,6 +22,7 @@ from ghost_engines.store import (
     RowReader,
     StoreError,
     TensorFile,
+    check_alike,
     check_contents,
     columns_of,
     parameter_columns,
@@ -44,20 +45,22 @@ class Whitening:
     al., 2023) is the same without damping. The inverse is applied to queries, so that a search
     costs what it does by dot.
 
-    Make one with `of`.
+    Make one with `of`: of the store that is searched, or of another one by the same engine and
+    model. If that holds gradients whose labels were drawn from the model, C is the Fisher
+    information itself, which is nearer to the Hessian where the model fits its data well.
 
     Attributes:
         damping: λ, relative to the mean eigenvalue of each block.
         blocks: `parameter`: each parameter's columns have a C of their own. `all`: there is one C,
             `[k_total, k_total]`.
         moments: C by parameter, float64 `[c, c]`; under `*` if there is one.
-        digest: Digest of the store's rows.
+        manifest: What the store's rows are.
     """
 
     damping: float
     blocks: str
     moments: Mapping[str, Tensor]
-    digest: str
+    manifest: Manifest
     _factors: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -100,12 +103,12 @@ class Whitening:
             raise StoreError(f"damping must be 0 or more, not {damping}")
         digest, path = store.digest(), _path(store, blocks)
         if path.exists() and not renew:
-            return cls(damping, blocks, _read(path, digest), digest)
+            return cls(damping, blocks, _read(path, digest), store.manifest)
         moments = _second_moments(store, blocks, device, progress)
         if save:
             header = {"format": _FORMAT, "rows": digest, "blocks": blocks, "n": str(len(store))}
             write_tensors(path, moments, header, store.path)
-        return cls(damping, blocks, moments, digest)
+        return cls(damping, blocks, moments, store.manifest)
 
     def __repr__(self) -> str:
         """Say what it is of."""
@@ -126,12 +129,12 @@ class Whitening:
             `[Q, c]`, in the queries' dtype.
 
         Raises:
-            StoreError: If it is the whitening of other rows, or C cannot be inverted.
+            StoreError: If its rows are of another kind, or C cannot be inverted.
         """
-        self._check(store)
-        found = queries.double()
+        check_alike(store.manifest, self.manifest, "whitening")
+        found = torch.zeros_like(queries, dtype=torch.float64)
         for here, factor in self._parts(store.manifest, columns):
-            part = found[:, here].mT
+            part = queries[:, here].double().mT
             found[:, here] = torch.cholesky_solve(part, factor.to(queries.device)).mT
         return found.to(queries.dtype)
 
@@ -156,10 +159,10 @@ class Whitening:
 
         Raises:
             UnknownNameError: If a glob matches nothing.
-            StoreError: If it is the whitening of other rows, or C cannot be inverted.
+            StoreError: If its rows are of another kind, or C cannot be inverted.
             DamagedStoreError: If a file went missing or was altered.
         """
-        self._check(store)
+        check_alike(store.manifest, self.manifest, "whitening")
         columns = columns_of(store.manifest, parameters)
         parts = list(self._parts(store.manifest, columns))
         influence = torch.zeros(len(store), dtype=torch.float64, device="cpu")
@@ -173,14 +176,6 @@ class Whitening:
                 start += len(found)
                 bar.advance(len(found))
         return influence
-
-    def _check(self, store: RowReader) -> None:
-        if store.digest() != self.digest:
-            raise StoreError(
-                "the whitening is of other rows than those that are searched",
-                reason="each store has second moments of its own",
-                remedy="make one with Whitening.of(store)",
-            )
 
     def _parts(self, manifest: Manifest, columns: Columns) -> list[tuple[Tensor, Tensor]]:
         """Return, block by block, which of some columns are in it, and the Cholesky factor."""

@@ -11,6 +11,7 @@ from ghost_engines.store.listing import clean, has_shards, listed_units, shard_p
 from ghost_engines.store.lock import WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest
 from ghost_engines.store.neighbours import Neighbours, best
+from ghost_engines.store.origin import check_alike
 from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.shards import check_contents
 from ghost_engines.store.store import GradientStore
@@ -36,6 +37,7 @@ __all__ = [
     "TensorFile",
     "WriterLock",
     "best",
+    "check_alike",
     "check_contents",
     "clean",
     "columns_of",

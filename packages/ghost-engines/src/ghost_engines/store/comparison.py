@@ -50,9 +50,6 @@ class RowReader(Protocol):
     def scan(self, size: int = 4096) -> Iterator[StoredRows]:
         """Yield all rows in order, each block in place of the one before."""
 
-    def digest(self) -> str:
-        """Return a digest of all rows."""
-
 
 class Metric(Protocol):
     """A way to compare rows that changes the queries, and then takes dot products with these."""

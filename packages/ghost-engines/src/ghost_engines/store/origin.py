@@ -67,17 +67,46 @@ def query_rows(queries: Tensor | RowBatch, store: Manifest) -> Tensor:
     if isinstance(queries, Tensor) or not hasattr(queries, "rows"):
         return queries  # type: ignore[return-value] # the search says what is wrong with others
     made = getattr(queries, "manifest", None)
-    if isinstance(made, Mapping):
-        ours = {key: value for key, value in store.engine.items() if key not in _FREE}
-        theirs = {key: value for key, value in made.items() if key not in _FREE}
-        if found := list(_other(ours, theirs)):
-            raise StoreError(
-                f"the queries are not of the kind that the store holds: {_listed(found)}",
-                reason="scores between rows that were projected in different ways are noise",
-                remedy="make the queries with an engine like that of the store; its manifest has "
-                "the options",
-            )
+    if isinstance(made, Mapping) and (found := _unlike(store.engine, made)):
+        raise StoreError(
+            f"the queries are not of the kind that the store holds: {_listed(found)}",
+            reason="scores between rows that were projected in different ways are noise",
+            remedy="make the queries with an engine like that of the store; its manifest has "
+            "the options",
+        )
     return queries.rows
+
+
+def check_alike(ours: Manifest, theirs: Manifest, what: str) -> None:
+    """Refuse to use what was made from one store on another, unless their rows are of one kind.
+
+    Args:
+        ours: What the rows are that it is used on.
+        theirs: What the rows are that it was made from.
+        what: What it is.
+
+    Raises:
+        StoreError: If they were projected in different ways, or are of different models.
+    """
+    found = _unlike(ours.engine, theirs.engine)
+    models = [each.info["model"] for each in (ours, theirs) if "model" in each.info]
+    if models[1:] and models[0] != models[1]:
+        found.append("info.model")
+    if found:
+        raise StoreError(
+            f"the {what} is of rows of another kind than those that it is used on: "
+            f"{_listed(found)}",
+            reason="columns of rows that were made in different ways mean different things",
+            remedy=f"make a {what} of the store itself, or of one by the same engine and model",
+        )
+
+
+def _unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Return in what rows differ that cannot be compared with each other."""
+    mine, yours = (
+        {key: value for key, value in each.items() if key not in _FREE} for each in (ours, theirs)
+    )
+    return _other(mine, yours)
 
 
 def _other(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
