@@ -45,7 +45,7 @@ def test_ids_come_as_whatever_batches_take(tmp_path, kind):
 
 
 def test_samples_without_one_row_are_named(tmp_path):
-    store = make(tmp_path / "g", 5)
+    store = make(tmp_path / "g", 5, duplicates="replace")
     with pytest.raises(StoreError, match="samples 2, 99 are stored not at all") as caught:
         store.rows_by_id([1, 2, 4, 99])
     assert caught.value.remedy

@@ -53,7 +53,7 @@ def test_rows_that_are_not_verified_are_not_stored_among_rows_that_are(store, ml
         store.append(replace(rows, verified=False))
     assert "verify=False" in caught.value.remedy
     assert len(store) == 3
-    store.append(rows)
+    store.append(replace(rows, ids=rows.ids + 10))
     assert len(store) == 6
 
 

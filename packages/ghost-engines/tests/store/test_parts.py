@@ -187,3 +187,14 @@ def test_parts_with_and_without_losses_are_refused_when_they_are_read_together(t
         fill(other, 3)
     with pytest.raises(DamagedStoreError, match="same kind of loss"):
         GradientStore.open(tmp_path / "g")
+
+
+def test_samples_that_two_writers_stored_are_told_when_the_store_is_verified(tmp_path):
+    with join(tmp_path / "g", "a") as one, join(tmp_path / "g", "b") as other:
+        one.append(batch(0, 5))
+        other.append(batch(3, 9))
+    store = GradientStore.open(tmp_path / "g")
+    with pytest.raises(DamagedStoreError, match="samples 10, 13 in more than one"):
+        store.verify()
+    with pytest.raises(StoreError, match="samples 10 are stored more than once"):
+        store.rows_by_id([10])

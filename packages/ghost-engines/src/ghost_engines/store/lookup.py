@@ -41,6 +41,12 @@ def ordinals_of(asked: Tensor, stored: Tensor) -> Tensor:
     return order[first]
 
 
+def several_times(stored: Tensor) -> str:
+    """Return which of some ids `[len]` are there more than once, as a text; empty if none is."""
+    ids, counts = stored.unique(return_counts=True)
+    return _shown(ids[counts > 1])
+
+
 def _shown(ids: Tensor) -> str:
     more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
     return f"{', '.join(map(str, ids[:_SHOWN].tolist()))}{more}"

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from ghost_core import UnknownNameError
 from ghost_core.arguments import whole
 from ghost_engines.files import read_regular, write_atomically
 from ghost_engines.store.beside import Column, declared
@@ -28,7 +29,11 @@ SCHEMA = 2
 MANIFEST = "manifest.json"
 LIBRARIES = ("ghost-core", "ghost-layers", "ghost-engines", "torch", "numpy", "safetensors")
 _SCHEMAS = (1, SCHEMA)
-_SINCE_2 = ("columns", "data")
+_SINCE_2 = ("columns", "data", "duplicates")
+
+DUPLICATES = ("error", "replace")
+"""What becomes of a sample that is stored already."""
+
 
 _ABSENT = object()
 _LONGEST = 1 << 28
@@ -63,6 +68,8 @@ class Manifest:
         columns: What is stored beside the rows: `{"norm": {"dtype": "float32", "finite": True}}`.
         data: Where samples come from: `[{"path": ..., "digest": ...}]`; without the paths, part of
             the fingerprint.
+        duplicates: Whether a sample that is stored already is an `error`, or its later row is to
+            `replace` the earlier one for whoever reads the store.
         notes: Whatever is worth remembering; not part of the fingerprint.
         versions: Library versions at creation; not part of the fingerprint.
         schema: Version of the format.
@@ -75,6 +82,7 @@ class Manifest:
     info: dict[str, Any]
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     data: list[dict[str, Any]] = field(default_factory=list)
+    duplicates: str = "error"
     notes: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -89,15 +97,19 @@ class Manifest:
         notes: Mapping[str, Any] | None = None,
         columns: Mapping[str, str | Column] | None = None,
         data: Sequence[DataFile] | None = None,
+        duplicates: str = "error",
         schema: int = SCHEMA,
     ) -> Self:
         """Describe the rows that an engine makes.
 
         Raises:
+            UnknownNameError: If there is no such way to treat duplicates.
             StoreError: If what is given makes no rows, a number is not positive, the dtype cannot
                 be stored, or a value has no JSON form.
         """
         _check_engine(engine)
+        if duplicates not in DUPLICATES:
+            raise UnknownNameError("way to treat duplicates", duplicates, DUPLICATES)
         dtype = str(engine.dtype).removeprefix("torch.")
         if dtype not in STORAGE_DTYPES:
             raise StoreError(
@@ -111,6 +123,7 @@ class Manifest:
             plain("info", {} if info is None else info),
             declared(columns),
             as_entries(data),
+            duplicates,
             plain("notes", {} if notes is None else notes),
             {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
             schema,
@@ -135,6 +148,7 @@ class Manifest:
             info=info,
             columns=self.declared if columns is None else columns,
             data=self.data_files if data is None else data,
+            duplicates=self.duplicates,
             schema=self.schema,
         )
 
@@ -229,7 +243,9 @@ class Manifest:
                 intact = False
             if not intact:
                 raise TypeError(f"{name} is {getattr(self, name)!r}")
-        if self.schema == 1 and (self.columns or self.data):
+        if self.duplicates not in DUPLICATES:
+            raise TypeError(f"duplicates is {self.duplicates!r}")
+        if self.schema == 1 and (self.columns or self.data or self.duplicates != "error"):
             raise TypeError("a store of format version 1 has no columns")
         for name in ("k_total", "unit"):
             number = getattr(self, name)

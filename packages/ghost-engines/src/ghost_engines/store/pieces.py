@@ -27,7 +27,7 @@ from ghost_engines.store.shards import (
     read_column,
     rows_of,
 )
-from ghost_engines.store.slots import Slot, interleaved
+from ghost_engines.store.slots import Slot, interleaved, latest
 from ghost_engines.store.tail import Tail
 from ghost_engines.store.tensor_files import TensorFile
 
@@ -89,6 +89,12 @@ class Pieces:
     def dtype(self) -> torch.dtype:
         """Dtype of the rows."""
         return self.manifest.torch_dtype
+
+    def _leave_out_replaced(self) -> None:
+        """Read the rows alone that no later one of the same sample replaces."""
+        ids = self._column("ids", torch.int64)
+        assert isinstance(ids, Tensor)
+        self._slots = latest([slot for slot, _ in self._parts(0, len(self))], ids)
 
     def _slots_on_disk(self) -> Iterator[Slot]:
         if self._slots is not None:

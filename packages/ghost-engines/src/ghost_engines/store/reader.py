@@ -19,7 +19,7 @@ from ghost_engines.store.comparison import By, Comparison, Queries
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.labels import Labels
 from ghost_engines.store.listing import shard_path
-from ghost_engines.store.lookup import ordinals_of
+from ghost_engines.store.lookup import ordinals_of, several_times
 from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.pieces import Pieces
 from ghost_engines.store.rows import StoredRows
@@ -188,7 +188,8 @@ class StoreReader(Pieces):
                     if slot.kept is not None:
                         kept = slot.kept[(slot.kept >= start) & (slot.kept < start + size)] - start
                         block = block[kept]
-                    yield block
+                    if len(block):
+                        yield block
 
     def search(
         self,
@@ -234,13 +235,14 @@ class StoreReader(Pieces):
         return best(comparison, k, largest=largest, progress=progress)
 
     def verify(self, progress: bool | None = None) -> None:
-        """Compare all that is on disk with its hashes.
+        """Compare all that is on disk with its hashes, and what several writers wrote by sample.
 
         Args:
             progress: Whether to show a progress bar. By default at a terminal, if it takes long.
 
         Raises:
-            DamagedStoreError: If a shard was altered. All such files are named.
+            DamagedStoreError: If a shard was altered, or two parts have a sample that no later row
+                is to replace. All such files are named.
         """
         problems = []
         with Progress(self.committed, "verify", progress) as bar:
@@ -251,6 +253,9 @@ class StoreReader(Pieces):
                 except DamagedStoreError as error:
                     problems.append(str(error))
                 bar.advance(slot.n)
+        checked_alone = self._slots is None or self.manifest.duplicates == "replace"
+        if not problems and not checked_alone and (twice := several_times(self.ids)):
+            problems.append(f"{self.path} has samples {twice} in more than one of its parts")
         if problems:
             raise DamagedStoreError("\n".join(problems))
 

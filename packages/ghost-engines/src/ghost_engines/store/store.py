@@ -61,6 +61,7 @@ class GradientStore(StoreWriter):
         columns: Mapping[str, str | Column] | None = None,
         info: Mapping[str, Any] | None = None,
         data: Sequence[DataFile] | None = None,
+        duplicates: str = "error",
         notes: Mapping[str, Any] | None = None,
     ) -> Self:
         """Make a new store and open it for writing.
@@ -78,6 +79,8 @@ class GradientStore(StoreWriter):
                 the loss, as JSON-able values. A resume must give the same.
             data: Where the samples come from, such as `[DataFile.of("corpus.jsonl")]`. A resume
                 that gives data must give the same, wherever they are now.
+            duplicates: What becomes of a sample that is stored already: an `error`, or its later
+                row is to `replace` the earlier one wherever the store is opened for reading.
             notes: Whatever is worth remembering, as JSON-able values. Not compared with anything.
 
         Raises:
@@ -87,7 +90,13 @@ class GradientStore(StoreWriter):
         """
         root = _root(path)
         manifest = Manifest.of(
-            engine, unit=unit, info=info, notes=notes, columns=columns, data=data
+            engine,
+            unit=unit,
+            info=info,
+            notes=notes,
+            columns=columns,
+            data=data,
+            duplicates=duplicates,
         )
         _make(root)
         lock = WriterLock(root)
@@ -153,6 +162,7 @@ class GradientStore(StoreWriter):
         columns: Mapping[str, str | Column] | None = None,
         info: Mapping[str, Any] | None = None,
         data: Sequence[DataFile] | None = None,
+        duplicates: str = "error",
         notes: Mapping[str, Any] | None = None,
     ) -> Self:
         """Open a part of a store for writing, while others write other parts.
@@ -171,6 +181,7 @@ class GradientStore(StoreWriter):
             columns: As of `create`.
             info: As of `create`.
             data: As of `create`.
+            duplicates: As of `create`; an error concerns the part alone.
             notes: As of `create`; those of the writer that makes the store are kept.
 
         Raises:
@@ -182,7 +193,13 @@ class GradientStore(StoreWriter):
         """
         root, name = _root(path), part_name(part)
         manifest = Manifest.of(
-            engine, unit=unit, info=info, notes=notes, columns=columns, data=data
+            engine,
+            unit=unit,
+            info=info,
+            notes=notes,
+            columns=columns,
+            data=data,
+            duplicates=duplicates,
         )
         _make(root)
         # Whoever joins waits for others that do, and refuses a writer of the store as a whole.
@@ -233,7 +250,10 @@ class GradientStore(StoreWriter):
         manifest = Manifest.read(root)
         parts = registered(root, manifest) or [Part(root)]
         found = [(part, _read(part, manifest)[1]) for part in parts]
-        return cls(root, manifest, found, None, check=check)
+        store = cls(root, manifest, found, None, check=check)
+        if manifest.duplicates == "replace":
+            store._leave_out_replaced()
+        return store
 
 
 def _root(path: StrPath) -> Path:

@@ -103,8 +103,8 @@ class StoreWriter(StoreReader):
     ) -> None:
         """Add rows, and write every unit that they fill.
 
-        Samples that are stored already, and rows of a model in which dropout was at work, are
-        taken; a warning says so, once for a store.
+        Rows of a model in which dropout was at work are taken; a warning says so, once for a
+        store.
 
         Args:
             batch: Has `ids`, int64 `[N]`, and `rows`, `[N, k_total]` in the store's dtype, on any
@@ -117,7 +117,8 @@ class StoreWriter(StoreReader):
 
         Raises:
             StoreError: If the store is not open for writing, a shape or dtype does not fit, a
-                column is missing or unknown, a row is not finite, or rows are of another engine
+                column is missing or unknown, a row is not finite, a sample is stored already and
+                the store does not say that its row is to be replaced, or rows are of another engine
                 or not verified. The store is as it was before.
             DamagedStoreError: If a file went missing or was altered since the store was opened.
             OSError: If writing fails. The rows are taken nevertheless: do not append them again.
@@ -147,14 +148,15 @@ class StoreWriter(StoreReader):
         tail = self._tail.with_rows(rows, self.manifest.unit)
         added = tail.rows[self._tail.length :]
         check_finite(added)
-        self._notice(batch, added.ids)
+        self._check_new(added.ids)
+        self._notice(batch)
         self.loss_dtype = loss_dtype
         # The rows are taken by the next line, and that the caller knows it is said by the last.
         self._tail = tail
         self._write(partial=False)
         self._tail = self._tail.after()
 
-    def _notice(self, batch: RowBatch, ids: Tensor) -> None:
+    def _notice(self, batch: RowBatch) -> None:
         """Say once what makes rows useless and is most likely a mistake."""
         if names := getattr(batch, "random", ()):
             self._say(
@@ -163,15 +165,27 @@ class StoreWriter(StoreReader):
                 f"{', ...' if len(names) > 5 else ''}: they are those of one draw. Call "
                 "model.eval() before",
             )
-        if "ids" in self._said:
+
+    def _check_new(self, ids: Tensor) -> None:
+        """Refuse samples that are stored already, and remember the others."""
+        if self.manifest.duplicates == "replace":
             return
         if self._seen is None or len(self._seen) != len(self):  # as after an interrupt
             self._seen = SeenIds(self.ids)
-        if len(known := self._seen.known(ids)):
-            self._seen = None
-            self._say("ids", f"samples {known[:5].tolist()} are stored a second time")
-        else:
-            self._seen.add(ids)
+        ascending = ids.sort().values
+        twice = ascending[1:][ascending[1:] == ascending[:-1]]
+        for found, how in ((self._seen.known(ids), "stored already"), (twice, "in it twice")):
+            if not len(found):
+                continue
+            more = ", ..." if len(found) > 5 else ""
+            raise StoreError(
+                f"no row of the batch was stored: samples "
+                f"{', '.join(map(str, found[:5].tolist()))}{more} are {how}",
+                reason="a sample has one row, unless the store says that later ones replace it",
+                remedy="leave out what store.ids has; or make the store with "
+                'GradientStore.create(..., duplicates="replace")',
+            )
+        self._seen.add(ids)
 
     def _say(self, subject: str, message: str) -> None:
         if subject not in self._said:
