@@ -89,7 +89,7 @@ def test_a_writer_keeps_the_steps_of_one_shard_in_memory(tmp_path):
         most = 0
         for number in range(1, 101):
             log.append(step(number))
-            most = max(most, kept() - before) if number % 10 == 0 else most
+            most = max(most, kept() - before) if number % 25 == 0 else most
     assert 0 < most < UNIT
 
 
@@ -125,14 +125,26 @@ def test_shards_do_not_depend_on_interruptions(tmp_path):
         np.testing.assert_array_equal(parts.columns()[name], column, strict=True)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    unit=st.integers(1, 40),
-    runs=st.lists(
-        st.tuples(st.integers(0, 30), st.lists(st.booleans(), max_size=25)), min_size=1, max_size=4
-    ),
+RUNS = st.lists(
+    st.tuples(st.integers(0, 30), st.lists(st.booleans(), max_size=25)), min_size=1, max_size=4
 )
+"""Runs: the step that each resumes after, and for each step it makes whether it commits then."""
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(unit=st.integers(1, 40), runs=RUNS)
 def test_whatever_is_done_to_a_log_it_holds_the_steps_of_the_run_that_went_on(unit, runs):
+    run_one_after_the_other(unit, runs)
+
+
+@pytest.mark.stress
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(unit=st.integers(1, 40), runs=RUNS)
+def test_whatever_else_is_done_to_a_log(unit, runs):
+    run_one_after_the_other(unit, runs)
+
+
+def run_one_after_the_other(unit, runs):
     """Each run resumes after a step, makes some, and commits after those that are true."""
     made = []
     with tempfile.TemporaryDirectory() as root:

@@ -178,6 +178,7 @@ def test_genuine_classes_pass(registry: SamplerRegistry, name: str, dtype: torch
             assert isinstance(registry.find(module), Found)
 
 
+@pytest.mark.stress  # imports the models of all families
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_listed_norm_passes_in_every_dtype(
     registry: SamplerRegistry, dtype: torch.dtype
