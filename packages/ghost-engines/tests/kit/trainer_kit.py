@@ -28,9 +28,15 @@ def rows(count, seed):
     return [{"input_ids": each, "labels": each} for each in tokens]
 
 
-def gradient(loss, model):
-    """Return the gradient of a loss as one vector, of the parameters that are trained."""
-    trained = [each for each in model.parameters() if each.requires_grad]
+def everything(name):
+    """Measure all parameters."""
+    return True
+
+
+def gradient(loss, model, measured=everything):
+    """Return the gradient of a loss as one vector, of those parameters that are trained."""
+    names = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    trained = [each for name, each in names if measured(name)]
     return torch.cat([each.flatten() for each in torch.autograd.grad(loss, trained)])
 
 
@@ -39,8 +45,9 @@ def recording(trainer_class):
 
     class Recording(trainer_class):
         def training_step(self, model, inputs, *args, **kwargs):
-            step = {"at": self.state.global_step, "inputs": copy.copy(inputs)}
+            items = args[0] if args else kwargs.get("num_items_in_batch")
             ids = inputs.pop("sample_id")
+            step = {"at": self.state.global_step, "inputs": copy.copy(inputs), "items": items}
             parameters = copy.deepcopy(self.model.state_dict())
             self.seen.append(step | {"ids": ids.tolist(), "parameters": parameters})
             return super().training_step(model, inputs, *args, **kwargs)
@@ -48,7 +55,9 @@ def recording(trainer_class):
     return Recording
 
 
-def brute_force(model, seen, contributions, validation, *, rate=RATE, clip=None):
+def brute_force(
+    model, seen, contributions, validation, *, rate=RATE, clip=None, measured=everything
+):
     """Return the values of all samples, one backward pass for each.
 
     Args:
@@ -59,18 +68,19 @@ def brute_force(model, seen, contributions, validation, *, rate=RATE, clip=None)
         validation: Returns the validation loss, given the model.
         rate: The learning rate.
         clip: The norm that gradients are clipped to.
+        measured: Tells of a parameter's name whether it is measured.
     """
     values = {}
     for at in sorted({each["at"] for each in seen}):
         parts = [each for each in seen if each["at"] == at]
         model.load_state_dict(parts[0]["parameters"])
         ids = [one for part in parts for one in part["ids"]]
-        gradients = [gradient(loss, model) for loss in contributions(model, parts)]
+        gradients = [gradient(loss, model, measured) for loss in contributions(model, parts)]
         assert len(gradients) == len(ids)
         norm = torch.stack(gradients).sum(0).norm()
         factor = 1.0 if clip is None else min(1.0, float(clip / (norm + 1e-6)))
         model.eval()
-        direction = gradient(validation(model), model)
+        direction = gradient(validation(model), model, measured)
         model.train()
         for one, each in zip(ids, gradients, strict=True):
             values[one] = values.get(one, 0.0) + rate * factor * float(each @ direction)

@@ -7,11 +7,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ghost_engines.frameworks.lightning import GhostLightning
     from ghost_engines.frameworks.trainer import GhostCallback, GhostMixin, GhostTrainer
+    from ghost_engines.frameworks.trl import GhostDPOTrainer, GhostSFTTrainer
 
-__all__ = ["GhostCallback", "GhostMixin", "GhostTrainer"]
+__all__ = [
+    "GhostCallback",
+    "GhostDPOTrainer",
+    "GhostLightning",
+    "GhostMixin",
+    "GhostSFTTrainer",
+    "GhostTrainer",
+]
 
-_MODULES = {"GhostCallback": "trainer", "GhostMixin": "trainer", "GhostTrainer": "trainer"}
+_MODULES = {
+    "GhostCallback": "trainer",
+    "GhostDPOTrainer": "trl",
+    "GhostLightning": "lightning",
+    "GhostMixin": "trainer",
+    "GhostSFTTrainer": "trl",
+    "GhostTrainer": "trainer",
+}
 
 if not TYPE_CHECKING:
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -101,8 +102,12 @@ class GhostCallback(TrainerCallback):
             )
         directions = {name: _loss_of(trainer, each) for name, each in self.directions.items()}
         scaler = trainer.accelerator.scaler
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
-        run = Run(model, optimizer, self.config, directions=directions, grad_scaler=scaler)
+        model, optimizer, config = (
+            kwargs["model"],
+            kwargs["optimizer"],
+            _owning(self.config, trainer),
+        )
+        run = Run(model, optimizer, config, directions=directions, grad_scaler=scaler)
         self.run = self._stack.enter_context(run)
         if self._checkpoint is not None:
             run.load_state_dict(read_state(_file(self._checkpoint, args)))
@@ -131,6 +136,9 @@ class GhostMixin:
     `TrainingArguments(remove_unused_columns=False)`, which would take them away.
     """
 
+    row_owner: ClassVar[Mapping[str, str]] = {}
+    """Where the model is called on rows that are no samples: what engines take as `row_owner`."""
+
     @property
     def ghost(self) -> GhostCallback:
         """The callback.
@@ -148,7 +156,7 @@ class GhostMixin:
         return found[0]
 
     def owners_of(self, inputs: Mapping[str, Any], ids: Tensor) -> Mapping[str, Tensor]:
-        """Return the owners of rows, where the model is called on others than samples: none."""
+        """Return the tensors that `row_owner` names."""
         return {}
 
     def train(
@@ -182,6 +190,15 @@ class GhostMixin:
 
 class GhostTrainer(GhostMixin, Trainer):
     """Hugging Face's `Trainer` with in-run values: see `GhostCallback`."""
+
+
+def _owning(config: RunConfig, trainer: Any) -> RunConfig:
+    """Return a config whose engines know who owns the rows of a trainer's batches."""
+    if not trainer.row_owner:
+        return config
+    owned = {"row_owner": dict(trainer.row_owner)}
+    options = {name: {**config.options.get(name, {}), **owned} for name in config.engines}
+    return replace(config, options=options)
 
 
 def _loss_of(trainer: Any, given: Any) -> Callable[[], Tensor]:

@@ -232,6 +232,11 @@ class Run:
         return place_of(self.config.folder)
 
     @property
+    def is_open(self) -> bool:
+        """Whether an engine has a batch open."""
+        return any(engine.is_open for engine in self.engines.values())
+
+    @property
     def values(self) -> InRunValues:
         """The values so far; they stay when the run is left.
 

@@ -84,6 +84,7 @@ class Follower:
         self.skipped_ids: set[int] = set()
         self._versions: dict[str, int] = {}
         self._said_altered = False
+        self._has_closure = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -210,17 +211,24 @@ class Follower:
 
     # Called by the optimizer
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._engine.is_open:
-            raise CaptureError(
-                "the optimizer made a step inside an open batch: close it before optimizer.step(), "
-                "so that its scores are known"
-            )
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        # A closure makes the gradients after this, and may close its batch itself.
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        self._has_closure = closure is not None
+        if self._has_closure:
+            self._check_order()
+        else:
+            self._check_closed()
         self._apply(self._changes.look())
         if self._order == 2 and not skipped(optimizer):
             add_curvature(self._engine, self._pending, self._moved(optimizer), self.directions)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._has_closure:
+            self._check_closed()
+            self._apply(self._changes.look())  # steps leave gradients as they are
         if skipped(optimizer):
             return
         self.counts.steps += 1
@@ -238,6 +246,21 @@ class Follower:
                 altered=any(each.altered for each in pending),
             )
         )
+
+    def _check_closed(self) -> None:
+        if self._engine.is_open:
+            raise CaptureError(
+                "the optimizer made a step inside an open batch: close it before optimizer.step(), "
+                "so that its scores are known"
+            )
+
+    def _check_order(self) -> None:
+        if self._order == 2:
+            raise CaptureError(
+                "optimizer.step(closure) does not go with order=2",
+                reason="curvature is taken along the step, between the gradients and it",
+                remedy="call loss.backward() before optimizer.step(), or take order=1",
+            )
 
     def _moved(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Return what a step multiplies the gradients of parameters with, by name."""

@@ -1,0 +1,131 @@
+"""Lightning's Trainer, with a run inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Any
+
+from ghost_core import CaptureError, MissingExtraError
+from ghost_engines.ids import take_ids
+from ghost_engines.runs import GivenDirections, Run, RunConfig
+from ghost_engines.values import CreditedStep, InRunValues
+
+try:
+    from lightning.pytorch import Callback
+except ImportError as error:
+    raise MissingExtraError("lightning", "ghost-engines[lightning]", "GhostLightning") from error
+
+
+class GhostLightning(Callback):  # type: ignore[misc] # has no types
+    """Measures what a Lightning `Trainer` fits: a callback for automatic optimization.
+
+    Batches are dictionaries with ids (see `with_ids` and `IdCollator`), which are taken out before
+    `training_step` sees them. The state goes into Lightning's checkpoints.
+
+    Args:
+        config: What to do, as a `RunConfig` or a mapping of its fields.
+        directions: Validation losses by name: closures that return one, or tensors.
+        module: Dotted name of the module that `training_step` calls; by default it calls
+            `self(...)`, which is the `LightningModule`.
+
+    Attributes:
+        run: The run, once training began.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig | Mapping[str, Any],
+        directions: GivenDirections = MappingProxyType({}),
+        *,
+        module: str = "",
+    ) -> None:
+        self.config = config if isinstance(config, RunConfig) else RunConfig.of(config)
+        self.directions = directions
+        self.module = module
+        self.run: Run | None = None
+        self._run = ExitStack()
+        self._batch = ExitStack()
+        self._loaded: dict[str, Any] | None = None
+        self._credited: dict[str, float] = {}
+
+    @property
+    def values(self) -> InRunValues:
+        """The values so far; they stay when training ends.
+
+        Raises:
+            CaptureError: If training did not begin, or the run has none.
+        """
+        if self.run is None:
+            raise CaptureError("there are no values before trainer.fit() is called")
+        return self.run.values
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the run, when optimizers are there and a checkpoint was loaded.
+
+        Raises:
+            CaptureError: If optimization is manual, there are several optimizers, or the run cannot
+                be made or resumed.
+        """
+        if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
+            raise CaptureError(
+                "GhostLightning follows automatic optimization with one optimizer",
+                reason="nobody else tells where a batch ends",
+                remedy="open batches in your training_step: with run.batch(ids): ...",
+            )
+        model = pl_module.get_submodule(self.module)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        (optimizer,) = trainer.optimizers
+        run = Run(model, optimizer, self.config, directions=self.directions, grad_scaler=scaler)
+        self.run = self._run.enter_context(run)
+        if self._loaded is not None:
+            run.load_state_dict(self._loaded)
+            self._loaded = None
+        if run.adds_up:
+            run.values.on_credit(self._on_credit)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the ids, and open a batch.
+
+        Raises:
+            CaptureError: If the batch has none.
+        """
+        if not isinstance(batch, dict):
+            raise CaptureError(
+                f"batches must be dictionaries, not {type(batch).__name__}",
+                remedy="make samples dictionaries, and load with_ids(data) with IdCollator()",
+            )
+        assert self.run is not None
+        self._batch.enter_context(self.run.batch(take_ids(batch)))
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Close the batch, before gradients are unscaled and clipped."""
+        self._batch.close()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Log what the step credited, by direction, to the trainer's loggers."""
+        credited, self._credited = self._credited, {}
+        pl_module.log_dict({f"ghost_value_{name}": each for name, each in credited.items()})
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the run."""
+        self._run.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the batch and the run, which end as where an exception comes out of a `with`."""
+        for each in (self._batch, self._run):
+            each.__exit__(type(exception), exception, exception.__traceback__)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the run's state, for a checkpoint of Lightning's."""
+        return {} if self.run is None else self.run.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the run is made."""
+        self._loaded = state_dict or None
+
+    def _on_credit(self, step: CreditedStep) -> None:
+        self._credited = dict(zip(step.directions, step.values.sum(0).tolist(), strict=True))
