@@ -42,14 +42,17 @@ TESTS = [
 # What takes seconds to import, as torch does, or need not be there, by the module that waits.
 IMPORTED_WHERE_USED = {
     "ghost_engines.cli.commands": {"ghost_core", "ghost_engines.cli.foreign"},
+    "ghost_engines.cli.config": {"ghost_core", "ghost_engines.cli.errors", "yaml"},
     "ghost_engines.cli.models": {"transformers"},
     "ghost_engines.cli.own": {
         "ghost_engines.cli.plugins",
+        "ghost_engines.cli.project",
         "ghost_engines.cli.score",
         "ghost_engines.cli.store",
         "ghost_engines.cli.values",
         "ghost_engines.cli.verify",
     },
+    "ghost_engines.corpus.records": {"datasets", "pyarrow", "pyarrow.parquet"},
     "ghost_engines.plots": {"matplotlib.figure"},
     "ghost_engines.runs.config": {"yaml"},
     "ghost_engines.tables": {"pandas", "pyarrow"},

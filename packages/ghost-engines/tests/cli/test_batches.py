@@ -9,7 +9,6 @@ from command_kit import batch_of, verify
 from safetensors.torch import save_file
 
 from ghost_core import GhostError
-from ghost_engines.cli.sources import FileOptions, _json_texts, _lines
 
 # Data
 
@@ -119,11 +118,3 @@ def test_a_key_of_texts_goes_with_lines_of_json(data, capsys):
     assert verify("subjects:tiny", "--data", data, "--field", "body") == 2
     said = capsys.readouterr().err
     assert said == f"ghost: --field is for .jsonl files, and {data} is none\n"
-
-
-def test_a_mark_at_the_start_of_a_file_is_no_text(tmp_path):
-    options = FileOptions("--data", "", torch.nn.Identity(), None, None)
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
-    assert [*_json_texts(tmp_path / "a.jsonl", options)] == ["a", "b"]
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\n")
-    assert [*_lines(tmp_path / "a.txt", "--data")] == ["a"]

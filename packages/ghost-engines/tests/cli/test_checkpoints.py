@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from command_kit import parts, score, verify
+from command_kit import parts, project, score, verify
 
+from ghost_engines import GradientStore
 from ghost_engines.cli import models
 
 # Checkpoints of transformers
@@ -201,3 +202,30 @@ def test_bars_of_transformers_are_shown_at_a_terminal_only(checkpoint, monkeypat
             seen.append(logging.is_progress_bar_enabled())
         assert logging.is_progress_bar_enabled()
     assert seen == [False, True]
+
+
+@pytest.mark.usefixtures("_offline")
+def test_domains_of_texts_are_projected_and_kept_apart(checkpoint, texts, tmp_path, capsys):
+    (tmp_path / "d").mkdir()
+    shutil.copy(texts, tmp_path / "d/web.txt")
+    chats = {"prompt": "the cat", "completion": "sat on"}
+    (tmp_path / "d/code.jsonl").write_text(json.dumps({"text": "a dog ran", **chats}) + "\n")
+    given = ("--store", "g", "--dim", 8, "--min-dim", 1, "--domains", "web,code", "--truncate", 6)
+    assert project(checkpoint, "--data", "d", *given, "--tokens-per-batch", 12) == 0
+    assert "\ncode\t1\t" in capsys.readouterr().out
+    store = GradientStore.open("g")
+    assert store.ids.tolist() == [0, 1, 2, 3, 10**9]
+    assert store.groups.equal("code").tolist() == [False] * 4 + [True]
+    begin, end = (int(store.columns[name][4]) for name in ("begin", "end"))
+    assert (begin, end) == (0, (tmp_path / "d/code.jsonl").stat().st_size)
+    assert store.columns["source"].tolist() == [0, 0, 0, 0, 1]
+    assert [file.path for file in store.manifest.data_files] == [
+        str(tmp_path / "d/web.txt"), str(tmp_path / "d/code.jsonl")
+    ]  # fmt: skip
+
+
+def test_texts_that_are_too_long_are_cut_only_on_request(checkpoint, texts, capsys):
+    assert project(checkpoint, "--data", texts, "--store", "g", "--dim", 8) == 2
+    assert "has 99 tokens, and the model takes 8" in capsys.readouterr().err
+    assert project(checkpoint, "--data", texts, "--store", "h", "--dim", 8, "--block", 8) == 0
+    assert len(GradientStore.open("h")) == (6 + 3 + 2 + 99 + 4) // 8

@@ -119,6 +119,10 @@ def score(*arguments):
     return cli.main(["score", *map(str, arguments)])
 
 
+def project(*arguments):
+    return cli.main(["project", *map(str, arguments)])
+
+
 def parts(said):
     """Return the tables of an output into a pipe, and the text after them."""
     *tables, text = said.split("\n\n")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any
 
 import tyro
 
+from ghost_engines.cli.config import config_of, defaults_from
 from ghost_engines.cli.own import COMMANDS
 from ghost_engines.cli.tables import one_line, open_streams, stop_printing
 from ghost_engines.versions import version
@@ -70,10 +72,12 @@ def _answered(arguments: list[str]) -> int:
         print(f"ghost {version('ghost-engines')}")
         return 0
     commands = _commands()
+    if (options := _configured(arguments)) is not None:
+        return int(options.run())
     app = tyro.extras.SubcommandApp()
     for name, kind in commands.items():
         app.command(name=name)(kind)
-    options: Any = app.cli(
+    options = app.cli(
         prog="ghost",
         description="Per-sample gradients for PyTorch. `ghost --version` prints the version.",
         args=arguments,
@@ -85,6 +89,21 @@ def _answered(arguments: list[str]) -> int:
     from ghost_engines.cli.foreign import run
 
     return run(options, next(name for name in commands if commands[name] is type(options)))
+
+
+def _configured(arguments: Sequence[str]) -> Any:
+    """Return a command of ghost's whose options come from a file too; None if there is none."""
+    kind: Any = COMMANDS.get(arguments[0]) if arguments else None
+    path = config_of(arguments[1:])
+    if kind is None or path is None or "config" not in (each.name for each in fields(kind)):
+        return None
+    return tyro.cli(
+        kind,
+        prog=f"ghost {arguments[0]}",
+        default=defaults_from(path, kind),
+        args=arguments[1:],
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
 
 
 def _commands() -> Mapping[str, type[Any]]:

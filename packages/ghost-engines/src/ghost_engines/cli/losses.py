@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import find_function, reporting
+from ghost_engines.dataset import IGNORED
 
 _INTEGERS = (
     torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
@@ -20,31 +22,40 @@ _INTEGERS = (
 
 DEFAULT_LOSS = "mean cross-entropy of each sample's next tokens"
 
+_LOSSES = {
+    "mean": (DEFAULT_LOSS, "mean"),
+    "sum": ("summed cross-entropy of each sample's next tokens", "sum"),
+}
+
 
 def load_loss(text: str | None) -> tuple[Callable[[Any, Any], Any], str]:
     """Return the function of model and batch that an option names, and what it is.
 
     Args:
-        text: `module:function`; None for the loss of language models.
+        text: `module:function`; None for the loss of language models, which "mean" or "sum" over
+            the tokens of a sample.
 
     Raises:
         CommandError: If there is no such function.
     """
-    if text is None:
-        return reporting(next_token_losses, "the model"), DEFAULT_LOSS
+    if text is None or text in _LOSSES:
+        name, reduction = _LOSSES[text or "mean"]
+        return reporting(partial(next_token_losses, reduction=reduction), "the model"), name
     return find_function(text, "--loss"), text
 
 
-def next_token_losses(model: nn.Module, batch: Any) -> Tensor:
+def next_token_losses(model: nn.Module, batch: Any, *, reduction: str = "mean") -> Tensor:
     """Return the mean cross-entropy of each sample's next tokens, `[N]`, without padding.
 
     Logits are widened to float32, or float64 if they are. A sample without a token to predict has
-    a loss of zero. Encoder-decoder models read the same tokens on both sides.
+    a loss of zero. Encoder-decoder models read the same tokens on both sides. Where there are
+    `labels`, tokens whose label is -100 are not predicted.
 
     Args:
         model: Maps token ids `[N, T]` to logits `[N, T, vocabulary]`, or to an object or tuple
             that holds them.
-        batch: Token ids, or a mapping with `input_ids` and perhaps `attention_mask`.
+        batch: Token ids, or a mapping with `input_ids` and perhaps `attention_mask` and `labels`.
+        reduction: "mean" or "sum" over the tokens that are predicted.
 
     Raises:
         CommandError: If batch or output are of another kind.
@@ -53,10 +64,20 @@ def next_token_losses(model: nn.Module, batch: Any) -> Tensor:
     logits = _logits(model, ids, mask)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     each = nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
-    predicted = mask[:, 1:] * mask[:, :-1]
+    predicted = (mask[:, 1:] * mask[:, :-1] != 0) & _learnt(batch, ids)[:, 1:]
     # A padded position may hold anything, also NaN.
-    total = torch.where(predicted != 0, each, 0.0).sum(1)
-    return total / predicted.sum(1).clamp(min=1)
+    total = torch.where(predicted, each, 0.0).sum(1)
+    return total if reduction == "sum" else total / predicted.sum(1).clamp(min=1)
+
+
+def _learnt(batch: Any, ids: Tensor) -> Tensor:
+    """Return which tokens are part of the loss, `[N, T]`."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if labels is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape:
+        raise CommandError("the batch's labels are not one for each token id")
+    return labels != IGNORED
 
 
 def _tokens(batch: Any) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,88 @@ class Score:
     device: str = "cpu"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """Project the gradient of every sample's own loss into a store, which can be searched then.
+
+    Goes on where a store has some of the samples. Ctrl-C keeps what is computed.
+
+    Exits with 0; 1 if ghost refuses the model; 2 if it could not be tried; 130 if interrupted.
+
+    Args:
+        model: Folder of a checkpoint of transformers, or module:function that returns a module.
+        data: File of texts (.txt, one a line; .jsonl; .parquet), of token ids [N, T] (.npy,
+            .safetensors), folder of a data set of Hugging Face or of token memmaps
+            (SPLIT-DOMAIN.bin), or module:function that returns a data set.
+        store: Folder of the store.
+        config: File of YAML with any of these options, by name; what is given here too goes first.
+        loss: mean or sum over the next tokens of a sample, or module:function that takes model and
+            batch and returns one loss per sample, [N].
+        text: Field of the text; text by default.
+        prompt: Field of a prompt. Only the completion is part of the loss then.
+        completion: Field of its completion.
+        messages: Field of a conversation, for the tokenizer's chat template. Only the answers are
+            part of the loss then.
+        truncate: Tokens to take of each sample; without it, one that is too long for the model is
+            an error.
+        block: Pack all texts into blocks of so many tokens instead.
+        domains: Names of domains in the folder --data, separated by commas: of token memmaps, or of
+            files of texts (DOMAIN.jsonl, ...). They are told apart in the store.
+        split: Which token memmaps of a folder to read.
+        ids: Key of a batch that its samples' ids are under, for module:function; by default they
+            are numbered from 0.
+        dim: Dimensions per parameter, or whole; 256 if --total-dim is not given.
+        total_dim: Dimensions of a whole row instead.
+        min_dim: The least that an axis is projected to.
+        dims: Dimensions of some parameters, as GLOB=DIM, GLOB=LEFTxRIGHT or GLOB=whole; 0 leaves
+            them out.
+        sketch: Globs, separated by commas: which parameters to sketch as a whole.
+        init: Name of the projection, of ghost or of a plugin: see `ghost plugins`.
+        storage: Dtype of the rows.
+        unit_norm: Divide each row by its norm.
+        batch_size: Samples of a batch at most; 16 if --tokens-per-batch is not given.
+        tokens_per_batch: Tokens of a batch at most, padding included; samples of like length share
+            a batch.
+        unit: Rows per file of the store.
+        dtype: What to cast model and batches to; by default nothing is cast.
+        layers: Globs over names of modules or parameters, separated by commas: what to track.
+        exclude: Globs, separated by commas: what to leave out of it.
+        seed: Seed of the maps, and of the random number generators.
+        device: Where to compute: cpu, cuda, cuda:1, ...
+    """
+
+    model: Annotated[tyro.conf.Positional[str], Named(metavar="MODEL")]
+    data: Annotated[str, Named(metavar="DATA")]
+    store: Annotated[Path, Named(metavar="FOLDER")]
+    config: Annotated[Path | None, Named(metavar="FILE")] = None
+    loss: Annotated[str, Named(metavar="LOSS")] = "mean"
+    text: Annotated[str | None, Named(metavar="FIELD")] = None
+    prompt: Annotated[str | None, Named(metavar="FIELD")] = None
+    completion: Annotated[str | None, Named(metavar="FIELD")] = None
+    messages: Annotated[str | None, Named(metavar="FIELD")] = None
+    truncate: Count = None
+    block: Count = None
+    domains: Annotated[str | None, Named(metavar="NAMES")] = None
+    split: str = "train"
+    ids: Annotated[str | None, Named(metavar="KEY")] = None
+    dim: Annotated[str | None, Named(metavar="DIM")] = None
+    total_dim: Count = None
+    min_dim: int = 8
+    dims: Annotated[tuple[str, ...], Named(metavar="GLOB=DIM ...")] = ()
+    sketch: Annotated[str, Named(metavar="GLOBS")] = ""
+    init: Annotated[str, Named(metavar="NAME")] = "gaussian"
+    storage: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
+    unit_norm: bool = False
+    batch_size: Count = None
+    tokens_per_batch: Count = None
+    unit: int = 4096
+    dtype: DType = "as-is"
+    layers: Annotated[str, Named(metavar="GLOBS")] = "*"
+    exclude: Annotated[str, Named(metavar="GLOBS")] = ""
+    seed: int = 0
+    device: str = "cpu"
+
+
 @dataclass(frozen=True)
 class Plugins:
     """List the installed plugins, what they offer, and whether they work.

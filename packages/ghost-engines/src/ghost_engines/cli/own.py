@@ -6,7 +6,7 @@ Nothing here imports torch, which takes seconds: what a command does is imported
 
 from __future__ import annotations
 
-from ghost_engines.cli.options import Plugins, Score, Store, Values, Verify
+from ghost_engines.cli.options import Plugins, Project, Score, Store, Values, Verify
 
 
 class VerifyCommand(Verify):
@@ -27,6 +27,16 @@ class ScoreCommand(Score):
         from ghost_engines.cli.score import score
 
         return score(self)
+
+
+class ProjectCommand(Project):
+    __doc__ = Project.__doc__
+
+    def run(self) -> int:
+        """Project a data set, and return the exit status."""
+        from ghost_engines.cli.project import project
+
+        return project(self)
 
 
 class PluginsCommand(Plugins):
@@ -62,6 +72,7 @@ class ValuesCommand(Values):
 COMMANDS = {
     "verify": VerifyCommand,
     "score": ScoreCommand,
+    "project": ProjectCommand,
     "plugins": PluginsCommand,
     "store": StoreCommand,
     "values": ValuesCommand,

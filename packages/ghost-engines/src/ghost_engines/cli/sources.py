@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from ghost_core.errors import told
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.models import is_folder, load_tokenizer
+from ghost_engines.corpus import TEXT, CorpusError, NoRecordError, Records, open_records
 
 TEXT_TOKENS = 128
 
@@ -70,10 +69,8 @@ def open_source(path: Path, options: FileOptions, limit: int | None) -> Source |
     """
     try:
         match path.suffix:
-            case ".txt":
-                return _Texts.of(path, _lines(path, options.option), options, limit)
-            case ".jsonl":
-                return _Texts.of(path, _json_texts(path, options), options, limit)
+            case ".txt" | ".jsonl":
+                return _Texts.of(path, options, limit)
             case ".npy":
                 return _from_numpy(path, options)
             case ".safetensors":
@@ -81,6 +78,8 @@ def open_source(path: Path, options: FileOptions, limit: int | None) -> Source |
     except OSError as error:
         why = error.strerror or error
         raise CommandError(f"{options.option}: {path} cannot be read: {why}") from error
+    except CorpusError as error:
+        raise CommandError(f"{options.option}: {error}") from error
     return None
 
 
@@ -94,19 +93,14 @@ class _Texts(Source):
     longest: int
 
     @classmethod
-    def of(
-        cls, path: Path, lines: Iterator[str], options: FileOptions, limit: int | None
-    ) -> _Texts:
-        texts = list(itertools.islice(lines, limit))
+    def of(cls, path: Path, options: FileOptions, limit: int | None) -> _Texts:
+        records = open_records(path, limit)
+        assert records is not None
+        texts = [_text(records, at, options) for at in range(len(records))]
         if not texts:
             raise CommandError(f"{options.option}: {path} has no text")
-        if not is_folder(options.model):
-            raise CommandError(
-                f"{options.option}: {path} has texts, and only a checkpoint's folder has a "
-                f"tokenizer; {options.model} is none: give token ids"
-            )
-        longest = _longest(options.loaded, options.max_tokens)
-        return cls(texts, load_tokenizer(Path(options.model)), longest)
+        tokenizer = tokenizer_of(options.model, f"{options.option}: {path}")
+        return cls(texts, tokenizer, _longest(options.loaded, options.max_tokens))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -122,37 +116,54 @@ class _Texts(Source):
         return {key: found[key].long() for key in ("input_ids", "attention_mask")}
 
 
-def _lines(path: Path, option: str) -> Iterator[str]:
-    """Yield the lines of a file that are not blank."""
+def _text(records: Records, index: int, options: FileOptions) -> str:
+    field = (options.field or TEXT) if records.path.suffix == ".jsonl" else TEXT
     try:
-        with path.open(encoding="utf-8-sig") as file:  # a mark at the start is no text
-            yield from (line.rstrip("\r\n") for line in file if line.strip())
-    except ValueError as error:
-        raise CommandError(f"{option}: {path} is not UTF-8: {error}") from error
+        text = records[index][field]
+    except (NoRecordError, KeyError) as error:
+        raise CommandError(
+            f"{options.option}: {records.called(index)} is no JSON object with {field!r}; --field "
+            "names the key of the text"
+        ) from error
+    except CorpusError as error:
+        raise CommandError(f"{options.option}: {error}") from error
+    if not isinstance(text, str):
+        raise CommandError(
+            f"{options.option}: {field!r} of {records.called(index)} is a {type(text).__name__}, "
+            "no text"
+        )
+    return text
 
 
-def _json_texts(path: Path, options: FileOptions) -> Iterator[str]:
-    option, field = options.option, options.field or "text"
-    for number, line in enumerate(_lines(path, option), 1):
-        try:
-            text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CommandError(
-                f"{option}: text {number} of {path} is no JSON object with {field!r}; --field "
-                "names the key of the text"
-            ) from error
-        if not isinstance(text, str):
-            raise CommandError(
-                f"{option}: {field!r} of text {number} of {path} is a {type(text).__name__}, no "
-                "text"
-            )
-        yield text
+def tokenizer_of(model: str, what: str) -> Any:
+    """Return the tokenizer of a checkpoint, for texts.
+
+    Args:
+        model: What the model was loaded from.
+        what: Where the texts are, for the error.
+
+    Raises:
+        CommandError: If it has none.
+        MissingExtraError: If transformers is not installed.
+    """
+    if not is_folder(model):
+        raise CommandError(
+            f"{what} has texts, and only a checkpoint's folder has a tokenizer; {model} is none: "
+            "give token ids"
+        )
+    return load_tokenizer(Path(model))
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many tokens a model takes at most, if it says so."""
+    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _longest(model: nn.Module, max_tokens: int | None) -> int:
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    positions = positions_of(model)
     wanted = TEXT_TOKENS if max_tokens is None else max_tokens
-    return min(wanted, positions) if isinstance(positions, int) and positions > 0 else wanted
+    return wanted if positions is None else min(wanted, positions)
 
 
 # Token ids

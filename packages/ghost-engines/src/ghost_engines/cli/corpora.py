@@ -1,0 +1,260 @@
+"""Finds a whole corpus: texts with a form, token ids, domains, or what a function returns."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ghost_core import UnknownNameError
+from ghost_engines.cli.errors import CommandError
+from ghost_engines.cli.functions import find_function
+from ghost_engines.cli.sources import FileOptions, Source, open_source, positions_of, tokenizer_of
+from ghost_engines.corpus import (
+    BLOCKS_PER_DOMAIN,
+    SUFFIXES,
+    Blocks,
+    CorpusError,
+    Examples,
+    Form,
+    MessagesForm,
+    Mixture,
+    PromptForm,
+    Records,
+    TextForm,
+    TokenCorpus,
+    named,
+    open_records,
+)
+from ghost_engines.store import DataFile
+
+Column = tuple[str, Callable[[Tensor], Any]]
+"""A dtype as stores declare it, and the values of samples by their ids."""
+
+_TOKENS = (".npy", ".safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """How a corpus is read.
+
+    Attributes:
+        data: What is given as `--data`.
+        model: What the model was loaded from, for its tokenizer.
+        text: Field of a text.
+        prompt: Field of a prompt.
+        completion: Field of its completion.
+        messages: Field of a conversation.
+        truncate: Tokens to take of each sample.
+        block: Tokens of a block that texts are packed into.
+        domains: Names of domains, separated by commas.
+        split: Which token memmaps to read.
+    """
+
+    data: str
+    model: str
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    truncate: int | None = None
+    block: int | None = None
+    domains: str | None = None
+    split: str = "train"
+
+    @property
+    def form(self) -> Form:
+        """What a record is.
+
+        Raises:
+            CommandError: If options exclude each other.
+        """
+        given = [name for name in ("text", "prompt", "messages") if getattr(self, name)]
+        if len(given) > 1:
+            raise CommandError(f"--{given[0]} and --{given[1]} exclude each other: give one")
+        if (self.prompt is None) != (self.completion is None):
+            raise CommandError("--prompt and --completion go together: give both")
+        if self.prompt is not None and self.completion is not None:
+            return PromptForm(self.prompt, self.completion)
+        return (
+            TextForm(self.text or "text") if self.messages is None else MessagesForm(self.messages)
+        )
+
+    def refuse_texts(self, what: str) -> None:
+        """Refuse options that are for texts.
+
+        Raises:
+            CommandError: If there is one.
+        """
+        for name in ("text", "prompt", "completion", "messages", "block"):
+            if getattr(self, name) is not None:
+                raise CommandError(f"--{name} is for texts: {self.data} {what}")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus.
+
+    Attributes:
+        samples: The data set.
+        columns: What else is known of each sample, by name, as `project_dataset` takes it.
+        files: The files that it is read from.
+        shown: Returns a sample as a text for people, by its id; None if it has none.
+    """
+
+    samples: Any
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    files: Sequence[DataFile] = ()
+    shown: Callable[[int], str] | None = None
+
+
+def load_corpus(options: CorpusOptions, loaded: nn.Module) -> Corpus:
+    """Open a corpus; texts are read and made tokens when they are asked for.
+
+    Args:
+        options: How.
+        loaded: The model, for its largest number of positions.
+
+    Raises:
+        CommandError: If there is none, or options do not go with it.
+        MissingExtraError: If a library for it is not installed.
+    """
+    form, path = options.form, Path(options.data)
+    if options.truncate is not None and options.block is not None:
+        raise CommandError("--truncate and --block exclude each other: give one")
+    try:
+        if options.domains is not None or (path.is_dir() and named(path)):
+            return _domains(options, path, form, loaded)
+        if (records := open_records(path)) is not None:
+            texts = _texts(options, records, form, loaded)
+            columns = _places({0: texts}) if isinstance(texts, Examples) else {}
+            return Corpus(texts, columns, _files([records]), texts.text)
+        if path.suffix in _TOKENS:
+            options.refuse_texts("has token ids")
+            return _token_rows(options, path, loaded)
+    except OSError as error:
+        why = error.strerror or error
+        raise CommandError(f"--data: {path} cannot be read: {why}") from error
+    except (CorpusError, UnknownNameError) as error:
+        raise CommandError(f"--data: {error}") from error
+    options.refuse_texts("decides itself")
+    if ":" not in options.data:
+        raise CommandError(
+            f"--data: {options.data} is neither a {', '.join((*SUFFIXES, *_TOKENS))} file, nor a "
+            "folder of token memmaps or of a data set, nor module:function"
+        )
+    return Corpus(find_function(options.data, "--data")())
+
+
+def _texts(
+    options: CorpusOptions, records: Records, form: Form, loaded: nn.Module
+) -> Examples | Blocks:
+    tokenizer = tokenizer_of(options.model, f"--data: {records.path}")
+    if options.block is not None:
+        return Blocks(records, form, tokenizer, block=options.block)
+    return Examples(
+        records, form, tokenizer, truncate=options.truncate, positions=positions_of(loaded)
+    )
+
+
+def _domains(options: CorpusOptions, folder: Path, form: Form, loaded: nn.Module) -> Corpus:
+    """Open domains of tokens, or of texts."""
+    names = None if options.domains is None else _listed(options.domains)
+    if named(folder):
+        options.refuse_texts("has token ids")
+        if options.truncate is not None:
+            raise CommandError(f"--truncate is for texts: {folder} has blocks of tokens")
+        corpus = TokenCorpus.open(folder, options.split, names)
+        files = [
+            DataFile(str(each.path.absolute()), f"sha256:{each.format.sha256}")
+            for each in corpus.domains.values()
+        ]
+        groups = lambda ids: [corpus.domain_of(number) for number in ids.tolist()]  # noqa: E731
+        return Corpus(corpus, {"group": ("category", groups)}, files)
+    there = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
+    there |= {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+    found: dict[str, Examples | Blocks] = {}
+    records: list[Records] = []
+    for name in names or ():
+        opened = open_records(there[name]) if name in there else None
+        if opened is None:
+            raise UnknownNameError("domain", name, there, f"They are in {folder}.")
+        records.append(opened)
+        found[name] = _texts(options, opened, form, loaded)
+    mixture = Mixture(found)
+    columns: dict[str, Column] = {"group": ("category", mixture.groups)}
+    apart = {at: each for at, each in enumerate(found.values()) if isinstance(each, Examples)}
+    return Corpus(mixture, columns | _places(apart), _files(records), mixture.text)
+
+
+def _listed(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if len(set(names)) < len(names) or not all(names):
+        raise CommandError(f"--domains: {text!r} names none, or one twice")
+    return names
+
+
+def _places(examples: Mapping[int, Examples]) -> dict[str, Column]:
+    """Return where samples begin and end in their files, as columns, if that is known of all."""
+    known = {}
+    for at, each in examples.items():
+        if (places := each.records.places) is None:
+            return {}
+        known[at] = places
+
+    def side(which: int) -> Callable[[Tensor], Tensor]:
+        def values(ids: Tensor) -> Tensor:
+            parts = [divmod(number, BLOCKS_PER_DOMAIN) for number in ids.tolist()]
+            found = [known[source][which][position] for source, position in parts]
+            return torch.tensor(np.array(found, dtype=np.int64))
+
+        return values
+
+    def sources(ids: Tensor) -> Tensor:
+        return (ids // BLOCKS_PER_DOMAIN).int()
+
+    if not known:
+        return {}
+    return {"source": ("int32", sources), "begin": ("int64", side(0)), "end": ("int64", side(1))}
+
+
+def _files(records: Sequence[Records]) -> list[DataFile]:
+    found = []
+    for each in records:
+        if each.files == [each.path]:
+            found.append(DataFile.of(each.path))
+            continue
+        digests = [DataFile.of(path).digest for path in each.files]
+        whole = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+        found.append(DataFile(str(each.path.absolute()), f"sha256 of parts:{whole}"))
+    return found
+
+
+def _token_rows(options: CorpusOptions, path: Path, loaded: nn.Module) -> Corpus:
+    file = FileOptions("--data", options.model, loaded, None, options.truncate)
+    source = open_source(path, file, None)
+    assert source is not None
+    return Corpus(_Rows(source), files=[DataFile.of(path)])
+
+
+class _Rows(Dataset[dict[str, Tensor]]):
+    """Rows of token ids, without their padding."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        batch = self._source.take([index])
+        ids, mask = batch["input_ids"][0], batch["attention_mask"][0]
+        end = int(mask.nonzero().max()) + 1 if mask.any() else 1
+        return {"input_ids": ids[:end], "attention_mask": mask[:end]}

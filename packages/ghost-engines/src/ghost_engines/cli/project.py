@@ -1,0 +1,177 @@
+"""What `ghost project` does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghost_core import GhostError, UnsupportedLayerError, WrongSplitError
+from ghost_engines.cli.corpora import Corpus, CorpusOptions, load_corpus
+from ghost_engines.cli.errors import CommandError
+from ghost_engines.cli.functions import raised, reporting
+from ghost_engines.cli.losses import load_loss
+from ghost_engines.cli.models import load_model
+from ghost_engines.cli.options import Project
+from ghost_engines.cli.places import Place, described_parameters, seed
+from ghost_engines.cli.tables import plain, print_table, while_read
+from ghost_engines.dataset import ProjectedData, project_dataset
+from ghost_engines.files import write_atomically
+from ghost_engines.store import GradientStore
+
+logger = logging.getLogger(__name__)
+
+REPORT = "project.json"
+"""Where a store has the config and the statistics of the last pass."""
+
+
+def project(options: Project) -> int:
+    """Project, print what was done, and return the exit status."""
+    seed(options.seed)
+    projection = _projection(options)
+    loss, loss_name = load_loss(options.loss)
+    model = load_model(options.model)
+    place = Place(options.device, options.dtype)
+    place.model(model)
+    named = {entry.name for entry in fields(CorpusOptions)}
+    given = {name: value for name, value in asdict(options).items() if name in named}
+    corpus = load_corpus(CorpusOptions(**given), model)
+    try:
+        done = _projected(options, projection, corpus, model, lambda m, b: loss(m, place.batch(b)))
+    except (UnsupportedLayerError, WrongSplitError) as error:
+        with while_read():
+            print(plain(f"refused: {error}"))
+        return 1
+    groups = list(_groups(done.store))
+    _report(options, done, groups)
+    described = reporting(lambda: [*described_parameters(model)], "MODEL: looking at it")()
+    with while_read():
+        print_table(
+            ("property", "value"),
+            [
+                ("model", f"{options.model} ({type(model).__name__})"),
+                *described,
+                ("data", options.data),
+                ("loss", loss_name),
+                ("store", str(done.store.path)),
+                ("dimensions", str(done.store.k_total)),
+                ("samples", str(len(done.store))),
+                ("projected now", str(done.samples)),
+                ("tokens now", str(done.tokens)),
+                ("seconds", f"{done.seconds:.1f}"),
+            ],
+        )
+        print()
+        print_table(("domain", "samples", "mean loss", "mean norm"), groups)
+    return 0
+
+
+def effective(options: Project) -> dict[str, Any]:
+    """Return all options as they are in effect, as JSON can say them."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(options).items()
+        if name != "config"
+    }
+
+
+def _projection(options: Project) -> dict[str, Any]:
+    """Return the options of the engine."""
+    return {
+        "dim": None if options.dim is None else _dim("--dim", options.dim),
+        "total_dim": options.total_dim,
+        "min_dim": options.min_dim,
+        "dims": dict(_named_dims(options.dims)),
+        "sketch": options.sketch,
+        "seed": options.seed,
+        "init": options.init,
+        "dtype": options.storage,
+        "unit_norm": options.unit_norm,
+        "layers": options.layers,
+        "exclude": options.exclude,
+    }
+
+
+def _named_dims(texts: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for text in texts:
+        name, _, dim = text.rpartition("=")
+        if not name:
+            raise CommandError(f"--dims: {text!r} is not of the form GLOB=DIM")
+        yield name, _dim("--dims", dim)
+
+
+def _dim(option: str, text: str) -> Any:
+    if text == "whole":
+        return text
+    try:
+        sides = [int(part) for part in text.split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise CommandError(f"{option}: {text!r} is no number, no LEFTxRIGHT, and not 'whole'")
+    return sides[0] if len(sides) == 1 else tuple(sides)
+
+
+def _projected(
+    options: Project, projection: dict[str, Any], corpus: Corpus, model: Any, loss: Any
+) -> ProjectedData:
+    batch_size = options.batch_size
+    if batch_size is None and options.tokens_per_batch is None:
+        batch_size = 16
+    try:
+        return project_dataset(
+            model,
+            loss,
+            corpus.samples,
+            options.store,
+            ids=options.ids,
+            batch_size=batch_size,
+            tokens_per_batch=options.tokens_per_batch,
+            columns=corpus.columns,
+            unit=options.unit,
+            info={"loss": options.loss},
+            files=corpus.files,
+            notes={"config": effective(options)},
+            **projection,
+        )
+    except (GhostError, OSError):
+        raise
+    except Exception as error:  # of torch, such as out of memory, of the model, or of the data
+        logger.debug("projecting failed", exc_info=True)
+        raise CommandError(raised("projecting", error)) from error
+
+
+def _groups(store: GradientStore) -> Iterator[tuple[str, ...]]:
+    """Yield name, number of samples, mean loss and mean norm of each domain, or of all samples."""
+    parts = {"all": torch.ones(len(store), dtype=torch.bool)}
+    if (labels := store.groups) is not None:
+        parts = {name: labels.equal(name) for name in labels.names}
+    columns = [store.losses, store.columns["norm"]]
+    for name, rows in parts.items():
+        values = [each[rows] for each in columns if isinstance(each, Tensor)]
+        yield (
+            name,
+            str(int(rows.sum())),
+            *(f"{float(each.double().mean()):.6g}" for each in values),
+        )
+
+
+def _report(options: Project, done: ProjectedData, groups: Sequence[tuple[str, ...]]) -> None:
+    """Write config and statistics beside the rows."""
+    titles = ("domain", "samples", "mean_loss", "mean_norm")
+    content = {
+        "config": effective(options),
+        "samples": done.samples,
+        "skipped": done.skipped,
+        "tokens": done.tokens,
+        "seconds": done.seconds,
+        "domains": [dict(zip(titles, group, strict=True)) for group in groups],
+    }
+    root = done.store.path
+    write_atomically(root / REPORT, (json.dumps(content, indent=1) + "\n").encode(), root)

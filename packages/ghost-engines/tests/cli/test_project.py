@@ -1,0 +1,129 @@
+"""`ghost project`: from data to a store."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_kit import project
+
+from ghost_core.testing import assert_within, per_sample_gradients
+from ghost_engines import GradientStore, ProjectionEngine
+from ghost_engines.cli.losses import next_token_losses
+
+MLP = ("subjects:mlp", "--data", "subjects:dataset", "--loss", "subjects:of_pairs")
+
+
+def test_a_store_has_projected_gradients_of_a_data_set(capsys):
+    given = ("--dim", 6, "--min-dim", 2, "--dims", "2=whole", "0.weight=2x3", "--seed", 3)
+    assert project(*MLP, "--store", "g", *given) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "projected now\t6\n" in said.out
+    import subjects
+
+    torch.manual_seed(3)
+    model = subjects.mlp()
+    store = GradientStore.open("g")
+    engine = ProjectionEngine.from_manifest(model, store)
+    assert {block.parameter: block.k_right for block in engine.layout}["0.weight"] == 3
+    losses = subjects.cross_entropy(model, subjects.batch())
+    expected = engine.project(per_sample_gradients(model, losses))
+    assert_within(store.rows(), expected, expected.norm(dim=1)[:, None], tolerance=1e-5)
+    assert store.ids.tolist() == list(range(6))
+    report = json.loads(Path("g/project.json").read_text())
+    assert report["samples"] == 6
+    assert report["config"]["seed"] == 3
+    assert store.manifest.notes["config"] == report["config"]
+    assert project(*MLP, "--store", "g", *given) == 0
+    assert "projected now\t0\n" in capsys.readouterr().out
+
+
+def test_options_come_from_a_file_too(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    (tmp_path / "c.yaml").write_text(
+        "model: subjects:mlp\ndata: subjects:dataset\nloss: subjects:of_pairs\n"
+        "dim: 8\nmin-dim: 1\ndims: {'0': whole}\nunit-norm: true\nstore: g\nseed: 1\n"
+    )
+    assert project("--config", "c.yaml", "--seed", 5) == 0
+    config = json.loads((tmp_path / "g/project.json").read_text())["config"]
+    assert (config["seed"], config["dim"], config["unit_norm"]) == (5, "8", True)
+    assert config["dims"] == ["0=whole"]
+    for text, told in {
+        "dimm: 8": "unknown option in c.yaml 'dimm'; did you mean 'dim'?",
+        "unit: many": "unit in c.yaml is 'many'",
+        "- 1": "has no options by name",
+        "a: [": "is no YAML",
+    }.items():
+        (tmp_path / "c.yaml").write_text(text)
+        assert project("--config", "c.yaml") == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--dim", "many"), "--dim: 'many' is no number"),
+        (("--dims", "0"), "--dims: '0' is not of the form GLOB=DIM"),
+        (("--text", "body"), "--text is for texts"),
+        (("--truncate", 3, "--block", 3), "--truncate and --block exclude each other"),
+        (("--text", "a", "--messages", "b"), "--text and --messages exclude each other"),
+        (("--prompt", "a"), "--prompt and --completion go together"),
+        (("--init", "gausian"), "did you mean 'gaussian'"),
+        (("--data", "none.csv"), "is neither a .txt, .jsonl, .parquet, .npy, .safetensors file"),
+        (("--domains", "a", "--data", "none"), "none cannot be read"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_of_error(given, told, tmp_path, capsys):
+    assert project(*MLP, "--store", "g", *given) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ghost: ")
+    assert len(said.splitlines()) == 1
+    assert told in said
+    assert not (tmp_path / "g").exists()
+
+
+def test_an_interrupt_keeps_what_is_computed(tmp_path, capsys):
+    """The loss raises an interrupt in its fourth call; a window here is a batch."""
+    (tmp_path / "many.py").write_text(
+        "import subjects\n\ndef batches():\n"
+        "    return [subjects.batch() | {'id': [6 * at + each for each in range(6)]}"
+        " for at in range(5)]\n"
+    )
+    given = ("subjects:mlp", "--data", "many:batches", "--store", "g", "--ids", "id")
+    assert project(*given, "--loss", "subjects:interrupted") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert len(GradientStore.open("g")) == 18
+
+
+def test_a_model_that_mixes_samples_is_refused(tmp_path, capsys):
+    (tmp_path / "mixing.py").write_text(
+        "import torch\nfrom torch import nn\n\nclass Mixing(nn.Module):\n"
+        "    def forward(self, inputs):\n        return inputs - inputs.mean(0)\n\n"
+        "def model():\n    return nn.Sequential(nn.Linear(5, 3), Mixing())\n"
+    )
+    assert project("mixing:model", *MLP[1:], "--store", "h") == 1
+    assert capsys.readouterr().out.startswith("refused: ")
+
+
+def test_losses_are_of_what_is_learnt_and_may_be_summed():
+    model = torch.nn.Embedding(5, 5)
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
+    each = torch.nn.functional.cross_entropy(model(ids)[:, :-1].mT, ids[:, 1:], reduction="none")
+    summed = next_token_losses(model, batch, reduction="sum")
+    assert_within(summed, torch.stack([each[0].sum(), each[1, 0]]), 1.0, tolerance=1e-6)
+    batch["labels"] = torch.where(ids == 3, ids, -100)
+    answers = next_token_losses(model, batch)
+    assert_within(answers, torch.stack([each[0, 1], each[1, 0] * 0]), 1.0, tolerance=1e-6)
+
+
+def test_the_launcher_of_processes_has_a_module_to_run(capsys, monkeypatch):
+    import runpy
+    import sys
+
+    monkeypatch.setattr(sys, "argv", ["ghost", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("ghost_engines", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("ghost ")
