@@ -178,6 +178,11 @@ def in_checkpoint() -> bool:
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
+def saves_elsewhere() -> bool:
+    """Tell whether what autograd saves is kept in another way, or not at all. Torch 2.5."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def is_checkpoint_error(error: BaseException) -> bool:
     """Tell whether what was run again did not do what it had done. Torch 2.5."""
     return isinstance(error, torch.utils.checkpoint.CheckpointError)
@@ -190,6 +195,11 @@ def in_function() -> bool:
     while frame is not None and frame.f_code is not apply:
         frame = frame.f_back
     return frame is not None
+
+
+def in_transform() -> bool:
+    """Tell whether a function of `torch.func` runs, which sees parts of tensors. Torch 2.5."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def will_reach(node: torch.autograd.graph.Node) -> bool:

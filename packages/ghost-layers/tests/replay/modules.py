@@ -41,6 +41,7 @@ def check(
     layers: str = "*",
     frozen: bool = False,
     tolerance: float = 1e-9,
+    lift: bool = False,
     **options: Any,
 ) -> GradientHolder:
     """Compare with autograd on a copy, also that nothing else than gradients differs afterwards."""
@@ -49,7 +50,7 @@ def check(
     plain = losses(other(*inputs))
     expected = per_sample_gradients(other, plain)
     after = torch.get_rng_state()
-    engine = GradientHolder(model, registry=registry(), layers=layers, **options)
+    engine = GradientHolder(model, registry=registry(), lift=lift, layers=layers, **options)
     torch.manual_seed(1)
     with engine.frozen() if frozen else engine, engine.batch(range(len(plain))) as batch:
         output = model(*inputs)

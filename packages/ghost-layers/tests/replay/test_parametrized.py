@@ -52,7 +52,7 @@ def test_parametrized(kind: str, training: bool) -> None:
 def test_parametrized_with_cached_values() -> None:
     model = Behind(parametrizations.weight_norm(nn.Linear(4, 3))).double()
     expected = per_sample_gradients(model, losses(model(inputs := doubles(5, 4))))
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with parametrize.cached(), engine, engine.batch(range(5)) as batch:
         losses(model(inputs)).sum().backward()
     for name, held in batch.result.materialize().items():

@@ -29,7 +29,7 @@ from .modules import (
 
 def test_later_batches_are_run_in_the_same_way(ways: list[Way]) -> None:
     model = Behind(Gated(0.1)).double()
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with engine:
         for n in (4, 3, 4):
             inputs = doubles(n, 3, 4)
@@ -50,7 +50,7 @@ def test_later_batch_that_needs_another_way(ways: list[Way]) -> None:
         return x * module.scale
 
     model = Behind(Scaled(branch_by_value)).double()
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with engine:
         for tokens in (1, 4):
             inputs = doubles(2, tokens, 4)
@@ -65,7 +65,7 @@ def test_later_batch_that_needs_another_way(ways: list[Way]) -> None:
 def refused_later(function: Callable[..., Tensor], change: Callable[[], object]) -> None:
     """Run a batch, then another one in which something changes between forward and backward."""
     model, x = Behind(Scaled(function)).double(), doubles(3, 4)
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with engine:
         with engine.batch(range(3)):
             losses(model(x)).sum().backward()
@@ -91,7 +91,7 @@ class TwoBranches(nn.Module):
 def branches(inside: Callable[[Tensor, Tensor], Tensor], signs: str) -> None:
     """Run batches of positive and negative values through two branches."""
     model = TwoBranches(inside).double()
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with engine:
         for sign in signs:
             x = doubles(3, 4).abs() * (1 if sign == "+" else -1)
@@ -229,7 +229,7 @@ def test_gradients_that_are_others_for_one_sample_are_those_of_the_call(how: str
             return scaled
 
     model, x = Behind(Unlike()).double(), doubles(5, 4)
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     expected = per_sample_gradients(model, model(x).sin().sum(1), ["module.scale"])
     with engine.frozen(), engine.batch(range(5)) as batch:
         model(x).sin().sum().backward()
@@ -294,7 +294,7 @@ def test_gradients_that_cannot_be_computed_again_are_refused() -> None:
         return out
 
     model = Behind(Scaled(picky)).double()
-    engine = GradientHolder(model, registry=registry(), layers="module.*")
+    engine = GradientHolder(model, registry=registry(), lift=False, layers="module.*")
     with (
         engine,
         pytest.raises(WrongSplitError, match=r"differentiating it again failed with ValueError"),

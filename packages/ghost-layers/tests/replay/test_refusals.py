@@ -95,7 +95,9 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_be_run_again_is_refused(reason: str) -> None:
     model = Behind(REFUSED[reason]()).double()
-    engine = GradientHolder(model, registry=registry(), layers="linear,*scale,*module.*")
+    engine = GradientHolder(
+        model, registry=registry(), lift=False, layers="linear,*scale,*module.*"
+    )
     pattern = rf"(?s)split by sample: module .*Reason: .*{reason}.*Remedy: .*exclude="
     with engine, pytest.raises(WrongSplitError, match=pattern), engine.batch(range(3)):
         model(doubles(3, 4))
@@ -104,7 +106,7 @@ def test_what_cannot_be_run_again_is_refused(reason: str) -> None:
 def test_state_with_a_graph_is_refused() -> None:
     model = Behind(Stateful()).double()
     model(doubles(3, 4))
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with (
         engine,
         pytest.raises(WrongSplitError, match=r"running it again failed with AttributeError"),
@@ -163,12 +165,14 @@ UNCOPIED: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("reason", UNCOPIED)
 def test_modules_that_cannot_be_copied_are_refused(reason: str) -> None:
     with pytest.raises(UnsupportedLayerError, match=reason):
-        GradientHolder(nn.Sequential(UNCOPIED[reason]()), registry=registry(), layers="0.*")
+        GradientHolder(
+            nn.Sequential(UNCOPIED[reason]()), registry=registry(), lift=False, layers="0.*"
+        )
 
 
 def test_hook_that_comes_later_is_refused() -> None:
     model = Behind(Gated(0.1)).double()
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with engine:
         model.module.norm.register_forward_hook(lambda module, args, output: output)
         with pytest.raises(WrongSplitError, match=r"has a hook"), engine.batch(range(3)):
@@ -181,7 +185,7 @@ def test_loss_of_a_scalar_output_is_refused() -> None:
 
     model = Behind(Scaled(with_penalty)).double()
     check(model, doubles(3, 4))
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with engine, engine.batch(range(3)):
         output, penalty = model(doubles(3, 4))
         with pytest.raises(WrongSplitError, match=r"scalar"):

@@ -64,7 +64,7 @@ def test_row_that_samples_share(n: int, noisy: bool, ways: list[Way]) -> None:
             out: Tensor = scaled * x + row
             return out
 
-    check(Adds(beside=False).double(), doubles(n, 3, 4))
+    check(Adds(beside=False).double(), doubles(n, 3, 4), lift=True)
     check(Adds(beside=True).double(), doubles(n, 3, 4))
     # What is called on nothing of the samples is not run again.
     assert ways == [Way.BATCH if noisy or n == 1 else Way.VMAP]
@@ -72,7 +72,7 @@ def test_row_that_samples_share(n: int, noisy: bool, ways: list[Way]) -> None:
 
 def test_no_sample() -> None:
     model = nn.Sequential(nn.PReLU(4)).double()
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with engine, engine.batch([]) as batch:
         model(doubles(0, 4)).sum().backward()
     assert batch.result.materialize()["0.weight"].shape == (0, 4)

@@ -47,7 +47,7 @@ def test_modes_that_change_before_the_backward_pass() -> None:
     model, inputs = Behind(Gated(0.1)).double(), doubles(3, 2, 4)
     torch.manual_seed(1)
     expected = per_sample_gradients(model, losses(model(inputs)))
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with engine, engine.batch(range(3)) as batch:
         torch.manual_seed(1)
         loss = losses(model(inputs)).sum()
@@ -94,7 +94,7 @@ def test_generator_of_the_module() -> None:
     expected = per_sample_gradients(model, losses(model(inputs)))
     state = model.module.generator.get_state()
     model.module.generator.manual_seed(0)
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     with engine, engine.batch(range(3)) as batch:
         losses(model(inputs)).sum().backward()
     assert torch.equal(model.module.generator.get_state(), state)
@@ -109,7 +109,7 @@ def test_tensors_left_from_earlier_calls_are_released() -> None:
         return out
 
     model = Behind(Scaled(remember)).double()
-    engine = GradientHolder(model, registry=registry(), verify=False)
+    engine = GradientHolder(model, registry=registry(), lift=False, verify=False)
     counts: list[int] = []
     with engine:
         for _ in range(3):
@@ -143,7 +143,7 @@ def test_objects_of_the_users_are_not_written_to() -> None:
             return self.method(x)
 
     model, x = Behind(Writes()).double(), doubles(3, 4)
-    engine = GradientHolder(model, registry=registry())
+    engine = GradientHolder(model, registry=registry(), lift=False)
     context = SimpleNamespace(calls=0, inner=[])
     expected = per_sample_gradients(model, model(x, SimpleNamespace(calls=0, inner=[])).sum(1))
     with engine, engine.batch(range(3)) as batch:

@@ -21,6 +21,7 @@ from ghost_core._torch import (
     forward_pre_hooks,
     has_global_forward_hooks,
     in_backward,
+    saves_elsewhere,
 )
 from ghost_core._trees import tensors_in, tree_flatten
 from ghost_core.algebra import full_precision
@@ -30,7 +31,7 @@ from ghost_core.capture.state import CaptureState, Running
 from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
 from ghost_core.hooks import Hook
-from ghost_core.split import RowAxes, Site, describe, find_axes
+from ghost_core.split import Lift, RowAxes, Site, describe, find_axes
 from ghost_core.tracking import TrackedModule, owner_of, parameter_of
 
 
@@ -79,8 +80,9 @@ class CallHooks:
         if running.shared and self.state.flags:
             for local in self.tracked.parameters:
                 running.lend(parameter_of(module, local))
-        running.lifted = not running.shared and self._is_lifted(args, kwargs)
-        if running.lifted:
+        if not running.shared:
+            running.lifted, running.lift = self._lifted(args, kwargs)
+        if running.lifted and running.lift is None:
             return
         if not running.shared or not self.tracked.sampler.replays:
             with self.tracked.blame:
@@ -107,17 +109,32 @@ class CallHooks:
         self.state.shared_modules.add(name)
         return True
 
-    def _is_lifted(self, args: Any, kwargs: Any) -> bool:
+    def _lifted(self, args: Any, kwargs: Any) -> tuple[bool, Lift | None]:
         """Tell whether the module's parameters are followed, instead of running the call again.
 
-        A call that runs again is taken apart by row. What joins samples in one tensor, as graphs
-        and packed sequences are, has none that stand for themselves.
+        Returns:
+            Whether they are, and what is noted of it where that is yet to be decided.
         """
-        name, batch, pass_ = self.tracked.name, self.state.batch, self.state.pass_
-        if name in self.state.lifted or self.state.sharing is None or in_backward():
-            return name in self.state.lifted
-        if not self.tracked.sampler.replays:
-            return False
+        name, known = self.tracked.name, self.state.lifted
+        if not self.tracked.sampler.replays or self.state.sharing is None or in_backward():
+            return known.get(name, False), None
+        if self._is_joined(args, kwargs):
+            known[name] = True
+            return True, None
+        if not self.state.verifier.watching:
+            return known.get(name, False), None
+        # A closed form keeps what a checkpoint would not, and takes no rows of another number.
+        if not self.tracked.sampler.generic or saves_elsewhere() or self.tracked.row_owner:
+            return False, None
+        lift = Lift(frozenset(each.name for each in self.tracked.parameters.values()))
+        return True, lift
+
+    def _is_joined(self, args: Any, kwargs: Any) -> bool:
+        """Tell whether no rows stand for themselves, as a call needs to be taken apart by row.
+
+        What joins samples in one tensor, as graphs and packed sequences are, has none.
+        """
+        batch, pass_ = self.state.batch, self.state.pass_
         assert batch is not None
         assert pass_ is not None
         given, axis = (*args, *kwargs.values()), self.tracked.batch_dim
@@ -127,9 +144,7 @@ class CallHooks:
             if isinstance(value, Tensor) and value.dim() > axis
         }
         joined = batch.joined and pass_.n not in sizes
-        if joined or any(isinstance(value, PackedSequence) for value in given):
-            self.state.lifted.add(name)
-        return name in self.state.lifted
+        return joined or any(isinstance(value, PackedSequence) for value in given)
 
     def _guard(self, module: nn.Module) -> None:
         """Refuse calls that the hooks would not see as they are."""
@@ -166,7 +181,7 @@ class CallHooks:
                 ended = self._finished()
                 if output is None:
                     return None
-                if ended is not None and ended.lifted:
+                if ended is not None and self.state.is_lifted(ended, output):
                     assert self.state.batch is not None
                     self.state.batch.seen.add(self.tracked.name)
                     return None

@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Size, Tensor
-from torch.nn import functional
+from torch import Tensor
 
 from ghost_core._torch import version
-from ghost_core.algebra import Dense, Outer, Owned, PerSampleGradient, Tokens, full_precision
+from ghost_core.algebra import Owned, full_precision
 from ghost_core.capture.batch import BatchCapture
+from ghost_core.capture.closed_forms import FormOn
 from ghost_core.capture.listener import Pass
-from ghost_core.capture.sources import ParameterSource, Source, by_sample, take_back
+from ghost_core.capture.sources import ParameterSource, Shared, by_sample, has_entries_of, take_back
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
-from ghost_core.sampler import as_tokens
 from ghost_core.split import Site, owner_of_rows
 from ghost_core.tracking import Followed, TrackedParameter
-
-ClosedForm = Callable[[Tensor], PerSampleGradient]
-"""Makes the gradients of a shared value from that of a result, rows first `[R, ...]`."""
-
-FormOn = Callable[[int], ClosedForm | None]
-"""Returns the closed form, given the axis of the rows in the result; None if it has none there."""
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A value that is the same for all samples.
-
-    Attributes:
-        value: The value.
-        sources: What it is computed from; itself, where it is a source.
-    """
-
-    value: Tensor
-    sources: tuple[Source, ...]
-
-    def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
-        """Hand on the gradient of each sample."""
-        for source in self.sources:
-            if source.tensor is self.value and len(self.sources) == 1:
-                source.spread(pass_, gradient)
-                return
-        take_back(pass_, self.value, self.sources, gradient.materialize())
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +49,13 @@ class Meeting:
 
     def deliver(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
+    ) -> Sequence[Tensor | None] | None:
         """Tell each sample's part of the gradient, and hand it to whom it is for."""
         (grad,) = grads
         assert grad is not None
         audience = self.state.audience
+        if not self.site.counts:
+            return None
         if audience is Audience.PROBE:
             probe = self.state.verifier.probe
             assert probe is not None
@@ -104,17 +76,23 @@ class Meeting:
                 "backward() inside engine.batch()"
             )
         self._check_unchanged()
+        self.state.verifier.check_probed(self.site)
+        self.state.verifier.look(self.site.names[0], (), [grad])
         (axis,) = self.site.axes.outputs
         (rows,), owner = self.site.axes.rows_first([grad]), self._owner(grad)
         made = {at: form for at, on in self.forms.items() if (form := on(axis)) is not None}
-        graph = [at for at in range(len(self.shared)) if at not in made]
+        live = [at for at, (_, shared) in enumerate(self.shared) if shared.live]
+        graph = [at for at in live if at not in made]
         # Not in silence: what is recomputed under checkpointing is to be as it was.
         with full_precision(grad.device):
-            for at, form in made.items():
-                gradient = form(rows)
+            for at in live:
+                if at not in made:
+                    continue
+                gradient = made[at](rows)
                 if owner is not None:
                     gradient = Owned(gradient, owner, self.pass_.n)
-                self.shared[at][1].spread(self.pass_, gradient)
+                shared = self.shared[at][1]
+                (shared.narrow or shared).spread(self.pass_, gradient)
             stands = [self.shared[at][0] for at in graph]
             columns = by_sample(self.result, stands, self._alone(grad, owner))
             for at, column in zip(graph, columns, strict=True):
@@ -150,6 +128,25 @@ class Meeting:
             yield torch.where(owner == sample, grad, 0)
 
 
+def give_up_costly(
+    state: CaptureState,
+    site: Site,
+    met: Sequence[tuple[Tensor, Shared]],
+    forms: Mapping[int, FormOn],
+) -> None:
+    """Run calls again that use their parameters in an operation without a closed form.
+
+    Args:
+        state: What the hooks on the model share.
+        site: Where the result of the operation has its rows.
+        met: The shared values and what stands for them.
+        forms: The closed forms, by position among the shared values.
+    """
+    for at, (_, shared) in enumerate(met):
+        if site.refusal is not None or at not in forms or forms[at](site.axes.outputs[0]) is None:
+            state.give_up(shared.lifts())
+
+
 def note_followed(
     followed: Followed,
     operation: str,
@@ -167,93 +164,10 @@ def note_followed(
     operation = operation.rpartition(".")[2]
     for at, (_, shared) in enumerate(met):
         for source in shared.sources:
-            closed = at in forms and source.tensor is shared.value
+            closed = at in forms and has_entries_of((shared.narrow or shared).value, source.tensor)
             for reached, direct in source.costs():
-                name = reached.parameter.name
-                before = followed.setdefault(name, {}).get(operation, True)
-                followed[name][operation] = before and closed and direct
-
-
-def closed_forms(
-    func: Any,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    result: Tensor,
-    met: Sequence[tuple[Tensor, Shared]],
-) -> dict[int, FormOn]:
-    """Return the closed forms of an operation, by position of shared values in `met`.
-
-    Most operations have none, and are differentiated once for each sample.
-
-    Args:
-        func: The operation.
-        args: Its positional inputs.
-        kwargs: Its keyword inputs.
-        result: Its result.
-        met: The shared values and what stands for them.
-    """
-    name = getattr(func, "__name__", "")
-    forms: dict[int, FormOn] = {}
-    for at, (stand, shared) in enumerate(met):
-        position = next((place for place, arg in enumerate(args) if arg is stand), -1)
-        if position < 0 or sum(arg is stand for arg in args) > 1:
-            continue
-        plain = len(args) == 2 and not kwargs  # add() takes a factor, alpha
-        if name in _ADDITIONS and plain and stand.dtype == result.dtype:
-            forms[at] = partial(_sum, stand.shape, result.dim())
-        elif func is functional.linear and position == 2:
-            forms[at] = partial(_bias, result.dim())
-        elif name in _PRODUCTS and position == 1 and _multiplies(args[0], shared, result):
-            inputs, is_linear = args[0].to(result.dtype), func is functional.linear
-            forms[at] = partial(_product, inputs, is_linear, shared.value.shape)
-    return forms
-
-
-_ADDITIONS = {"add", "__add__", "__radd__", "__iadd__"}
-_PRODUCTS = {"linear", "matmul", "__matmul__", "mm"}
-
-
-def _sum(shape: Size, dims: int, axis: int) -> ClosedForm:
-    return partial(_added, shape, dims, axis)
-
-
-def _added(shape: Size, dims: int, axis: int, rows: Tensor) -> PerSampleGradient:
-    """Return the gradient of a value that was added: that of the sum, where it was broadcast."""
-    aligned = [1] * (dims - len(shape)) + list(shape)
-    moved = [aligned[axis], *aligned[:axis], *aligned[axis + 1 :]]
-    if moved[0] != 1:  # it had rows already
-        each = rows.new_zeros(len(rows), *rows.shape)
-        each[torch.arange(len(rows)), torch.arange(len(rows))] = rows
-        values = each
-    else:
-        values = rows.unsqueeze(1)
-    summed = [at for at, size in enumerate(moved, 1) if size == 1 and values.shape[at] != 1]
-    values = values.sum(summed, keepdim=True) if summed else values
-    values = values.movedim(1, axis + 1).reshape(len(rows), *shape)
-    return Dense(values.unsqueeze(1))
-
-
-def _terms(rows: Tensor) -> PerSampleGradient:
-    """Return the gradient of a bias: that of the result, token by token."""
-    return Dense(as_tokens(rows).squeeze(2))
-
-
-def _bias(dims: int, axis: int) -> ClosedForm | None:
-    return _terms if axis < dims - 1 else None
-
-
-def _multiplies(inputs: Any, shared: Shared, result: Tensor) -> bool:
-    """Tell whether samples are multiplied with a matrix that is a source itself."""
-    if not isinstance(inputs, Tensor) or inputs.dim() != result.dim() or inputs.dim() < 2:
-        return False
-    if shared.value.dim() != 2:
-        return False
-    return shared.value is shared.sources[0].tensor and len(shared.sources) == 1
-
-
-def _product(inputs: Tensor, is_linear: bool, shape: Size, axis: int) -> ClosedForm | None:
-    """Return the closed form of a matrix that samples are multiplied with, if there is one."""
-    if axis == inputs.dim() - 1:
-        return None
-    factor = Tokens(as_tokens(inputs.movedim(axis, 0)), transposed=not is_linear)
-    return lambda rows: Outer(factor, as_tokens(rows), shape)
+                if not reached.live:
+                    continue
+                known = followed if reached.lift is None else reached.lift.operations
+                operations = known.setdefault(reached.parameter.name, {})
+                operations[operation] = operations.get(operation, True) and closed and direct

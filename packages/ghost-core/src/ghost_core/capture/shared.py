@@ -16,7 +16,7 @@ was: the graph is the user's, with one identity more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,17 +24,26 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ghost_core._torch import FunctionMode, in_backward, in_checkpoint, version
+from ghost_core._torch import (
+    FunctionMode,
+    in_backward,
+    in_checkpoint,
+    in_transform,
+    saves_elsewhere,
+    version,
+)
 from ghost_core._trees import tensors_in, tree_map
 from ghost_core.algebra import full_precision
+from ghost_core.capture.closed_forms import closed_forms, is_expansion
+from ghost_core.capture.functions import QUESTIONS, is_attribute, is_in_place, named
 from ghost_core.capture.listener import Pass
-from ghost_core.capture.meeting import Meeting, Shared, closed_forms, note_followed
+from ghost_core.capture.meeting import Meeting, give_up_costly, note_followed
 from ghost_core.capture.rows_met import site_of
-from ghost_core.capture.sources import CallSource, Form, ParameterSource, Source
+from ghost_core.capture.sources import CallSource, Form, ParameterSource, Shared, Source
 from ghost_core.capture.state import Audience, CaptureState, Sharing
 from ghost_core.capture.tap import tap
 from ghost_core.errors import WrongSplitError
-from ghost_core.split import Balance, RowAxes, describe
+from ghost_core.split import Balance, Lift, RowAxes, describe
 from ghost_core.tracking import TrackedModule, TrackedParameter, parameter_of
 
 _ById = dict[int, Shared]
@@ -58,7 +67,7 @@ class SharedValues(FunctionMode, Sharing):
             for local, parameter in tracked.parameters.items():
                 tensor = parameter_of(tracked.module, local)
                 self._owners.setdefault(id(tensor), (tensor, tracked, parameter))
-        self._sources: dict[tuple[int, bool], ParameterSource] = {}
+        self._sources: dict[tuple[int, bool, Lift | None], ParameterSource] = {}
         self._labels: dict[Source, str] = {}
         # Kept, so that their identities are not given away.
         self._shared: dict[int, Shared] = {}
@@ -101,6 +110,15 @@ class SharedValues(FunctionMode, Sharing):
         if len(outputs) == 1 and not tracked.sampler.replays:
             form = self._form(tracked, args, kwargs, outputs[0], before, own)
         return [self._follow(tracked, output, form, own.values()) for output in outputs]
+
+    def is_followed(self, values: Any, lift: Lift) -> bool:
+        """Tell whether any values are computed from what it is being tried to follow in a call."""
+        for value in tensors_in(values):
+            if id(value) in self._owners and self._owners[id(value)][2].name in lift.names:
+                return True
+            if id(value) in self._shared and lift in self._shared[id(value)].lifts():
+                return True
+        return False
 
     def _follow(
         self,
@@ -160,11 +178,16 @@ class SharedValues(FunctionMode, Sharing):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and look at where its values come from."""
         kwargs = kwargs or {}
-        if func in _QUESTIONS or self._state.paused or in_backward() or _is_attribute(func):
+        if func in QUESTIONS or self._state.paused or in_backward() or is_attribute(func):
             return func(*args, **kwargs)
         given = tensors_in((args, kwargs))
+        if func is torch.autograd.grad:  # which a Tap lets pass once
+            self._state.give_up(run.lift for run in self._state.running if run.lift is not None)
         shared = self._shared_among(given) if torch.is_grad_enabled() else {}
         depends = any(map(self.depends, given))
+        if depends and is_in_place(func):
+            self._state.give_up(lift for each in shared.values() for lift in each.lifts())
+            shared = {at: each for at, each in shared.items() if each.live}
         if not shared:
             return self._noted(func(*args, **kwargs), depends)
         with self._allowed(shared.values()) as used:
@@ -179,7 +202,7 @@ class SharedValues(FunctionMode, Sharing):
             result = func(*args, **kwargs)
             used += [value for value in tensors_in(result) if value.requires_grad]
         if not depends:
-            return self._derived(used, result, shared.values())
+            return self._derived(func, used, result, shared.values())
         met = tuple((values[at], each) for at, each in shared.items())
         return tree_map(lambda leaf: self._met(func, args, kwargs, leaf, met), result)
 
@@ -197,8 +220,9 @@ class SharedValues(FunctionMode, Sharing):
         Yields:
             A list for what came of it; if it stays empty, as for a shape, it was no use of them.
         """
-        sources = [source for each in shared for source in each.sources]
-        names = {each.parameter.name for each in sources if isinstance(each, ParameterSource)}
+        found = [source for each in shared for source in each.sources]
+        sources = [each for each in found if isinstance(each, ParameterSource) and each.live]
+        names = {each.parameter.name for each in sources}
         used: list[Tensor] = []
         before, self._state.allowed = self._state.allowed, frozenset(names)
         try:
@@ -206,7 +230,7 @@ class SharedValues(FunctionMode, Sharing):
         finally:
             self._state.allowed = before
         if used:
-            self._state.shared_names |= names
+            self._state.shared_names |= {s.parameter.name for s in sources if s.lift is None}
 
     def note(self, given: Any, result: Any) -> None:
         """Note what came of something that ran unseen, without gradients."""
@@ -221,26 +245,49 @@ class SharedValues(FunctionMode, Sharing):
                 self._samples[value] = True
         return result
 
-    def _derived(self, values: Iterable[Tensor], result: Any, shared: Iterable[Shared]) -> Any:
+    def _derived(
+        self, func: Any, values: Iterable[Tensor], result: Any, shared: Collection[Shared]
+    ) -> Any:
         """Note values computed from shared ones alone."""
         sources = tuple(dict.fromkeys(source for each in shared for source in each.sources))
         made = [value for value in values if id(value) not in self._owners]
-        self._shared |= {id(value): Shared(value, sources) for value in made}
+        lifted = frozenset(name for each in shared for lift in each.lifts() for name in lift.names)
+        for value in made if lifted else ():
+            self._state.verifier.know(value, lifted)
+        narrow = next(iter(shared)) if len(shared) == 1 else None
+        for value in made:
+            expands = narrow is not None and is_expansion(func, narrow.value, value)
+            self._shared[id(value)] = Shared(value, sources, narrow if expands else None)
         return result
 
     def _shared_among(self, given: Iterable[Tensor]) -> _ById:
         """Return shared values by the identity of what was given."""
         found: _ById = {}
         for value in given:
+            self._give_up_hidden(value)
             if id(value) in self._owners:
                 if self._is_lifted(value):
                     if self._state.flags and in_checkpoint():
                         self._state.recomputed.add(self._owners[id(value)][2].name)
                     source = self._source(value, stand_in=bool(self._state.flags))
                     found[id(value)] = Shared(source.tensor, (source,))
-            elif id(value) in self._shared:
+            elif id(value) in self._shared and self._shared[id(value)].live:
                 found[id(value)] = self._shared[id(value)]
         return found
+
+    def _give_up_hidden(self, value: Tensor) -> None:
+        """Run calls again that use what is followed where a Tap would not be what it is elsewhere.
+
+        That is in parts of tensors, and where a checkpoint keeps nothing.
+        """
+        lift = None
+        if id(value) in self._owners:
+            lift = self._state.lift_of(self._owners[id(value)][2].name)
+        lifts = [lift] if lift is not None else []
+        if id(value) in self._shared:
+            lifts += self._shared[id(value)].lifts()
+        if lifts and (in_transform() or saves_elsewhere()):
+            self._state.give_up(lifts)
 
     def _is_lifted(self, value: Tensor) -> bool:
         """Tell whether a parameter is used outside of the modules that own it."""
@@ -249,18 +296,23 @@ class SharedValues(FunctionMode, Sharing):
 
     def _source(self, value: Tensor, *, stand_in: bool) -> ParameterSource:
         """Return the source that a parameter is, or a leaf in its place that is not frozen."""
-        key = id(value), stand_in
+        tensor, tracked, parameter = self._owners[id(value)]
+        lift = self._state.lift_of(parameter.name)
+        key = id(value), stand_in, lift
         if key not in self._sources:
-            tensor, tracked, parameter = self._owners[id(value)]
             batch = self._state.batch
             assert batch is not None
             account = parameter.name
             if stand_in:
                 tensor, account = tensor.detach().requires_grad_(), f"{account}, used elsewhere"
                 account = self._watch(account, tensor)
+                if lift is not None:
+                    lift.accounts.add(account)
             elif self._state.flags:
                 account += ", in a shared call"  # autograd makes no gradient to compare with
-            self._sources[key] = ParameterSource(tensor, parameter, account, self._state, batch)
+            self._sources[key] = ParameterSource(
+                tensor, parameter, account, self._state, batch, lift
+            )
             self._labels[self._sources[key]] = tracked.name
         return self._sources[key]
 
@@ -274,11 +326,23 @@ class SharedValues(FunctionMode, Sharing):
         assert state.batch is not None
         assert state.pass_ is not None
         names = self._names(each for _, each in met)
-        site = site_of(state, result, names, "" if func is None else _named(func))
+        try:
+            site = site_of(state, result, names, "" if func is None else named(func))
+        except WrongSplitError:
+            state.give_up(lift for _, each in met for lift in each.lifts())
+            if any(each.live for _, each in met):
+                raise
+            return result
+        forms = closed_forms(func, args, kwargs, result, met)
+        give_up_costly(state, site, met, forms)
+        if not any(each.live for _, each in met):
+            return result
+        sources = [source for _, each in met for source in each.reached()]
+        if all(source.lift is not None for source in sources):
+            site.lifts = tuple(source.lift for source in sources if source.lift is not None)
         state.batch.seen.update(names)
         state.add(site)
         state.told_apart = True
-        forms = closed_forms(func, args, kwargs, result, met)
         versions = tuple(version(each.value) for _, each in met)
         note_followed(state.followed, site.operation, met, forms)
         corrected = self._noted_uses(met, state.pass_)
@@ -291,7 +355,7 @@ class SharedValues(FunctionMode, Sharing):
 
     def _noted_uses(self, met: Met, pass_: Pass) -> tuple[ParameterSource, ...]:
         """Note the uses of parameters, and return those whose gradients need correction."""
-        sources = [reached for _, each in met for one in each.sources for reached in one.reached()]
+        sources = [source for _, each in met for source in each.reached()]
         for source in sources:
             pass_.use(source.parameter.name, shared=True)
         by_name = {source.parameter.name: source for source in sources}
@@ -319,34 +383,13 @@ class SharedValues(FunctionMode, Sharing):
 
     def _check_in_place(self, func: Any, shared: Iterable[Shared]) -> None:
         """Refuse operations whose result is not what they return."""
-        name = getattr(func, "__name__", "")
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        if is_in_place(func):
             names = ", ".join(self._names(shared))
             raise WrongSplitError(
-                f"gradients cannot be split by sample: {_named(func)} writes a value that is the "
+                f"gradients cannot be split by sample: {named(func)} writes a value that is the "
                 f"same for all samples, computed by {names}, into values of "
                 "samples",
                 reason="what was written cannot be told apart by sample",
                 remedy="use an operation that is not in place, or leave these modules out with "
                 "exclude=...",
             )
-
-
-_QUESTIONS = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "is_leaf", "layout")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "ndim", "is_cuda")),
-    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.data_ptr),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size),
-    torch._C._set_grad_enabled,
-}
-"""What is asked most, at times of ghost's own, and answered with no tensor."""
-
-
-def _is_attribute(func: Any) -> bool:
-    """Tell whether a function gets an attribute, such as a shape, that is no view of a tensor."""
-    name = getattr(getattr(func, "__self__", None), "__name__", "")
-    return getattr(func, "__name__", "") == "__get__" and name not in ("T", "mT", "H", "mH")
-
-
-def _named(func: Any) -> str:
-    return str(getattr(func, "__qualname__", None) or getattr(func, "__name__", func))

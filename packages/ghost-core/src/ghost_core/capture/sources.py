@@ -17,6 +17,7 @@ from ghost_core.capture.listener import Pass
 from ghost_core.capture.state import CaptureState
 from ghost_core.differentiation import differentiated
 from ghost_core.sampler import PastCall
+from ghost_core.split import Lift
 from ghost_core.tracking import TrackedModule, TrackedParameter
 
 
@@ -28,6 +29,11 @@ class Source(ABC):
     """
 
     tensor: Tensor
+
+    @property
+    def live(self) -> bool:
+        """Whether gradients are taken back to it."""
+        return any(source.live for source in self.reached())
 
     @abstractmethod
     def reached(self) -> Iterator[ParameterSource]:
@@ -60,6 +66,7 @@ class ParameterSource(Source):
         account: Under which name contributions are compared with autograd's gradient.
         state: What the hooks on the model share.
         batch: The batch of the use.
+        lift: The call in which it is tried to follow it; None where it is followed in any case.
     """
 
     tensor: Tensor
@@ -67,13 +74,21 @@ class ParameterSource(Source):
     account: str
     state: CaptureState
     batch: BatchCapture
+    lift: Lift | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether it is still followed."""
+        return self.lift is None or not self.lift.given_up
 
     def reached(self) -> Iterator[ParameterSource]:
         """Yield itself."""
         yield self
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
-        """Tell the engines."""
+        """Tell the engines, unless the call runs again for it."""
+        if not self.live:
+            return
         with self.batch.told():
             if self.state.balance is not None and not cut:
                 self.state.balance.add(self.account, gradient, None, True)
@@ -161,6 +176,45 @@ class CallSource(Source):
             take_back(pass_, self.output, self.behind, rows, cut=cut)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A value that is the same for all samples.
+
+    Attributes:
+        value: The value.
+        sources: What it is computed from; itself, where it is a source.
+        narrow: The value that it is an expansion of, entry by entry; None where it is none.
+    """
+
+    value: Tensor
+    sources: tuple[Source, ...]
+    narrow: Shared | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether gradients are taken back to any of what it is computed from."""
+        return any(source.live for source in self.sources)
+
+    def reached(self) -> Iterator[ParameterSource]:
+        """Yield the parameters that gradients are taken back to."""
+        for source in self.sources:
+            yield from (reached for reached in source.reached() if reached.live)
+
+    def lifts(self) -> Iterator[Lift]:
+        """Yield the calls in which it is being tried to follow what it is computed from."""
+        for source in self.reached():
+            if source.lift is not None:
+                yield source.lift
+
+    def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
+        """Hand on the gradient of each sample."""
+        for source in self.sources:
+            if source.tensor is self.value and len(self.sources) == 1:
+                source.spread(pass_, gradient)
+                return
+        take_back(pass_, self.value, self.sources, gradient.materialize())
+
+
 @contextmanager
 def _requiring_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Let leaves that were frozen since the graph was made be asked for."""
@@ -191,14 +245,27 @@ def take_back(
         gradients: The gradient of the value for each sample, `[N, *shape]`.
         cut: Whether the user's graph ends before these; see `Source.spread`.
     """
-    for source in sources:
+    behind = [source for source in sources if source.live]
+    if len(sources) == 1 and has_entries_of(value, sources[0].tensor):
+        gradients = gradients.reshape(len(gradients), 1, *sources[0].tensor.shape)
+        sources[0].spread(pass_, Dense(gradients), cut=cut)
+        return
+    for source in behind:
         if source.tensor is value:
             source.spread(pass_, Dense(gradients.unsqueeze(1)), cut=cut)
-    behind = [source for source in sources if source.tensor is not value]
+    behind = [source for source in behind if source.tensor is not value]
     columns = by_sample(value, [source.tensor for source in behind], gradients)
     for source, column in zip(behind, columns, strict=True):
         if column is not None:
             source.spread(pass_, Dense(column.unsqueeze(1)), cut=cut)
+
+
+def has_entries_of(value: Tensor, source: Tensor) -> bool:
+    """Tell whether a value is a source in another shape, or the source itself."""
+    if value.dtype != source.dtype or value.numel() != source.numel():
+        return False
+    there = value.is_contiguous() and source.is_contiguous()
+    return value is source or (there and value.data_ptr() == source.data_ptr())
 
 
 def by_sample(

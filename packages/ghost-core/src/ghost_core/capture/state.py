@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.refusals import in_another_thread
 from ghost_core.restoring import restored, undo
-from ghost_core.split import Balance, Site, Verifier
+from ghost_core.split import Balance, Lift, Site, Verifier
 from ghost_core.tracking import Followed, TrackedModule
 
 _SILENT: ContextVar[frozenset[object]] = ContextVar("silent", default=frozenset())
@@ -51,6 +51,7 @@ class Running:
         before: What its sampler kept before the call.
         shared: Whether it is called on nothing of the samples.
         lifted: Whether its parameters are followed as if they were used outside of it.
+        lift: What is known of that in a pass that is watched; None where it is settled.
         withheld: The parameters that do not require gradients meanwhile, since an engine makes
             these.
         lent: The frozen ones that do meanwhile, since what they compute is shared.
@@ -60,6 +61,7 @@ class Running:
     before: object = None
     shared: bool = False
     lifted: bool = False
+    lift: Lift | None = None
     withheld: list[nn.Parameter] = field(default_factory=list)
     lent: list[nn.Parameter] = field(default_factory=list)
 
@@ -96,6 +98,10 @@ class Sharing(ABC):
     ) -> list[Tensor]:
         """Follow the outputs of such a call, and return what takes their place."""
 
+    @abstractmethod
+    def is_followed(self, values: Any, lift: Lift) -> bool:
+        """Tell whether any values are computed from what it is being tried to follow in a call."""
+
 
 @dataclass
 class CaptureState:
@@ -117,7 +123,8 @@ class CaptureState:
         shared_names: The parameters that are used in shared values.
         allowed: Those that the operation which runs may use, since it is followed.
         shared_modules: The modules that are called on nothing of the samples.
-        lifted: The modules whose parameters are followed, instead of running them again.
+        lifted: The modules whose parameters are followed, instead of running them again; false for
+            those that were tried.
         followed: What parameters met the samples in, by name; see `Followed`.
         recomputed: The frozen parameters that are followed where a checkpoint runs code again.
         dim: Axis of the samples in the root's inputs and outputs.
@@ -142,7 +149,7 @@ class CaptureState:
     shared_names: set[str] = field(default_factory=set)
     allowed: frozenset[str] = frozenset()
     shared_modules: set[str] = field(default_factory=set)
-    lifted: set[str] = field(default_factory=set)
+    lifted: dict[str, bool] = field(default_factory=dict)
     followed: Followed = field(default_factory=dict)
     recomputed: set[str] = field(default_factory=set)
     dim: int = 0
@@ -223,6 +230,9 @@ class CaptureState:
         """Add a site to the pass that is on its way; a recomputation adds none."""
         assert self.batch is not None
         if self.pass_ is not None:
+            same = [site.names, site.operation]
+            at = sum([other.names, other.operation] == same for other in self.batch.sites)
+            site.place = site.names, site.operation, at
             self.batch.sites.append(site)
             self.verifier.routes |= site.axes.routed
 
@@ -283,6 +293,37 @@ class CaptureState:
             if not running.lifted
             for parameter in running.tracked.parameters.values()
         )
+
+    def lift_of(self, name: str) -> Lift | None:
+        """Return the call in which it is being tried whether a parameter can be followed."""
+        lifts = (running.lift for running in reversed(self.running) if running.lifted)
+        return next((lift for lift in lifts if lift is not None and name in lift.names), None)
+
+    def give_up(self, lifts: Iterable[Lift]) -> None:
+        """Leave parameters to be told by running calls again, in place of following them."""
+        for lift in lifts:
+            lift.given_up = True
+            for running in self.running:
+                running.lifted = running.lifted and running.lift is not lift
+            if self.batch is not None:
+                self.batch.sites[:] = [site for site in self.batch.sites if site.counts]
+            if self.balance is not None:
+                self.balance.forget(lift.accounts)
+
+    def is_lifted(self, ended: Running, output: Any) -> bool:
+        """Tell whether what a call did with its parameters was followed, now that it is over."""
+        lift, name = ended.lift, ended.tracked.name
+        if lift is None:
+            return ended.lifted
+        outside = self.verifier.used_outside(lift.names)
+        if outside or (self.sharing is not None and self.sharing.is_followed(output, lift)):
+            self.give_up([lift])
+        if not lift.given_up:
+            self.shared_names |= lift.names
+            for parameter, operations in lift.operations.items():
+                self.followed.setdefault(parameter, {}).update(operations)
+        self.lifted[name] = not lift.given_up and self.lifted.get(name, True)
+        return not lift.given_up
 
     def usable(self) -> frozenset[str]:
         """Return the parameters that may be used now: of modules that run, shared, or let be."""

@@ -12,8 +12,11 @@ from torch import Tensor
 from ghost_core._torch import backward_id
 from ghost_core.errors import CaptureError
 
-Deliver = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None]]
-"""Takes what was saved and the gradients of a call's outputs; returns those of parameters."""
+Deliver = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None] | None]
+"""Takes what was saved and the gradients of a call's outputs; returns those of parameters.
+
+None where the Tap is to be as if it was not there.
+"""
 
 
 def tap(
@@ -104,7 +107,7 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, grad: Tensor | None) -> Any:
         with torch.no_grad():
             made = backward(ctx, grad)
-        if not torch.is_grad_enabled() or grad is None or not grad.requires_grad:
+        if not torch.is_grad_enabled() or grad is None or not grad.requires_grad or ctx.absent:
             return made
         return tuple(
             None if each is None else _Twice.apply(ctx.label, each.detach().requires_grad_())  # type: ignore[no-untyped-call]
@@ -138,7 +141,7 @@ class Tap(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         """Save the records and return the output."""
-        ctx.label = label
+        ctx.label, ctx.absent = label, False
         ctx.gather, ctx.deliver, ctx.n_parameters = gather, deliver, n_parameters
         ctx.save_for_backward(*tensors[n_parameters:])
         ctx.set_materialize_grads(False)
@@ -151,7 +154,8 @@ class Tap(torch.autograd.Function):
         grads = ctx.gather(grad)
         made: Sequence[Tensor | None] = [None] * ctx.n_parameters
         if any(each is not None for each in grads):
-            made = ctx.deliver(ctx.saved_tensors, grads)
+            delivered = ctx.deliver(ctx.saved_tensors, grads)
+            ctx.absent, made = delivered is None, made if delivered is None else delivered
         passed = grad if ctx.needs_input_grad[_FIXED_INPUTS] else None
         n_saved = len(ctx.needs_input_grad) - _FIXED_INPUTS - 1 - len(made)
         return (*[None] * _FIXED_INPUTS, passed, *made, *[None] * n_saved)
@@ -174,7 +178,7 @@ class Branch(torch.autograd.Function):
         join: Tensor,
     ) -> Tensor:
         """Return the output."""
-        ctx.arrived, ctx.label, ctx.at = arrived, label, at
+        ctx.arrived, ctx.label, ctx.absent, ctx.at = arrived, label, False, at
         ctx.set_materialize_grads(False)
         return output.detach()
 

@@ -8,7 +8,7 @@ it for, a call that could not be run again as it was.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import hypot, isfinite, isinf
@@ -95,6 +95,11 @@ class Balance:
         self._parameters[name] = leaf
         self._handles.append(leaf.register_hook(partial(self._see, name)))
         return name
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Compare contributions to some leaves no more, since there will be none."""
+        for name in names:
+            self._parameters.pop(name, None)
 
     def add(
         self, name: str, gradient: PerSampleGradient, autocast: torch.dtype | None, whole: bool

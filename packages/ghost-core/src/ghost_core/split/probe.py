@@ -49,6 +49,7 @@ class Probe:
     def see(self, site: Site, grads: Sequence[Tensor | None]) -> None:
         """Note which rows of a site's gradients are not zero."""
         self.sites[site] = None
+        site.probed = True
         given = [grad for grad in grads if grad is not None]
         self.half |= any(grad.dtype in (torch.bfloat16, torch.float16) for grad in given)
         if any(not grad.dim() and bool(grad != 0) for grad in given):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ghost_core.errors import WrongSplitError
 from ghost_core.split.axes import RowAxes
+from ghost_core.split.lifts import Lift
 
 Rows = tuple[RowAxes, Sequence[int]]
 """Rows that a gradient reached, if they are where these axes say."""
@@ -24,6 +25,10 @@ class Site:
         alternatives: Where the rows may be, the likeliest first. Probes leave those that fit.
         refusal: What to say where none does; None for what probes say of all.
         spare: Where they may be besides, if rows turn out to be routed.
+        place: Which of the module's sites it is in a pass, for those of operations.
+        lifts: The calls that it is about, where it may turn out that they run again; none, if
+            gradients are told apart here in any case.
+        probed: Whether a probe reached it.
         found: Sample of each row as found for this pass alone, int64 `[R]`, -1 where no sample
             reached it; None where nobody had to look.
     """
@@ -33,7 +38,15 @@ class Site:
     alternatives: list[RowAxes]
     refusal: WrongSplitError | None = None
     spare: list[RowAxes] = field(default_factory=list)
+    place: object = None
+    lifts: tuple[Lift, ...] = ()
+    probed: bool = False
     found: Tensor | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether gradients are told apart here."""
+        return not self.lifts or not all(lift.given_up for lift in self.lifts)
 
     @property
     def axes(self) -> RowAxes:

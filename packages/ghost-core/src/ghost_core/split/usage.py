@@ -62,6 +62,7 @@ class UsageMode(DispatchMode):
             self._know(parameter, name)
         self._expanded: dict[int, TrackedModule] = {}
         self._used: set[int] = set()
+        self._computed: list[tuple[Tensor, frozenset[str]]] = []
         self._alive: list[Tensor] = []  # so that their addresses are not given away
         self.outside: dict[str, str] = {}
         """Operation by name of the parameter that it used outside."""
@@ -138,6 +139,23 @@ class UsageMode(DispatchMode):
     def _know(self, parameter: Tensor, name: str) -> None:
         if at := address(parameter):
             self._names.setdefault(at, []).append((_extent(parameter), name))
+
+    def know(self, value: Tensor, names: frozenset[str]) -> None:
+        """Take what was computed from parameters for a part of them."""
+        if address(value) not in self._names:
+            self._computed.append((value, names))
+            for name in names:
+                self._know(value, name)
+
+    def forget(self, names: frozenset[str]) -> bool:
+        """Forget what was computed from parameters, and tell whether it was used outside."""
+        for value, known in self._computed:
+            if known & names:
+                self._names.pop(address(value), None)
+        self._computed = [each for each in self._computed if not each[1] & names]
+        seen = names & self.outside.keys()
+        self.outside = {name: at for name, at in self.outside.items() if name not in seen}
+        return bool(seen)
 
     def check_returned(self, output: Any) -> None:
         """Note values of one row for all samples that the model returns."""

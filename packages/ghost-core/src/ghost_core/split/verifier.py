@@ -62,6 +62,7 @@ class Verifier:
         self._folds: dict[str, Fold] = {}
         self._layouts = Layouts()
         self._unreached: set[Kind] = set()
+        self._unprobed: set[object] = set()
         self._unwatched: set[tuple[object, ...]] = set()
         self._expandable: set[str] = set()
         self._usage: UsageMode | None = None
@@ -144,6 +145,29 @@ class Verifier:
         elif tracked.name not in self._expandable:
             raise late_row(tracked)
 
+    def know(self, value: Tensor, names: frozenset[str]) -> None:
+        """Watch for operations on a value as for those on the parameters that it is computed from.
+
+        Args:
+            value: The value, which is kept alive as long as that is watched.
+            names: The parameters.
+        """
+        if self._usage is not None:
+            self._usage.know(value, names)
+
+    def used_outside(self, names: frozenset[str]) -> bool:
+        """Tell whether parameters were used by what nobody followed, and forget it."""
+        return self._usage is not None and self._usage.forget(names)
+
+    def check_probed(self, site: Site) -> None:
+        """Raise if a gradient arrives at an operation that no probe reached.
+
+        Raises:
+            WrongSplitError: If no output of the model depended on it when that was verified.
+        """
+        if site.place in self._unprobed:
+            raise unreached(self._tracked[site.names[0]])
+
     def look(self, name: str, saved: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
         """Doubt what is watched if NaN or infinite numbers arrive at a call.
 
@@ -224,6 +248,8 @@ class Verifier:
         self._unreached -= reached
         if n > 1 and not self.routes:  # rows that nobody reached are known there
             self._unreached |= missed - verified
+            self._unprobed |= {site.place for site in sites if site.operation and not site.probed}
+        self._unprobed -= {site.place for site in sites if site.probed}
         self._layouts.learn(sites, n)
         self._verified[signature] = verified | called
         self._checked.add(signature)

@@ -59,7 +59,7 @@ _GENERATOR = Generator().manual_seed(0)
 
 
 class Noise(nn.Module):
-    """Draws from a generator that is neither global nor its own."""
+    """Draws from a generator that is neither global nor its own, and has to be run again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,14 +68,14 @@ class Noise(nn.Module):
     def forward(self, inputs: Tensor) -> Any:
         """Multiply by noise."""
         noise = torch.rand(inputs.shape, dtype=inputs.dtype, generator=_GENERATOR)
-        return inputs * self.scale * noise
+        return inputs * roots.Unseen.apply(self.scale) * noise  # type: ignore[no-untyped-call]
 
 
 def _replaced() -> nn.Module:
-    """Make a linear layer whose `forward` was replaced by a function that holds the layer."""
-    module = nn.Linear(6, 7)
-    linear = module.forward
-    module.forward = lambda inputs: linear(inputs).sin()  # type: ignore[method-assign,assignment]
+    """Make a linear layer whose `forward` was replaced by a function that holds its weight."""
+    module = nn.Linear(6, 7, bias=False)
+    weight = module.weight
+    module.forward = lambda inputs: inputs @ roots.Unseen.apply(weight).mT  # type: ignore[method-assign,assignment,no-untyped-call]
     return roots.Wrapped(module)
 
 
@@ -119,7 +119,12 @@ def _over_the_batch() -> Iterator[Example]:
         _FLAT,
         refusal=_BATCH,
     )
-    yield Example("normalised by its own code", lambda: OwnNorm(6), _FLAT, refusal=_BATCH)
+    yield Example(
+        "normalised by its own code",
+        lambda: nn.Sequential(nn.Linear(6, 6), OwnNorm(6)),
+        _FLAT,
+        refusal=_BATCH,
+    )
     yield Example("centred over the batch", lambda: Centred(_linear()), _TOKENS, refusal="mixes")
     yield Example(
         "contrasted over the batch", lambda: Contrasted(_linear()), _FLAT, refusal="mixes"

@@ -12,6 +12,20 @@ from torch.utils.checkpoint import checkpoint
 from ghost_core.testing.examples import VOCABULARY
 
 
+class Unseen(torch.autograd.Function):
+    """Returns what it is given, and nobody sees how: what is made of it cannot be followed."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor) -> Tensor:
+        """Return a copy."""
+        return given.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Return the gradient."""
+        return grad
+
+
 class Around(nn.Module):
     """Has one layer, named `inner`."""
 

@@ -1,0 +1,34 @@
+"""Tells functions that a mode sees apart: questions, attributes, and what writes in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QUESTIONS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "is_leaf", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "ndim", "is_cuda")),
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.data_ptr),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size),
+    torch._C._set_grad_enabled,
+}
+"""What is asked most, at times of ghost's own, and answered with no tensor."""
+
+
+def is_attribute(func: Any) -> bool:
+    """Tell whether a function gets an attribute, such as a shape, that is no view of a tensor."""
+    name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return getattr(func, "__name__", "") == "__get__" and name not in ("T", "mT", "H", "mH")
+
+
+def is_in_place(func: Any) -> bool:
+    """Tell whether the result of an operation is not what it returns."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def named(func: Any) -> str:
+    """Return the name of a function, for messages."""
+    return str(getattr(func, "__qualname__", None) or getattr(func, "__name__", func))
