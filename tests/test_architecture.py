@@ -47,6 +47,7 @@ IMPORTED_WHERE_USED = {
     "ghost_engines.cli.own": {
         "ghost_engines.cli.plugins",
         "ghost_engines.cli.project",
+        "ghost_engines.cli.query",
         "ghost_engines.cli.score",
         "ghost_engines.cli.store",
         "ghost_engines.cli.values",

@@ -10,8 +10,12 @@ import pytest
 import torch
 from command_kit import parts, project, score, verify
 
-from ghost_engines import GradientStore
+from ghost_engines import GradientStore, cli, project_dataset
 from ghost_engines.cli import models
+from ghost_engines.cli.batches import load_batch
+from ghost_engines.cli.losses import next_token_losses
+from ghost_engines.cli.models import load_model
+from ghost_engines.store import DataFile
 
 # Checkpoints of transformers
 
@@ -77,6 +81,35 @@ def test_a_checkpoint_and_texts(checkpoint, texts, capsys):
     assert tracked[0] == ["tracked: 16 of 16 trainable parameters"]
     assert len(checks) == 17
     assert verdict.startswith("exact: the gradients of 4 of 4 samples agree")
+
+
+@pytest.mark.usefixtures("_offline")
+def test_texts_are_looked_up_in_a_store_and_shown(checkpoint, texts, tmp_path, capsys):
+    def losses(model, batch):
+        return next_token_losses(model, batch)
+
+    texts.write_text(texts.read_text().replace("a dog ran", "<b>a</b> dog ran"))
+    batch = load_batch(str(texts), str(checkpoint), model := load_model(str(checkpoint)))
+    files = [DataFile.of(texts)]
+    project_dataset(model, losses, [batch], tmp_path / "g", files=files, layers="*.mlp.*")
+    page = tmp_path / "out.html"
+    asked = ("query", str(tmp_path / "g"), str(checkpoint), "-k", "4", "--by", "cosine")
+    assert cli.main([*asked, "--text", "the dog", "--html", str(page)]) == 0
+    (_, found), _ = parts(capsys.readouterr().out + "\n\n")
+    assert found[1][4:] == ["2", "-", "the dog"]
+    assert float(found[1][2]) == pytest.approx(1, abs=1e-3)
+    assert {row[6][:9] for row in found[1:]} == {"the dog", "<b>a</b> ", "the cat s", "and and a"}
+    assert "&lt;b&gt;a&lt;/b&gt; dog ran" in page.read_text()
+    assert "<b>a" not in page.read_text()
+    again = tmp_path / "asked.jsonl"
+    again.write_text('{"q": "the cat sat on the mat"}\n{"q": "the dog"}\n')
+    assert cli.main([*asked, "--file", str(again), "--field", "q", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [each["text"] for each in said["queries"]] == ["the cat sat on the mat", "the dog"]
+    assert [each["found"][0]["id"] for each in said["queries"]] == [0, 2]
+    texts.write_text("one line\n")
+    assert cli.main([*asked, "--text", "the dog"]) == 2
+    assert "--data has 1 samples" in capsys.readouterr().err
 
 
 PLANTED = "transformers regex yaml tokenizers safetensors sympy jinja2 tqdm random".split()  # noqa: SIM905

@@ -6,7 +6,7 @@ from search_kit import K, columns_of, stored
 
 from ghost_core import UnknownNameError
 from ghost_engines.search import group_scores, near_duplicates
-from ghost_engines.store import StoreError
+from ghost_engines.store import Labels, StoreError
 
 
 def with_twins(n=40, dtype=torch.float32):
@@ -78,6 +78,17 @@ def test_scores_are_added_up_by_group(tmp_path, reduce):
         assert found.counts[at] == own.shape[1]
         expected = own.mean(1) if reduce == "mean" else own.sum(1)
         torch.testing.assert_close(found.scores[:, at], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_may_have_names(tmp_path):
+    rows, query = torch.randn(5, K), torch.randn(1, K)
+    groups = Labels(torch.tensor([2, 0, 2, 2, 0], dtype=torch.int32), ("a", "b", "c"))
+    found = group_scores(stored(tmp_path / "g", rows), query, groups)
+    assert found.names == ("a", "c")
+    expected = (query @ rows.T)[0]
+    torch.testing.assert_close(
+        found.scores[0].float(), torch.stack([expected[[1, 4]].sum(), expected[[0, 2, 3]].sum()])
+    )
 
 
 def test_groups_that_do_not_fit_are_refused(tmp_path):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from search_kit import K, Rows, best_of, columns_of, stored
+from search_kit import PLACES, K, Rows, best_of, columns_of, stored
 
 from ghost_core import CaptureError, UnknownNameError
-from ghost_engines.search import RowScores, Whitening, scores, search
+from ghost_engines.search import RowScores, Whitening, score_parts, scores, search
 from ghost_engines.store import GradientStore, StoreError
 
 
@@ -130,3 +130,21 @@ def test_rows_of_which_nobody_says_the_parameters_are_compared_as_a_whole(tmp_pa
     with pytest.raises(StoreError, match="does not say which columns") as caught:
         store.search(torch.randn(1, 5), parameters="a")
     assert 'blocks="all"' in caught.value.remedy
+
+
+@pytest.mark.parametrize("by", ["dot", "cosine", "whitened"])
+@pytest.mark.parametrize("parameters", [None, "a,c"])
+def test_what_parameters_add_makes_up_the_score(tmp_path, by, parameters):
+    rows, queries = torch.randn(20, K), torch.randn(3, K)
+    store = stored(tmp_path / "g", rows)
+    how = Whitening.of(store) if by == "whitened" else by
+    near = store.search(queries, 4, how, parameters=parameters)
+    found = score_parts(store, queries, near.ordinals, how, parameters=parameters)
+    assert list(found) == list(PLACES if parameters is None else ("a.weight", "c.weight"))
+    torch.testing.assert_close(sum(found.values()), near.scores)
+    if by == "dot":
+        columns = columns_of("c.weight")
+        expected = (queries[:, columns] @ rows[:, columns].T).gather(1, near.ordinals)
+        torch.testing.assert_close(found["c.weight"], expected)
+    with pytest.raises(StoreError, match=r"ordinals must be \[3, k\], not \[2, 4\]"):
+        score_parts(store, queries, near.ordinals[:2], how)

@@ -191,6 +191,65 @@ class Project:
     device: str = "cpu"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """Find the samples in a store that a model learns most alike from as from a text.
+
+    Projects the gradient of the query's loss as the rows of the store were projected, and compares
+    it with all of them. A positive score says that a small step on the sample lowers the query's
+    loss. At a terminal prints tables; into a pipe, fields separated by tabs.
+
+    Exits with 0; 1 if ghost refuses the model; 2 if it could not be tried, as when the model is not
+    the one that the store was made with.
+
+    Args:
+        store: Folder of the store.
+        model: Folder of a checkpoint of transformers, or module:function that returns a module.
+        text: Texts to ask for, one or several.
+        file: Data to ask for instead: a file of texts (.txt, one a line; .jsonl) or of token ids
+            [N, T] (.npy, .safetensors), or module:function that returns a batch.
+        data: File of texts that the store was made of, to print what is found: the sample with id 0
+            is the first one. By default the file that the store names, where it is one of texts.
+        k: How many samples to find for each query.
+        by: dot, cosine or whitened, which takes out in which directions all gradients are long.
+        damping: Of whitened: what is added to the second moments, relative to their mean
+            eigenvalue.
+        parameters: Globs over names of modules or parameters, separated by commas: what to compare.
+        smallest: Find the smallest scores instead of the largest.
+        by_layer: Say what each layer adds to a score.
+        html: File to write a page to, which needs nothing but a browser.
+        json: Print JSON.
+        loss: mean or sum over the next tokens of a query, or module:function that takes model and
+            batch and returns one loss per sample, [N]. By default that of the store if it says so,
+            else the mean.
+        max_tokens: Tokens to take of each query; by default all.
+        field: Key of the text in lines of JSON (.jsonl); text by default.
+        dtype: What to cast model and batch to; by default nothing is cast.
+        seed: Seed of the random number generators, for a function that makes the model.
+        device: Where to compute: cpu, cuda, cuda:1, ...
+    """
+
+    store: Annotated[tyro.conf.Positional[Path], Named(metavar="STORE")]
+    model: Annotated[tyro.conf.Positional[str], Named(metavar="MODEL")]
+    text: Annotated[tuple[str, ...], Named(metavar="TEXT ...")] = ()
+    file: Annotated[str | None, Named(metavar="DATA")] = None
+    data: Annotated[Path | None, Named(metavar="FILE")] = None
+    k: Annotated[int, Named(aliases=("-k",))] = 10
+    by: Literal["dot", "cosine", "whitened"] = "dot"
+    damping: float = 0.1
+    parameters: Annotated[str | None, Named(metavar="GLOBS")] = None
+    smallest: bool = False
+    by_layer: bool = False
+    html: Annotated[Path | None, Named(metavar="FILE")] = None
+    json: bool = False
+    loss: Annotated[str | None, Named(metavar="LOSS")] = None
+    max_tokens: Count = None
+    field: Annotated[str | None, Named(metavar="KEY")] = None
+    dtype: DType = "as-is"
+    seed: int = 0
+    device: str = "cpu"
+
+
 @dataclass(frozen=True)
 class Plugins:
     """List the installed plugins, what they offer, and whether they work.

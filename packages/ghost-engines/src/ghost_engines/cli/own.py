@@ -6,7 +6,7 @@ Nothing here imports torch, which takes seconds: what a command does is imported
 
 from __future__ import annotations
 
-from ghost_engines.cli.options import Plugins, Project, Score, Store, Values, Verify
+from ghost_engines.cli.options import Plugins, Project, Query, Score, Store, Values, Verify
 
 
 class VerifyCommand(Verify):
@@ -37,6 +37,16 @@ class ProjectCommand(Project):
         from ghost_engines.cli.project import project
 
         return project(self)
+
+
+class QueryCommand(Query):
+    __doc__ = Query.__doc__
+
+    def run(self) -> int:
+        """Search a store, and return the exit status."""
+        from ghost_engines.cli.query import query
+
+        return query(self)
 
 
 class PluginsCommand(Plugins):
@@ -73,6 +83,7 @@ COMMANDS = {
     "verify": VerifyCommand,
     "score": ScoreCommand,
     "project": ProjectCommand,
+    "query": QueryCommand,
     "plugins": PluginsCommand,
     "store": StoreCommand,
     "values": ValuesCommand,

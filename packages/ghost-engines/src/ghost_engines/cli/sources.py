@@ -32,6 +32,10 @@ class Source(ABC):
     def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return samples as a batch: `input_ids` and `attention_mask`, int64 `[N, T]`."""
 
+    def text(self, row: int) -> str | None:
+        """Return the text of a sample, if the file has texts."""
+        return None
+
 
 @dataclass(frozen=True)
 class FileOptions:
@@ -104,6 +108,9 @@ class _Texts(Source):
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def text(self, row: int) -> str | None:
+        return self.texts[row]
 
     def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
         found = self.tokenizer(

@@ -2,6 +2,7 @@
 
 from ghost_engines.search.duplicates import Pairs, near_duplicates
 from ghost_engines.search.groups import GroupScores, group_scores
+from ghost_engines.search.parts import score_parts
 from ghost_engines.search.together import RowScores, scores, search
 from ghost_engines.search.whitening import Whitening
 
@@ -12,6 +13,7 @@ __all__ = [
     "Whitening",
     "group_scores",
     "near_duplicates",
+    "score_parts",
     "scores",
     "search",
 ]

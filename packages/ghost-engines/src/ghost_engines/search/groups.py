@@ -11,7 +11,7 @@ from torch import Tensor
 from ghost_core import UnknownNameError
 from ghost_core.tracking import Patterns
 from ghost_engines.search.together import Stores, compare
-from ghost_engines.store import By, Queries, StoreError
+from ghost_engines.store import By, Labels, Queries, StoreError
 
 REDUCTIONS = ("mean", "sum")
 """How the scores of a group's samples become one."""
@@ -23,6 +23,7 @@ class GroupScores:
 
     Attributes:
         groups: Numbers of the groups, rising, int64 `[G]`.
+        names: Their names, if they have any.
         counts: How many samples each has, int64 `[G]`.
         scores: `[Q, G]`, float64.
     """
@@ -30,6 +31,7 @@ class GroupScores:
     groups: Tensor
     counts: Tensor
     scores: Tensor
+    names: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         """Say how many there are."""
@@ -40,7 +42,7 @@ class GroupScores:
 def group_scores(
     stores: Stores,
     queries: Queries | Sequence[Queries],
-    groups: Tensor,
+    groups: Tensor | Labels,
     by: By | Sequence[By] = "dot",
     *,
     reduce: str = "sum",
@@ -55,7 +57,8 @@ def group_scores(
     Args:
         stores: As for `search`.
         queries: As for `search`.
-        groups: Number of the group of each row, in order of the rows, int64 `[N]`.
+        groups: Group of each row, in order of the rows: its number, int64 `[N]`, or its name, such
+            as `store.groups`.
         by: As for `search`. A sum of cosines is no cosine of the sum.
         reduce: `sum` or `mean`.
         weights: As for `search`.
@@ -74,14 +77,18 @@ def group_scores(
     comparison = compare(
         stores, queries, by=by, weights=weights, parameters=parameters, device=device, block=block
     )
-    _check_groups(groups, comparison.n)
-    known, inverse, counts = groups.to(comparison.device).unique(
+    numbers = groups.codes.long() if isinstance(groups, Labels) else groups
+    _check_groups(numbers, comparison.n)
+    known, inverse, counts = numbers.to(comparison.device).unique(
         return_inverse=True, return_counts=True
     )
     sums = torch.zeros(comparison.q, len(known), dtype=torch.float64, device=comparison.device)
     for start, ids, scores in comparison.scores("scores by group", progress):
         sums.index_add_(1, inverse[start : start + len(ids)], scores.double())
-    return GroupScores(known, counts, sums / counts if reduce == "mean" else sums)
+    names = None
+    if isinstance(groups, Labels):
+        names = tuple(groups.names[number] for number in known.tolist())
+    return GroupScores(known, counts, sums / counts if reduce == "mean" else sums, names)
 
 
 def _check_groups(groups: Tensor, n: int) -> None:

@@ -2,7 +2,14 @@
 
 from ghost_engines.store.beside import Column
 from ghost_engines.store.columns import Columns, columns_of, parameter_columns
-from ghost_engines.store.comparison import By, Comparison, Queries, RowReader, unit_length
+from ghost_engines.store.comparison import (
+    By,
+    Comparison,
+    Queries,
+    RowReader,
+    Scorer,
+    unit_length,
+)
 from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
@@ -32,6 +39,7 @@ __all__ = [
     "Neighbours",
     "Queries",
     "RowReader",
+    "Scorer",
     "StoreError",
     "StoredRows",
     "TensorFile",

@@ -88,6 +88,10 @@ class Scorer:
         parameters: Globs over the parameters whose columns are compared; by default all.
         device: Where to compute; by default where the queries are.
 
+    Attributes:
+        columns: Which columns of a row are compared.
+        queries: What dot products are taken with, `[Q, c]`.
+
     Raises:
         UnknownNameError: If a metric or a parameter does not exist.
         StoreError: If the queries do not fit.
@@ -108,22 +112,22 @@ class Scorer:
             raise StoreError(f"weights must be finite, not {weight}")
         rows = query_rows(queries, store.manifest)
         self.dtype = _check_queries(store, rows)
-        self._columns = columns_of(store.manifest, parameters)
+        self.columns = columns_of(store.manifest, parameters)
         self._cosine = by == "cosine"
         with full_precision(rows.device):
-            asked = rows.detach().to(device or rows.device, self.dtype)[:, self._columns]
+            asked = rows.detach().to(device or rows.device, self.dtype)[:, self.columns]
             if not isinstance(by, str):
-                asked = by.transform(store, asked, self._columns)
+                asked = by.transform(store, asked, self.columns)
             elif self._cosine:
                 asked = unit_length(_without_zeros(asked))
             self.queries = asked * weight
-        self._room = asked.new_empty(0, count(self._columns))
+        self._room = asked.new_empty(0, count(self.columns))
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the scores `[Q, B]` of rows `[B, k_total]`."""
         if len(self._room) < len(rows):  # made once, as new memory costs as much as what is done
             self._room = self._room.new_empty(len(rows), self._room.shape[1])
-        rows = self._room[: len(rows)].copy_(rows[:, self._columns])
+        rows = self._room[: len(rows)].copy_(rows[:, self.columns])
         if not self._cosine:
             return self.queries @ rows.mT
         return _cosines(self.queries, rows)

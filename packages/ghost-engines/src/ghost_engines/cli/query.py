@@ -1,0 +1,233 @@
+"""What `ghost query` does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghost_core import (
+    CaptureError,
+    GhostError,
+    UnknownNameError,
+    UnsupportedLayerError,
+    WrongSplitError,
+)
+from ghost_engines import ProjectedRows, ProjectionEngine
+from ghost_engines.cli.answers import Answer, Asked, Found, as_json, print_answers
+from ghost_engines.cli.batches import check_field, load_batch
+from ghost_engines.cli.errors import CommandError
+from ghost_engines.cli.functions import raised
+from ghost_engines.cli.losses import load_loss
+from ghost_engines.cli.models import load_model
+from ghost_engines.cli.options import Query
+from ghost_engines.cli.places import Place, seed
+from ghost_engines.cli.query_page import write_page
+from ghost_engines.cli.sources import (
+    FileOptions,
+    Source,
+    open_source,
+    positions_of,
+    tokenizer_of,
+)
+from ghost_engines.cli.tables import plain, while_read
+from ghost_engines.digest import model_digest
+from ghost_engines.results import layers
+from ghost_engines.search import Whitening, score_parts
+from ghost_engines.store import By, GradientStore
+
+logger = logging.getLogger(__name__)
+
+_WITH_TEXTS = (".txt", ".jsonl")
+
+
+def query(options: Query) -> int:
+    """Search, write and print what was found, and return the exit status."""
+    seed(options.seed)
+    _check(options)
+    store = GradientStore.open(options.store)
+    loss, loss_name = load_loss(options.loss or _known_loss(store))
+    model = load_model(options.model)
+    place = Place(options.device, options.dtype)
+    place.model(model)
+    _check_model(model, options, store)
+    batch, texts = _batch(options, model)
+    try:
+        rows = _projected(model, store, loss, place.batch(batch))
+    except (UnsupportedLayerError, WrongSplitError) as error:
+        with while_read():
+            print(plain(f"refused: {error}"))
+        return 1
+    stored = _stored_texts(options, store, model)
+    by: By = Whitening.of(store, options.damping) if options.by == "whitened" else options.by
+    asked = Asked(
+        store=str(options.store), model=f"{options.model} ({type(model).__name__})", loss=loss_name,
+        rows=len(store), by=options.by, parameters=options.parameters, smallest=options.smallest,
+    )  # fmt: skip
+    answers = _answers(options, store, rows, by, texts, stored)
+    if options.html is not None:
+        write_page(options.html, asked, answers)
+    with while_read():
+        if options.json:
+            print(json.dumps(as_json(asked, answers), indent=1))
+        else:
+            print_answers(asked, answers)
+    return 0
+
+
+def _check(options: Query) -> None:
+    """Refuse what does not fit together before the work is done."""
+    if bool(options.text) == (options.file is not None):
+        raise CommandError("give either --text or --file: what is asked for")
+    if options.k < 1:
+        raise CommandError(f"-k must be at least 1, not {options.k}")
+    check_field(options.field, [str(each) for each in (options.file, options.data) if each])
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise CommandError(f"--max-tokens must be at least 1, not {options.max_tokens}")
+    if options.html is not None and not options.html.absolute().parent.is_dir():
+        raise CommandError(f"--html: there is no folder {options.html.absolute().parent}")
+
+
+def _check_model(model: nn.Module, options: Query, store: GradientStore) -> None:
+    """Refuse another model than that of the rows, if the store says which that is."""
+    known = store.manifest.info.get("model")
+    if known is not None and known != model_digest(model):
+        raise CommandError(
+            f"MODEL: {options.model} is not the model that the store at {options.store} was made "
+            f"with: its parameters or buffers have other values, cast to --dtype {options.dtype}"
+        )
+    if known is None:
+        logger.warning(
+            "the store at %s does not say with which model it was made: scores are noise if it is "
+            "another one", options.store,
+        )  # fmt: skip
+
+
+def _known_loss(store: GradientStore) -> str | None:
+    """Return the loss of the store's rows, if it says so in a way that `ghost project` does."""
+    known = store.manifest.info.get("loss")
+    return known if isinstance(known, str) and (known in ("mean", "sum") or ":" in known) else None
+
+
+def _batch(options: Query, model: nn.Module) -> tuple[Any, list[str] | None]:
+    """Return what is asked for as a batch, and its texts, if it has any."""
+    if options.file is None:
+        return _tokens(options.text, "--text", options, model), list(options.text)
+    if Path(options.file).suffix not in _WITH_TEXTS:
+        return load_batch(options.file, options.model, model, max_tokens=options.max_tokens), None
+    source = _source(Path(options.file), "--file", options, model)
+    texts = [str(source.text(at)) for at in range(len(source))]
+    return _tokens(texts, "--file", options, model), texts
+
+
+def _tokens(texts: Sequence[str], option: str, options: Query, model: nn.Module) -> Any:
+    """Return texts as a batch of token ids; none is cut off unasked."""
+    most, positions = options.max_tokens, positions_of(model)
+    found = tokenizer_of(options.model, option)(
+        list(texts),
+        padding=True,
+        truncation=most is not None,
+        max_length=most,
+        return_tensors="pt",
+    )
+    length = found["input_ids"].shape[1]
+    if positions is not None and length > positions:
+        raise CommandError(
+            f"{option}: a text has {length} tokens, and the model takes {positions}: take some of "
+            "them with --max-tokens"
+        )
+    return {key: found[key].long() for key in ("input_ids", "attention_mask")}
+
+
+def _projected(model: nn.Module, store: GradientStore, loss: Any, batch: Any) -> ProjectedRows:
+    """Return the projected gradients of the queries' own losses."""
+    model.eval()
+    try:
+        engine = ProjectionEngine.from_manifest(model, store)
+    except (CaptureError, UnknownNameError) as error:
+        raise CommandError(f"MODEL does not fit the store: {error}") from error
+    try:
+        with torch.no_grad():
+            losses = loss(model, batch)
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            raise CommandError(f"the loss must return one loss per query, [N], not {losses!r}")
+        with engine.frozen(), engine.batch(torch.arange(len(losses))):
+            losses = loss(model, batch)
+            (losses.mean() if engine.loss_weights == "mean" else losses.sum()).backward()
+        return engine.collect()
+    except GhostError:
+        raise
+    except Exception as error:  # of torch, such as out of memory, or of the model
+        logger.debug("projecting failed", exc_info=True)
+        raise CommandError(raised("projecting the query", error)) from error
+
+
+def _source(path: Path, option: str, options: Query, model: nn.Module) -> Source:
+    how = FileOptions(option, options.model, model, options.field, options.max_tokens)
+    source = open_source(path, how, None)
+    if source is None:
+        raise CommandError(f"{option}: {path} is no file of texts or token ids")
+    return source
+
+
+def _stored_texts(options: Query, store: GradientStore, model: nn.Module) -> Source | None:
+    """Return the samples that the store was made of, if they can be found."""
+    path = options.data
+    if path is None:
+        named = [Path(file.path) for file in store.manifest.data_files]
+        if len(named) != 1 or named[0].suffix not in _WITH_TEXTS or not named[0].is_file():
+            return None
+        (path,) = named
+    return _source(path, "--data", options, model)
+
+
+def _answers(
+    options: Query,
+    store: GradientStore,
+    rows: ProjectedRows,
+    by: By,
+    texts: list[str] | None,
+    stored: Source | None,
+) -> list[Answer]:
+    near = store.search(
+        rows, options.k, by, largest=not options.smallest, parameters=options.parameters
+    )
+    parts = {}
+    if options.by_layer:
+        each = score_parts(store, rows, near.ordinals, by, parameters=options.parameters)
+        parts = {
+            layer: torch.stack([each[name] for name in names]).sum(0).tolist()
+            for layer, names in layers(each).items()
+        }
+    groups, ids, ordinals = store.groups, near.ids.tolist(), near.ordinals.tolist()
+
+    def one(q: int, at: int, score: float) -> Found:
+        return Found(
+            id=ids[q][at],
+            score=score,
+            group=None if groups is None else groups[ordinals[q][at]],
+            text=_text(stored, ids[q][at]),
+            layers={layer: part[q][at] for layer, part in parts.items()},
+        )
+
+    answers = []
+    for q, scores in enumerate(near.scores.tolist()):
+        found = [one(q, at, score) for at, score in enumerate(scores)]
+        answers.append(Answer(None if texts is None else texts[q], found))
+    return answers
+
+
+def _text(stored: Source | None, id_: int) -> str | None:
+    if stored is None:
+        return None
+    if not 0 <= id_ < len(stored):
+        raise CommandError(
+            f"--data has {len(stored)} samples, and the store has one with the id {id_}: give the "
+            "file that it was made of"
+        )
+    return stored.text(id_)
