@@ -16,7 +16,7 @@ PACKAGES = ["ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"]
 # Names on one floor do not know each other. The package's own name is its face.
 FLOORS = [
     {"restoring"},
-    {"errors", "_trees", "switches"},
+    {"errors", "_trees", "_modes", "switches"},
     {"_torch", "_distributed", "arguments", "process"},
     {"algebra", "ranks"},
     {"sampler", "projection", "policy"},

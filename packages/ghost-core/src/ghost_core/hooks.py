@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
-from ghost_core._torch import uncompiled
+from ghost_core._modes import uncompiled
 
 
 class Hook:

@@ -214,7 +214,7 @@ class DotProductEngine(ScoringEngine[Scores]):
         norms = self._takes_norms and alone
         found = gradient.reduce(directions, norms=norms, total=self.makes_gradients)
         if found.dots is not None:
-            self._dots[name][pass_.samples] += found.dots
+            self._dots[name][pass_.samples].add_(found.dots)
         if terms is not None and found.squared_norms is not None:
             terms.add_norms(pass_, name, found.squared_norms)
         return found.total

@@ -293,10 +293,7 @@ class ScoringEngine(Engine[ScoresT]):
             observer.starting()
         with self.paused():
             self._stacked = self._directions.renewed()
-        self._dots = {
-            name: stacked.new_zeros(batch.n, len(self.directions))
-            for name, stacked in self._stacked.items()
-        }
+        self._dots = _zeros(self._stacked, batch.n, len(self.directions))
         if self._per_token:
             dtype = accumulation_dtype(*self._dots.values())
             shape, device = (batch.n, 0, len(self.directions)), self.parameters[0].device
@@ -325,13 +322,15 @@ class ScoringEngine(Engine[ScoresT]):
             by_token = gradient.token_dot(stacked)
             self._tokens.add(pass_, parameter.name, by_token)
             dots = by_token.sum(1)
-        self._dots[parameter.name][pass_.samples] += dots
+        self._dots[parameter.name][pass_.samples].add_(dots)
         return None
 
     def on_end(self, batch: Batch[ScoresT]) -> ScoresT:
         """Return the dots, and tell the observers."""
-        dots = {name: values / self.scale for name, values in self._dots.items()}
-        tokens = None if self._tokens is None else self._tokens.total() / self.scale
+        dots, scale = self._dots, self.scale
+        if scale != 1:
+            dots = {name: values / scale for name, values in dots.items()}
+        tokens = None if self._tokens is None else self._tokens.total() / scale
         scores = self.make_scores(batch, dots, tokens)
         for observer in self._observers:
             observer.scored(scores)
@@ -370,3 +369,18 @@ class ScoringEngine(Engine[ScoresT]):
                 remedy=f"leave them out with exclude={','.join(owned)!r}, or make the engine "
                 "without per_token=True",
             )
+
+
+def _zeros(stacked: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
+    """Return zeros for the dots by parameter name, `[N, K]`, where the directions are.
+
+    Those of a kind share memory: small ones are many.
+    """
+    kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, each in stacked.items():
+        kinds.setdefault((each.dtype, each.device), []).append(name)
+    zeros: dict[str, Tensor] = {}
+    for (dtype, device), names in kinds.items():
+        shared = torch.zeros(len(names), n, k, dtype=dtype, device=device)
+        zeros |= zip(names, shared.unbind(), strict=True)
+    return {name: zeros[name] for name in stacked}

@@ -83,6 +83,8 @@ class Dense(PerSampleGradient):
         self, directions: Tensor | None = None, *, norms: bool = False, total: bool = False
     ) -> Reduced:
         """Sum the terms once, whatever is asked for."""
+        if directions is not None and not (norms or total):
+            return Reduced(dots=self.dot(directions))
         flat = None if directions is None else as_rows(directions)
         found = reduce_built([as_rows(self.materialize())], flat, norms=norms, total=total)
         if found.total is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -15,13 +15,13 @@ from ghost_core.restoring import restored
 
 def accumulation_dtype(*values: Tensor | torch.dtype) -> torch.dtype:
     """Return the dtype for products and sums: float32, or float64 if a tensor or dtype is."""
-    dtypes = [value if isinstance(value, torch.dtype) else value.dtype for value in values]
-    wide = torch.float64 in dtypes
-    return torch.float64 if wide else torch.float32
+    for value in values:
+        if (value if isinstance(value, torch.dtype) else value.dtype) is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Compute without gradients, autocast, TF32 or reduced-precision float32 products.
 
     A product of bfloat16 tensors is up to 18 % off the dot that it stands for, so every factor is
@@ -33,8 +33,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
     exact, grad = products_are_exact(device.type), torch.is_grad_enabled()
     autocast = torch.is_autocast_enabled(device.type)
     if exact and not grad and not autocast:
-        yield
-        return
+        return _AS_IT_IS
+    return _set_precisely(device, exact=exact, grad=grad, autocast=autocast)
+
+
+_AS_IT_IS = nullcontext()
+
+
+@contextmanager
+def _set_precisely(
+    device: torch.device, *, exact: bool, grad: bool, autocast: bool
+) -> Iterator[None]:
     with restored() as stack:
         if not exact:
             stack.enter_context(exact_products())

@@ -163,10 +163,13 @@ class Outer(PerSampleGradient):
         dtype = accumulation_dtype(self.grad, directions)
         grad = self.grad.to(dtype)
         mixed = (self.factor.mix(self._as_map(direction.to(dtype))) for direction in directions)
-        if len(dims) == 3 and self.n:  # whole samples: products that are summed as they are made
-            rows = as_rows(grad).unsqueeze(2)
-            return torch.cat([(as_rows(each).unsqueeze(1) @ rows)[:, 0] for each in mixed], 1)
-        return torch.stack([(each * grad).sum(dims) for each in mixed], dim=-1)
+        if len(dims) == 3:  # of whole samples: rows, so that sums run through memory as it lies
+            order = _as_it_lies(grad)
+            rows = as_rows(grad.permute(order))
+            dots = [(as_rows(each.permute(order)) * rows).sum(1) for each in mixed]
+        else:
+            dots = [(each * grad).sum(dims) for each in mixed]
+        return torch.stack(dots, dim=-1) if len(dots) > 1 else dots[0].unsqueeze(-1)
 
     def _as_map(self, direction: Tensor) -> Tensor:
         """Turn a direction of the parameter's shape into `[G, p, d]`."""
@@ -211,6 +214,17 @@ class Outer(PerSampleGradient):
             outputs = other.factor.inner(grads, paired=paired)
             outputs = outputs.mT if paired else outputs.permute(1, 0, 2, 4, 3)
         return (inputs * outputs).sum((-3, -2, -1))
+
+
+def _as_it_lies(values: Tensor) -> list[int]:
+    """Return the axes of samples first, and the others as they lie in memory, from far to near.
+
+    The gradient of a convolution comes with its channels first:
+
+        [N, T, G, p] of strides (T·G·p, 1, T·p, T)  0, 2, 3, 1, which is no copy as rows
+    """
+    strides = values.stride()
+    return [0, *sorted(range(1, values.dim()), key=lambda axis: -strides[axis])]
 
 
 def _narrowed(values: Tensor, grad: Tensor, other: Outer) -> Tensor:

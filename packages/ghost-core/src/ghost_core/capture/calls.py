@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from ghost_core._modes import unseen
 from ghost_core._torch import (
     address,
     backward_hooks,
@@ -22,15 +22,17 @@ from ghost_core._torch import (
     has_global_forward_hooks,
     in_backward,
     saves_elsewhere,
+    without_gradients,
 )
 from ghost_core._trees import tensors_in, tree_flatten
 from ghost_core.algebra import full_precision
-from ghost_core.capture.delivery import Delivery, keep
+from ghost_core.capture.delivery import Delivery, Kept, keep
 from ghost_core.capture.refusals import declared_wrongly, hooked
 from ghost_core.capture.state import CaptureState, Running
 from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
 from ghost_core.hooks import Hook
+from ghost_core.sampler import Call, GradientSampler
 from ghost_core.split import Lift, RowAxes, Site, describe, find_axes
 from ghost_core.tracking import TrackedModule, owner_of, parameter_of
 
@@ -48,6 +50,7 @@ class CallHooks:
     state: CaptureState
     _first: RemovableHandle = field(init=False)
     _last: RemovableHandle = field(init=False)
+    _prepares: bool = field(init=False)
 
     def install(self, handles: list[RemovableHandle]) -> None:
         """Put them on the module.
@@ -56,6 +59,8 @@ class CallHooks:
             handles: Where what takes them away again is added, in the line that puts them there.
         """
         module = self.tracked.module
+        kind = type(self.tracked.sampler)
+        self._prepares = kind.prepare is not GradientSampler.prepare
         before, after = Hook(self._before), Hook(self._after)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._last = handles[-1]
@@ -65,10 +70,13 @@ class CallHooks:
         self._first = handles[-1]
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.state.check_thread(module, self.tracked.module)
-        if self.state.listens(module, self.tracked.module):
+        if self.state.listens(module, self.tracked.module, begins=True):
             with self.state.silence():
-                self._begin(module, args, kwargs)
+                begin = self._begin
+                if self._prepares:
+                    begin(module, args, kwargs)
+                else:
+                    unseen(begin, module, args, kwargs)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._guard(module)
@@ -85,8 +93,9 @@ class CallHooks:
         if running.lifted and running.lift is None:
             return
         if not running.shared or not self.tracked.sampler.replays:
-            with self.tracked.blame:
-                running.before = self.tracked.sampler.prepare(module)
+            if self._prepares:
+                with self.tracked.blame:
+                    running.before = self.tracked.sampler.prepare(module)
             withheld = () if running.shared else self.state.withheld(self.tracked)
             for local in withheld:
                 running.withhold(parameter_of(module, local))
@@ -185,9 +194,12 @@ class CallHooks:
                     assert self.state.batch is not None
                     self.state.batch.seen.add(self.tracked.name)
                     return None
+                before = None if ended is None else ended.before
                 if ended is not None and ended.shared:
-                    return self._followed(args, kwargs, output, ended.before)
-                return self._tapped(args, kwargs, output, None if ended is None else ended.before)
+                    return self._followed(args, kwargs, output, before)
+                if self._is_plain(args, kwargs, output):
+                    return unseen(self._tapped, args, kwargs, output, before)
+                return self._tapped(args, kwargs, output, before)
         except BaseException:
             # The root's own hooks go on, whoever failed: there is nothing left to verify.
             pass_, batch = self.state.pass_, self.state.batch
@@ -195,6 +207,15 @@ class CallHooks:
                 batch.passes.remove(pass_)
                 self.state.pass_ = None
             raise
+
+    def _is_plain(self, args: Any, kwargs: Any, output: Any) -> bool:
+        """Tell whether nothing but torch's own tensors is there, and no code of the user's runs."""
+        return (
+            type(output) is Tensor
+            and not kwargs
+            and all(type(value) is Tensor for value in args)
+            and not self.tracked.sampler.replays
+        )
 
     def _finished(self) -> Running | None:
         """End the call, if its beginning was seen."""
@@ -231,23 +252,35 @@ class CallHooks:
                 f"{name} was called outside a call of the model: call the module that the "
                 "engine was made for, or close the batch first"
             )
-        leaves, structure = tree_flatten(output)
+        alone = type(output) is Tensor  # as nearly all are: no tree to walk
+        leaves, structure = ([output], None) if alone else tree_flatten(output)
         if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
             raise CaptureError(f"{self.tracked.label} returned complex numbers: exclude it")
         # Where parameters are frozen, outputs get a graph from their Tap.
-        frozen = bool(self.state.flags) or bool(self.state.withheld(self.tracked))
+        made = self.state.made(self.tracked)
+        withheld = bool(made) and not self.state.verifier.watching
+        frozen = bool(self.state.flags) or withheld
         taken = [at for at, leaf in enumerate(leaves) if _is_differentiable(leaf, frozen)]
         if not taken:
             batch.unseen.add(name)
             return None
         batch.seen.add(name)
-        tapped = self._record(args, kwargs, [leaves[at] for at in taken], before)
+        outputs = [leaves[at] for at in taken]
+        tapped = self._record(args, kwargs, outputs, before, made, withheld)
+        if structure is None:
+            return tapped[0]
         for at, value in zip(taken, tapped, strict=True):
             leaves[at] = value
         return tree_unflatten(leaves, structure)
 
     def _record(
-        self, args: Any, kwargs: Any, outputs: list[Tensor], before: object
+        self,
+        args: Any,
+        kwargs: Any,
+        outputs: list[Tensor],
+        before: object,
+        made: tuple[str, ...],
+        withheld: bool,
     ) -> tuple[Tensor, ...]:
         """Record a call and return its outputs with a Tap behind them."""
         state, tracked, batch = self.state, self.tracked, self.state.batch
@@ -267,37 +300,52 @@ class CallHooks:
         state.told_apart |= axes.tell_apart(outputs)
         call = describe(tracked, outputs, axes, args, kwargs, before)
         given, outputs = outputs, self._expanded(outputs, axes)
-        with full_precision(outputs[0].device):
-            with tracked.blame:
-                records = dict(tracked.sampler.record(call))
-            if outputs[0].shape != given[0].shape:
-                records = {local: record.expand(axes.count) for local, record in records.items()}
-            kept, saved = keep(batch.listeners, tracked, records)
+        kept, saved = without_gradients(self._kept, call, axes, outputs[0], given[0])
         if state.pass_ is not None:
             for parameter in tracked.parameters.values():
                 state.pass_.use(parameter.name)
-        made, withheld = state.made(tracked), bool(state.withheld(tracked))
         parameters = [parameter_of(tracked.module, local) for local in made]
         past = call.past()
         delivery = Delivery(state, batch, state.pass_, tracked, past, site, kept, made, withheld)
         state.add(site)
         tapped = tap(delivery.deliver, state.seed, outputs, parameters, saved, tracked.label)
-        for output, was in zip(tapped, given, strict=True):
-            if output.shape != was.shape and state.verifying:  # expanded from one row
-                state.verifier.watch(output, tracked)
+        if outputs is not given and state.verifying:
+            for output, was in zip(tapped, given, strict=True):
+                if output.shape != was.shape:  # expanded from one row
+                    state.verifier.watch(output, tracked)
         return tapped
 
-    def _expanded(self, outputs: Sequence[Tensor], axes: RowAxes) -> list[Tensor]:
-        """Return outputs with all their rows.
+    def _kept(
+        self, call: Call, axes: RowAxes, output: Tensor, given: Tensor
+    ) -> tuple[list[Kept], list[Tensor]]:
+        """Let the sampler record a call, and the engines keep what it recorded.
+
+        Args:
+            call: The call.
+            axes: Where it has its rows.
+            output: The first of its outputs, with all rows.
+            given: The same as the module returned it.
+        """
+        tracked, batch = self.tracked, self.state.batch
+        assert batch is not None
+        with full_precision(output.device):
+            with tracked.blame:
+                records = tracked.sampler.record(call)
+            if output is not given and output.shape != given.shape:
+                records = {local: record.expand(axes.count) for local, record in records.items()}
+            return keep(batch.listeners, tracked, records)
+
+    def _expanded(self, outputs: list[Tensor], axes: RowAxes) -> list[Tensor]:
+        """Return outputs with all their rows: themselves where they have these.
 
         While the pass is watched, what was expanded has memory of its own, so that an operation in
         place comes as far as being found; and so has a part of a parameter that a module returns,
         which is no use of the parameter from there on.
         """
         with self.state.silence():
-            rows = axes.expanded(outputs)
             if not self.state.verifier.watching:
-                return rows
+                return axes.expanded(outputs)
+            rows = axes.expanded(outputs)
             parameters = self.tracked.module.parameters()
             memory = {address(parameter) for parameter in parameters}
             return [

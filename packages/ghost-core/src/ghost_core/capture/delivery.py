@@ -94,16 +94,13 @@ class Delivery:
         made: dict[str, Tensor] = {}
         with full_precision(_device(grads)):
             for at, kept in enumerate(self.kept):
-                for local, gradient in self._gradients(pass_, kept, saved, grads):
-                    parameter = self.tracked.parameters[local]
-                    with self.batch.told():
-                        if self.state.balance is not None and not at:
-                            self.state.balance.add(
-                                parameter.name, gradient, self.call.autocast, kept.whole
-                            )
-                        for result in self._heard(kept, pass_, parameter, gradient):
-                            if local in self.made:
-                                made[local] = self._returned(parameter, gradient, result)
+                gradients = self._gradients(pass_, kept, saved, grads)
+                with self.batch.told():
+                    if self.state.balance is not None and not at:
+                        self._weigh(kept, gradients)
+                    for local, parameter, result in self._heard(kept, pass_, gradients):
+                        if local in self.made:
+                            made[local] = self._returned(parameter, gradients[local], result)
         if missing := set(self.made) - set(made):
             raise CaptureError(f"no engine made the gradient of {self._name(missing.pop())}")
         return [made[local] for local in self.made]
@@ -132,19 +129,28 @@ class Delivery:
             )
         return self.pass_
 
+    def _weigh(self, kept: Kept, gradients: Mapping[str, PerSampleGradient]) -> None:
+        """Let gradients be compared with those that autograd makes."""
+        assert self.state.balance is not None
+        for local, gradient in gradients.items():
+            name, autocast = self._name(local), self.call.autocast
+            self.state.balance.add(name, gradient, autocast, kept.whole)
+
     def _heard(
-        self, kept: Kept, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
-    ) -> Iterator[Tensor]:
-        """Tell engines of a gradient, and yield what they make of it."""
-        for listener in kept.listeners:
-            if listener in self.batch.listeners and parameter.name in listener.tracking.names:
-                result = listener.on_gradient(pass_, parameter, gradient)
-                if result is not None:
-                    yield result
+        self, kept: Kept, pass_: Pass, gradients: Mapping[str, PerSampleGradient]
+    ) -> Iterator[tuple[str, TrackedParameter, Tensor]]:
+        """Tell engines of gradients by local name, and yield what they make of each."""
+        for local, gradient in gradients.items():
+            parameter = self.tracked.parameters[local]
+            for listener in kept.listeners:
+                if listener in self.batch.listeners and parameter.name in listener.tracking.names:
+                    result = listener.on_gradient(pass_, parameter, gradient)
+                    if result is not None:
+                        yield local, parameter, result
 
     def _gradients(
         self, pass_: Pass, kept: Kept, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> list[tuple[str, PerSampleGradient]]:
+    ) -> Mapping[str, PerSampleGradient]:
         """Return the per-sample gradients by local name."""
         by_row = self.site.axes.rows_first(grads)
         fold = self.state.verifier.fold(self.call.name)
@@ -153,9 +159,9 @@ class Delivery:
             gradients = self.tracked.sampler.gradients(self.call, kept.restore(saved), by_row)
         self._check(gradients)
         if owner is None:
-            return list(gradients.items())
+            return gradients
         owner = owner.to(_device(grads))
-        return [(local, Owned(each, owner, pass_.n)) for local, each in gradients.items()]
+        return {local: Owned(each, owner, pass_.n) for local, each in gradients.items()}
 
     def _check(self, gradients: Mapping[str, PerSampleGradient]) -> None:
         """Raise if a sampler returned other gradients than it was asked for."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ghost_core._torch import FunctionMode, function_modes
+from ghost_core._modes import FunctionMode, function_modes
 from ghost_core.hooks import Hook
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)

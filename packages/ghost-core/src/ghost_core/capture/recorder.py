@@ -288,8 +288,8 @@ class Recorder:
 
     def _before_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         state = self._state
-        state.check_thread(module, state.model)
-        if not state.listens(module, state.model) or not torch.is_grad_enabled() or in_backward():
+        listens = state.listens(module, state.model, begins=True)
+        if not listens or not torch.is_grad_enabled() or in_backward():
             return
         batch = state.batch
         assert batch is not None

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ghost_core._modes import FunctionMode
 from ghost_core._torch import (
-    FunctionMode,
     in_backward,
     in_checkpoint,
     in_transform,

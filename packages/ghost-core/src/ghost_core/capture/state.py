@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghost_core._torch import foreign_modes_left, in_backward, only_own_modes
+from ghost_core._modes import foreign_modes_left, only_own_modes
+from ghost_core._torch import in_backward
 from ghost_core._trees import tensors_in
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
@@ -29,6 +30,26 @@ _SILENT: ContextVar[frozenset[object]] = ContextVar("silent", default=frozenset(
 
 An interrupt may leave one here, which then is over.
 """
+
+
+class _Silence:
+    """Silence for a batch: entered for each call of a module, so that it is no generator."""
+
+    def __init__(self, silence: object) -> None:
+        self._silence = silence
+
+    def __enter__(self) -> None:
+        self._before = _SILENT.get()
+        _SILENT.set(self._before | {self._silence})
+
+    def __exit__(self, *_: object) -> None:
+        _SILENT.set(self._before)
+
+
+@contextmanager
+def _without_foreign_modes(silence: _Silence) -> Iterator[None]:
+    with silence, foreign_modes_left():
+        yield
 
 
 class Audience(Enum):
@@ -177,23 +198,25 @@ class CaptureState:
         """Whether the open batch is to be verified."""
         return self.batch is not None and any(each.verifies for each in self.batch.listeners)
 
-    def listens(self, module: nn.Module, expected: nn.Module) -> bool:
+    def listens(self, module: nn.Module, expected: nn.Module, *, begins: bool = False) -> bool:
         """Tell whether a hook is to look at a call.
 
         Not at one of a copy, nor where it is paused, nor in a thread that the batch is not of. What
         is recomputed is in threads of autograd's.
+
+        Args:
+            module: The module that is called.
+            expected: The one that the hook was made for.
+            begins: Whether the call begins, so that one with gradients is refused in a thread that
+                the batch is not of.
         """
         if module is not expected or self.batch is None or self.paused:
             return False
-        return self.batch.thread == get_ident() or in_backward()
-
-    def check_thread(self, module: nn.Module, expected: nn.Module) -> None:
-        """Refuse a call with gradients in a thread that the open batch is not of."""
-        batch = self.batch
-        if module is not expected or batch is None or self.paused:
-            return
-        if batch.thread != get_ident() and torch.is_grad_enabled() and not in_backward():
+        if self.batch.thread == get_ident() or in_backward():
+            return True
+        if begins and torch.is_grad_enabled():
             raise in_another_thread()
+        return False
 
     def made(self, tracked: TrackedModule) -> tuple[str, ...]:
         """Return the parameters whose gradients an engine makes in the open batch, local names."""
@@ -202,6 +225,8 @@ class CaptureState:
         for listener, freeze in self.attached:
             if freeze is Freeze.CALL and listener in self.batch.listeners:
                 names = listener.tracking.names  # there is only one such engine
+        if not names:
+            return ()
         return tuple(
             local for local, parameter in tracked.parameters.items() if parameter.name in names
         )
@@ -335,20 +360,10 @@ class CaptureState:
             )
         return self.owned() | self.allowed
 
-    @contextmanager
-    def silence(self) -> Iterator[None]:
+    def silence(self) -> AbstractContextManager[None]:
         """Let calls of modules pass for a while: a sampler runs them, outside of foreign modes."""
-        before = _SILENT.get()
-        silence = object() if self.batch is None else self.batch.silence
-        try:
-            _SILENT.set(before | {silence})
-            if only_own_modes():
-                yield
-            else:
-                with foreign_modes_left():
-                    yield
-        finally:
-            _SILENT.set(before)
+        silence = _Silence(object() if self.batch is None else self.batch.silence)
+        return silence if only_own_modes() else _without_foreign_modes(silence)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

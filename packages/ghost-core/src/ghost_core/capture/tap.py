@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_core._torch import backward_id
+from ghost_core._torch import backward_id, without_gradients
 from ghost_core.errors import CaptureError
 
 Deliver = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None] | None]
@@ -105,8 +105,7 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def run(ctx: Any, grad: Tensor | None) -> Any:
-        with torch.no_grad():
-            made = backward(ctx, grad)
+        made = without_gradients(backward, ctx, grad)
         if not torch.is_grad_enabled() or grad is None or not grad.requires_grad or ctx.absent:
             return made
         return tuple(

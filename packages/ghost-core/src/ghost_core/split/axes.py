@@ -55,13 +55,19 @@ class RowAxes:
             for output, dim in zip(outputs, self.outputs, strict=True)
         )
 
-    def expanded(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return outputs with all their rows; one computed once for all samples is expanded."""
+    def expanded(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Return outputs with all their rows; one computed once for all samples is expanded.
+
+        If all have theirs, it is the list itself.
+        """
+        placed = list(zip(outputs, self.outputs, strict=True))
+        if all(_size(output, dim) in (None, self.count) for output, dim in placed):
+            return outputs
         return [
             output
             if _size(output, dim) in (None, self.count)
             else output.expand(*output.shape[:dim], self.count, *output.shape[dim + 1 :])
-            for output, dim in zip(outputs, self.outputs, strict=True)
+            for output, dim in placed
         ]
 
 
@@ -93,6 +99,10 @@ def find_axes(
     """
     dims = tracked.sampler.batch_dims(tracked.module, len(outputs))
     inputs = 0  # a sampler that knows the axes of the outputs knows those of the inputs
+    if dims is None and owner is None and not routes and len(outputs) == 1:
+        dim = tracked.batch_dim
+        if _size(outputs[0], dim) == n:  # as nearly all are
+            return RowAxes(dim, (dim,), n), None
     if dims is None:
         # A module that is sequence-first inside may return one row per sample all the same.
         expected = tracked.batch_dim
@@ -148,7 +158,7 @@ def describe(
         _rows_first(args, axes.inputs),
         _rows_first(kwargs, axes.inputs),
         tuple(axes.rows_first(outputs)),
-        tracked.shapes,
+        dict(tracked.shapes),
         batch_dim=axes.inputs,
         autocast=autocast,
         before=before,
@@ -167,4 +177,5 @@ def _rows_first(value: Any, dim: int) -> Any:
 
 
 def _size(output: Tensor, dim: int) -> int | None:
-    return output.shape[dim] if output.dim() > dim else None
+    shape = output.shape
+    return shape[dim] if len(shape) > dim else None

@@ -92,13 +92,13 @@ class TrackedModule:
             )
         return replace(self, parameters={**self.parameters, **other.parameters})
 
-    @property
+    @cached_property
     def label(self) -> str:
         """Name and tracked parameters, for messages."""
         names = ", ".join(parameter.name for parameter in self.parameters.values())
         return f"{self.name or '(root)'} [{names}]"
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, Size]:
         """Shapes of the tracked parameters by local name."""
         return {local: parameter.shape for local, parameter in self.parameters.items()}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import WrongSplitError
-from ghost_core._torch import DispatchMode, address
+from ghost_core._modes import DispatchMode
+from ghost_core._torch import address
 from ghost_core._trees import tensors_in
 
 

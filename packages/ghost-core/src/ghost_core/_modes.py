@@ -1,0 +1,137 @@
+"""Modes of torch, and what keeps its compiler from ghost's functions: private names of torch.
+
+Each tells where it was seen; see `ghost_core._torch`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from types import FrameType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.torch_version import TorchVersion
+from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Result = TypeVar("_Result")
+
+
+def uncompiled(function: _Function) -> _Function:
+    """Make a function one that torch's compiler leaves alone, whatever runs it. Torch 2.5.
+
+    `torch.compiler.disable` imports the compiler, which takes seconds; this waits for others to.
+    """
+    disabled: list[Any] = []
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        compiler = sys.modules.get("torch._dynamo")
+        if compiler is None or not _compiles():
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return cast(_Function, run)
+
+
+_CALLBACK_IS_KNOWN = TorchVersion(torch.__version__) >= "2.13"
+
+
+def _compiles() -> bool:
+    """Tell whether torch's compiler looks at the functions that are called now. Torch 2.13.
+
+    What keeps it from one takes as long as a small operation. Older versions than those that were
+    looked at may count references to what this reads wrongly; there it always may.
+    """
+    if not _CALLBACK_IS_KNOWN:
+        return True
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def caller_of(frame: FrameType | None) -> str:
+    """Return the module whose code called what an `uncompiled` function is, by its frame."""
+    frame = None if frame is None else frame.f_back
+    while frame is not None:
+        name: str = frame.f_globals.get("__name__", "")
+        if name != __name__ and not name.startswith("torch._dynamo"):
+            return name
+        frame = frame.f_back
+    return ""
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode that sees every operation and does not import torch's compiler to do so.
+
+    `TorchDispatchMode` is in torch 2.5. From about 2.8 on it wraps `__torch_dispatch__` to keep the
+    compiler from compiling it, which imports all of the compiler, for seconds, at the first
+    operation; unless `_should_skip_dynamo` says no. A compiled model runs uncompiled under a mode.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
+        cls.__torch_dispatch__ = uncompiled(cls.__torch_dispatch__)  # type: ignore[method-assign]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+def only_own_modes() -> bool:
+    """Tell whether there are no dispatch modes but ghost's. Torch 2.5."""
+    modes: list[Any] = _python_dispatch._get_current_dispatch_mode_stack()
+    return not modes or all(isinstance(mode, DispatchMode) for mode in modes)
+
+
+@contextmanager
+def foreign_modes_left() -> Iterator[None]:
+    """Leave dispatch modes that are not ghost's: what a checkpoint keeps is not ghost's to change.
+
+    Modes of torch's own machinery, which stand in for tensors or trace, stay. Torch 2.5.
+    """
+    modes: list[Any] = _python_dispatch._get_current_dispatch_mode_stack()
+    if only_own_modes() or any(mode.is_infra_mode() for mode in modes):
+        yield
+        return
+    with _python_dispatch._disable_current_modes():
+        yield
+
+
+class FunctionMode(TorchFunctionMode):
+    """A mode of ghost's that sees every function of torch, attributes of tensors included."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__torch_function__ = uncompiled(cls.__torch_function__)  # type: ignore[method-assign]
+
+
+def function_modes() -> list[Any]:
+    """Return the modes that see functions of torch, the innermost last. Torch 2.5."""
+    modes: list[Any] = _get_current_function_mode_stack()
+    return modes
+
+
+def unseen(function: Callable[..., _Result], *args: Any) -> _Result:
+    """Call a function of ghost's own, of which no mode of ghost's sees anything. Torch 2.5.
+
+    Modes of others stay on, and then ghost's too. Put back twice, since an interrupt may end the
+    first; see `ghost_core.restoring`.
+    """
+    modes = function_modes()
+    if not modes or not all(isinstance(mode, FunctionMode) for mode in modes):
+        return function(*args)
+    guard = torch._C.DisableTorchFunction()
+    try:
+        try:
+            guard.__enter__()
+            return function(*args)
+        finally:
+            guard.__exit__(None, None, None)
+    finally:
+        guard.__exit__(None, None, None)
