@@ -47,10 +47,11 @@ _CALLBACK_IS_KNOWN = TorchVersion(torch.__version__) >= "2.13"
 def _compiles() -> bool:
     """Tell whether torch's compiler looks at the functions that are called now. Torch 2.13.
 
-    What keeps it from one takes as long as a small operation. Older versions than those that were
-    looked at may count references to what this reads wrongly; there it always may.
+    What keeps it from one takes as long as a small operation. Where it looks, it finds that it
+    does and nothing private. Older versions than those that were looked at may count references to
+    what this reads wrongly; there it always may.
     """
-    if not _CALLBACK_IS_KNOWN:
+    if not _CALLBACK_IS_KNOWN or torch.compiler.is_compiling():
         return True
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 

@@ -200,7 +200,7 @@ class DotProductEngine(ScoringEngine[Scores]):
     ) -> Tensor | None:
         """Multiply with the directions, take norms, and form the sum where it is wanted."""
         name, terms = parameter.name, self._terms
-        alone = terms is None or terms.arrive(pass_, parameter, gradient)
+        alone = terms is None or terms.is_alone(pass_, parameter)
         directions: Tensor | None = self._stacked[name]
         if self._tokens is not None:
             super().multiply(pass_, parameter, gradient)
@@ -211,11 +211,14 @@ class DotProductEngine(ScoringEngine[Scores]):
             else:
                 self._both.keep(name, directions)
                 directions = None
-        norms = self._takes_norms and alone
+        # What is built for the sum anyway has its norm for little; products of terms come later.
+        norms = self._takes_norms and (alone or self.makes_gradients)
         found = gradient.reduce(directions, norms=norms, total=self.makes_gradients)
         if found.dots is not None:
             self._dots[name][pass_.samples].add_(found.dots)
-        if terms is not None and found.squared_norms is not None:
+        if terms is not None and not alone:
+            terms.held.add(pass_, parameter, gradient, found.squared_norms)
+        elif terms is not None and found.squared_norms is not None:
             terms.add_norms(pass_, name, found.squared_norms)
         return found.total
 

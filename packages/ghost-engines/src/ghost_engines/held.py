@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from itertools import combinations, combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -29,14 +29,16 @@ class _Factors:
     gradient: PerSampleGradient
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    squared: Tensor | None = None
+    """Squared norms `[N]`, if they were taken when it arrived."""
 
     @classmethod
-    def of(cls, gradient: PerSampleGradient) -> _Factors | None:
+    def of(cls, gradient: PerSampleGradient, squared: Tensor | None = None) -> _Factors | None:
         """Take a gradient apart; None if it is not made of factors."""
         tensors = _tensors(gradient)
         if not tensors:
             return None
-        return cls(gradient, tensors, tuple(tensor._version for tensor in tensors))
+        return cls(gradient, tensors, tuple(tensor._version for tensor in tensors), squared)
 
     @property
     def overwritten(self) -> bool:
@@ -50,7 +52,7 @@ class _Factors:
 
     def copy(self) -> _Factors:
         """Return the same with memory of its own."""
-        copied = _Factors.of(_copied(self.gradient))
+        copied = _Factors.of(_copied(self.gradient), self.squared)
         assert copied is not None
         return copied
 
@@ -85,10 +87,10 @@ class _Uses:
         self._factors: list[_Factors] = []
         self._built: Tensor | None = None
 
-    def add(self, gradient: PerSampleGradient) -> None:
-        """Add a use."""
+    def add(self, gradient: PerSampleGradient, squared: Tensor | None) -> None:
+        """Add a use, with its squared norms if they are known."""
         waiting = [*self._checked(), gradient]
-        factors = _Factors.of(gradient)
+        factors = _Factors.of(gradient, squared)
         if factors is not None and self._built is None:
             self._factors.append(factors)
             itemsize = accumulation_dtype(*factors.tensors).itemsize
@@ -109,6 +111,18 @@ class _Uses:
         if self._built is not None:
             return [Dense(self._built.unsqueeze(1))]
         return self._checked()
+
+    def squared_norms(self) -> Tensor:
+        """Return squared norms of the sum, `[N]`.
+
+        Raises:
+            CaptureError: If a tensor was overwritten since it arrived.
+        """
+        known = [None] if self._built is not None else [each.squared for each in self._factors]
+        terms = list(zip(self.summands(), known, strict=True))
+        parts = [one.paired(one) if squared is None else squared for one, squared in terms]
+        parts += [2 * one.paired(other) for (one, _), (other, _) in combinations(terms, 2)]
+        return torch.stack(parts).sum(0)
 
     def copy(self) -> _Uses:
         """Return the same with memory of its own."""
@@ -145,17 +159,24 @@ class HeldGradients:
             parameter.name: {} for parameter in self._parameters
         }
 
-    def add(self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient) -> None:
+    def add(
+        self,
+        pass_: Pass,
+        parameter: TrackedParameter,
+        gradient: PerSampleGradient,
+        squared: Tensor | None = None,
+    ) -> None:
         """Hold the gradients of one use of a parameter.
 
         Args:
             pass_: The pass; passes cover the same rows of the batch, or none in common.
             parameter: The parameter.
             gradient: The gradients of the pass's samples.
+            squared: Their squared norms `[N]`, where they were taken already.
         """
         rows = pass_.samples
         by_rows = self._uses[parameter.name]
-        by_rows.setdefault((rows.start, rows.stop), _Uses(parameter, rows)).add(gradient)
+        by_rows.setdefault((rows.start, rows.stop), _Uses(parameter, rows)).add(gradient, squared)
 
     def sum(self) -> dict[str, Tensor]:
         """Return `Σ_n g_n` by parameter, of its shape.
@@ -244,9 +265,7 @@ class HeldGradients:
         squared = _zeros(parameter, n)
         with full_precision(parameter.device):
             for uses in self._uses[parameter.name].values():
-                for one, other in combinations_with_replacement(uses.summands(), 2):
-                    paired = one.paired(other)
-                    squared[uses.rows] += paired if one is other else 2 * paired
+                squared[uses.rows] += uses.squared_norms()
         # Rounding may leave a little less than zero. NaN stays.
         return squared.clamp(min=0)
 

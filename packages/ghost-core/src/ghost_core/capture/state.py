@@ -292,7 +292,7 @@ class CaptureState:
             or "." in local
             or parameter.name in self.shared_names
         }
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters()) if names else {}
         return {name: parameters[name] for name in names if name in parameters}
 
     def called_on_samples(self, inputs: Any) -> bool:

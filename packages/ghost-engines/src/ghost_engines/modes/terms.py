@@ -33,11 +33,10 @@ class Terms:
         self._alone: set[tuple[str, _Rows]] = set()
         self._squared: dict[str, dict[_Rows, Tensor]] = {}
 
-    def arrive(self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient) -> bool:
-        """Hold a gradient if others may arrive for the same samples.
+    def is_alone(self, pass_: Pass, parameter: TrackedParameter) -> bool:
+        """Tell whether the gradient that arrives is all that does for its samples.
 
-        Returns:
-            Whether it is all that arrives, and was not held.
+        One that is not is to be held.
 
         Raises:
             CaptureError: If another one arrived before that was not held.
@@ -54,7 +53,6 @@ class Terms:
             )
         if parameter.name in pass_.several or key in self._several:
             self._several.add(key)
-            self.held.add(pass_, parameter, gradient)
             return False
         self._alone.add(key)
         return True

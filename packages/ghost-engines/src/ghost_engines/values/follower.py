@@ -268,8 +268,8 @@ class Follower:
         return {name: rate / scale for name, rate in rates(self._leaves, optimizer).items()}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        model = self._engine.model
-        return {each.name: model.get_parameter(each.name) for each in self._engine.parameters}
+        leaves = dict(self._engine.model.named_parameters())
+        return {each.name: leaves[each.name] for each in self._engine.parameters}
 
 
 def _scoring(engine: object) -> ScoringEngine[Any]:

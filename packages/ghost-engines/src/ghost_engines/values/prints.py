@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from ghost_core._torch import norms
 _PIECE = 1 << 22
 """Elements that are summed up at a time, so that no gradient is copied as a whole."""
 
+_SMALL = 1 << 14
+"""Elements of a gradient that is looked at with others at once, in few operations for all."""
 
 _ROUNDING = 1e-12
 
@@ -40,17 +43,50 @@ class Print(NamedTuple):
 
 def prints(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the numbers of prints where the gradients are, float64 `[3, P]` for P pieces."""
-    if not gradients:
+    with torch.no_grad():
+        elements = {name: _elements(each) for name, each in gradients.items()}
+        small: dict[torch.device, dict[str, Tensor]] = {}
+        large: dict[str, Tensor] = {}
+        for name, each in elements.items():
+            several = small.setdefault(each.device, {}) if each.numel() <= _SMALL else large
+            several[name] = each
+        found = _of_large(large)
+        for together in small.values():
+            found |= _of_small(together)
+        return found
+
+
+def _of_small(elements: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Return the prints of small gradients on one device."""
+    lengths = [each.numel() for each in elements.values()]
+    flat = torch.cat(list(elements.values())).double()
+    numbers = torch.stack((flat.abs(), flat * flat, flat * _weights(tuple(lengths), flat.device)))
+    rows = torch.stack([part.sum(1) for part in numbers.split(lengths, 1)], 1)
+    rows[1].sqrt_()
+    return zip(elements, rows.split(1, 1), strict=True)
+
+
+@lru_cache(maxsize=16)
+def _weights(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return what elements of gradients that follow one another count for in weighted sums."""
+    weights = torch.ones(sum(lengths), dtype=torch.float64)
+    for part in weights.split(lengths):
+        part[::3] = 2
+    return weights.to(device)
+
+
+def _of_large(elements: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the prints of others, piece by piece."""
+    if not elements:
         return {}
     f64 = torch.float64
-    with torch.no_grad():
-        split = [_elements(each).split(_PIECE) for each in gradients.values()]
-        pieces = [piece for parts in split for piece in parts]
-        weighted = [piece.sum(dtype=f64) + piece[::3].sum(dtype=f64) for piece in pieces]
-        numbers = [*norms(pieces, 1), *norms(pieces, 2), *weighted]
-        device = numbers[0].device
-        rows = torch.stack([each.to(device, non_blocking=True) for each in numbers]).view(3, -1)
-        return dict(zip(gradients, rows.split([len(parts) for parts in split], 1), strict=True))
+    split = [each.split(_PIECE) for each in elements.values()]
+    pieces = [piece for parts in split for piece in parts]
+    weighted = [piece.sum(dtype=f64) + piece[::3].sum(dtype=f64) for piece in pieces]
+    numbers = [*norms(pieces, 1), *norms(pieces, 2), *weighted]
+    device = numbers[0].device
+    rows = torch.stack([each.to(device, non_blocking=True) for each in numbers]).view(3, -1)
+    return dict(zip(elements, rows.split([len(parts) for parts in split], 1), strict=True))
 
 
 def read(*found: Mapping[str, Tensor]) -> list[dict[str, Print]]:
