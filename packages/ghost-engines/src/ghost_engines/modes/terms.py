@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ghost_core import CaptureError, Pass, PerSampleGradient, TrackedParameter
+from ghost_core import CaptureError, Pass, TrackedParameter
 from ghost_engines.held import HeldGradients
 
 _Rows = tuple[int, int]
