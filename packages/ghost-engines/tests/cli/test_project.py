@@ -127,3 +127,17 @@ def test_the_launcher_of_processes_has_a_module_to_run(capsys, monkeypatch):
         runpy.run_module("ghost_engines", run_name="__main__")
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("ghost ")
+
+
+def test_a_launcher_says_which_process_this_is(capsys, monkeypatch):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert project(*MLP, "--store", "g", "--unit", 2) == 0
+        said = capsys.readouterr().out
+        assert ("process\t0 of 2" in said) == (rank == "0")
+    assert GradientStore.open("g").ids.tolist() == list(range(6))
+    assert json.loads(Path("g/project-1-of-2.json").read_text())["samples"] == 2
+    monkeypatch.setenv("RANK", "2")
+    assert project(*MLP, "--store", "g") == 2
+    assert "RANK=2, WORLD_SIZE=2" in capsys.readouterr().err

@@ -185,6 +185,30 @@ def test_an_interrupted_pass_goes_on_bit_by_bit(at, classifier, samples, tmp_pat
     assert shards(tmp_path / "g") == shards(tmp_path / "whole")
 
 
+def test_several_processes_share_units_out(classifier, samples, tmp_path):
+    """One of them breaks off and goes on; whoever comes first, the files are the same."""
+    given = {"batch_size": 2, "unit": 3, **OPTIONS}
+    for rank in (0, 1):
+        project_dataset(classifier, loss, samples, tmp_path / "whole", part=(rank, 2), **given)
+    root = tmp_path / "g"
+    stopped = stopping(3, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        project_dataset(classifier, stopped, samples, root, part=(1, 2), **given)
+    assert GradientStore.open(root).ids.tolist() == [3, 4, 5]
+    done = project_dataset(classifier, loss, samples, root, part=(0, 2), **given)
+    assert (done.samples, done.skipped) == (3 + 3 + 3 + 2, 0)
+    done = project_dataset(classifier, loss, samples, root, part=(1, 2), **given)
+    assert (done.samples, done.skipped) == (6, 3)
+    assert done.store.ids.tolist() == list(range(N))
+    _, rows = oracle(classifier, samples)
+    assert_within(done.store.rows(), rows, 10 * rows.norm(dim=1)[:, None])
+    parts = [f"parts/0000{rank}-of-00002" for rank in (0, 1)]
+    for part in parts:
+        assert shards(root / part) == shards(tmp_path / "whole" / part) != {}
+    with pytest.raises(CaptureError, match="cannot be dealt out"):
+        project_dataset(classifier, loss, Stream(samples), tmp_path / "h", part=(0, 2), **given)
+
+
 def test_an_error_of_the_writer_is_raised_and_loses_nothing(
     classifier, samples, tmp_path, monkeypatch
 ):

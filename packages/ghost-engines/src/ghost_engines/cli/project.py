@@ -20,6 +20,7 @@ from ghost_engines.cli.losses import load_loss
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Project
 from ghost_engines.cli.places import Place, described_parameters, seed
+from ghost_engines.cli.ranks import Ranks
 from ghost_engines.cli.tables import plain, print_table, while_read
 from ghost_engines.dataset import ProjectedData, project_dataset
 from ghost_engines.files import write_atomically
@@ -37,19 +38,23 @@ def project(options: Project) -> int:
     projection = _projection(options)
     loss, loss_name = load_loss(options.loss)
     model = load_model(options.model)
-    place = Place(options.device, options.dtype)
+    ranks = Ranks.now()
+    place = Place(ranks.device(options.device), options.dtype)
     place.model(model)
     named = {entry.name for entry in fields(CorpusOptions)}
     given = {name: value for name, value in asdict(options).items() if name in named}
     corpus = load_corpus(CorpusOptions(**given), model)
     try:
-        done = _projected(options, projection, corpus, model, lambda m, b: loss(m, place.batch(b)))
+        moved = lambda model, batch: loss(model, place.batch(batch))  # noqa: E731
+        done = _projected(options, projection, corpus, model, moved, ranks)
     except (UnsupportedLayerError, WrongSplitError) as error:
         with while_read():
             print(plain(f"refused: {error}"))
         return 1
     groups = list(_groups(done.store))
-    _report(options, done, groups)
+    _report(options, done, groups, ranks)
+    if ranks.rank:
+        return 0
     described = reporting(lambda: [*described_parameters(model)], "MODEL: looking at it")()
     with while_read():
         print_table(
@@ -65,6 +70,7 @@ def project(options: Project) -> int:
                 ("projected now", str(done.samples)),
                 ("tokens now", str(done.tokens)),
                 ("seconds", f"{done.seconds:.1f}"),
+                *([] if ranks.world == 1 else [("process", f"0 of {ranks.world}")]),
             ],
         )
         print()
@@ -119,7 +125,12 @@ def _dim(option: str, text: str) -> Any:
 
 
 def _projected(
-    options: Project, projection: dict[str, Any], corpus: Corpus, model: Any, loss: Any
+    options: Project,
+    projection: dict[str, Any],
+    corpus: Corpus,
+    model: Any,
+    loss: Any,
+    ranks: Ranks,
 ) -> ProjectedData:
     batch_size = options.batch_size
     if batch_size is None and options.tokens_per_batch is None:
@@ -135,6 +146,8 @@ def _projected(
             tokens_per_batch=options.tokens_per_batch,
             columns=corpus.columns,
             unit=options.unit,
+            part=None if ranks.world == 1 else (ranks.rank, ranks.world),
+            progress=False if ranks.rank else None,
             info={"loss": options.loss},
             files=corpus.files,
             notes={"config": effective(options)},
@@ -162,8 +175,10 @@ def _groups(store: GradientStore) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _report(options: Project, done: ProjectedData, groups: Sequence[tuple[str, ...]]) -> None:
-    """Write config and statistics beside the rows."""
+def _report(
+    options: Project, done: ProjectedData, groups: Sequence[tuple[str, ...]], ranks: Ranks
+) -> None:
+    """Write config and statistics beside the rows: a file for each process."""
     titles = ("domain", "samples", "mean_loss", "mean_norm")
     content = {
         "config": effective(options),
@@ -174,4 +189,5 @@ def _report(options: Project, done: ProjectedData, groups: Sequence[tuple[str, .
         "domains": [dict(zip(titles, group, strict=True)) for group in groups],
     }
     root = done.store.path
-    write_atomically(root / REPORT, (json.dumps(content, indent=1) + "\n").encode(), root)
+    name = REPORT if ranks.world == 1 else f"project-{ranks.rank}-of-{ranks.world}.json"
+    write_atomically(root / name, (json.dumps(content, indent=1) + "\n").encode(), root)

@@ -26,7 +26,6 @@ from ghost_engines.dataset.windows import (
     Windows,
     batch_tokens,
     packing_of,
-    window_size,
 )
 from ghost_engines.dataset.writing import Part, Writer, Written
 from ghost_engines.digest import model_digest
@@ -72,6 +71,7 @@ def project_dataset(
     norms: bool = True,
     losses: bool = True,
     unit: int = 4096,
+    part: tuple[int, int] | None = None,
     info: Mapping[str, Any] | None = None,
     files: Sequence[DataFile] | None = None,
     notes: Mapping[str, Any] | None = None,
@@ -110,6 +110,8 @@ def project_dataset(
         norms: Whether to store norms, of rows before any `unit_norm`, as the column `norm`.
         losses: Whether to store losses.
         unit: Rows per file of the store.
+        part: `(rank, world)`, where several processes project one data set: units are dealt out to
+            them in turn, and none waits for another. Each returns the store as it is then.
         info: What else changes a value of a row; the digest of the model is among it anyway.
         files: The files that the data come from.
         notes: Whatever is worth remembering.
@@ -137,11 +139,22 @@ def project_dataset(
     resumed = (root / MANIFEST).exists()
     unit = Manifest.read(root).unit if resumed else whole("unit", unit, least=1)
     packing = packing_of(batch_size, tokens_per_batch, length, collate)
-    windows = Windows(data, ids, packing, window_size(unit))
+    windows = Windows(data, ids, packing, unit, (0, 1) if part is None else part)
     declared = {name: dtype for name, (dtype, _) in columns.items()}
     declared |= {"norm": "float32"} if norms else {}
     known = {"model": model_digest(model), **({} if info is None else info)}
-    if resumed:
+    if part is not None:
+        store = GradientStore.join(
+            root,
+            engine,
+            part=part,
+            unit=unit,
+            columns=declared,
+            info=known,
+            data=files,
+            notes=notes,
+        )
+    elif resumed:
         store = GradientStore.resume(root, engine, columns=declared, info=known, data=files)
     else:
         store = GradientStore.create(

@@ -99,10 +99,11 @@ class Windows:
         data: The data set: see `score_dataset`.
         ids: Where ids are: as there.
         packing: How samples are put into batches.
-        size: Samples of a window. What comes as batches has a window for each.
+        unit: Rows of a unit of the store, which whole windows fill.
+        part: Which units are wanted, `(rank, world)`: they are dealt out in turn.
 
     Attributes:
-        total: How many samples there are; None if nobody knows.
+        total: How many samples are wanted; None if nobody knows.
         positions: Whether any sample can be asked for, by its position.
         numbered: Whether samples have no ids but their positions.
 
@@ -110,8 +111,16 @@ class Windows:
         CaptureError: If it is none, or batches that are given are to be packed.
     """
 
-    def __init__(self, data: Any, ids: Ids, packing: Packing, size: int) -> None:
-        self._data, self._ids, self._packing, self._size = data, ids, packing, size
+    def __init__(
+        self,
+        data: Any,
+        ids: Ids,
+        packing: Packing,
+        unit: int,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._data, self._ids, self._packing = data, ids, packing
+        self._unit, self._size, self._part = unit, window_size(unit), part
         samples = isinstance(data, Dataset) or is_map_style(data)
         in_batches = isinstance(data, (DataLoader, *WHOLE)) or not samples
         self.positions = not in_batches and not isinstance(data, IterableDataset)
@@ -129,9 +138,15 @@ class Windows:
         if self._batches is not None:
             self.total = self._batches.total
         elif self.positions:
-            self.total = len(data)
-        if self.total == 0:
-            raise CaptureError("data is empty", remedy="give data with at least one sample")
+            if not len(data):
+                raise CaptureError("data is empty", remedy="give data with at least one sample")
+            self.total = sum(len(each) for each in self._windows())
+        if part != (0, 1) and not self.positions:
+            raise CaptureError(
+                "data cannot be dealt out to several writers",
+                reason=f"samples of a {type(data).__name__} cannot be asked for by position",
+                remedy="give a data set with a length and items, or let one process project it",
+            )
         self.numbered = self.positions and ids is None and taken_apart(data[0])[0] is None
 
     def among(self, wanted: Callable[[int, int], bool]) -> Iterator[Window]:
@@ -162,11 +177,17 @@ class Windows:
                 yield start, samples
                 start += len(samples)
             return
-        assert self.total is not None
-        for start in range(0, self.total, self._size):
-            count = min(self._size, self.total - start)
-            if wanted(start, count):
-                yield start, [self._data[at] for at in range(start, start + count)]
+        for window in self._windows():
+            if wanted(window.start, len(window)):
+                yield window.start, [self._data[at] for at in window]
+
+    def _windows(self) -> Iterator[range]:
+        """Yield the positions of each window in the units that are wanted."""
+        rank, world = self._part
+        n, unit = len(self._data), self._unit
+        for first in range(rank * unit, n, world * unit):
+            for start in range(first, min(first + unit, n), self._size):
+                yield range(start, min(start + self._size, n))
 
     def _window(self, start: int, samples: list[Any]) -> Window:
         taken = [taken_apart(sample) for sample in samples]
