@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = "docs/quickstart.md"
 VALUES = "docs/values.md"
 DATASET = "docs/dataset.md"
+PROJECT = "docs/project.md"
 LOG = "docs/log.md"
 RUNS = "docs/runs.md"
 FRAGMENTS = (
@@ -208,6 +209,17 @@ def test_a_data_set_is_scored_as_the_page_says():
     assert namespace["worst"]["id"].tolist() == table.scores[:, 0].argsort()[:10].tolist()
     assert again.ids.tolist() == namespace["order"].tolist()
     assert Path("scores.svg").stat().st_size > 1000
+
+
+def test_a_corpus_is_projected_and_asked_as_the_page_says():
+    namespace = {}
+    with torch.random.fork_rng(devices=[]):
+        for block in blocks(PROJECT):
+            run(block, namespace)
+    store = ghost_engines.GradientStore.open("gradients")
+    assert f"# {len(store)} rows of {store.k_total} float32" in blocks(PROJECT)[0].code
+    assert 2 in namespace["found"].ids[0].tolist()  # which counts in threes, as the query does
+    assert namespace["done"].store.groups.equal("odd").sum() == 100
 
 
 def test_a_log_is_written_resumed_and_read_as_the_page_says():
