@@ -82,7 +82,7 @@ def check_file(path: Path) -> None:
         raise UnknownNameError("kind of file", path.suffix, _WRITERS, f"It is the end of {path}.")
     if path.suffix == ".parquet":
         _pandas(str(path))
-        _pyarrow(str(path))
+        pyarrow_for(str(path))
     check_folder(path)
 
 
@@ -157,7 +157,7 @@ def _json_number(value: float) -> float | None:
 
 
 def _parquet(table: Table) -> bytes:
-    _pyarrow("to_parquet()")
+    pyarrow_for("to_parquet()")
     found: bytes = table.to_pandas().to_parquet(None, engine="pyarrow", index=False)
     return found
 
@@ -173,8 +173,18 @@ def _pandas(purpose: str) -> Any:
     return pandas
 
 
-def _pyarrow(purpose: str) -> None:
+def pyarrow_for(purpose: str) -> tuple[Any, Any]:
+    """Return pyarrow and its module for Parquet.
+
+    Args:
+        purpose: What needs them, for the error.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
     try:
-        import pyarrow  # noqa: F401 - pandas writes with it
+        import pyarrow
+        import pyarrow.parquet
     except ImportError as error:
         raise MissingExtraError("pyarrow", "ghost-engines[parquet]", purpose) from error
+    return pyarrow, pyarrow.parquet

@@ -172,8 +172,10 @@ INPUTS = [
     *(tokens(f"a\0b.{kind}") for kind in ("txt", "jsonl", "npy", "safetensors")),
     *(tokens("subjects:ids", f"checkpoint-{at}") for at in range(len(CONFIGURATIONS))),
     *(given(*OWN, *option) for option in OPTIONS),
-    *(["store", path] for path in STORES),
-    *(["store", path, "--verify"] for path in STORES),
+    *(["store", "info", path] for path in STORES),
+    *(["store", "verify", path] for path in STORES),
+    *(["store", "export", path, "--out", "out"] for path in STORES),
+    *(["store", "merge", path, "--into", "new"] for path in STORES),
     *(["values", path] for path in STORES),
     *(["values", ".", "--out", f"{path}.csv"] for path in STORES),
 ]
@@ -220,8 +222,10 @@ CHOSEN = [
             ("--layers", "nope"), ("--exclude", "*"), ("--samples", 0), ("--field", "body"),
         ]
     ),
-    *(["store", path] for path in ("missing", "a-file", "\ud800")),
-    ["store", "a\0b", "--verify"],
+    *(["store", "info", path] for path in ("missing", "a-file", "\ud800")),
+    ["store", "verify", "a\0b"],
+    ["store", "merge", "a\0b", "--into", "new"],
+    ["store", "export", "a-file", "--out", "out"],
     *(["values", path] for path in ("missing", "a-file", "\ud800")),
     ["values", ".", "--out", "a\0b.csv"],
     *(scored(given(data=f"given:{name}")) for name in ("lazy.function", "lines", "nans")),
@@ -231,7 +235,8 @@ CHOSEN = [
 
 NOT_UNDERSTOOD = [[], ["nope"], ["plugins", "x"], given(*OWN, "--dtype", "int8")]
 NOR_THESE = [
-    ["store"], ["store", "a", "b"], ["verify"], ["--help=3"], given(*OWN, "--samples", "x"),
+    ["store"], ["store", "a"], ["store", "info", "a", "b"], ["store", "merge", "a"],
+    ["verify"], ["--help=3"], given(*OWN, "--samples", "x"),
     given(*OWN, "--tolerance", "x"), given(*OWN, "--seed", "1.5"), given(*OWN, "--nope"),
     given(*OWN, "--batch-size", "many"),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,7 +60,8 @@ def test_help_names_the_commands_and_what_they_take(capsys):
         ("--help",): ["plugins", "score", "store", "values", "verify", "--version"],
         ("values", "--help"): ["LOG", "--out", "--plot", "--top", "--verify"],
         ("score", "--help"): ["MODEL", "--data", "--targets", "--engine", "--out", "NAME=DATA"],
-        ("store", "--help"): ["PATH", "--verify"],
+        ("store", "--help"): ["info", "verify", "merge", "export"],
+        ("store", "merge", "--help"): ["STORE", "--into", "--unit", "--replace"],
         ("verify", "--help"): ["MODEL", "--data", "--loss"],
     }.items():
         with pytest.raises(SystemExit) as caught:
@@ -75,6 +77,7 @@ def test_help_names_the_commands_and_what_they_take(capsys):
         "--help",
         "--version",
         "store --help",
+        "store export --help",
         "score --help",
         "values --help",
         "verify --help",
@@ -169,7 +172,7 @@ def test_a_plugin_that_does_not_work_says_so_on_its_row(monkeypatch, capsys):
 
 
 def test_a_store_is_described(root):
-    done = ghost("store", root)
+    done = ghost("store", "info", root)
     assert (done.returncode, done.stderr) == (0, "")
     summary, layers = (
         [line.split("\t") for line in part.splitlines()] for part in done.stdout.split("\n\n")
@@ -200,7 +203,7 @@ def test_a_store_is_described(root):
 
 def test_a_store_at_a_terminal_is_aligned(root, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert cli.main(["store", str(root)]) == 0
+    assert cli.main(["store", "info", str(root)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "\t" not in "".join(lines)
     column = lines[0].index("value")
@@ -208,7 +211,7 @@ def test_a_store_at_a_terminal_is_aligned(root, capsys, monkeypatch):
 
 
 def test_verify_says_that_all_is_well(root, capsys):
-    assert cli.main(["store", str(root), "--verify"]) == 0
+    assert cli.main(["store", "verify", str(root)]) == 0
     said = capsys.readouterr()
     assert said.err == ""
     assert said.out.splitlines()[-1] == "verified: every shard fits its hash"
@@ -221,7 +224,7 @@ def test_verify_names_what_is_damaged(root, kind, capsys):
         path.unlink()
     if kind == "cut off":
         path.write_bytes(path.read_bytes()[:50])
-    assert cli.main(["store", str(root), "--verify"]) == 1
+    assert cli.main(["store", "verify", str(root)]) == 1
     said = capsys.readouterr()
     assert said.err == ""
     assert said.out.startswith(f"damaged: {path} ")
@@ -230,7 +233,7 @@ def test_verify_names_what_is_damaged(root, kind, capsys):
 
 def test_a_script_sees_damage_by_the_exit_status(root):
     path = damage(root)
-    done = ghost("store", root, "--verify")
+    done = ghost("store", "verify", root)
     assert (done.returncode, done.stderr) == (1, "")
     assert str(path) in done.stdout
 
@@ -238,16 +241,16 @@ def test_a_script_sees_damage_by_the_exit_status(root):
 def test_a_broken_store_is_one_line_of_error(root):
     for shard in sorted(root.rglob("*.safetensors"))[:2]:
         shard.unlink()
-    done = ghost("store", root)
+    done = ghost("store", "info", root)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("ghost: ")
     assert "g-00000000.safetensors is missing" in done.stderr
 
 
-@pytest.mark.parametrize("verify", [True, False])
-def test_a_path_without_a_store_is_one_line_of_error(tmp_path, verify, capsys):
-    assert cli.main(["store", str(tmp_path / "none"), *(["--verify"] if verify else [])]) == 2
+@pytest.mark.parametrize("what", [["info"], ["verify"], ["merge", "--into", "x"]])
+def test_a_path_without_a_store_is_one_line_of_error(tmp_path, what, capsys):
+    assert cli.main(["store", *what, str(tmp_path / "none")]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith(f"ghost: there is no store at {tmp_path / 'none'}")
@@ -262,11 +265,13 @@ def test_a_store_whose_engine_has_a_manifest_of_its_own_kind_is_described(tmp_pa
             return {"layers": "all", "nested": {"a": [1, 2]}}
 
     GradientStore.create(tmp_path / "g", Engine()).close()
-    assert cli.main(["store", str(tmp_path / "g")]) == 0
+    assert cli.main(["store", "info", str(tmp_path / "g")]) == 0
     assert "nested\t{'a': [1, 2]}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["stores"], ["store"], ["plugins", "--nope"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["stores"], ["store"], ["store", "merge", "x"], ["plugins", "--nope"]]
+)
 def test_arguments_that_cannot_be_understood_end_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
@@ -291,3 +296,23 @@ def test_the_command_is_installed():
     entry = next(iter(metadata.entry_points(group="console_scripts", name="ghost")))
     assert entry.load() is cli.main
     assert shutil.which("ghost", path=str(Path(sys.executable).parent))
+
+
+def test_stores_are_merged_and_exported(root, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    assert cli.main(["store", "merge", str(root), str(other), "--into", str(tmp_path / "m")]) == 2
+    assert "are there more than once" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+    merge = ["store", "merge", str(root), str(other), "--into", str(tmp_path / "m"), "--replace"]
+    assert cli.main([*merge, "--unit", "3"]) == 0
+    assert capsys.readouterr() == (f"10 rows in {tmp_path / 'm'}\n", "")
+    merged, given = GradientStore.open(tmp_path / "m"), GradientStore.open(root)
+    assert merged.manifest.unit == 3
+    assert torch.equal(merged.rows(), given.rows())
+    export = ["store", "export", str(tmp_path / "m"), "--out", str(tmp_path / "out")]
+    assert cli.main(export) == 0
+    assert capsys.readouterr() == (f"10 rows in {tmp_path / 'out'}\n", "")
+    assert np.array_equal(np.load(tmp_path / "out/rows.npy"), given.rows().numpy())
+    assert cli.main(export) == 2
+    assert "there is something at" in capsys.readouterr().err

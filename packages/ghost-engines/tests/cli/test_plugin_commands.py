@@ -208,7 +208,7 @@ def test_an_interrupt_is_not_the_plugin_s(capsys):
 
 
 def test_ghost_s_own_stand_unless_they_are_overridden(tmp_path, capsys):
-    assert cli.main(["store", str(tmp_path / "none")]) == 2
+    assert cli.main(["store", "info", str(tmp_path / "none")]) == 2
     assert "there is no store" in capsys.readouterr().err
     assert cli.main(["verify"]) == 0
     assert capsys.readouterr().out == "mine\n"

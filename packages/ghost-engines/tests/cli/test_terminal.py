@@ -28,10 +28,9 @@ def root(tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-@pytest.mark.parametrize("more", [[], ["--verify"]])
-def test_notes_of_a_store(root, terminal, more, capsys, monkeypatch):
+def test_notes_of_a_store(root, terminal, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    assert cli.main(["store", str(root), *more]) == 0
+    assert cli.main(["store", "info", str(root)]) == 0
     said = capsys.readouterr().out
     assert "owned" in said
     assert r"\x1b[2J" in said
@@ -41,7 +40,7 @@ def test_notes_of_a_store(root, terminal, more, capsys, monkeypatch):
 
 def test_names_in_a_damaged_store(root, capsys):
     (root / "manifest.json").write_text(json.dumps({"schema": EVIL}))
-    assert cli.main(["store", str(root), "--verify"]) == 2
+    assert cli.main(["store", "verify", str(root)]) == 2
     assert harmless(capsys.readouterr().err)
 
 
@@ -79,5 +78,5 @@ def test_what_can_be_printed_stays_as_it_is(root, tmp_path, capsys):
     GradientStore.create(
         tmp_path / "h", ProjectionEngine(nn.Linear(2, 2), dim=4), notes={"who": "Zoë 名 × ᵀ \ud800"}
     ).close()
-    assert cli.main(["store", str(tmp_path / "h")]) == 0
+    assert cli.main(["store", "info", str(tmp_path / "h")]) == 0
     assert "note: who\tZoë 名 × ᵀ \\ud800\n" in capsys.readouterr().out

@@ -281,13 +281,76 @@ class Values:
 
 
 @dataclass(frozen=True)
-class Store:
-    """Describe a store of gradients.
+class StoreInfo:
+    """Describe a store: its rows, what is beside them, and how they were made.
+
+    Exits with 0; 2 if there is no store that can be read.
 
     Args:
         path: Folder of the store.
-        verify: Compare all that is on disk with its hashes; exit with status 1 if it is damaged.
     """
 
-    path: tyro.conf.Positional[Path]
-    verify: bool = False
+    path: Annotated[tyro.conf.Positional[Path], Named(metavar="STORE")]
+
+
+@dataclass(frozen=True)
+class StoreVerify:
+    """Compare all that a store has on disk with its hashes.
+
+    Exits with 0; 1 if it is damaged; 2 if there is no store, or it cannot be read.
+
+    Args:
+        path: Folder of the store.
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], Named(metavar="STORE")]
+
+
+@dataclass(frozen=True)
+class StoreMerge:
+    """Copy the rows of stores of one kind, or of the parts of one, into a store with one writer.
+
+    The stores stay as they are. Goes on where it was if it was interrupted.
+
+    Exits with 0; 2 if the rows are of several kinds, several stores have a sample, or a file cannot
+    be read or written.
+
+    Args:
+        paths: Folders of the stores, in the order of their rows.
+        into: Folder of the new store.
+        unit: Rows per shard; by default as in the first store.
+        replace: Let the later row count where several have a sample.
+    """
+
+    paths: Annotated[tyro.conf.Positional[tuple[Path, ...]], Named(metavar="STORE ...")]
+    into: Annotated[Path, Named(metavar="FOLDER")]
+    unit: Count = None
+    replace: bool = False
+
+
+@dataclass(frozen=True)
+class StoreExport:
+    """Write the rows, ids, losses and columns of a store for other programs.
+
+    Exits with 0; 2 if there is something at the place already, or a file cannot be read or written.
+
+    Args:
+        path: Folder of the store.
+        out: File to write: .parquet; or a folder to make, for .npy files.
+    """
+
+    path: Annotated[tyro.conf.Positional[Path], Named(metavar="STORE")]
+    out: Annotated[Path, Named(metavar="FILE")]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Describe, verify, merge or export stores of gradients."""
+
+    what: Annotated[
+        Annotated[StoreInfo, tyro.conf.subcommand("info", prefix_name=False)]
+        | Annotated[StoreVerify, tyro.conf.subcommand("verify", prefix_name=False)]
+        | Annotated[StoreMerge, tyro.conf.subcommand("merge", prefix_name=False)]
+        | Annotated[StoreExport, tyro.conf.subcommand("export", prefix_name=False)],
+        Named(name=""),
+    ]

@@ -63,10 +63,10 @@ class StoreCommand(Store):
     __doc__ = Store.__doc__
 
     def run(self) -> int:
-        """Describe a store, and return the exit status."""
-        from ghost_engines.cli.store import describe
+        """Do what is asked of stores, and return the exit status."""
+        from ghost_engines.cli.store import run
 
-        return describe(self.path, verify=self.verify)
+        return run(self.what)
 
 
 class ValuesCommand(Values):

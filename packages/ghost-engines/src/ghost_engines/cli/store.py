@@ -5,30 +5,48 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ghost_engines.cli.options import StoreExport, StoreInfo, StoreMerge, StoreVerify
 from ghost_engines.cli.tables import plain, print_table
-from ghost_engines.store import DamagedStoreError, GradientStore
+from ghost_engines.store import DamagedStoreError, GradientStore, export, merge
 
 
-def describe(path: Path, *, verify: bool) -> int:
-    """Print what a store holds, and return the exit status."""
+def run(what: StoreInfo | StoreVerify | StoreMerge | StoreExport) -> int:
+    """Do what is asked of stores, and return the exit status."""
+    match what:
+        case StoreInfo(path):
+            return _describe(path)
+        case StoreVerify(path):
+            return _verify(path)
+        case StoreMerge(paths, into, unit, replace):
+            duplicates = "replace" if replace else "error"
+            merged = merge(paths, into, unit=unit, duplicates=duplicates)
+            print(plain(f"{len(merged)} rows in {into}"))
+        case StoreExport(path, out):
+            opened = GradientStore.open(path)
+            export(opened, out)
+            print(plain(f"{len(opened)} rows in {out}"))
+    return 0
+
+
+def _verify(path: Path) -> int:
     try:
-        opened = GradientStore.open(path)
-        if verify:
-            opened.verify()
+        GradientStore.open(path).verify()
     except DamagedStoreError as error:
-        if not verify:
-            raise
         for problem in str(error).splitlines():
             print(plain(f"damaged: {problem}"))
         return 1
+    print("verified: every shard fits its hash")
+    return 0
+
+
+def _describe(path: Path) -> int:
+    opened = GradientStore.open(path)
     print_table(("property", "value"), _described(opened))
     layers = opened.manifest.engine.get("layers")
     if isinstance(layers, list) and layers and all(isinstance(layer, dict) for layer in layers):
         titles = list(dict.fromkeys(title for layer in layers for title in layer))
         print()
         print_table(titles, ([_cell(layer.get(key)) for key in titles] for layer in layers))
-    if verify:
-        print("\nverified: every shard fits its hash")
     return 0
 
 
@@ -43,6 +61,10 @@ def _described(opened: GradientStore) -> list[tuple[str, str]]:
         ("losses", "no" if opened.loss_dtype is None else _cell(str(opened.loss_dtype))),
         ("size on disk", f"{opened.size_on_disk} bytes"),
         ("rows per shard", str(manifest.unit)),
+        ("writers", str(opened.writers)),
+        ("duplicates", manifest.duplicates),
+        *((f"column: {name}", column.dtype) for name, column in manifest.declared.items()),
+        *((f"data: {file.path}", file.digest) for file in manifest.data_files),
         *((key, _cell(value)) for key, value in engine.items() if key != "dtype"),
         *((f"info: {key}", _cell(value)) for key, value in manifest.info.items()),
         *((f"note: {key}", _cell(value)) for key, value in manifest.notes.items()),

@@ -13,10 +13,12 @@ from ghost_engines.store.comparison import (
 from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.exporting import export
 from ghost_engines.store.labels import Labels
 from ghost_engines.store.listing import clean, has_shards, listed_units, shard_path
 from ghost_engines.store.lock import WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest
+from ghost_engines.store.merging import merge
 from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.origin import check_alike
 from ghost_engines.store.rows import StoredRows
@@ -49,9 +51,11 @@ __all__ = [
     "check_contents",
     "clean",
     "columns_of",
+    "export",
     "has_shards",
     "header",
     "listed_units",
+    "merge",
     "parameter_columns",
     "shard_path",
     "unit_length",

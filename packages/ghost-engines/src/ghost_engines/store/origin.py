@@ -31,7 +31,7 @@ def check_origin(batch: RowBatch, store: Manifest) -> None:
     if isinstance(made, Mapping) and (found := _other(store.engine, made)):
         raise StoreError(
             f"the rows of the batch are not of the engine that the store was made with: "
-            f"{_listed(found)}",
+            f"{listed(found)}",
             reason="rows that were projected in another way cannot be compared",
             remedy="append what that engine collects, or make another store with "
             "GradientStore.create(path, engine)",
@@ -69,7 +69,7 @@ def query_rows(queries: Tensor | RowBatch, store: Manifest) -> Tensor:
     made = getattr(queries, "manifest", None)
     if isinstance(made, Mapping) and (found := _unlike(store.engine, made)):
         raise StoreError(
-            f"the queries are not of the kind that the store holds: {_listed(found)}",
+            f"the queries are not of the kind that the store holds: {listed(found)}",
             reason="scores between rows that were projected in different ways are noise",
             remedy="make the queries with an engine like that of the store; its manifest has "
             "the options",
@@ -94,8 +94,7 @@ def check_alike(ours: Manifest, theirs: Manifest, what: str) -> None:
         found.append("info.model")
     if found:
         raise StoreError(
-            f"the {what} is of rows of another kind than those that it is used on: "
-            f"{_listed(found)}",
+            f"the {what} is of rows of another kind than those that it is used on: {listed(found)}",
             reason="columns of rows that were made in different ways mean different things",
             remedy=f"make a {what} of the store itself, or of one by the same engine and model",
         )
@@ -113,7 +112,8 @@ def _other(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     return list(differences("", ours, plain("the rows' manifest", theirs)))
 
 
-def _listed(found: list[str]) -> str:
+def listed(found: list[str]) -> str:
+    """Return differences between manifests as a text, those of layers last and not all."""
     found = sorted(found, key=lambda line: line.startswith("layers"))
     more = len(found) - _SHOWN
     return "; ".join([*found[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])

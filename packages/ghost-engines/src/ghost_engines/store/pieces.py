@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ghost_engines.store.beside import LOSS
 from ghost_engines.store.errors import DamagedStoreError
 from ghost_engines.store.labels import Labels, Names
 from ghost_engines.store.manifest import MANIFEST, Manifest
@@ -45,6 +46,7 @@ class Pieces:
         path: Folder of the store.
         manifest: What the rows are.
         loss_dtype: Dtype of the losses; None if there are none.
+        writers: Of how many writers the rows are.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Pieces:
         self._checked: dict[tuple[str, int], tuple[int, int, int]] = {}
         self.path = path
         self.manifest = manifest
+        self.writers = len(parts)
         self._part, shards = parts[0]
         full = sum(shard.n == manifest.unit for shard in shards)
         partial = shards[full].n if full < len(shards) else 0
         self._tail = Tail(full, partial, partial)
         self._slots: list[Slot] | None = interleaved(parts) if len(parts) > 1 else None
-        self.loss_dtype = one_loss_dtype(path, parts)
+        declared = manifest.declared.get(LOSS)
+        self.loss_dtype = declared.torch_dtype if declared else one_loss_dtype(path, parts)
 
     def __len__(self) -> int:
         """Return the number of rows that were appended."""

@@ -16,6 +16,7 @@ from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.listing import clean, has_shards
 from ghost_engines.store.lock import JOINING, WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
+from ghost_engines.store.origin import listed
 from ghost_engines.store.parts import (
     PARTS,
     REGISTER,
@@ -32,8 +33,6 @@ from ghost_engines.store.writer import StoreWriter
 logger = logging.getLogger(__name__)
 
 StrPath = str | os.PathLike[str]
-
-_SHOWN = 6  # differences between a store's rows and an engine's
 
 
 class GradientStore(StoreWriter):
@@ -276,11 +275,6 @@ def _root(path: StrPath) -> Path:
     return Path(path).absolute()
 
 
-def _listed(differences: list[str]) -> str:
-    more = len(differences) - _SHOWN
-    return "; ".join([*differences[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
-
-
 def _make(root: Path) -> None:
     """Make the folder of a store."""
     if root.exists() and not root.is_dir():
@@ -307,7 +301,7 @@ def _check_same(root: Path, manifest: Manifest, now: Manifest) -> None:
     """Raise if the rows that would be appended are not of the kind of those of a store."""
     if differences := manifest.differences(now):
         raise StoreError(
-            f"the rows would not be those of the store at {root}: {_listed(differences)}",
+            f"the rows would not be those of the store at {root}: {listed(differences)}",
             reason="rows that were made in another way cannot be compared",
             remedy="make the engine, info and columns as they were when the store was made, or "
             "make another store with GradientStore.create(path, engine)",
