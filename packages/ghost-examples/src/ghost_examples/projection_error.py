@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -154,8 +155,6 @@ def show(rows: Sequence[Row]) -> None:
 
 def write(rows: Sequence[Row], options: Options, folder: Path) -> None:
     """Write the numbers as JSON, and the picture."""
-    from matplotlib.figure import Figure
-
     folder.mkdir(parents=True, exist_ok=True)
     config = {**asdict(options), "output": str(folder)}
     content = {"config": config, "rows": [asdict(row) for row in rows]}
