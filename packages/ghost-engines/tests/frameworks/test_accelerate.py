@@ -45,14 +45,14 @@ def train(accelerate, folder, with_ghost):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     model, optimizer, data = accelerator.prepare(model, optimizer, data)
-    inner, seen, at = accelerator.unwrap_model(model), [], 0
+    seen, at = [], 0
     method = "dot_product" if with_ghost else "none"
-    direction = {"val": lambda: loss_of(inner, VALIDATION).mean()}
-    run = Run(inner, optimizer, {"folder": folder, "method": method}, directions=direction)
+    direction = {"val": lambda: loss_of(model, VALIDATION).mean()}
+    run = Run(model, optimizer, {"folder": folder, "method": method}, directions=direction)
     with run:
         for batch in data:
             ids = take_ids(batch)
-            parameters = {name: each.clone() for name, each in inner.state_dict().items()}
+            parameters = {name: each.clone() for name, each in model.state_dict().items()}
             seen.append({"at": at, "ids": ids.tolist(), "parameters": parameters})
             with accelerator.accumulate(model):
                 with run.batch(ids):
@@ -62,7 +62,7 @@ def train(accelerate, folder, with_ghost):
                     at += 1
                 optimizer.step()
                 optimizer.zero_grad()
-    return inner, run, seen
+    return accelerator.unwrap_model(model), run, seen
 
 
 def losses(model, parts):

@@ -65,14 +65,20 @@ class GhostLightning(Callback):  # type: ignore[misc] # has no types
         """Make the run, when optimizers are there and a checkpoint was loaded.
 
         Raises:
-            CaptureError: If optimization is manual, there are several optimizers, or the run cannot
-                be made or resumed.
+            CaptureError: If optimization is manual, there are several optimizers or processes, or
+                the run cannot be made or resumed.
         """
         if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
             raise CaptureError(
                 "GhostLightning follows automatic optimization with one optimizer",
                 reason="nobody else tells where a batch ends",
                 remedy="open batches in your training_step: with run.batch(ids): ...",
+            )
+        if trainer.world_size > 1:
+            raise CaptureError(
+                "GhostLightning follows one process",
+                reason="Lightning calls what wraps its module with a method of its own",
+                remedy="use a loop of your own, Accelerate or Hugging Face's Trainer",
             )
         model = pl_module.get_submodule(self.module)
         scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -103,8 +103,8 @@ class GhostCallback(TrainerCallback):
         directions = {name: _loss_of(trainer, each) for name, each in self.directions.items()}
         scaler = trainer.accelerator.scaler
         model, optimizer, config = (
-            kwargs["model"],
-            kwargs["optimizer"],
+            trainer.model_wrapped,  # what the trainer calls
+            trainer.optimizer,
             _owning(self.config, trainer),
         )
         run = Run(model, optimizer, config, directions=directions, grad_scaler=scaler)
