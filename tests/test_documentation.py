@@ -22,6 +22,8 @@ VALUES = "docs/values.md"
 DATASET = "docs/dataset.md"
 PROJECT = "docs/project.md"
 LOG = "docs/log.md"
+SEARCH = "docs/search.md"
+QUALITY = "docs/quality.md"
 RUNS = "docs/runs.md"
 FRAGMENTS = (
     "README.md",
@@ -249,6 +251,32 @@ def test_a_run_is_as_the_page_says():
     written = set(re.findall(r"^\| `([\w.]+)/?` ", (ROOT / RUNS).read_text(), re.M))
     assert {each.name for each in Path("runs/a").iterdir()} == written
     assert len(list(Path("runs").iterdir())) == 4
+
+
+def test_a_store_is_searched_as_the_page_says():
+    namespace = {}
+    with torch.random.fork_rng(devices=[]):
+        for block in blocks(SEARCH):
+            run(block, namespace)
+    near, table, parts = (namespace[name] for name in ("near", "table", "parts"))
+    assert near.ids.shape == (20, 5)
+    assert table.scores.shape == (20, 400)
+    assert namespace["unlike_others"].shape == (400,)
+    torch.testing.assert_close(0.011 * near.scores, namespace["traced"].scores)
+    torch.testing.assert_close(sum(parts.values()), near.scores)
+    assert namespace["by_domain"].names == ("even", "odd")
+
+
+def test_scores_are_judged_as_the_page_says():
+    pytest.importorskip("matplotlib")
+    namespace = {}
+    with torch.random.fork_rng(devices=[]):
+        for block in blocks(QUALITY):
+            run(block, namespace)
+    assert namespace["found"].mean > 0.2
+    assert (namespace["curve"].gap > 0).all()
+    assert namespace["patched"].mean > 0
+    assert Path("removal.svg").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,29 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], wh
     axes.set_yticks(np.arange(len(rows)), list(rows))
     axes.set_xticks(np.arange(len(columns)), list(columns), rotation=45, ha="right")
     figure.colorbar(picture, label=what)
+    return figure
+
+
+def curves(places: np.ndarray, lines: Mapping[str, np.ndarray], below: str, beside: str) -> Figure:
+    """Draw lines with a band of one standard deviation.
+
+    Args:
+        places: Places on the horizontal axis, `[P]`.
+        lines: Values `[P, seeds]` by name.
+        below: What the horizontal axis tells.
+        beside: What the values are.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    figure: Figure = _figure("plot()", figsize=(6, 4))
+    axes: Any = figure.subplots()
+    for name, values in lines.items():
+        mean, spread = values.mean(1), values.std(1)
+        axes.plot(places, mean, marker="o", label=name)
+        axes.fill_between(places, mean - spread, mean + spread, alpha=0.2)
+    axes.set(xlabel=below, ylabel=beside)
+    axes.legend(frameon=False)
     return figure
 
 
