@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from ghost_core import CaptureError, MissingExtraError, UnknownNameError
 from ghost_core.testing import assert_within
-from ghost_engines import DotProductEngine, InRunValues
+from ghost_engines import DotProductEngine, InRunValues, ValueTable
+from ghost_engines.values.sums import Sums
 
 STEPS, N, SAMPLES = 7, 4, 10
 
@@ -198,3 +200,50 @@ def test_missing_libraries_are_named(run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingExtraError, match=r"ghost-engines\[pandas\]"):
         run.values.to_pandas()
+
+
+def table_of(steps, keep):
+    """Return the table of a process that made some of the samples of each step."""
+    sums = Sums(("a", "b"))
+    for step in steps:
+        mine = torch.tensor([keep(at, int(sample)) for at, sample in enumerate(step.ids)])
+        sums.add(replace(step, ids=step.ids[mine], values=step.values[mine]))
+    return ValueTable(
+        directions=sums.directions,
+        ids=sums.ids,
+        values=sums.values,
+        counts=sums.counts,
+        steps=sums.steps,
+        by_step=sums.by_step,
+    )
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda at, sample: sample % 2, lambda at, sample: at % 2], ids=["apart", "shared"]
+)
+def test_the_union_of_what_processes_credited_is_the_table_of_one(run, keep):
+    parts = [
+        table_of(run.credited, lambda at, sample, want=want: keep(at, sample) == want)
+        for want in (0, 1)
+    ]
+    whole, found = run.values.table(), ValueTable.union(parts)
+    assert found.directions == ("a", "b")
+    assert found.steps.tolist() == whole.steps.tolist()
+    np.testing.assert_allclose(found.by_step, whole.by_step, rtol=1e-12)
+    np.testing.assert_allclose(by_id(found), run.sums(), rtol=1e-12)
+    assert (np.diff(found.values[:, 0]) >= 0).all()
+    order = [whole.ids.tolist().index(sample) for sample in found.ids.tolist()]
+    assert found.counts.tolist() == whole.counts[order].tolist()
+    groups = found.by_group(lambda sample: str(sample % 3))
+    np.testing.assert_allclose(groups.values, run.values.by_group(lambda s: str(s % 3)).values)
+
+
+def test_tables_of_other_directions_have_no_union(run):
+    one = run.values.table()
+    other = replace(one, directions=("b", "a"))
+    with pytest.raises(CaptureError, match="same directions"):
+        ValueTable.union([one, other])
+    with pytest.raises(CaptureError, match="same directions"):
+        ValueTable.union([])
+    nobody = ValueTable.union([table_of([], None), one])
+    assert nobody.ids.tolist() == one.ids.tolist()

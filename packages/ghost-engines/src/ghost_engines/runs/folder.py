@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import distributed
 
 from ghost_core import CaptureError
 from ghost_engines.files import make_root, write_atomically
 from ghost_engines.log import ScoreLog, has_log
+from ghost_engines.runs.checkpoint import several, write_checkpoint
 from ghost_engines.runs.description import Description, check_same
 from ghost_engines.runs.metrics import Metrics
 
 DESCRIPTION = "run.json"
 LOG = "log"
-CHECKPOINT = "checkpoint.pt"
 
 
 def place_of(folder: str | Path) -> Path:
     """Return where this process writes: the folder, or one in it where there are several."""
     root = Path(folder).absolute()
-    known = distributed.is_available() and distributed.is_initialized()
-    several = known and distributed.get_world_size() > 1
-    return root / f"rank-{distributed.get_rank()}" if several else root
+    return root / f"rank-{distributed.get_rank()}" if several() else root
 
 
 class RunFolder:
@@ -110,31 +106,4 @@ class RunFolder:
         Raises:
             OSError: If that fails; then the last one is still there.
         """
-        write_state(self.path / CHECKPOINT, state)
-
-
-def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state of tensors and numbers into a folder that is there, or replace it.
-
-    Raises:
-        OSError: If that fails; then the file, or its absence, is as it was.
-    """
-    data = io.BytesIO()
-    torch.save(dict(state), data)
-    write_atomically(path, [data.getbuffer()], path.parent)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Return a state, on the CPU.
-
-    Raises:
-        CaptureError: If there is no such file.
-    """
-    if not path.exists():
-        raise CaptureError(
-            f"{path} is not there",
-            reason="the checkpoint was saved without ghost, or is not whole",
-            remedy="resume from another one, or begin a run anew",
-        )
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+        write_checkpoint(self.path, state)

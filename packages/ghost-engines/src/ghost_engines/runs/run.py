@@ -18,10 +18,11 @@ from ghost_core.restoring import Leave
 from ghost_engines.dot_product import DotProductEngine
 from ghost_engines.holding import HoldingEngine
 from ghost_engines.modes import Padding
+from ghost_engines.runs.checkpoint import read_checkpoint
 from ghost_engines.runs.config import RunConfig
 from ghost_engines.runs.description import check_same, describe
 from ghost_engines.runs.engines import GivenDirections, add_directions, make_engines, scorer_of
-from ghost_engines.runs.folder import CHECKPOINT, RunFolder, place_of, read_state
+from ghost_engines.runs.folder import RunFolder, place_of
 from ghost_engines.values import CreditedStep, InRunValues, skipped, stepping
 
 
@@ -317,7 +318,9 @@ class Run:
     def resume(self, **objects: Stateful) -> int:
         """Go on from `checkpoint.pt` if there is one, else from the beginning.
 
-        Where a process was killed before its first checkpoint, its steps are made anew.
+        Where a process was killed before its first checkpoint, its steps are made anew. Several
+        processes, which may not have been killed at the same moment, go on from the last step that
+        all of them have saved.
 
         Args:
             objects: What `save` was given.
@@ -326,13 +329,14 @@ class Run:
             The number of steps that were made: 0 for a run that begins.
 
         Raises:
-            CaptureError: If the objects are others, or as in `load_state_dict`.
+            CaptureError: If the objects are others, processes have no step in common, or as in
+                `load_state_dict`.
             StoreError: If the log in the folder ends before the checkpoint.
         """
-        if not (self.folder / CHECKPOINT).exists():
+        state = read_checkpoint(self.folder)
+        if state is None:
             self._writer(after=0)
             return 0
-        state = read_state(self.folder / CHECKPOINT)
         if objects.keys() != state["objects"].keys():
             raise CaptureError(
                 f"the checkpoint has {', '.join(state['objects']) or 'nothing'}, and "

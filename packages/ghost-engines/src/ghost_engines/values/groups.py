@@ -12,8 +12,8 @@ import numpy as np
 from ghost_core import UnknownNameError
 from ghost_engines.plots import heat_map, save
 from ghost_engines.tables import Columns, Table
+from ghost_engines.values.columns import value_columns
 from ghost_engines.values.sums import Floats, Integers
-from ghost_engines.values.value_table import value_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,8 +10,8 @@ import torch
 
 from ghost_core import CaptureError, UnknownNameError
 from ghost_engines.tables import Columns, Table
+from ghost_engines.values.columns import value_columns
 from ghost_engines.values.sums import Floats, Sums
-from ghost_engines.values.value_table import value_columns
 
 
 class History(Table):

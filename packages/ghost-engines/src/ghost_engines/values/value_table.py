@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ghost_core import CaptureError
 from ghost_engines.plots import sample_figure, save
 from ghost_engines.tables import Columns, Table
+from ghost_engines.values.columns import value_columns
+from ghost_engines.values.groups import Groups, GroupValues, grouped
 from ghost_engines.values.sums import COUNTS
 
 if TYPE_CHECKING:
@@ -50,6 +54,50 @@ class ValueTable(Table):
         facts = f"{len(self)} samples, {len(self.steps)} steps"
         return f"{type(self).__name__}({facts}, K={len(self.directions)} ({names}))"
 
+    @classmethod
+    def union(cls, tables: Sequence[ValueTable]) -> ValueTable:
+        """Return the values that several processes, or runs, credited as those of one.
+
+        Values of a sample that is in several tables add up, as do those of a step.
+
+        Args:
+            tables: Of the same directions, but for those without samples.
+
+        Raises:
+            CaptureError: If there is none, or directions differ.
+        """
+        tables = [each for each in tables if len(each)] or tables[:1]
+        names = {each.directions for each in tables}
+        if len(names) != 1:
+            raise CaptureError(f"tables to unite must be of the same directions, not {names}")
+        ids, rows = _places([each.ids for each in tables])
+        steps, moments = _places([each.steps for each in tables])
+        counts = np.concatenate([each.counts for each in tables])
+        times, first, last, altered = (np.zeros(len(ids), dtype=np.int64) for _ in COUNTS)
+        first += np.iinfo(np.int64).max
+        np.add.at(times, rows, counts[:, 0])
+        np.minimum.at(first, rows, counts[:, 1])
+        np.maximum.at(last, rows, counts[:, 2])
+        np.add.at(altered, rows, counts[:, 3])
+        values = _added(rows, [each.values for each in tables], len(ids))
+        order = np.argsort(values[:, 0], kind="stable")
+        return cls(
+            directions=tables[0].directions,
+            ids=ids[order],
+            values=values[order],
+            counts=np.stack([times, first, last, altered], 1)[order],
+            steps=steps,
+            by_step=_added(moments, [each.by_step for each in tables], len(steps)),
+        )
+
+    def by_group(self, groups: Groups) -> GroupValues:
+        """Add up the values of groups of samples: see `InRunValues.by_group`.
+
+        Raises:
+            UnknownNameError: If a sample has no group.
+        """
+        return grouped(self.ids, self.values, self.directions, groups)
+
     def columns(self) -> Columns:
         """Return the columns: `id`, `value`, `times_seen`, `first_step`, `last_step`, `altered`.
 
@@ -82,8 +130,15 @@ class ValueTable(Table):
         return save(figure, path)
 
 
-def value_columns(values: np.ndarray, directions: tuple[str, ...]) -> Columns:
-    """Return the columns of values `[S, K]`: `value`, or `value_NAME` for each of several."""
-    single = len(directions) == 1
-    names = ["value" if single else f"value_{name}" for name in directions]
-    return {name: values[:, at] for at, name in enumerate(names)}
+def _places(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the different numbers of all parts, sorted, and where each of them stands there."""
+    found, places = np.unique(np.concatenate(parts), return_inverse=True)
+    return found, places.reshape(-1)
+
+
+def _added(places: np.ndarray, parts: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """Return the sums of rows that have the same place, `[count, K]`."""
+    rows = np.concatenate(parts)
+    sums = np.zeros((count, rows.shape[1]))
+    np.add.at(sums, places, rows)
+    return sums

@@ -1,0 +1,104 @@
+"""States on disk, and the checkpoint of a run, of which all processes read the same step."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from ghost_core import CaptureError
+from ghost_engines.files import write_atomically
+
+CHECKPOINT = "checkpoint.pt"
+BEFORE = "checkpoint-before.pt"
+"""The one before, where there are several processes: they are not killed at the same moment."""
+
+State = dict[str, Any]
+
+
+def several() -> bool:
+    """Tell whether this is one of several processes that train together."""
+    known = distributed.is_available() and distributed.is_initialized()
+    return known and distributed.get_world_size() > 1
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state of tensors and numbers into a folder that is there, or replace it.
+
+    Raises:
+        OSError: If that fails; then the file, or its absence, is as it was.
+    """
+    data = io.BytesIO()
+    torch.save(dict(state), data)
+    write_atomically(path, [data.getbuffer()], path.parent)
+
+
+def read_state(path: Path) -> State:
+    """Return a state, on the CPU.
+
+    Raises:
+        CaptureError: If there is no such file.
+    """
+    if not path.exists():
+        raise CaptureError(
+            f"{path} is not there",
+            reason="the checkpoint was saved without ghost, or is not whole",
+            remedy="resume from another one, or begin a run anew",
+        )
+    state: State = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write or replace the checkpoint in a folder.
+
+    Raises:
+        OSError: If that fails; then the last one is still there.
+    """
+    if several() and (folder / CHECKPOINT).exists():
+        os.replace(folder / CHECKPOINT, folder / BEFORE)
+    write_state(folder / CHECKPOINT, state)
+
+
+def read_checkpoint(folder: Path) -> State | None:
+    """Return the last checkpoint that each process has, on the CPU, or None if there is none.
+
+    Raises:
+        CaptureError: If processes have checkpoints, and no step is among all of them.
+    """
+    files = [folder / name for name in (CHECKPOINT, BEFORE) if (folder / name).exists()]
+    found = [read_state(file) for file in files]
+    by_step: dict[int, State] = {state["run"]["steps"]: state for state in reversed(found)}
+    steps: list[Sequence[int]] = [sorted(by_step)]
+    if several():
+        steps = [[]] * distributed.get_world_size()
+        distributed.all_gather_object(steps, sorted(by_step))
+    step = last_common(steps)
+    return None if step is None else by_step[step]
+
+
+def last_common(steps: Sequence[Sequence[int]]) -> int | None:
+    """Return the last step that all processes have a checkpoint of, or None to begin.
+
+    Args:
+        steps: Those that each process has. Steps are made together, so that no process is more than
+            one checkpoint ahead: where one has none yet, the others have one at most.
+
+    Raises:
+        CaptureError: If there is none that all have, and that cannot come of being killed.
+    """
+    common = set.intersection(*map(set, steps))
+    if common:
+        return max(common)
+    if any(len(each) > 1 for each in steps) or all(steps):
+        raise CaptureError(
+            f"the processes have no checkpoint of the same step: {[list(each) for each in steps]}",
+            reason="files were removed, or are of another number of processes",
+            remedy="begin a run in another folder",
+        )
+    return None

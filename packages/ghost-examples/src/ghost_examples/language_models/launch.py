@@ -1,0 +1,108 @@
+"""From a command line to a finished run: processes, device, options, files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from ghost_core import CaptureError
+from ghost_engines import ValueTable
+from ghost_engines.files import make_root, write_atomically
+from ghost_examples.language_models.data import Corpora, open_corpora, rank
+from ghost_examples.language_models.meaning import compare, report_meaning
+from ghost_examples.language_models.metrics import Curves, read_curves
+from ghost_examples.language_models.options import Options
+from ghost_examples.language_models.report import report_losses, report_values
+from ghost_examples.language_models.training import Plan, Trainer
+
+OPTIONS = "options.json"
+RUN, WITHOUT = "run", "without-"
+FREE = ("results_dir", "log_every", "save_every", "workers", "shown", "check_domains", "device")
+"""Options that may differ where a run is gone on with."""
+
+
+@contextmanager
+def processes(device: str) -> Iterator[torch.device]:
+    """Join the other processes if `torchrun` has started several; yield where to compute."""
+    on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    place = torch.device(device or ("cuda" if on_gpu else "cpu"))
+    if several and on_gpu and place.index is None:
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    if several:
+        distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield place
+    finally:
+        if several:
+            distributed.destroy_process_group()
+
+
+def run(asked: Options) -> None:
+    """Train, or go on, and write and print what came of it."""
+    folder = asked.results_dir.absolute()
+    with processes(asked.device) as device:
+        _check_options(asked, folder)
+        corpora = open_corpora(asked.corpus, asked.names, asked.length, folder)
+        _say(f"{corpora.train}\n{corpora.val}")
+        values, curves = _train(asked, corpora, device, folder / RUN)
+        if rank() == 0:
+            _say("\n" + report_losses(curves, folder))
+            if values is not None:
+                _say("\n" + report_values(values, corpora, asked.shown, folder))
+        if asked.check_domains and values is not None:
+            without = {}
+            for domain in corpora.train.domains:
+                _say(f"\nTraining without {domain}")
+                place = folder / f"{WITHOUT}{domain}"
+                _, without[domain] = _train(asked, corpora, device, place, without=domain)
+            if rank() == 0:
+                by_domain = values.by_group(corpora.train.domain_of)
+                _say("\n" + report_meaning(compare(by_domain, curves, without), folder))
+        _say(f"\n{folder}")
+
+
+def _train(
+    asked: Options, corpora: Corpora, device: torch.device, folder: Path, without: str | None = None
+) -> tuple[ValueTable | None, Curves]:
+    method = asked.method if without is None else "none"
+    trainer = Trainer(Plan(asked, corpora, folder, method, without), device)
+    values = trainer.train(_say)
+    return values, read_curves(trainer.folder)
+
+
+def _say(text: str) -> None:
+    """Print on the first process."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def _check_options(asked: Options, folder: Path) -> None:
+    """Write down the options of a new run; refuse to go on with a run that had others."""
+    content = {name: _plain(value) for name, value in asdict(asked).items() if name not in FREE}
+    path = folder / OPTIONS
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in content.items():
+            if found.get(name) != value:
+                raise CaptureError(
+                    f"the run in {folder} has {name}={found.get(name)!r}, and this one "
+                    f"{name}={value!r}",
+                    reason="what was measured would be of two different runs",
+                    remedy=f"go on with the same {name}, or choose another --results-dir",
+                )
+    elif rank() == 0:
+        make_root(folder)
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode(), folder)
+
+
+def _plain(value: object) -> object:
+    return str(value.absolute()) if isinstance(value, Path) else value
