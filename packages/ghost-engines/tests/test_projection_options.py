@@ -110,7 +110,7 @@ def test_sketches_are_linear_maps_of_whole_gradients(run, assert_rows):
 
 def test_sketches_keep_inner_products_in_expectation():
     """Within three standard errors, entry by entry, with the variance of a count sketch."""
-    model, n = nn.Linear(1, 40, bias=False).double(), 600
+    model, n = nn.Linear(1, 40, bias=False).double(), 300
     pair = torch.nn.functional.normalize(floats(2, 40, 1), dim=1)
     exact = float((pair[0] * pair[1]).sum())
     found = []
@@ -123,7 +123,7 @@ def test_sketches_keep_inner_products_in_expectation():
     squared, product = pair.squeeze(2).square(), pair[0] * pair[1]
     variance = float(1 + exact**2 - 2 * product.square().sum()) / 8
     assert squared.sum() == pytest.approx(2)
-    assert estimates.var() == pytest.approx(variance, rel=0.2)
+    assert estimates.var() == pytest.approx(variance, rel=0.25)
 
 
 # Inner products
@@ -135,14 +135,14 @@ def test_inner_products_are_unbiased_within_three_standard_errors(init):
     pair = floats(2, 10, 12)
     exact = float((pair[0] * pair[1]).sum())
     estimates = []
-    for seed in range(800):
+    for seed in range(300):
         engine = ProjectionEngine(model, dims={"weight": (4, 5)}, seed=seed, init=init)
         a, b = engine.project({"weight": pair})
         estimates.append(float(a @ b))
     found = torch.tensor(estimates, dtype=torch.float64)
-    error = found.std() / math.sqrt(800)
+    error = found.std() / math.sqrt(300)
     assert (found.mean() - exact).abs() < 3 * error
-    assert error < 0.1 * pair[0].norm() * pair[1].norm()
+    assert error < 0.15 * pair[0].norm() * pair[1].norm()
 
 
 @pytest.mark.stress

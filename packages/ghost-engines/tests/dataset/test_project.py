@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from ghost_core import CaptureError
 from ghost_core.testing import assert_within, per_sample_gradients
 from ghost_engines import GradientStore, ProjectionEngine, StoreError, project_dataset, with_ids
-from ghost_engines.dataset import packed, windows
+from ghost_engines.dataset import packed, windows, writing
 
 N, OPTIONS = 20, {"dim": 6, "min_dim": 2, "dtype": "float64"}
 
@@ -169,11 +169,14 @@ def shards(root):
     return {path.name: path.read_bytes() for path in sorted(root.rglob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("at", [0, 1, 3, 6])
+@pytest.mark.parametrize(
+    "at", [1, 3, *(pytest.param(at, marks=pytest.mark.stress) for at in (0, 2, 4, 6, 9))]
+)
 def test_an_interrupted_pass_goes_on_bit_by_bit(at, classifier, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(windows, "_AT_ONCE", 3)
     given = {"batch_size": 2, "unit": 6, **OPTIONS}
     project_dataset(classifier, loss, samples, tmp_path / "whole", **given)
+    monkeypatch.setattr(writing, "_COMMIT_AFTER", 0.0)  # units that are not full are written too
     with pytest.raises(KeyboardInterrupt):
         project_dataset(
             classifier, stopping(at, KeyboardInterrupt), samples, tmp_path / "g", **given
