@@ -12,7 +12,7 @@ from ghost_core import MissingExtraError
     [
         ("GhostTrainer", "transformers", "hf"),
         ("GhostLightning", "lightning", "lightning"),
-        ("GhostSFTTrainer", "trl", "trl"),
+        pytest.param("GhostSFTTrainer", "trl", "trl", marks=pytest.mark.stress),
     ],
 )
 def test_the_extra_is_named(name, package, extra, monkeypatch):

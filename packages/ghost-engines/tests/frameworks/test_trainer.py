@@ -7,15 +7,20 @@ from trainer_kit import LENGTH, RATE, brute_force, recording, rows, tiny
 from ghost_core import CaptureError
 from ghost_engines import IdCollator, RunConfig, ScoreLog, with_ids
 
-pytest.importorskip("accelerate")
-transformers = pytest.importorskip("transformers")
-
 TRAIN, VALIDATION = rows(14, seed=1), rows(3, seed=2)
 CLIP = 0.5
 
 
+@pytest.fixture(autouse=True)
+def _installed():
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+
+
 def make(trainer_class, folder, model=None, callbacks=(), data=TRAIN, collate=None, **changes):
     """Return a trainer: four steps of two micro-batches an epoch, the last of them uneven."""
+    from transformers import TrainingArguments, default_data_collator
+
     given = {
         "output_dir": folder, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
         "num_train_epochs": 2, "learning_rate": RATE, "optim": "sgd", "max_grad_norm": CLIP,
@@ -25,10 +30,10 @@ def make(trainer_class, folder, model=None, callbacks=(), data=TRAIN, collate=No
     } | changes  # fmt: skip
     return trainer_class(
         model=tiny() if model is None else model,
-        args=transformers.TrainingArguments(**given),
+        args=TrainingArguments(**given),
         train_dataset=with_ids(data),
         eval_dataset=with_ids(VALIDATION),
-        data_collator=IdCollator(collate or transformers.default_data_collator),
+        data_collator=IdCollator(collate or default_data_collator),
         callbacks=list(callbacks),
     )
 
@@ -47,6 +52,8 @@ def ghost_trainer(folder, callback, **changes):
 
 
 def plain(folder, **changes):
+    import transformers
+
     trainer = make(recording(transformers.Trainer), folder / "plain", eval_strategy="no", **changes)
     trainer.seen = []
     trainer.train()
@@ -74,7 +81,12 @@ def test_values_and_parameters_with_accumulation_clipping_and_evaluation(tmp_pat
     before = plain(tmp_path)
     callback = ghost(tmp_path / "run")
     trainer = ghost_trainer(tmp_path, callback)
+    named = set()
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: named.update(kwargs), with_kwargs=True
+    )
     trainer.train()
+    assert named == {"input_ids", "labels", "num_items_in_batch"}  # and no ids
     assert equal(trainer.model, before.model)
     expected = brute_force(tiny(), before.seen, losses, validation, clip=CLIP)
     assert sorted(expected) == list(range(len(TRAIN)))
@@ -86,6 +98,7 @@ def test_values_and_parameters_with_accumulation_clipping_and_evaluation(tmp_pat
     assert credited == pytest.approx(sum(expected.values()))
     assert any("eval_loss" in each for each in trainer.state.log_history)
     assert not trainer.model._forward_hooks
+    assert len(trainer.model._forward_pre_hooks) == 1
 
 
 @pytest.mark.stress
@@ -172,6 +185,8 @@ def test_bfloat16_and_padding_are_the_trainers_own(tmp_path):
 
 
 def _stops_at(step):
+    import transformers
+
     class Stops(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
@@ -181,6 +196,8 @@ def _stops_at(step):
 
 
 def test_mistakes_say_what_to_do(tmp_path):
+    import transformers
+
     callback = ghost(tmp_path / "run")
     removed = ghost_trainer(tmp_path, callback, remove_unused_columns=True)
     with pytest.raises(CaptureError, match=r"remove_unused_columns=False") as raised:

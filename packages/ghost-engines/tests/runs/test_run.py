@@ -129,6 +129,23 @@ def test_evaluation_is_left_alone_where_a_batch_is_open(tmp_path):
     torch.testing.assert_close(batches["dot_product"].result.total[:, 0], torch.stack(dots))
 
 
+def test_the_log_and_metrics_are_safe_every_so_many_steps(tmp_path):
+    model, optimizer = make()
+    config = RunConfig(folder=tmp_path, log_every=2)
+    lasts = []
+    with Run(model, optimizer, config, directions={"val": validation_of(model)}) as run:
+        for step in range(5):
+            with run.batch(ids_of(step)):
+                losses_of(model, INPUTS[ids_of(step)]).mean().backward()
+            optimizer.step()
+            run.record(number=step)
+            lasts.append(ScoreLog.open(tmp_path / "log").last)
+        assert lasts == [None, 2, 2, 4, 4]
+        assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+    assert ScoreLog.open(tmp_path / "log").last == 5
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 5
+
+
 def fail_after(run, model, optimizer, steps):
     with run:
         for step in range(steps + 1):
