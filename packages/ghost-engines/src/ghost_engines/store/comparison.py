@@ -26,6 +26,12 @@ METRICS = ("cosine", "dot")
 _SHORTEST = 1e-12
 """Length of rows whose squares are added up in float32 without a loss, and 1 / it the longest."""
 
+_IN_CACHE = 512
+"""Rows that a CPU widens and multiplies at once, while they are in its cache."""
+
+_FEW = 8
+"""Queries for which multiplying takes less than calling it more often."""
+
 ValueT = TypeVar("ValueT")
 
 
@@ -125,12 +131,23 @@ class Scorer:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the scores `[Q, B]` of rows `[B, k_total]`."""
-        if len(self._room) < len(rows):  # made once, as new memory costs as much as what is done
-            self._room = self._room.new_empty(len(rows), self._room.shape[1])
+        scores = self.queries.new_empty(len(self.queries), len(rows))
+        tiled = self.queries.device.type == "cpu" and len(self.queries) > _FEW
+        size = _IN_CACHE if tiled else max(len(rows), 1)
+        if len(self._room) < min(size, len(rows)):  # made once, as new memory costs as much again
+            self._room = self._room.new_empty(min(size, len(rows)), self._room.shape[1])
+        for part in map(slice, range(0, len(rows), size), range(size, len(rows) + size, size)):
+            self._multiply(rows[part], scores[:, part])
+        return scores
+
+    def _multiply(self, rows: Tensor, out: Tensor) -> None:
         rows = self._room[: len(rows)].copy_(rows[:, self.columns])
-        if not self._cosine:
-            return self.queries @ rows.mT
-        return _cosines(self.queries, rows)
+        lengths = torch.linalg.vector_norm(rows, dim=1) if self._cosine else None
+        if lengths is not None and not _SHORTEST < lengths.min() <= lengths.max() < 1 / _SHORTEST:
+            rows, lengths = unit_length(rows), None
+        torch.mm(self.queries, rows.mT, out=out)
+        if lengths is not None:
+            out.div_(lengths)
 
 
 class Comparison:
@@ -294,14 +311,6 @@ def _without_zeros(queries: Tensor) -> Tensor:
             f"queries {zero.nonzero().flatten().tolist()} are zero: they have no cosine with a row"
         )
     return queries
-
-
-def _cosines(queries: Tensor, rows: Tensor) -> Tensor:
-    """Return the products of queries of length 1 with rows, each divided by its row's length."""
-    lengths = torch.linalg.vector_norm(rows, dim=1)
-    if len(rows) and lengths.min() > _SHORTEST and lengths.max() < 1 / _SHORTEST:
-        return (queries @ rows.mT).div_(lengths)
-    return queries @ unit_length(rows).mT
 
 
 def unit_length(rows: Tensor) -> Tensor:

@@ -72,8 +72,11 @@ def _update(best: Neighbours, scores: Tensor, ids: Tensor, start: int) -> None:
     changing = (scores.amax(dim=1) > worst[:, 0]).nonzero().flatten()
     if not len(changing):
         return
-    scores = scores[changing]
-    entering = int((scores > worst[changing]).sum(dim=1).max())
+    scores, worst = scores[changing], worst[changing]
+    entering = int((scores > worst).sum(dim=1).max())
+    if entering > best.ids.shape[1]:  # as in the first block: of these, the best k and their equals
+        least = scores.topk(best.ids.shape[1], dim=1).values[:, -1:]
+        entering = int((scores >= least.maximum(worst)).sum(dim=1).max())
     # Of equal scores topk takes any, but here it takes all that enter; the others come last.
     candidates = scores.topk(entering, dim=1).indices.sort(dim=1).values
     all_scores = torch.cat([best.scores[changing], scores.gather(1, candidates)], dim=1)
