@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from tests.processes.oracle import WORLD, expected
-from tests.processes.training import DDP, Case, held_out, losses, net, samples
+from tests.processes.training import DDP, FSDP, Case, held_out, losses, net, samples
 from tests.processes.wrapped import FAULTS, MINE, MISTAKES, UNEVEN
 
 from ghost_core.testing import per_sample_gradients
@@ -21,24 +18,6 @@ pytestmark = pytest.mark.stress
 
 Found = list[dict[str, Any]]
 """What each process found."""
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """Run two processes, once for all tests."""
-    folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-W", "error", "-m", "tests.processes.worker"]
-    running = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(WORLD)
-    ]
-    try:
-        said = [each.communicate(timeout=300)[1] for each in running]
-    finally:
-        for each in running:
-            each.kill()
-    assert not any(each.returncode for each in running), "\n".join(said)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
 def close(found: object, wanted: object, what: str) -> None:
@@ -64,17 +43,17 @@ def check(case: Case, by_rank: list[Mapping[str, Any]]) -> None:
         assert all(altered == 0 for *_, altered in got["seen"].values())
 
 
-@pytest.mark.parametrize("how", ["wrapper", "inside"])
-@pytest.mark.parametrize("case", DDP, ids=lambda case: case.name)
-def test_two_processes_are_one(found: Found, case: Case, how: str) -> None:
-    check(case, [each["runs"][case.name][how] for each in found])
+@pytest.mark.parametrize("case", [*DDP, *FSDP], ids=lambda case: case.name)
+def test_two_processes_are_one(found: Found, case: Case) -> None:
+    for how in ("wrapper", "inside") if case in DDP else ("wrapper",):
+        check(case, [each["runs"][case.name][how] for each in found])
 
 
-@pytest.mark.parametrize("case", DDP, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*DDP, *FSDP], ids=lambda case: case.name)
 def test_training_is_untouched(found: Found, case: Case) -> None:
     for each in found:
         runs = each["runs"][case.name]
-        for how in ("wrapper", "inside"):
+        for how in runs.keys() - {"plain"}:
             if case.engine.get("mode") == "fused":  # which makes gradients up to rounding
                 for name, value in runs["plain"]["state"].items():
                     close(runs[how]["state"][name], value, name)

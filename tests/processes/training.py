@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ghost_engines import DotProductEngine, InRunValues
@@ -32,6 +34,8 @@ class Case:
         validation: The validation samples of each process.
         heads: The heads that each process uses, micro-batch by micro-batch; None for both.
         clips: Whether gradients are clipped before the step.
+        sharded: What `fully_shard` is called on besides the model: names of modules; None for DDP.
+        reshards: Whether parameters are whole only while their modules run.
     """
 
     name: str
@@ -41,6 +45,8 @@ class Case:
     validation: Parts = (range(HELD_OUT), range(HELD_OUT))
     heads: Sequence[Sequence[int | None]] = ((None,), (None,))
     clips: bool = False
+    sharded: Sequence[str] | None = None
+    reshards: bool = True
 
     def head(self, rank: int, at: int) -> int | None:
         """Return the head that a process uses in a micro-batch of a step."""
@@ -84,6 +90,18 @@ DDP = [
 ]
 
 
+FSDP = [
+    Case(f"{name}, {'re' * reshards}sharded", steps, validation=_HALVES, clips=True,
+         sharded=sharded, reshards=reshards)
+    for reshards in (True, False)
+    for name, steps, sharded in (
+        ("root", [[_PLAIN], [_UNEVEN], [_NEXT]], []),
+        ("blocks", [[_PLAIN, _NEXT], [_UNEVEN, _PLAIN]], ["trunk", "heads.1"]),
+        ("layers", [[_PLAIN, _NEXT], [_UNEVEN]], ["trunk.0", "trunk.2", "heads.0", "heads.1"]),
+    )
+]  # fmt: skip
+
+
 class Net(nn.Module):
     """A net with two heads and a buffer that every call in training mode writes to."""
 
@@ -92,11 +110,11 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.LayerNorm(5))
-        self.heads = nn.ModuleList([nn.Linear(5, 2), nn.Linear(5, 2)])
+        self.heads = nn.ModuleList([nn.Linear(5, 1), nn.Linear(5, 1)])
         self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
 
     def forward(self, inputs: Tensor, head: int | None = None) -> Tensor:
-        """Return the outputs of one head, or the sum of both, `[N, 2]`."""
+        """Return the outputs of one head, or the sum of both, `[N, 1]`."""
         if self.training:
             self.calls += 1
         inner = self.trunk(inputs)
@@ -125,6 +143,20 @@ def losses(outputs: Tensor) -> Tensor:
     return (outputs - 1).square().sum(1)
 
 
+def wrap(case: Case, model: nn.Module) -> nn.Module:
+    """Return a model as the processes train it."""
+    if case.sharded is None:
+        return DistributedDataParallel(model, **case.options)
+    for name in case.sharded:
+        fully_shard(model.get_submodule(name), reshard_after_forward=case.reshards)
+    return fully_shard(model, reshard_after_forward=case.reshards)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be in parts."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def train(case: Case, rank: int, *, ghost: bool, how: str = "wrapper") -> dict[str, Any]:
     """Train in one of the processes.
 
@@ -138,7 +170,7 @@ def train(case: Case, rank: int, *, ghost: bool, how: str = "wrapper") -> dict[s
         Parameters, and what ghost says: scores by step and sample, values by sample.
     """
     model = net()
-    wrapped = DistributedDataParallel(model, **case.options)
+    wrapped = wrap(case, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     inputs = samples()
     target = held_out()[list(case.validation[rank])]
@@ -154,7 +186,9 @@ def train(case: Case, rank: int, *, ghost: bool, how: str = "wrapper") -> dict[s
             optimizer.zero_grad()
             for at, parts in enumerate(step):
                 part, head, last = list(parts[rank]), case.head(rank, at), at == len(step) - 1
-                synced = nullcontext() if last else wrapped.no_sync()
+                synced = nullcontext()
+                if not last and isinstance(wrapped, DistributedDataParallel):
+                    synced = wrapped.no_sync()
                 with synced, engine.batch(part) if ghost else nullcontext() as batch:
                     losses(wrapped(inputs[part], head)).mean().backward()
                 if ghost:
@@ -163,7 +197,7 @@ def train(case: Case, rank: int, *, ghost: bool, how: str = "wrapper") -> dict[s
             if case.clips:
                 nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
-    state = {name: each.tolist() for name, each in model.state_dict().items()}
+    state = {name: whole(each).tolist() for name, each in model.state_dict().items()}
     if not ghost:
         return {"state": state}
     table = values.table()

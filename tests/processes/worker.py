@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.processes.training import DDP, train
+from tests.processes import sharded
+from tests.processes.training import DDP, FSDP, train
 from tests.processes.wrapped import faulty, others, refusals
 from torch import distributed
 
@@ -25,6 +26,11 @@ def run(rank: int) -> dict[str, Any]:
         "others": others(rank),
         "faults": faulty(rank),
         "refusals": refusals(rank),
+        "sharded": {
+            "others": sharded.others(rank),
+            "faults": sharded.faulty(rank),
+            "refusals": sharded.refusals(rank),
+        },
     }
 
 
@@ -36,6 +42,12 @@ def _runs(rank: int) -> dict[str, Any]:
             "inside": train(case, rank, ghost=True, how="inside"),
         }
         for case in DDP
+    } | {
+        case.name: {
+            "plain": train(case, rank, ghost=False),
+            "wrapper": train(case, rank, ghost=True),
+        }
+        for case in FSDP
     }
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ghost_core.restoring import restored, undo
@@ -39,3 +41,98 @@ def unreduced(wrapper: DistributedDataParallel) -> Iterator[None]:
 def is_joining(wrapper: DistributedDataParallel) -> bool:
     """Tell whether a wrapper is called inside its `join()`. Torch 2.5."""
     return bool(wrapper._join_config.enable)
+
+
+# Shards of fully_shard
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """Return the modules inside that `fully_shard` was called on. Public; torch 2.5 has it inside.
+
+    They are known by name, since to import what makes them takes long.
+    """
+    return [
+        module
+        for module in model.modules()
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+    ]
+
+
+def shards(model: nn.Module) -> dict[nn.Parameter, Any]:
+    """Return what `fully_shard` keeps of each parameter, by what is in its place. Torch 2.5."""
+    return {shard.sharded_param: shard for group in _groups(model) for shard in group.fsdp_params}
+
+
+def is_plain_shard(shard: Any) -> bool:
+    """Tell whether a parameter was whole before it was sharded, over one axis. Torch 2.5."""
+    return not shard.is_dtensor and shard.sharded_param.device_mesh.ndim == 1
+
+
+def in_use(shard: Any) -> nn.Parameter | None:
+    """Return the whole parameter that modules compute with; None before the first. Torch 2.5."""
+    found: nn.Parameter | None = getattr(shard, "_unsharded_param", None)
+    return found
+
+
+def is_waiting(shard: Any) -> bool:
+    """Tell whether a parameter has a gradient that was not averaged yet. Torch 2.5."""
+    whole = in_use(shard)
+    return shard.unsharded_accumulated_grad is not None or (
+        whole is not None and whole.grad is not None
+    )
+
+
+def averages(model: nn.Module) -> bool:
+    """Tell whether gradients are divided by the number of processes, and at once. Torch 2.5."""
+    return all(
+        group.reduce_grads and getattr(group, "gradient_divide_factor", None) is None
+        for group in _groups(model)
+    )
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    """Return the groups of parameters that are sharded together: one for a module before 2.13."""
+    states = [module._get_fsdp_state() for module in sharded_modules(model)]
+    return [
+        group
+        for state in states
+        for group in getattr(state, "_fsdp_param_groups", [state._fsdp_param_group])
+        if group is not None
+    ]
+
+
+@contextmanager
+def kept_whole(model: nn.Module) -> Iterator[None]:
+    """Let all parameters be whole meanwhile, whatever backward passes run. Torch 2.5.
+
+    All processes ask for it, and need nothing of each other inside.
+    """
+    groups = _groups(model)
+    with restored() as stack:
+        for group in groups:
+            undo(stack, setattr, group, "reshard_after_backward", group.reshard_after_backward)
+            group.reshard_after_backward = False
+        for module in sharded_modules(model):
+            undo(stack, module.reshard)
+            module.unshard()
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor whose parts are in several processes, which all ask for it. Torch 2.5."""
+    return cast(Any, tensor).full_tensor() if is_in_parts(tensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor. Torch 2.5."""
+    return cast(Any, tensor).to_local() if is_in_parts(tensor) else tensor
+
+
+def mesh_of(tensor: Tensor) -> Any:
+    """Return the processes that have the parts of a tensor. Public."""
+    return cast(Any, tensor).device_mesh
+
+
+def is_in_parts(tensor: Tensor) -> bool:
+    """Tell whether the parts of a tensor are in several processes. Public."""
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)

@@ -62,8 +62,7 @@ class Engine(Listener, Generic[ResultT]):
     to capture; whatever runs outside of a batch is left alone.
 
     Args:
-        model: The module that the training loop calls. `DistributedDataParallel` is taken for the
-            model inside of it, whose names count, and for the processes that train it.
+        model: The module that the training loop calls; for names, what is inside of a DDP.
         layers: Globs over dotted names of modules or parameters: what to track.
         exclude: Globs over dotted names: what to leave out of it.
         grad_scaler: The scaler that multiplies the loss, whose scale engines divide out.
@@ -277,8 +276,7 @@ class Engine(Listener, Generic[ResultT]):
             engine.verify(lambda: per_sample_loss(model, batch)).raise_if_wrong()
 
         Args:
-            losses: A function that runs the model and returns one loss per sample, floating `[N]`;
-                see `ghost_core.compare.compare`.
+            losses: Runs the model and returns one loss per sample, floating `[N]`; see `compare`.
             samples: How many samples to compare, spread over the batch, first and last included.
             tolerance: Error allowed relative to a sample's gradient; by default by dtype.
             owners: Tensors that `row_owner` names, as `batch` takes them.
@@ -294,7 +292,7 @@ class Engine(Listener, Generic[ResultT]):
             raise CaptureError(
                 f"the model changed since the engine was made ({difference}): make a new engine"
             )
-        with self.ranks.apart():
+        with self.ranks.apart("engine.verify"):
             return compare(
                 self.model,
                 losses,
@@ -350,11 +348,13 @@ class Engine(Listener, Generic[ResultT]):
     # Attachment
 
     def _track(self) -> Tracking:
-        return track(self.model, self.selection, Recorder.of(self.model).flags)
+        return track(self.ranks.settled(self.model), self.selection, Recorder.of(self.model).flags)
 
     def _attach(self, freeze: Freeze, stack: ExitStack) -> None:
         """Attach the engine, for as long as the stack is not closed."""
         recorder = Recorder.of(self.model)
+        names = self.tracking.names if freeze is not Freeze.NEVER else ()
+        self.ranks.check_way("frozen() or mode='fused'", names)
         if difference := self.tracking.difference(self._track()):
             raise CaptureError(
                 f"the model changed since the engine was made ({difference}): make a new engine"
@@ -365,7 +365,7 @@ class Engine(Listener, Generic[ResultT]):
 
     def _check_flags(self) -> None:
         """Refuse parameters frozen or unfrozen since: scores would not be those of the training."""
-        leaves = dict(self.model.named_parameters())
+        leaves = dict(self.ranks.settled(self.model).named_parameters())
         for parameter in self.parameters:
             hooks = gradient_hooks(leaves[parameter.name])
             if not all(map(is_own, hooks.values())):

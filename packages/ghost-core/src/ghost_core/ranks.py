@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ghost_core._distributed import calling_wrapper, is_joining, unreduced
+from ghost_core._distributed import (
+    averages,
+    calling_wrapper,
+    is_joining,
+    is_waiting,
+    kept_whole,
+    mesh_of,
+    sharded_modules,
+    shards,
+    unreduced,
+    whole,
+)
 from ghost_core.errors import CaptureError
 
 _Made = TypeVar("_Made")
@@ -36,12 +47,14 @@ class Ranks:
     Attributes:
         count: How many there are.
         group: Their group; None where there is one process, alone.
-        wrapper: What averages their gradients.
+        wrapper: What averages their gradients, if that is `DistributedDataParallel`.
+        sharded: The model, if `fully_shard` keeps its parameters in parts.
     """
 
     count: int = 1
     group: Any = None
     wrapper: DistributedDataParallel | None = None
+    sharded: nn.Module | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
@@ -57,9 +70,12 @@ class Ranks:
                     raise _refused(name, kind, reason)
             if name and isinstance(module, DistributedDataParallel):
                 raise _refused(name, "DistributedDataParallel", "it wraps a part of the model only")
-        if not isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel):
+            group = model.process_group
+            return cls(distributed.get_world_size(group), group, model)
+        if not sharded_modules(model):
             return cls()
-        return cls(distributed.get_world_size(model.process_group), model.process_group, model)
+        return cls(*_sharded_over(model), sharded=model)
 
     @property
     def several(self) -> bool:
@@ -97,8 +113,11 @@ class Ranks:
         return made
 
     def average(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the means over all processes, in the memory of what is given."""
-        if self.several:
+        """Return the means over all processes, in the memory of what is given.
+
+        Gradients of parameters in parts are means already.
+        """
+        if self.several and self.sharded is None:
             with torch.no_grad():
                 waiting = [
                     distributed.all_reduce(each, group=self.group, async_op=True)
@@ -111,14 +130,52 @@ class Ranks:
                     tensor /= self.count
         return dict(tensors)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes, in the memory of what is given."""
+        if self.several:
+            distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def probing(self, wanted: bool) -> Iterator[bool]:
+        """Let backward passes run that only some processes want, or each in a number of its own.
+
+        Where parameters are in parts, backward passes put them together, which all processes do at
+        the same places. So all learn whether any of them probes; then parameters are whole
+        meanwhile, and each of the processes is to run a backward pass at least.
+
+        Args:
+            wanted: Whether this process wants any.
+
+        Yields:
+            Whether it is to run any.
+        """
+        if self.sharded is None or not self.several:
+            yield wanted
+            return
+        device = next(self.sharded.parameters()).device
+        if not self.sum(torch.tensor(int(wanted), device=device)):
+            yield False
+            return
+        with kept_whole(self.sharded):
+            yield True
+
+    @contextmanager
+    def apart(self, what: str = "") -> Iterator[None]:
         """Let the model be called meanwhile without gradients being averaged afterwards.
 
+        Args:
+            what: What calls it, if that needs whole parameters.
+
         Raises:
-            CaptureError: If processes may have run out of data, and wait for others inside `join`.
+            CaptureError: If processes may have run out of data, and wait for others inside `join`;
+                or gradients of parameters in parts wait to be averaged.
         """
         wrapper = self.wrapper
+        if what:
+            self.check_way(what)
+        if self.sharded is not None:
+            self._check_averaged(self.settled(self.sharded))
         if wrapper is None:
             yield
             return
@@ -132,8 +189,62 @@ class Ranks:
         with unreduced(wrapper):
             yield
 
+    def settled(self, model: nn.Module) -> nn.Module:
+        """Return a model whose parameters are in the optimizer's hands, not whole after a call."""
+        if self.sharded is not None:
+            for module in sharded_modules(model):
+                module.reshard()
+        return model
+
+    def check_way(self, what: str, names: Collection[str] | None = None) -> None:
+        """Raise if parameters are in parts, and something needs them whole, or their gradients.
+
+        Args:
+            what: What needs them, for the error.
+            names: Which it needs; all by default.
+
+        Raises:
+            CaptureError: If any are in parts.
+        """
+        if self.sharded is None:
+            return
+        known = shards(self.settled(self.sharded))
+        leaves = dict(self.sharded.named_parameters(remove_duplicate=False))
+        if any(leaves[name] in known for name in (leaves if names is None else names)):
+            raise CaptureError(
+                f"{what} is not for a model under fully_shard",
+                reason="its parameters are whole only while their modules run, and their gradients "
+                "are made and divided by FSDP2 alone",
+                remedy="attach an engine in mode='exact' by with engine:, or do this before the "
+                "model is sharded",
+            )
+
+    def check_averaged(self) -> None:
+        """Raise if gradients are not averaged at once over all processes.
+
+        Raises:
+            CaptureError: If they wait for a later backward pass, or are divided in another way.
+        """
+        if self.sharded is not None:
+            self._check_averaged(self.sharded)
+
+    def _check_averaged(self, model: nn.Module) -> None:
+        if not averages(model) or any(map(is_waiting, shards(model).values())):
+            raise CaptureError(
+                "gradients are not averaged in each backward pass",
+                reason="set_requires_gradient_sync(False) lets them wait, or "
+                "set_gradient_divide_factor divides them in another way, and what becomes of them "
+                "is not followed",
+                remedy="leave both as they are: accumulate with one batch for each micro-batch",
+            )
+
     def inside(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return tensors by the names in the model inside, which the wrapper puts a word before."""
+        """Return tensors by the names in the model inside, whole.
+
+        The wrapper puts a word before names.
+        """
+        if self.sharded is not None:
+            return {name: whole(each.detach()) for name, each in tensors.items()}
         if self.wrapper is None:
             return tensors
         known = {name for name, _ in self.wrapper.module.named_parameters(remove_duplicate=False)}
@@ -162,8 +273,9 @@ class Ranks:
 
     def _same(self, code: int) -> bool:
         """Tell whether a number is the same in all processes, and stands for no failure."""
-        assert self.wrapper is not None
-        device = next(self.wrapper.parameters()).device
+        model = self.wrapper if self.sharded is None else self.sharded
+        assert model is not None
+        device = next(model.parameters()).device
         found = torch.tensor([code, -code], dtype=torch.int64, device=device)
         distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.group)
         most, least = found.tolist()
@@ -185,3 +297,30 @@ def _refused(name: str, kind: str, reason: str) -> CaptureError:
         reason=reason,
         remedy="wrap the whole model in DistributedDataParallel, and give that to the engine",
     )
+
+
+def _sharded_over(model: nn.Module) -> tuple[int, Any]:
+    """Return how many processes share the parameters of a model, and their group.
+
+    Raises:
+        CaptureError: If some of the trainable ones belong to no shards.
+    """
+    for module in sharded_modules(model):
+        module.reshard()
+    known = shards(model)
+    meshes = {mesh_of(leaf) for leaf in known}
+    if len(meshes) != 1 or any(mesh.ndim != 1 for mesh in meshes):
+        raise CaptureError(
+            "parameters are sharded in several ways",
+            reason="each way averages gradients over other processes",
+            remedy="call fully_shard with one mesh of one dimension for all modules",
+        )
+    (mesh,) = meshes
+    apart = [n for n, p in model.named_parameters() if p.requires_grad and p not in known]
+    if apart and mesh.size() > 1:
+        raise CaptureError(
+            f"{apart[0]} is not sharded, and so are {len(apart) - 1} other parameters",
+            reason="nobody averages its gradients over processes",
+            remedy="call fully_shard on the model itself, after its blocks",
+        )
+    return mesh.size(), mesh.get_group()

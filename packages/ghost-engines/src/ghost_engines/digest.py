@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
+from ghost_core._distributed import whole
 from ghost_core.arguments import module
 
 
@@ -23,6 +24,6 @@ def model_digest(model: nn.Module) -> str:
     for name, tensor in sorted(module(model).state_dict(keep_vars=True).items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            flat = tensor.detach().contiguous().cpu().reshape(-1)
+            flat = whole(tensor.detach()).contiguous().cpu().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -210,6 +210,7 @@ class ScoringEngine(Engine[ScoresT]):
         recorder = self._recorder or Recorder.of(self.model)
         if self._recorder is None and recorder.attached:
             raise not_attached()
+        self.ranks.check_way("engine.scoring()")
         if self.is_open or self._candidates is not None:
             raise open_already()
         self._check_flags()
@@ -289,6 +290,7 @@ class ScoringEngine(Engine[ScoresT]):
                 reason="parameters are frozen there, so that no step can follow",
                 remedy="leave it before the batch that is trained on",
             )
+        self.ranks.check_averaged()
         for observer in self._observers:
             observer.starting()
         with self.paused():

@@ -39,6 +39,7 @@ from ghost_core.capture.shared import SharedValues
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.hooks import Hook
+from ghost_core.ranks import Ranks
 from ghost_core.restoring import restored, undo
 from ghost_core.split import Balance, Verifier
 from ghost_core.state import flags_set
@@ -57,6 +58,7 @@ class Recorder:
         with torch.inference_mode(False):
             seed = torch.zeros((), requires_grad=True)
         known = Recorder._followed.setdefault(model, {})
+        self._ranks = Ranks.of(model)
         self._state = CaptureState(model, seed, Verifier(model, {}, seed), followed=known)
         self._handles: list[RemovableHandle] = []
         self._told_compiled = False
@@ -203,7 +205,7 @@ class Recorder:
         state.dim = dims.pop()
         state.tracked = tracked
         state.lifted.clear()
-        state.verifier = Verifier(state.model, tracked, state.seed, state.dim)
+        state.verifier = Verifier(state.model, tracked, state.seed, state.dim, self._ranks)
         if not state.attached:
             return
         root = state.model
@@ -380,6 +382,8 @@ class Recorder:
         finally:
             state.forget_pass()
         assert batch is not None
+        if state.balance is not None:
+            state.balance.follow_parts(state.model)
         if output is None:  # the forward pass failed
             batch.passes.remove(pass_)
         elif (state.verifying or state.verifier.routes) and pass_.n:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ghost_core._distributed import in_use, is_in_parts, shards
 from ghost_core._torch import gradient_hooks, tidy_gradient_hooks
 from ghost_core.algebra import INSIDE, Owned, PerSampleGradient, Precision, floating_dtypes
 from ghost_core.errors import UnbalancedError
@@ -76,13 +77,28 @@ class Balance:
         }
         self._accounts: dict[str, _Account] = defaultdict(_Account)
         self._without = [p for p in self._parameters.values() if not gradient_hooks(p)]
+        self._in_parts: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def open(self) -> None:
         """Put hooks on the parameters. Whoever calls this can call `close` already."""
         for name, parameter in self._parameters.items():
-            see = Hook(partial(self._see, name))
-            self._handles.append(parameter.register_hook(see))
+            if is_in_parts(parameter):
+                self._in_parts[name] = parameter
+            else:
+                self._handles.append(parameter.register_hook(Hook(partial(self._see, name))))
+
+    def follow_parts(self, model: nn.Module) -> None:
+        """Put hooks on what a pass computed with in place of parameters that are in parts."""
+        known = shards(model) if self._in_parts else {}
+        for name, parameter in list(self._in_parts.items()):
+            leaf = in_use(known[parameter])  # type: ignore[index]
+            if leaf is not None:
+                del self._in_parts[name]
+                self._parameters[name] = leaf  # whose dtype may be another
+                if not gradient_hooks(leaf):
+                    self._without.append(leaf)
+                self._handles.append(leaf.register_hook(Hook(partial(self._see, name))))
 
     def watch(self, name: str, leaf: Tensor) -> str:
         """Compare contributions to another leaf too, which stands for a frozen parameter, say.

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ghost_core._distributed import in_use, shards
 from ghost_core._torch import will_reach
 from ghost_core.errors import WrongSplitError
 from ghost_core.process import eagerly
+from ghost_core.ranks import ALONE, Ranks
 from ghost_core.split.owners import Fold, find_folds
 from ghost_core.split.probe import Kind, Places, Probe, Prober, probed_samples
 from ghost_core.split.reasons import doubted, late_row, reached_elsewhere, unreached, wrong_split
@@ -43,6 +45,7 @@ class Verifier:
         tracked: The tracked modules by name.
         seed: A scalar that every Tap depends on.
         batch_dim: Axis of the samples in the model's outputs.
+        ranks: The processes that train the model.
     """
 
     def __init__(
@@ -51,8 +54,10 @@ class Verifier:
         tracked: Mapping[str, TrackedModule],
         seed: Tensor,
         batch_dim: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._model = model
+        self._ranks = ranks
         self._modules = list(model.modules())
         self._tracked = tracked
         self._prober = Prober(model, seed, batch_dim)
@@ -104,7 +109,10 @@ class Verifier:
             for parameter in tracked.parameters.values()
         }
         self._prober.shield_hooks()
-        usage = UsageMode({name: parameters[name] for name in names}, owned, frozen)
+        # The memory of those under fully_shard is given away before the pass ends; their sums tell.
+        passing = {in_use(shard) for shard in shards(self._model).values()}
+        staying = {name: parameters[name] for name in names if parameters[name] not in passing}
+        usage = UsageMode(staying, owned, frozen)
         self._watching.enter_context(eagerly())
         self._usage = self._watching.enter_context(usage)
 
@@ -231,9 +239,19 @@ class Verifier:
         kinds = {kind for site in sites for kind in site.kinds(n)}
         if self.routes:
             kinds = {(name, False) for name, _ in kinds}
-        if clear and called | kinds <= verified and not self.routes:
-            called |= kinds
-            return signature not in self._unwatched
+        known = clear and called | kinds <= verified and not self.routes
+        with self._ranks.probing(not known) as probes:
+            if probes:
+                return self._prove(output, n, sites, called, kinds)
+        called |= kinds
+        return signature not in self._unwatched
+
+    def _prove(
+        self, output: Any, n: int, sites: Sequence[Site], called: set[Kind], kinds: set[Kind]
+    ) -> bool:
+        """Probe a pass, as `check` does."""
+        signature = self._signature(n)
+        verified = self._verified.get(signature, set())
         if self._usage is None and not called | kinds <= verified:
             self._unwatched.add(signature)
         if self._usage is not None and _any_nan(tree_leaves(output)):

@@ -12,6 +12,7 @@ import torch
 from torch import Size, nn
 from torch.nn.parameter import is_lazy
 
+from ghost_core._distributed import is_plain_shard, shards
 from ghost_core._torch import direct_parameters, is_compiled, is_composed
 from ghost_core.arguments import text, whole
 from ghost_core.errors import CaptureError, UnsupportedLayerError
@@ -201,8 +202,9 @@ def track(
             f"no trainable parameter is selected: {trainable} of {len(names)} parameters require "
             f"gradients, layers={selection.layers!r}, exclude={selection.exclude!r}"
         )
-    _refuse_composed(parameters)
+    _refuse_composed(model, parameters)
     modules = _find_owners(model, parameters, selection)
+    _refuse_replays(parameters, modules)
     ordered = tuple(sorted(parameters.values(), key=lambda parameter: parameter.name))
     axes = by_module(model, "batch_dim", selection.batch_dim, _axis)
     root = _axis_of(next((each for each in modules if not each.name), None))
@@ -316,18 +318,39 @@ def _check_handled(
         )
 
 
-def _refuse_composed(parameters: Mapping[nn.Parameter, TrackedParameter]) -> None:
-    """Refuse parameters that are made of other tensors."""
-    found = [parameter.name for leaf, parameter in parameters.items() if is_composed(leaf)]
-    if found:
-        kind = next(type(leaf) for leaf in parameters if is_composed(leaf))
+def _refuse_composed(model: nn.Module, parameters: Mapping[nn.Parameter, TrackedParameter]) -> None:
+    """Refuse parameters that are made of other tensors, and are never whole."""
+    known = {leaf for leaf, shard in shards(model).items() if is_plain_shard(shard)}
+    found = {
+        leaf: parameter.name
+        for leaf, parameter in parameters.items()
+        if is_composed(leaf) and leaf not in known
+    }
+    for leaf, name in found.items():
         raise CaptureError(
-            f"{found[0]} is a {kind.__name__}, and so are {len(found) - 1} other parameters",
-            reason="such a parameter, as FSDP2's fully_shard and tensor parallelism make, is "
-            "split, and its module computes with other tensors in its place",
+            f"{name} is a {type(leaf).__name__}, and so are {len(found) - 1} other parameters",
+            reason="such a parameter, as tensor parallelism makes, is split, and its module "
+            "computes with other tensors in its place",
             remedy="use a model whose parameters are whole, as under DistributedDataParallel, or "
-            f"leave them out with exclude={','.join(found)!r}",
+            "while modules run, as under fully_shard, or leave them out with "
+            f"exclude={','.join(found.values())!r}",
         )
+
+
+def _refuse_replays(
+    parameters: Mapping[nn.Parameter, TrackedParameter], modules: Iterable[TrackedModule]
+) -> None:
+    """Refuse to run modules again whose parameters are whole only while they run."""
+    sharded = {parameter.name for leaf, parameter in parameters.items() if is_composed(leaf)}
+    for tracked in modules:
+        names = [each.name for each in tracked.parameters.values() if each.name in sharded]
+        if names and tracked.sampler.replays:
+            raise UnsupportedLayerError(
+                f"{tracked.label} is under fully_shard, and has no formula for its gradients",
+                reason="it would run again, when its parameters are in parts",
+                remedy=f"leave it out with exclude={','.join(names)!r}, or register a sampler for "
+                "it as a plugin",
+            )
 
 
 def _refuse_compiled(model: nn.Module, tracked: Collection[nn.Parameter]) -> None:

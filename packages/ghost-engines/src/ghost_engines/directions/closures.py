@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ghost_core import CaptureError, TrackedParameter
-from ghost_core._torch import is_graph_gone
+from ghost_core._distributed import whole
+from ghost_core._torch import accumulation_hooks, is_graph_gone
 from ghost_core.ranks import ALONE, Ranks
 from ghost_core.state import untouched
 from ghost_engines.directions.given import finite, given, widened
@@ -81,7 +82,13 @@ class Source:
             if isinstance(result, Mapping):
                 named = self.ranks.inside(result)
                 return given(self.name, named, self.model, self.parameters)
-            gradients = self._differentiated(self._loss(result))
+            if self.ranks.sharded is None:
+                gradients = self._differentiated(self._loss(result))
+            else:
+                # None begins what all take part in before each has a loss.
+                what = f"direction {self.name!r}"
+                loss = self.ranks.all_or_none(what, lambda: self._loss(result), lambda _: what)
+                gradients = self._backpropagated(loss)
         return finite(self.name, {key: widened(each) for key, each in gradients.items()})
 
     def curvature(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,6 +100,7 @@ class Source:
         Raises:
             CaptureError: If the closure returns no loss, or as `tensors` does.
         """
+        self.ranks.check_way("a second order")
         return self._averaged(partial(self._own_curvature, step))
 
     def _own_curvature(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,7 +134,7 @@ class Source:
     @contextmanager
     def _called(self) -> Iterator[object]:
         """Call the closure, and undo afterwards what that did."""
-        with torch.enable_grad(), untouched(self.model), self.ranks.apart():
+        with torch.enable_grad(), self.ranks.apart(), untouched(self.model):
             if not self.training:
                 self.model.eval()
             yield self.closure()
@@ -154,6 +162,31 @@ class Source:
             )
         return result.sum()
 
+    def _backpropagated(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return the gradients that FSDP2 makes, whole and averaged over processes."""
+        for name, leaf in self.leaves().items():
+            if accumulation_hooks(leaf):
+                raise CaptureError(
+                    f"{name} has a hook that runs when its gradient is there, and would run on "
+                    f"that of direction {self.name!r}: give tensors in place of a closure"
+                )
+        loss.backward()
+        leaves = self.leaves()
+        if all(leaf.grad is None for leaf in leaves.values()):
+            raise self._independent()
+        return {
+            name: torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+            if leaf.grad is None
+            else whole(leaf.grad)
+            for name, leaf in leaves.items()
+        }
+
+    def _independent(self) -> CaptureError:
+        return CaptureError(
+            f"direction {self.name!r}: the closure's loss depends on none of the selected "
+            "parameters; does it call another model?"
+        )
+
     def _differentiated(self, loss: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
         leaves = self.leaves()
         try:
@@ -170,10 +203,7 @@ class Source:
                 remedy="compute the loss in the closure, and return it without calling backward()",
             ) from error
         if all(gradient is None for gradient in gradients):
-            raise CaptureError(
-                f"direction {self.name!r}: the closure's loss depends on none of the selected "
-                "parameters; does it call another model?"
-            )
+            raise self._independent()
         return _filled(leaves, gradients)
 
 

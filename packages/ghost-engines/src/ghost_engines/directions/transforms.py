@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import CaptureError
+from ghost_core._distributed import whole
 from ghost_core._torch import tells_of_steps
 from ghost_engines.directions.closures import Source
 
@@ -162,5 +163,5 @@ def _factor(adam: torch.optim.Adam, leaf: nn.Parameter) -> Tensor:
     first, second = (float(each) for each in group["betas"])
     steps = float(state["step"])
     moment: Tensor = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    root = (moment / (1 - math.pow(second, steps))).sqrt() + float(group["eps"])
+    root = (whole(moment) / (1 - math.pow(second, steps))).sqrt() + float(group["eps"])
     return (1 - first) / (1 - math.pow(first, steps + 1)) / root

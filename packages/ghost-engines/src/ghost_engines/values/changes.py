@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ghost_core import CaptureError
 from ghost_core._torch import backward_id
-from ghost_engines.values.prints import prints, ratio, read
+from ghost_core.ranks import ALONE, Ranks
+from ghost_engines.values.prints import prints, prints_of_all, ratio, read
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Changes:
     Nothing here waits for a GPU while the batch runs.
 
     Args:
-        shared: Whether a backward pass may bring other processes' gradients, also to parameters
-            that this one's did not reach.
+        ranks: The processes that train the model. Gradients of parameters in parts are looked at by
+            all of them together. Others may change where this process's backward pass did not reach
+            them.
     """
 
-    def __init__(self, *, shared: bool = False) -> None:
-        self._shared = shared
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
+        self._shared = ranks.several and ranks.sharded is None
         self._parameters: Mapping[str, nn.Parameter] = {}
         self._left: dict[str, Tensor] = {}
         self._found: dict[str, Tensor] = {}
@@ -121,7 +124,7 @@ class Changes:
 
     def _compared(self, after: Mapping[str, Tensor]) -> Change:
         """Compare prints with those that were left; the one place that waits for a GPU."""
-        before, now = read(self._left, after)
+        before, now = read(*prints_of_all(self._ranks, self._left, after))
         filled = {name for name, each in before.items() if each.filled}
         lost = {
             name for name in before if name not in now or (name in filled and not now[name].filled)

@@ -62,6 +62,8 @@ class Follower:
         order: int,
     ) -> None:
         self._engine = _scoring(engine)
+        if order == 2:
+            engine.ranks.check_way("order=2")
         if order == 2 and engine.ranks.several:
             raise CaptureError(
                 f"order=2 is for one process, and {engine.ranks.count} train the model",
@@ -78,7 +80,7 @@ class Follower:
         self._order = order
         self._held: HeldGradients | None = None
         self._pending: list[Pending] = []
-        self._changes = Changes(shared=engine.ranks.several)
+        self._changes = Changes(engine.ranks)
         self._directions: tuple[str, ...] = () if direction is None else (direction,)
         self.counts = Counts()
         self.skipped_ids: set[int] = set()
@@ -268,7 +270,8 @@ class Follower:
         return {name: rate / scale for name, rate in rates(self._leaves, optimizer).items()}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        leaves = dict(self._engine.model.named_parameters())
+        model = self._engine.ranks.settled(self._engine.model)
+        leaves = dict(model.named_parameters())
         return {each.name: leaves[each.name] for each in self._engine.parameters}
 
 

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ghost_core._distributed import own_part
 from ghost_core._torch import norms
+from ghost_core.ranks import Ranks
 
 _PIECE = 1 << 22
 """Elements that are summed up at a time, so that no gradient is copied as a whole."""
@@ -89,6 +91,24 @@ def _of_large(elements: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(elements, rows.split([len(parts) for parts in split], 1), strict=True))
 
 
+def prints_of_all(ranks: Ranks, *found: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+    """Return the prints of whole gradients, where each process has seen a part, float64 `[3, 1]`.
+
+    Other gradients are whole in each, and are left as they are.
+    """
+    if ranks.sharded is None:
+        return list(found)
+    keys = [(at, name) for at, each in enumerate(found) for name in sorted(each)]
+    rows = [found[at][name] for at, name in keys]
+    joined: list[dict[str, Tensor]] = [{} for _ in found]
+    if rows:
+        squared = [torch.stack([each[0], each[1].square(), each[2]]).sum(1) for each in rows]
+        sums = ranks.sum(torch.stack([each.to(squared[0].device) for each in squared]))
+        for (at, name), (magnitude, square, weighted) in zip(keys, sums, strict=True):
+            joined[at][name] = torch.stack([magnitude, square.sqrt(), weighted])[:, None]
+    return list(joined)
+
+
 def read(*found: Mapping[str, Tensor]) -> list[dict[str, Print]]:
     """Return prints that can be compared; all are waited for together."""
     rows = [each for numbers in found for each in numbers.values()]
@@ -132,7 +152,8 @@ def ratio(before: Print, after: Print, dtype: torch.dtype) -> float | None:
 
 def _elements(gradient: Tensor) -> Tensor:
     """Return what a gradient holds as one axis of real numbers."""
-    values = gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+    gradient = own_part(gradient.detach())
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return (torch.view_as_real(values) if values.is_complex() else values).reshape(-1)
 
 
