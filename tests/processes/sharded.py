@@ -19,7 +19,6 @@ from ghost_core import GhostError
 from ghost_core.ranks import Ranks
 from ghost_engines import InRunValues, NormEngine, ProjectionEngine
 from ghost_engines.scoring import ScoringEngine
-from ghost_engines.values import changes
 
 WORDS, LENGTH, DIM = 11, 4, 8
 
@@ -263,7 +262,8 @@ def _summed() -> Iterator[None]:
 @contextmanager
 def _own_parts() -> Iterator[None]:
     """Look at the own part of gradients, which may be empty."""
-    with patch.object(changes, "prints_of_all", lambda _, *found: list(found)):
+    own = "ghost_engines.values.changes.prints_of_all"
+    with patch(own, lambda _, *found: list(found)):
         yield
 
 
