@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import tyro
 
-from ghost_examples import lm_training, tokenize
+from ghost_examples import lm_selection, lm_training, tokenize
 from ghost_examples.language_models import Options, models
 from ghost_examples.texts import load_domain
 
 PAGE = Path(__file__).parents[3] / "docs/language_models.md"
 SMALL = "--steps 2 --batch 2 --validation 1 --eval-blocks 1 --device cpu --length 16 --shown 1"
-PROGRAMS = {"lm_training": (lm_training, Options), "tokenize": (tokenize, tokenize.Options)}
+PROGRAMS = {
+    "lm_training": (lm_training, Options, SMALL),
+    "tokenize": (tokenize, tokenize.Options, "--length 16"),
+    "lm_selection": (lm_selection, lm_selection.Options, "--seeds 1 --steps 1 --length 16"),
+}
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -64,8 +68,8 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     pandas.DataFrame({"text": texts}).to_parquet("code.parquet")
     for name, arguments in commands():
         shutil.rmtree("lm-results", ignore_errors=True)
-        small = SMALL.split() if name == "lm_training" else ["--length", "16"]
-        PROGRAMS[name][0].main([*arguments, *small])
+        program, _, small = PROGRAMS[name]
+        program.main([*arguments, *small.split()])
         if name == "lm_training" and "--results-dir" not in arguments:
             assert Path("lm-results/domains.png").exists()
     assert Path("lm-results/meaning.png").exists()
