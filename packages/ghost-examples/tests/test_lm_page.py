@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from ghost_examples import lm_selection, lm_training, tokenize
+from ghost_examples import lm_selection, lm_training, tokenize, vision_language
 from ghost_examples.language_models import Options, models
 from ghost_examples.texts import load_domain
 
@@ -19,6 +19,7 @@ SMALL = "--steps 2 --batch 2 --validation 1 --eval-blocks 1 --device cpu --lengt
 PROGRAMS = {
     "lm_training": (lm_training, Options, SMALL),
     "tokenize": (tokenize, tokenize.Options, "--length 16"),
+    "vision_language": (vision_language, vision_language.Options, "--steps 1"),
     "lm_selection": (lm_selection, lm_selection.Options, "--seeds 1 --steps 1 --length 16"),
 }
 
@@ -67,7 +68,8 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     pandas.DataFrame({"text": texts}).to_json("web.jsonl", orient="records", lines=True)
     pandas.DataFrame({"text": texts}).to_parquet("code.parquet")
     for name, arguments in commands():
-        shutil.rmtree("lm-results", ignore_errors=True)
+        if name == "lm_training":
+            shutil.rmtree("lm-results", ignore_errors=True)
         program, _, small = PROGRAMS[name]
         program.main([*arguments, *small.split()])
         if name == "lm_training" and "--results-dir" not in arguments:

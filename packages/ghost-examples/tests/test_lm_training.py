@@ -7,11 +7,12 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ghost_core import CaptureError, UnknownNameError
-from ghost_engines import CorpusError
+from ghost_engines import CorpusError, GroupValues
 from ghost_examples import lm_training
 from ghost_examples.language_models import (
     Cut,
@@ -218,3 +219,17 @@ def test_values_are_compared_with_what_training_without_a_domain_did(tmp_path: P
     text = meaning.report_meaning(found, tmp_path)
     assert "all pairs: 1.000" in text
     assert json.loads((tmp_path / "meaning.json").read_text())["changes"] == found.changes
+
+
+def test_a_domain_of_which_no_sample_was_drawn_is_worth_nothing() -> None:
+    by_domain = GroupValues(
+        directions=("a", "b"),
+        groups=("b",),
+        values=np.array([[1.0, 2.0]]),
+        samples=np.array([4]),
+    )
+    whole = metrics.Curves({}, {"a": {0: 9.0, 1: 5.0}, "b": {0: 9.0, 1: 6.0}})
+    without = metrics.Curves({}, {"a": {0: 9.0, 1: 5.5}, "b": {0: 9.0, 1: 7.0}})
+    found = meaning.compare(by_domain, whole, {"a": without, "b": without})
+    assert found.values == [[0.0, 0.0], [1.0, 2.0]]
+    assert found.changes == [[0.5, 1.0], [0.5, 1.0]]

@@ -61,12 +61,14 @@ def compare(by_domain: GroupValues, whole: Curves, without: dict[str, Curves]) -
         without: Losses of the runs without a domain, by its name.
     """
     targets = by_domain.directions
-    rows = [by_domain.groups.index(domain) for domain in without]
+    known = dict(zip(by_domain.groups, by_domain.values.tolist(), strict=True))
+    nothing = [0.0] * len(targets)  # a domain of which no sample was drawn
     changes = [
         [curves.after[target] - whole.after[target] for target in targets]
         for curves in without.values()
     ]
-    return Meaning(tuple(without), targets, by_domain.values[rows].tolist(), changes)
+    values = [known.get(domain, nothing) for domain in without]
+    return Meaning(tuple(without), targets, values, changes)
 
 
 def report_meaning(found: Meaning, folder: Path) -> str:
