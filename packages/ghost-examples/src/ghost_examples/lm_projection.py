@@ -25,10 +25,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ghost_engines import GradientStore, ProjectionEngine, project_dataset, project_queries
-from ghost_engines.quality import TailPatch, tail_patch
+from ghost_engines import GradientStore, ProjectionEngine, project_dataset, project_queries, quality
 from ghost_engines.search import Whitening
-from ghost_examples.demo import passages as lm
+from ghost_examples import demo as lm
 from ghost_examples.texts import Passage
 
 LEARNING_RATE = 0.05
@@ -132,10 +131,10 @@ def judged(
     corpus: Passages,
     asked: Tensor,
     ways: Mapping[str, list[int]],
-) -> dict[str, TailPatch]:
+) -> dict[str, quality.TailPatch]:
     """Return what a step on what each way found does to the queries."""
     return {
-        way: tail_patch(
+        way: quality.tail_patch(
             model,
             lm.per_sample_loss,
             list(asked.split(1)),
@@ -147,7 +146,7 @@ def judged(
     }
 
 
-def run(options: Options) -> dict[str, TailPatch]:
+def run(options: Options) -> dict[str, quality.TailPatch]:
     """Train or load, project or go on, look up, judge; write what was measured."""
     options.output.mkdir(parents=True, exist_ok=True)
     config = {**asdict(options), "output": str(options.output)}

@@ -1,1 +1,13 @@
 """The demo: find wrong labels, look up passages, check the numbers, write a report."""
+
+from ghost_examples.demo.passages import (
+    LAYERS,
+    Plan,
+    as_tokens,
+    new_model,
+    per_sample_loss,
+    split,
+    train,
+)
+
+__all__ = ["LAYERS", "Plan", "as_tokens", "new_model", "per_sample_loss", "split", "train"]
