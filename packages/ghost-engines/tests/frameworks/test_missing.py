@@ -24,9 +24,10 @@ def test_the_extra_is_named(name, package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     for loaded in [each for each in sys.modules if each.startswith(f"{package}.")]:
         monkeypatch.setitem(sys.modules, loaded, None)
-    module = {"hf": "trainer"}.get(extra, extra)
-    monkeypatch.delitem(sys.modules, f"{wing.__name__}.{module}", raising=False)
-    for public in {module, name} & vars(wing).keys():
+    modules = {"hf": ["trainer", "callback"]}.get(extra, [extra])
+    for module in modules:
+        monkeypatch.delitem(sys.modules, f"{wing.__name__}.{module}", raising=False)
+    for public in {*modules, name} & vars(wing).keys():
         monkeypatch.delitem(vars(wing), public)
     message = rf"{package}, which is not installed: pip install 'ghost-engines\[{extra}\]'"
     with pytest.raises(MissingExtraError, match=message):

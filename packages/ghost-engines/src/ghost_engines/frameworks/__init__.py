@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ghost_engines.frameworks.callback import GhostCallback
     from ghost_engines.frameworks.lightning import GhostLightning
-    from ghost_engines.frameworks.trainer import GhostCallback, GhostMixin, GhostTrainer
+    from ghost_engines.frameworks.trainer import GhostMixin, GhostTrainer
     from ghost_engines.frameworks.trl import GhostDPOTrainer, GhostSFTTrainer
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "GhostCallback": "trainer",
+    "GhostCallback": "callback",
     "GhostDPOTrainer": "trl",
     "GhostLightning": "lightning",
     "GhostMixin": "trainer",
