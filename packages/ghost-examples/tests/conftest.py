@@ -12,6 +12,7 @@ from ghost_examples.demo.__main__ import Sizes
 from ghost_examples.demo.convnet import Recipe
 from ghost_examples.demo.digits import DigitsResult, Flagged, SeedResult
 from ghost_examples.demo.methods import BOUNDS, METHODS
+from ghost_examples.demo.once_more import WAYS, OnceMore
 from ghost_examples.demo.passages import Looked, Neighbour, PassagesResult, Plan
 from ghost_examples.demo.receipt import Receipt
 from ghost_examples.demo.report import Findings
@@ -61,6 +62,7 @@ def findings() -> Findings:
             columns=1008,
             parameters=393216,
             looked=[Looked(query, [near])],
+            once_more=OnceMore({way: [at, at + 2.0] for at, way in enumerate(WAYS)}),
         ),
         receipts=[Receipt("a model", 8, 1e-16, 2e-16, True, 10, 2.0, 4.0, 6.0)],
         parameters={"seeds": 1, "clean": [20, 200], "device": "cpu"},

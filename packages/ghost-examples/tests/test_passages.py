@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ghost_engines import GradientStore
-from ghost_examples.demo import passages
+from ghost_examples.demo import once_more, passages
 from ghost_examples.demo.__main__ import Sizes
+from ghost_examples.demo.once_more import WAYS
 from ghost_examples.demo.report import Findings
 from ghost_examples.texts import DOMAINS, build_vocabulary
 
@@ -47,7 +48,36 @@ def test_every_kept_passage_is_stored_and_every_query_answered(
     assert again.chance == 0.25
     assert [each.query.domain for each in again.shown] == [domain.name for domain in DOMAINS]
     passages.show(again)
-    assert "by chance 25.0%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "by chance 25.0%" in said
+    assert first.once_more == again.once_more
+    assert set(again.once_more.gains) == set(WAYS)
+    assert again.once_more.queries == 8
+    for title in WAYS.values():
+        assert title in said
+
+
+def test_the_passage_itself_helps_more_than_others(sizes: Sizes, tmp_path: Path) -> None:
+    kept, _ = passages.split(sizes.plan)
+    tokens = passages.as_tokens(kept, "cpu")
+    model = passages.new_model(sizes.plan, "cpu")
+    engine = passages.ProjectionEngine(model, total_dim=256, layers=passages.LAYERS)
+    passages.store_gradients(tmp_path / "g", engine, tokens, sizes.plan)
+    store = GradientStore.open(tmp_path / "g")
+    chosen = once_more.choose(store, store.rows(0, 6), kept, kept[:6])
+    assert chosen["cosine"] == chosen["words"] == list(range(6))
+    assert {kept[at].domain for at in chosen["kind"]} == {kept[0].domain}
+    others = [(at + 5) % len(kept) for at in range(6)]
+    found = once_more.judge(
+        model, passages.per_sample_loss, tokens, tokens[:6], chosen | {"random": others}
+    )
+    assert all(a > b for a, b in zip(found.gains["words"], found.gains["random"], strict=True))
+    gain = found.gains["words"]
+    assert found.mean("words") == pytest.approx(sum(gain) / 6)
+    more = torch.tensor(found.gains["whitened"]) - torch.tensor(gain)
+    expected = (more.mean().item(), more.std().item() / 6**0.5)
+    assert found.ahead == pytest.approx(expected, abs=1e-4)
+    assert found.error("words") == pytest.approx(torch.tensor(gain).std().item() / 6**0.5)
 
 
 def test_a_folder_of_something_else_is_left_alone(sizes: Sizes, tmp_path: Path) -> None:

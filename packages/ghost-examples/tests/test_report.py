@@ -44,7 +44,7 @@ def test_the_page_is_whole_and_loads_nothing(findings: Findings) -> None:
     page = report.render(findings)
     parsed = _Page(page)
     assert parsed.open == []
-    assert parsed.tags.count("svg") == 1
+    assert parsed.tags.count("svg") == 2
     assert parsed.tags.count("img") == 2
     assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
     assert not LOADS.search(page), LOADS.search(page)
@@ -58,6 +58,8 @@ def test_the_page_tells_everything(findings: Findings) -> None:
         "200 clean images: nearest neighbour suffices",
         "labelled <strong>8</strong>",
         "-0.250",
+        "whitened gradients save -2.0 ± 0.0 more than the same words do",
+        "Random, of the same kind",
         "dashed: the label was right",
         "0.750",
         "yes, 10 steps",

@@ -100,6 +100,33 @@ def _shift(lines: Sequence[Line], line: Line, place: int) -> float:
     return (there.index(line.title) - (len(there) - 1) / 2) * 0.75 / max(len(there), 4)
 
 
+def bars(values: Mapping[str, tuple[float, float]], below: str) -> str:
+    """Draw a bar with its standard error for each name, the first one on top.
+
+    Args:
+        values: Means and errors by name.
+        below: What the horizontal axis tells.
+
+    Returns:
+        An `<svg>` element.
+    """
+    figure = Figure(figsize=(7.5, 0.6 + 0.45 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(values))
+    means, errors = zip(*values.values(), strict=True)
+    colours = ["#0d3f8f" if name.startswith("Ghost") else "#93a0ab" for name in values]
+    axes.barh(places, means, xerr=errors, color=colours, ecolor=QUIET, height=0.6)
+    axes.set_yticks(places, list(values))
+    axes.invert_yaxis()
+    axes.set_xlabel(below)
+    axes.axvline(0, color=QUIET, linewidth=0.8)
+    axes.grid(axis="x", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(left=False, bottom=False)
+    axes.spines[:].set_visible(False)
+    return _as_svg(figure, below)
+
+
 def digit(pixels: Tensor) -> str:
     """Return grey values `[8, 8]` as the address of an embedded picture, dark on light."""
     buffer = io.BytesIO()

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ghost_engines import GradientStore, ProjectionEngine
+from ghost_examples.demo import once_more
+from ghost_examples.demo.once_more import OnceMore
 from ghost_examples.texts import DOMAINS, Passage, build_vocabulary, passages
 
 
@@ -35,6 +37,7 @@ class Plan:
         dtype: Dtype of a stored gradient.
         neighbours: Passages to find for each query.
         shown: Queries to show of each domain.
+        judged: Queries for which a step on one more passage is tried.
     """
 
     length: int = 128
@@ -49,6 +52,7 @@ class Plan:
     dtype: str = "float16"
     neighbours: int = 3
     shown: int = 1
+    judged: int = 80
 
 
 LAYERS = "*.attn.*.weight,*.mlp.*.weight"
@@ -88,6 +92,7 @@ class PassagesResult:
         columns: Numbers in a stored gradient.
         parameters: Numbers in an unprojected gradient of the same layers.
         looked: Every query with its neighbours.
+        once_more: What a step on what was found does to some queries.
     """
 
     plan: Plan
@@ -97,6 +102,7 @@ class PassagesResult:
     columns: int
     parameters: int
     looked: Sequence[Looked]
+    once_more: OnceMore
 
     @property
     def own_share(self) -> dict[str, float]:
@@ -235,8 +241,10 @@ def run(folder: Path, device: str, plan: Plan | None = None) -> PassagesResult:
     for _, loss in projected(engine, queries, plan, "projecting queries"):
         rows.append(engine.collect().rows)
         losses.append(loss)
-    store = GradientStore.open(folder)
-    near = store.search(torch.cat(rows), k=plan.neighbours, by="cosine", progress=False)
+    store, asked = GradientStore.open(folder), torch.cat(rows)
+    near = store.search(asked, k=plan.neighbours, by="cosine", progress=False)
+    some = torch.linspace(0, len(asked) - 1, min(plan.judged, len(asked))).long()
+    chosen = once_more.choose(store, asked[some], kept, [held_out[at] for at in some.tolist()])
     looked = [
         Looked(query, [Neighbour(kept[i], s) for i, s in zip(ids, scores, strict=True)])
         for query, ids, scores in zip(
@@ -251,6 +259,7 @@ def run(folder: Path, device: str, plan: Plan | None = None) -> PassagesResult:
         columns=store.k_total,
         parameters=sum(parameter.shape.numel() for parameter in engine.parameters),
         looked=looked,
+        once_more=once_more.judge(model, per_sample_loss, tokens, queries[some], chosen),
     )
 
 
@@ -275,6 +284,7 @@ def show(result: PassagesResult) -> None:
         print(f"  query    {each.query.domain:<11} {_start(each.query.text)}")
         for near in each.found[:1]:
             print(f"  nearest  {near.passage.domain:<11} {_start(near.passage.text)}")
+    once_more.show(result.once_more)
 
 
 def _start(text: str, length: int = 70) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ghost_examples.demo import claims, figures, files
+from ghost_examples.demo import claims, figures, files, once_more
 from ghost_examples.demo.annotator import CONFUSIONS, SHARE
 from ghost_examples.demo.digits import ByCount, DigitsResult
 from ghost_examples.demo.methods import BOUNDS, METHODS, TITLES
@@ -114,6 +114,7 @@ def render(findings: Findings) -> str:
         methods=METHODS,
         titles=TITLES,
         figure=comparison(digits),
+        gains=once_more_bars(findings.passages.once_more),
         precision=claims.rows([seed.precision for seed in by_seed]),
         accuracy=claims.rows([seed.accuracy for seed in by_seed]),
         verdicts=claims.verdicts(digits),
@@ -135,6 +136,12 @@ def comparison(digits: DigitsResult) -> str:
         figures.Panel("Test accuracy after training without these", _lines(accuracy), bounds),
     )
     return figures.panels(shown, "clean images")
+
+
+def once_more_bars(found: once_more.OnceMore) -> str:
+    """Draw what a step on a passage gains, by how the passage was chosen."""
+    values = {title: (found.mean(way), found.error(way)) for way, title in once_more.WAYS.items()}
+    return figures.bars(values, "loss that one step saves, in thousandths of a nat per token")
 
 
 def _lines(seeds: Sequence[ByCount]) -> list[figures.Line]:
@@ -178,6 +185,10 @@ def as_results(findings: Findings) -> dict[str, Any]:
             "nearest_of_own_domain": passages.share,
             "by_domain": passages.own_share,
             "chance": passages.chance,
+            "gain_of_one_step_in_millinats": {
+                way: {"mean": passages.once_more.mean(way), "error": passages.once_more.error(way)}
+                for way in once_more.WAYS
+            },
         },
         "receipts": [asdict(receipt) for receipt in findings.receipts],
         "parameters": dict(findings.parameters),
