@@ -6,7 +6,7 @@ import torch
 from quality_kit import Additive, N, Q, effects, returns_nan, returns_too_few, returns_words
 
 from ghost_engines.quality import QualityError, lds, removal_curve
-from ghost_engines.quality.lds import rank_correlation
+from ghost_engines.quality.datamodeling import rank_correlation
 from ghost_engines.search import RowScores
 
 IDS = np.arange(N) * 10
