@@ -97,3 +97,37 @@ def test_mistakes_say_what_to_do():
     outer.add_direction("val", lambda: loss_of(model, VALIDATION).mean())
     with pytest.raises(CaptureError, match="call"), outer, outer.batch([0, 1]):
         loss_of(model, INPUTS[:2]).sum().backward()
+
+
+def prepared(accelerate):
+    reset(accelerate)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    return accelerator, *accelerator.prepare(model, optimizer)
+
+
+@pytest.mark.stress
+def test_accelerates_checkpoints_have_the_values(accelerate, tmp_path):
+    found = []
+    for name in ("whole", "resumed"):
+        accelerator, model, optimizer = prepared(accelerate)
+        direction = {"val": lambda model=model: loss_of(model, VALIDATION).mean()}
+        run = Run(model, optimizer, {"folder": tmp_path / name}, directions=direction)
+        accelerator.register_for_checkpointing(run)
+        with run:
+            if name == "resumed":
+                accelerator.load_state(str(tmp_path / "saved"))
+            while run.steps < 4:
+                ids = [3 * run.steps, 3 * run.steps + 1, 3 * run.steps + 2]
+                with run.batch(ids):
+                    accelerator.backward(loss_of(model, INPUTS[ids]).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+                if run.steps == 2 and name == "whole":
+                    accelerator.save_state(str(tmp_path / "saved"))
+        found.append((accelerator.unwrap_model(model), run))
+    (whole, one), (resumed, other) = found
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+    assert one.values.to_dict() == other.values.to_dict()
+    assert len(one.values) == 12
