@@ -26,4 +26,5 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for each in running:
             each.kill()
     assert not any(each.returncode for each in running), "\n".join(said)
+    (folder / "logs").rename(tmp_path_factory.getbasetemp() / "logs")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]

@@ -34,5 +34,10 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_page_runs(namespace: dict[str, Any]) -> None:
     values = namespace["values"]
-    assert sorted(values.to_dict()) == list(range(96))
-    assert values.steps == 6
+    for name in ("values", "sharded_values"):
+        assert sorted(namespace[name].to_dict()) == list(range(96))
+        assert namespace[name].steps == 6
+    for name in ("table", "same"):
+        assert dict(zip(namespace[name].ids, namespace[name].values[:, 0], strict=True)) == (
+            values.to_dict()
+        )

@@ -12,7 +12,7 @@ from tests.processes.training import DDP, FSDP, Case, held_out, losses, net, sam
 from tests.processes.wrapped import FAULTS, MINE, MISTAKES, UNEVEN
 
 from ghost_core.testing import per_sample_gradients
-from ghost_engines import NormEngine, ProjectionEngine
+from ghost_engines import JoinedLog, NormEngine, ProjectionEngine
 
 pytestmark = pytest.mark.stress
 
@@ -65,6 +65,22 @@ def test_training_is_untouched(found: Found, case: Case) -> None:
 def test_faults_are_found(found: Found, fault: str) -> None:
     with pytest.raises(AssertionError):
         check(UNEVEN, [each["faults"][fault] for each in found])
+
+
+def test_logs_of_both_are_read_as_one(
+    found: Found, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    log = JoinedLog.open(tmp_path_factory.getbasetemp() / "logs")
+    table, wanted = log.totals(), expected(UNEVEN)
+    values = wanted.values[0] | wanted.values[1]
+    assert sorted(table.ids.tolist()) == sorted(values)
+    close(table.values[:, 0].tolist(), [values[each] for each in table.ids.tolist()], "values")
+    assert [sorted(each.ids.tolist()) for each in log] == [
+        sorted(sample for part in step[0] for sample in part) for step in UNEVEN.steps
+    ]
+    both = [each["runs"][UNEVEN.name]["wrapper"]["values"] for each in found]
+    for sample, value in zip(table.ids.tolist(), table.values[:, 0].tolist(), strict=True):
+        assert value in [each.get(str(sample)) for each in both]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

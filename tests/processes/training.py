@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ghost_engines import DotProductEngine, InRunValues
+from ghost_engines import DotProductEngine, InRunValues, ScoreLog
 
 RATE, CLIP = 0.2, 0.05
 SAMPLES, HELD_OUT, WIDTH = 24, 6, 3
@@ -157,7 +158,9 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(case: Case, rank: int, *, ghost: bool, how: str = "wrapper") -> dict[str, Any]:
+def train(
+    case: Case, rank: int, *, ghost: bool, how: str = "wrapper", log: Path | None = None
+) -> dict[str, Any]:
     """Train in one of the processes.
 
     Args:
@@ -165,6 +168,7 @@ def train(case: Case, rank: int, *, ghost: bool, how: str = "wrapper") -> dict[s
         rank: Which process it is.
         ghost: Whether ghost is there.
         how: How the validation loss is computed: by the wrapper, or by the model inside.
+        log: Where to log steps, if anywhere.
 
     Returns:
         Parameters, and what ghost says: scores by step and sample, values by sample.
@@ -182,6 +186,8 @@ def train(case: Case, rank: int, *, ghost: bool, how: str = "wrapper") -> dict[s
             engine.add_direction("held out", lambda: losses(asked(target)).mean())
             values = stack.enter_context(InRunValues(engine, optimizer))
             stack.enter_context(engine)
+            if log is not None:
+                values.on_credit(stack.enter_context(ScoreLog.create(log)).append)
         for step in case.steps:
             optimizer.zero_grad()
             for at, parts in enumerate(step):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tests.processes import sharded
 from tests.processes.training import DDP, FSDP, train
-from tests.processes.wrapped import faulty, others, refusals
+from tests.processes.wrapped import UNEVEN, faulty, others, refusals
 from torch import distributed
 
 WORLD = 2
@@ -58,6 +58,7 @@ def main(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     try:
         (folder / f"{rank}.json").write_text(json.dumps(run(rank)))
+        train(UNEVEN, rank, ghost=True, log=folder / "logs" / str(rank))
     finally:
         distributed.destroy_process_group()
 

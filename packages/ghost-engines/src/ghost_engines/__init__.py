@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ghost_engines.gram import Between, Gram, GramEngine
     from ghost_engines.holding import HoldingEngine
     from ghost_engines.ids import IdCollator, WithId, take_ids, with_ids
-    from ghost_engines.log import ScoreLog
+    from ghost_engines.log import JoinedLog, ScoreLog
     from ghost_engines.norms import NormEngine, Norms
     from ghost_engines.projected import ProjectedRows
     from ghost_engines.projection import ProjectionEngine
@@ -66,6 +66,7 @@ __all__ = [
     "HoldingEngine",
     "IdCollator",
     "InRunValues",
+    "JoinedLog",
     "LossWeights",
     "Neighbours",
     "NormEngine",

@@ -266,7 +266,7 @@ class Values:
     Exits with 0; 1 if --verify finds damage; 2 if there is no log, or a file cannot be written.
 
     Args:
-        path: Folder of the log.
+        path: Folder of the log, or with the logs of several processes in the folders inside.
         top: How many of the highest and lowest values to print.
         out: File to write the values of all samples to: .csv, .jsonl or .parquet.
         plot: File to draw a picture into: .png, .svg or .pdf.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ghost_engines.cli.options import Values
 from ghost_engines.cli.outputs import check_outputs, print_extremes, write_outputs
 from ghost_engines.cli.tables import plain, print_table, while_read
-from ghost_engines.log import ScoreLog
+from ghost_engines.log import open_log
 from ghost_engines.store import DamagedStoreError
 
 
@@ -13,7 +13,7 @@ def values(options: Values) -> int:
     """Add up a log, write and print what is in it, and return the exit status."""
     check_outputs(options.top, options.out, options.plot)
     try:
-        log = ScoreLog.open(options.path)
+        log = open_log(options.path)
         if options.verify:
             log.verify()
     except DamagedStoreError as error:
