@@ -34,13 +34,13 @@ class Corpora:
     val: TokenCorpus
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the corpus was made with.
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the corpus was made with; None if its sidecars name none.
 
         Raises:
             CorpusError: If it is not where it was.
         """
-        return open_tokenizer(self.train.tokenizer)
+        return open_tokenizer(self.train.tokenizer) if self.train.tokenizer else None
 
 
 def open_corpora(corpus: str, domains: Sequence[str], length: int, scratch: Path) -> Corpora:

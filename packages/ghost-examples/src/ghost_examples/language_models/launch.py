@@ -53,6 +53,8 @@ def run(asked: Options) -> None:
         _check_options(asked, folder)
         corpora = open_corpora(asked.corpus, asked.names, asked.length, folder)
         _say(f"{corpora.train}\n{corpora.val}")
+        if corpora.tokenizer is None:  # which also fails here if it is gone, not after training
+            _say("no tokenizer is known: passages are shown as token ids")
         values, curves = _train(asked, corpora, device, folder / RUN)
         if rank() == 0:
             _say("\n" + report_losses(curves, folder))

@@ -21,7 +21,7 @@ class Valued:
         sample: Its id.
         domain: Its domain.
         value: How much it lowered the validation loss.
-        text: What it says.
+        text: What it says; its token ids, where no tokenizer is known.
     """
 
     sample: int
@@ -60,6 +60,7 @@ def extremes(values: ValueTable, corpora: Corpora, count: int) -> Iterator[Extre
         corpora: What it was trained on.
         count: How many of each.
     """
+    tokenizer = corpora.tokenizer
     columns = {name: values.values[:, at] for at, name in enumerate(values.directions)}
     if len(columns) > 1:
         columns = {"all of them": values.values.sum(1), **columns}
@@ -68,7 +69,8 @@ def extremes(values: ValueTable, corpora: Corpora, count: int) -> Iterator[Extre
 
         def valued(at: int, column: np.ndarray = column) -> Valued:
             sample = int(values.ids[at])
-            text = corpora.tokenizer.decode(corpora.train.by_id(sample).tolist())
+            tokens = corpora.train.by_id(sample).tolist()
+            text = str(tokens) if tokenizer is None else tokenizer.decode(tokens)
             return Valued(sample, corpora.train.domain_of(sample), float(column[at]), text)
 
         yield Extremes(

@@ -178,7 +178,7 @@ class Trainer:
             kept[torch.tensor(left_out)] = 0.0
         return kept / len(ids)
 
-    def _validation(self, domain: str) -> Tensor:
+    def validation(self, domain: str) -> Tensor:
         """Return the blocks of a domain that values of this step are for, `[M, T]`.
 
         Each process has others, and directions are those of all of them.
@@ -189,10 +189,10 @@ class Trainer:
 
     def _joint(self) -> Tensor:
         """Return these blocks of all domains."""
-        return torch.cat([self._validation(domain) for domain in self.plan.corpora.val.domains])
+        return torch.cat([self.validation(domain) for domain in self.plan.corpora.val.domains])
 
     def _loss_of(self, domain: str) -> Callable[[], Tensor]:
-        return lambda: self.losses(self.model, self._validation(domain)).mean()
+        return lambda: self.losses(self.model, self.validation(domain)).mean()
 
     def _autocast(self) -> AbstractContextManager[None]:
         dtype = DTYPES[self.plan.options.dtype]
