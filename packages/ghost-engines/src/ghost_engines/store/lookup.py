@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -10,12 +13,30 @@ from ghost_engines.store.errors import StoreError
 _SHOWN = 20
 
 
-def ordinals_of(asked: Tensor, stored: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class IdIndex:
+    """Ids of samples in order, and where their rows are.
+
+    Attributes:
+        ids: Ids, ascending, int64 `[len]`.
+        ordinals: Ordinals of their rows, int64 `[len]`.
+    """
+
+    ids: Tensor
+    ordinals: Tensor
+
+    @classmethod
+    def of(cls, stored: Tensor) -> Self:
+        """Return the index of ids in order of the rows, int64 `[len]`."""
+        return cls(*stored.sort(stable=True))
+
+
+def ordinals_of(asked: Tensor, index: IdIndex) -> Tensor:
     """Return where samples are among those that are stored.
 
     Args:
         asked: Ids, int64 `[N]`.
-        stored: Ids in order of the rows, int64 `[len]`.
+        index: Those that are stored.
 
     Returns:
         Ordinals, int64 `[N]`.
@@ -23,9 +44,8 @@ def ordinals_of(asked: Tensor, stored: Tensor) -> Tensor:
     Raises:
         StoreError: If a sample is not stored, or more than once.
     """
-    ids, order = stored.sort(stable=True)
-    first = torch.searchsorted(ids, asked)
-    times = torch.searchsorted(ids, asked, right=True) - first
+    first = torch.searchsorted(index.ids, asked)
+    times = torch.searchsorted(index.ids, asked, right=True) - first
     if (wrong := times != 1).any():
         missing, often = asked[times == 0], asked[times > 1]
         found = [
@@ -38,7 +58,7 @@ def ordinals_of(asked: Tensor, stored: Tensor) -> Tensor:
             reason=f"{int(wrong.sum())} of {len(asked)} samples do not have one row",
             remedy="ask for others, or look at store.ids and read rows by their ordinals",
         )
-    return order[first]
+    return index.ordinals[first]
 
 
 def several_times(stored: Tensor) -> str:

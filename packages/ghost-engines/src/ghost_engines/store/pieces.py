@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ghost_engines.store.beside import LOSS
 from ghost_engines.store.errors import DamagedStoreError
+from ghost_engines.store.index import WORTH_KEEPING, kept_index
 from ghost_engines.store.labels import Labels, Names
+from ghost_engines.store.lookup import IdIndex
 from ghost_engines.store.manifest import MANIFEST, Manifest
 from ghost_engines.store.parts import Part
 from ghost_engines.store.place import Place
@@ -22,6 +24,7 @@ from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.shards import (
     Shard,
     check_contents,
+    digest_of,
     inspect,
     one_loss_dtype,
     open_shard,
@@ -63,6 +66,9 @@ class Pieces:
         self.path = path
         self.manifest = manifest
         self.writers = len(parts)
+        self._made_of = digest_of(manifest.fingerprint, parts)
+        self._keeps_index = sum(len(shards) for _, shards in parts) >= WORTH_KEEPING
+        self._index: IdIndex | None = None
         self._part, shards = parts[0]
         full = sum(shard.n == manifest.unit for shard in shards)
         partial = shards[full].n if full < len(shards) else 0
@@ -96,9 +102,20 @@ class Pieces:
 
     def _leave_out_replaced(self) -> None:
         """Read the rows alone that no later one of the same sample replaces."""
+        self._slots = latest([slot for slot, _ in self._parts(0, len(self))], self._ids())
+
+    def _index_of_ids(self) -> IdIndex:
+        """Return where the rows of samples are, for many shards as of a file that is kept."""
+        if not self._keeps_index:
+            return IdIndex.of(self._ids())
+        if self._index is None:
+            self._index = kept_index(self.path, self._made_of, self._ids)
+        return self._index
+
+    def _ids(self) -> Tensor:
         ids = self._column("ids", torch.int64)
         assert isinstance(ids, Tensor)
-        self._slots = latest([slot for slot, _ in self._parts(0, len(self))], ids)
+        return ids
 
     def _slots_on_disk(self) -> Iterator[Slot]:
         if self._slots is not None:

@@ -17,6 +17,7 @@ from ghost_engines.progress import Progress
 from ghost_engines.store.beside import LOSS
 from ghost_engines.store.comparison import By, Comparison, Queries
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.index import INDEX
 from ghost_engines.store.labels import Labels
 from ghost_engines.store.listing import shard_path
 from ghost_engines.store.lookup import ordinals_of, several_times
@@ -36,9 +37,7 @@ class StoreReader(Pieces):
         Raises:
             DamagedStoreError: If a file went missing or was altered.
         """
-        ids = self._column("ids", torch.int64)
-        assert isinstance(ids, Tensor)
-        return ids
+        return self._ids()
 
     @property
     def losses(self) -> Tensor | None:
@@ -104,7 +103,10 @@ class StoreReader(Pieces):
         return rows
 
     def ordinals(self, ids: SampleIds) -> Tensor:
-        """Return where the rows of samples are, int64 `[N]`. Reads all ids: keep what it returns.
+        """Return where the rows of samples are, int64 `[N]`.
+
+        Of a store with many shards, whoever looks samples up first reads all ids, and leaves an
+        index of them in the store's folder if it can be written. A writer reads them each time.
 
         Args:
             ids: Sample ids `[N]`, as they were given to batches.
@@ -114,7 +116,7 @@ class StoreReader(Pieces):
             StoreError: If a sample is not stored, or more than once.
             DamagedStoreError: If a file went missing or was altered.
         """
-        return ordinals_of(as_ids(ids), self.ids)
+        return ordinals_of(as_ids(ids), self._index_of_ids())
 
     def rows_by_id(self, ids: SampleIds) -> Tensor:
         """Return the rows of samples, `[N, k_total]` in the store's dtype.
@@ -127,7 +129,8 @@ class StoreReader(Pieces):
             StoreError: If a sample is not stored, or more than once.
             DamagedStoreError: If a file went missing or was altered.
         """
-        ordinals = self.ordinals(ids)
+        asked = as_ids(ids)
+        ordinals = ordinals_of(asked, self._index_of_ids())
         rows = torch.empty(len(ordinals), self.k_total, dtype=self.dtype, device="cpu")
         order = ordinals.argsort()
         ascending = ordinals[order]
@@ -136,7 +139,12 @@ class StoreReader(Pieces):
             slot = self._slot_at(int(ascending[at]))
             stop = int(torch.searchsorted(ascending, slot.first + slot.n))
             (piece,) = self._pieces(slot.first, slot.first + slot.n)
-            rows[order[at:stop]] = piece.rows[ascending[at:stop] - slot.first]
+            here, there = order[at:stop], ascending[at:stop] - slot.first
+            if not torch.equal(piece.ids[there], asked[here]):  # the shards count, not the index
+                raise DamagedStoreError(
+                    f"{self.path / INDEX} does not fit the shards: remove it, and look up again"
+                )
+            rows[here] = piece.rows[there]
             at = stop
         return rows
 

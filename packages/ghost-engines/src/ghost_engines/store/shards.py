@@ -7,6 +7,7 @@ names. The last shard may be partial; a fuller version of it takes its place.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,12 @@ class Shard:
     Attributes:
         n: Number of rows.
         loss_dtype: Dtype of the losses, if it has any.
+        ids_hash: What tells its ids from others.
     """
 
     n: int
     loss_dtype: torch.dtype | None
+    ids_hash: str
 
 
 def write_shard(
@@ -154,7 +157,8 @@ def inspect(file: TensorFile, manifest: Manifest) -> Shard:
         raise DamagedStoreError(f"{file.path} was altered: it holds {found}, not {expected}")
     if not 1 <= n <= manifest.unit:
         raise DamagedStoreError(f"{file.path} holds {n} rows, not {manifest.unit}")
-    return Shard(n, None if loss is None else _LOSS_DTYPES[loss[1]])
+    ids_hash = file.metadata.get(f"{file.kind}.ids") or file.metadata[file.kind]
+    return Shard(n, None if loss is None else _LOSS_DTYPES[loss[1]], str(ids_hash))
 
 
 def check_contents(file: TensorFile) -> None:
@@ -286,3 +290,13 @@ def one_loss_dtype(path: Path, parts: Sequence[tuple[Part, Sequence[Shard]]]) ->
             remedy='declare the losses when a store is made, as in columns={"loss": "float32"}',
         )
     return kinds.pop() if kinds else None
+
+
+def digest_of(fingerprint: str, parts: Sequence[tuple[Part, Sequence[Shard]]]) -> str:
+    """Return the sha256 of which samples the shards of all parts have, in hexadecimal."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for part, shards in parts:
+        digest.update(f"\n{part.name} {len(shards)}".encode())
+        for shard in shards:
+            digest.update(f" {shard.n} {shard.ids_hash}".encode())
+    return digest.hexdigest()

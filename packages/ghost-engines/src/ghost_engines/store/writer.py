@@ -43,6 +43,7 @@ class StoreWriter(StoreReader):
     ) -> None:
         super().__init__(path, manifest, parts, check=check)
         self._lock = lock
+        self._keeps_index = self._keeps_index and lock is None  # its rows change
         self._recorded = recorded
         self._origin: object = None
         self._said: set[str] = set()
