@@ -56,6 +56,7 @@ IMPORTED_WHERE_USED = {
     "ghost_engines.corpus.records": {"datasets", "pyarrow", "pyarrow.parquet"},
     "ghost_engines.plots": {"matplotlib.figure"},
     "ghost_engines.runs.config": {"yaml"},
+    "ghost_engines.search.approximate": {"faiss"},
     "ghost_engines.tables": {"pandas", "pyarrow", "pyarrow.parquet"},
 }
 

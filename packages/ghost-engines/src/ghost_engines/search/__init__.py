@@ -1,5 +1,6 @@
 """What is asked of stores beyond the nearest rows of one: whitened, of several, by group, twins."""
 
+from ghost_engines.search.approximate import ApproximateIndex
 from ghost_engines.search.duplicates import Pairs, near_duplicates
 from ghost_engines.search.groups import GroupScores, group_scores
 from ghost_engines.search.parts import score_parts
@@ -7,6 +8,7 @@ from ghost_engines.search.together import RowScores, scores, search
 from ghost_engines.search.whitening import Whitening
 
 __all__ = [
+    "ApproximateIndex",
     "GroupScores",
     "Pairs",
     "RowScores",

@@ -3,6 +3,7 @@
 from ghost_engines.store.beside import Column
 from ghost_engines.store.columns import Columns, columns_of, parameter_columns
 from ghost_engines.store.comparison import (
+    METRICS,
     By,
     Comparison,
     Queries,
@@ -28,6 +29,7 @@ from ghost_engines.store.tensor_files import TensorFile, header, write_tensors
 
 __all__ = [
     "MANIFEST",
+    "METRICS",
     "STORAGE_DTYPES",
     "By",
     "Column",

@@ -1,0 +1,158 @@
+"""Approximate search, for many searches among the same rows: FAISS looks into some cells alone."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from ghost_core import MissingExtraError, UnknownNameError
+from ghost_core.algebra import full_precision
+from ghost_core.arguments import whole
+from ghost_core.tracking import Patterns
+from ghost_engines.progress import Progress
+from ghost_engines.store import (
+    METRICS,
+    By,
+    GradientStore,
+    Neighbours,
+    Queries,
+    Scorer,
+    StoreError,
+    columns_of,
+    unit_length,
+)
+
+_PER_CELL = 64
+"""Rows for each cell, on average, that cells are laid out with."""
+
+
+class ApproximateIndex:
+    """Cells of rows that lie near each other, of which a search looks into a few.
+
+    What it finds is most often among the best rows, and not always: `search` of the store is exact.
+    It pays where the same rows are searched again and again, since all of them are read and held in
+    memory first, `2 · N · k_total` bytes in float16. Needs the extra `faiss`.
+
+    Make one with `of`.
+    """
+
+    def __init__(
+        self, store: GradientStore, by: str, parameters: Patterns | None, index: Any, ids: Any
+    ) -> None:
+        self._store, self._by, self._parameters = store, by, parameters
+        self._index, self._ids = index, ids
+
+    @classmethod
+    def of(
+        cls,
+        store: GradientStore,
+        by: str = "dot",
+        *,
+        parameters: Patterns | None = None,
+        cells: int | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """Read all rows of a store into cells.
+
+        Args:
+            store: The store.
+            by: `dot` or `cosine`: how rows are compared.
+            parameters: Globs over names of modules and parameters: whose columns to compare.
+            cells: How many cells to make; by default as many as the root of the number of rows.
+            progress: Whether to show a progress bar. By default at a terminal, if it takes long.
+
+        Raises:
+            MissingExtraError: If FAISS is not installed.
+            UnknownNameError: If the metric does not exist, or a glob matches nothing.
+            StoreError: If there are more cells than rows, or numbers overflow float16.
+            DamagedStoreError: If a file went missing or was altered.
+        """
+        if by not in METRICS:
+            raise UnknownNameError("metric", by, METRICS)
+        faiss, columns, n = _faiss(), columns_of(store.manifest, parameters), len(store)
+        cells = max(1, round(sqrt(n))) if cells is None else whole("cells", cells, least=1)
+        if cells > n:
+            raise StoreError(f"there are {n} rows for {cells} cells")
+
+        def read(rows: torch.Tensor) -> np.ndarray:
+            found = rows[:, columns].float()
+            found = unit_length(found) if by == "cosine" else found
+            if not found.half().isfinite().all():
+                raise StoreError(
+                    "rows overflow float16, in which an index holds them",
+                    remedy='choose by="cosine", or search the store, which is exact',
+                )
+            return np.ascontiguousarray(found.numpy())
+
+        width = len(torch.arange(store.k_total)[columns])
+        flat = faiss.IndexFlatIP(width)
+        index = faiss.IndexIVFScalarQuantizer(
+            flat, width, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+        )
+        index.cp.min_points_per_centroid = 1  # it would print a warning otherwise
+        step = max(1, n // (cells * _PER_CELL))
+        ids = []
+        with full_precision(torch.device("cpu")), Progress(2 * n, "index", progress) as bar:
+            some = []
+            for found in store.scan():
+                some.append(read(found.rows)[::step])
+                bar.advance(len(found))
+            index.train(np.concatenate(some))
+            for found in store.scan():
+                index.add(read(found.rows))
+                ids.append(found.ids.clone())
+                bar.advance(len(found))
+        index.own_fields = True  # so that it keeps the inner one, which python then lets go
+        flat.this.disown()
+        return cls(store, by, parameters, index, torch.cat(ids))
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        return int(self._index.nlist)
+
+    def search(
+        self, queries: Queries, k: int = 10, by: By | None = None, *, probes: int = 16
+    ) -> Neighbours:
+        """Find rows that are most often the best for each query.
+
+        Args:
+            queries: As for the store's own search.
+            k: How many rows to find for each query.
+            by: A `Whitening`, for an index by dot; by default as the index was made.
+            probes: How many cells to look into. More is nearer to exact, and slower; with all of
+                them only the rounding to float16 is left.
+
+        Returns:
+            Scores, ids and ordinals, each `[Q, min(k, len)]`, best first.
+
+        Raises:
+            StoreError: If something does not fit, or the cells hold fewer rows.
+        """
+        if by is not None and (isinstance(by, str) or self._by != "dot"):
+            raise StoreError(
+                f"the index is by {self._by}, not by {by!r}",
+                remedy="make another one; one by dot also takes a whitening",
+            )
+        k = min(whole("k", k, least=1, error=StoreError), len(self._store))
+        probes = min(whole("probes", probes, least=1, error=StoreError), self.cells)
+        asked = Scorer(self._store, queries, by or self._by, 1.0, self._parameters, "cpu").queries
+        self._index.nprobe = probes
+        scores, found = self._index.search(np.ascontiguousarray(asked.float().numpy()), k)
+        ordinals = torch.from_numpy(found)
+        if (ordinals < 0).any():
+            raise StoreError(
+                f"{probes} cells hold fewer than {k} rows for some queries", remedy="raise probes"
+            )
+        return Neighbours(torch.from_numpy(scores), self._ids[ordinals], ordinals)
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingExtraError("faiss", "ghost-engines[faiss]", "approximate search") from error
+    return faiss
