@@ -217,5 +217,9 @@ def test_mistakes_say_what_to_do(tmp_path):
         make(type(trainer), tmp_path / "out").train()
     with pytest.raises(CaptureError, match="auto_find_batch_size=False"):
         ghost_trainer(tmp_path, ghost(tmp_path / "run"), auto_find_batch_size=True).train()
+    searching = ghost_trainer(tmp_path, ghost(tmp_path / "run"))
+    searching.hp_search_backend = "some"
+    with pytest.raises(CaptureError, match="hyperparameter_search"):
+        searching.train()
     with pytest.raises(CaptureError, match="before trainer"):
         ghost(tmp_path / "run").values.to_dict()

@@ -69,11 +69,7 @@ class GhostCallback(TrainerCallback):
     @contextmanager
     def training(self, trainer: Any, checkpoint: str | bool | None) -> Iterator[None]:
         """Have a run around what a trainer trains, from a checkpoint folder if there is one."""
-        if trainer.args.auto_find_batch_size:
-            raise CaptureError(
-                "auto_find_batch_size begins training anew where memory ends",
-                remedy="set auto_find_batch_size=False",
-            )
+        _check_one_training(trainer)
         found = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else checkpoint
         self._checkpoint = Path(found) if found else None
         self._trainer = trainer
@@ -122,6 +118,20 @@ class GhostCallback(TrainerCallback):
     def _on_credit(self, step: CreditedStep) -> None:
         for name, value in zip(step.directions, step.values.sum(0).tolist(), strict=True):
             self._credited[name] = self._credited.get(name, 0.0) + value
+
+
+def _check_one_training(trainer: Any) -> None:
+    """Refuse what begins training anew on its own, in the folder of the run before."""
+    if trainer.args.auto_find_batch_size:
+        raise CaptureError(
+            "auto_find_batch_size begins training anew where memory ends",
+            remedy="set auto_find_batch_size=False",
+        )
+    if trainer.hp_search_backend is not None:
+        raise CaptureError(
+            "hyperparameter_search trains several models with one callback",
+            remedy="search without ghost, and train with what was found",
+        )
 
 
 def _owning(config: RunConfig, trainer: Any) -> RunConfig:
