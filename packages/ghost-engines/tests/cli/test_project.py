@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_kit import project
@@ -10,6 +11,7 @@ from command_kit import project
 from ghost_core.testing import assert_within, per_sample_gradients
 from ghost_engines import GradientStore, ProjectionEngine
 from ghost_engines.cli.losses import next_token_losses
+from ghost_engines.corpus import BLOCKS_PER_DOMAIN, TokenWriter, token_path
 
 MLP = ("subjects:mlp", "--data", "subjects:dataset", "--loss", "subjects:of_pairs")
 
@@ -141,3 +143,44 @@ def test_a_launcher_says_which_process_this_is(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "2")
     assert project(*MLP, "--store", "g") == 2
     assert "RANK=2, WORLD_SIZE=2" in capsys.readouterr().err
+
+
+def test_blocks_of_tokens_keep_their_ids_and_domains(tmp_path, capsys):
+    for number, domain in enumerate(("web", "code")):
+        path = token_path(tmp_path / "d", "train", domain)
+        first = number * BLOCKS_PER_DOMAIN
+        with TokenWriter(path, vocabulary=19, length=7, first_id=first) as writer:
+            writer.append(torch.arange(14 + 7 * number) % 19)
+    given = ("subjects:tiny", "--data", "d", "--dim", 6, "--min-dim", 1)
+    assert project(*given, "--store", "g") == 0
+    store = GradientStore.open("g")
+    code, web = [10**9, 10**9 + 1, 10**9 + 2], [0, 1]
+    assert sorted(store.ids.tolist()) == web + code
+    assert store.ids[store.groups.equal("code")].tolist() == code
+    digests = {Path(file.path).name: file.digest for file in store.manifest.data_files}
+    sidecar = json.loads((tmp_path / "d/train-web.json").read_text())
+    assert digests["train-web.bin"] == f"sha256:{sidecar['sha256']}"
+    assert project(*given, "--store", "h", "--domains", "web") == 0
+    assert GradientStore.open("h").ids.tolist() == web
+    capsys.readouterr()
+    assert project(*given, "--store", "i", "--domains", "wev") == 2
+    assert "did you mean 'web'" in capsys.readouterr().err
+
+
+def test_rows_of_token_ids_are_projected_without_their_padding(tmp_path):
+    np.save(
+        tmp_path / "ids.npy", np.array([[1, 2, 3, 4, 5], [6, 7, 8, -1, -1], [9, 1, -1, -1, -1]])
+    )
+    given = ("subjects:tiny", "--data", "ids.npy", "--dim", 6, "--min-dim", 1)
+    assert project(*given, "--store", "g", "--batch-size", 1) == 0
+    assert json.loads(Path("g/project.json").read_text())["tokens"] == 10
+    store = GradientStore.open("g")
+    assert store.ids.tolist() == [0, 1, 2]
+    import subjects
+
+    torch.manual_seed(0)
+    model = subjects.tiny().eval()
+    engine = ProjectionEngine.from_manifest(model, store)
+    losses = next_token_losses(model, torch.tensor([[6, 7, 8]]))
+    expected = engine.project(per_sample_gradients(model, losses))
+    assert_within(store.rows()[[1]], expected, expected.norm(dim=1)[:, None], tolerance=1e-5)
