@@ -15,6 +15,7 @@ from ghost_engines.cli import models
 from ghost_engines.cli.batches import load_batch
 from ghost_engines.cli.losses import next_token_losses
 from ghost_engines.cli.models import load_model
+from ghost_engines.corpus import TokenWriter, token_path
 from ghost_engines.store import DataFile
 
 # Checkpoints of transformers
@@ -252,6 +253,9 @@ def test_domains_of_texts_are_projected_and_kept_apart(checkpoint, texts, tmp_pa
     begin, end = (int(store.columns[name][4]) for name in ("begin", "end"))
     assert (begin, end) == (0, (tmp_path / "d/code.jsonl").stat().st_size)
     assert store.columns["source"].tolist() == [0, 0, 0, 0, 1]
+    shown = _asked("g", checkpoint, capsys)
+    assert shown[10**9] == "a dog ran"
+    assert shown[0] == "the cat sat on the mat"
     assert [file.path for file in store.manifest.data_files] == [
         str(tmp_path / "d/web.txt"), str(tmp_path / "d/code.jsonl")
     ]  # fmt: skip
@@ -262,3 +266,34 @@ def test_texts_that_are_too_long_are_cut_only_on_request(checkpoint, texts, caps
     assert "has 99 tokens, and the model takes 8" in capsys.readouterr().err
     assert project(checkpoint, "--data", texts, "--store", "h", "--dim", 8, "--block", 8) == 0
     assert len(GradientStore.open("h")) == (6 + 3 + 2 + 99 + 4) // 8
+    assert _asked("h", checkpoint, capsys)[1].split()[-5:] == ["the", "dog", "<eos>", "and", "and"]
+
+
+def _asked(store, checkpoint, capsys):
+    """Return the texts that a query shows, by id."""
+    capsys.readouterr()
+    command = ("query", store, str(checkpoint), "--text", "the cat sat", "-k", "99", "--json")
+    assert cli.main([*command]) == 0
+    (said,) = json.loads(capsys.readouterr().out)["queries"]
+    return {found["id"]: found["text"] for found in said["found"]}
+
+
+def test_samples_of_other_fields_are_shown_and_those_that_changed_are_not(
+    checkpoint, tmp_path, capsys, caplog
+):
+    lines = [{"ask": "the cat", "say": "sat on"}, {"ask": "a dog", "say": "ran"}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = ("--prompt", "ask", "--completion", "say", "--dim", 8, "--min-dim", 1)
+    assert project(checkpoint, "--data", path, "--store", "g", *given) == 0
+    assert _asked("g", checkpoint, capsys) == {0: "the catsat on", 1: "a dogran"}
+    path.write_text(json.dumps(lines[0]) + "\n")
+    assert _asked("g", checkpoint, capsys) == {0: None, 1: None}
+    assert "pairs.jsonl has changed" in caplog.text
+
+
+def test_blocks_of_tokens_are_shown_as_texts(checkpoint, tmp_path, capsys):
+    with TokenWriter(token_path(tmp_path / "d", "train", "web"), vocabulary=16, length=3) as writer:
+        writer.append([2, 4, 6, 3, 5, 7])
+    assert project(checkpoint, "--data", "d", "--store", "g", "--dim", 8, "--min-dim", 1) == 0
+    assert _asked("g", checkpoint, capsys) == {0: "the cat sat", 1: "a dog ran"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.utils.data import Dataset
 from ghost_core import UnknownNameError
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import find_function
+from ghost_engines.cli.models import is_folder, load_tokenizer
 from ghost_engines.cli.sources import FileOptions, Source, open_source, positions_of, tokenizer_of
 from ghost_engines.corpus import (
     BLOCKS_PER_DOMAIN,
@@ -33,7 +36,9 @@ from ghost_engines.corpus import (
     named,
     open_records,
 )
-from ghost_engines.store import DataFile
+from ghost_engines.store import DataFile, GradientStore
+
+logger = logging.getLogger(__name__)
 
 Column = tuple[str, Callable[[Tensor], Any]]
 """A dtype as stores declare it, and the values of samples by their ids."""
@@ -153,6 +158,37 @@ def load_corpus(options: CorpusOptions, loaded: nn.Module) -> Corpus:
     return Corpus(find_function(options.data, "--data")())
 
 
+def corpus_of(store: GradientStore, model: str, loaded: nn.Module) -> Corpus | None:
+    """Open the corpus that `ghost project` made a store of, as it was read then.
+
+    Args:
+        store: The store.
+        model: What the model was loaded from, for its tokenizer.
+        loaded: The model.
+
+    Returns:
+        The corpus; None if the store does not say how it was read, or the files are not there any
+        more or are others now, which is logged.
+    """
+    config, files = store.manifest.notes.get("config"), store.manifest.data_files
+    names = {entry.name for entry in fields(CorpusOptions)} - {"model"}
+    if not isinstance(config, dict) or not names <= config.keys() or not files:
+        return None
+    given = {name: config[name] for name in names}
+    if not Path(given["data"]).exists():  # its path may have been relative to another folder
+        first = Path(files[0].path)
+        given["data"] = str(first.parent if given["domains"] or first.suffix == ".bin" else first)
+    try:
+        corpus = load_corpus(CorpusOptions(model=model, **given), loaded)
+    except CommandError as error:
+        logger.warning("the samples of the store cannot be shown: %s", error)
+        return None
+    if [file.digest for file in corpus.files] != [file.digest for file in files]:
+        logger.warning("the samples of the store cannot be shown: %s has changed", given["data"])
+        return None
+    return corpus
+
+
 def _texts(
     options: CorpusOptions, records: Records, form: Form, loaded: nn.Module
 ) -> Examples | Blocks:
@@ -177,7 +213,13 @@ def _domains(options: CorpusOptions, folder: Path, form: Form, loaded: nn.Module
             for each in corpus.domains.values()
         ]
         groups = lambda ids: [corpus.domain_of(number) for number in ids.tolist()]  # noqa: E731
-        return Corpus(corpus, {"group": ("category", groups)}, files)
+        tokenizer = functools.cache(lambda: load_tokenizer(Path(options.model)))
+
+        def shown(number: int) -> str:
+            return str(tokenizer().decode(corpus.by_id(number).tolist()))
+
+        known = shown if is_folder(options.model) else None
+        return Corpus(corpus, {"group": ("category", groups)}, files, known)
     there = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
     there |= {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
     found: dict[str, Examples | Blocks] = {}

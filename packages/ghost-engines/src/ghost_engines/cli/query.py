@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ghost_core import (
 from ghost_engines import ProjectedRows, ProjectionEngine
 from ghost_engines.cli.answers import Answer, Asked, Found, as_json, print_answers
 from ghost_engines.cli.batches import check_field, load_batch
+from ghost_engines.cli.corpora import corpus_of
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import raised
 from ghost_engines.cli.losses import load_loss
@@ -42,6 +43,9 @@ from ghost_engines.search import Whitening, score_parts
 from ghost_engines.store import By, GradientStore
 
 logger = logging.getLogger(__name__)
+
+Shown = Callable[[int], str | None]
+"""Returns a sample as a text for people, by its id."""
 
 _WITH_TEXTS = (".txt", ".jsonl")
 
@@ -175,15 +179,28 @@ def _source(path: Path, option: str, options: Query, model: nn.Module) -> Source
     return source
 
 
-def _stored_texts(options: Query, store: GradientStore, model: nn.Module) -> Source | None:
-    """Return the samples that the store was made of, if they can be found."""
+def _stored_texts(options: Query, store: GradientStore, model: nn.Module) -> Shown | None:
+    """Return what shows the samples that the store was made of, if they can be found."""
     path = options.data
     if path is None:
+        if (corpus := corpus_of(store, options.model, model)) is not None:
+            return corpus.shown
         named = [Path(file.path) for file in store.manifest.data_files]
-        if len(named) != 1 or named[0].suffix not in _WITH_TEXTS or not named[0].is_file():
+        known = "config" in store.manifest.notes  # which says more than a file's name does
+        if known or len(named) != 1 or named[0].suffix not in _WITH_TEXTS or not named[0].is_file():
             return None
         (path,) = named
-    return _source(path, "--data", options, model)
+    source = _source(path, "--data", options, model)
+
+    def shown(id_: int) -> str:
+        if not 0 <= id_ < len(source):
+            raise CommandError(
+                f"--data has {len(source)} samples, and the store has one with the id {id_}: give "
+                "the file that it was made of"
+            )
+        return str(source.text(id_))
+
+    return shown
 
 
 def _answers(
@@ -192,7 +209,7 @@ def _answers(
     rows: ProjectedRows,
     by: By,
     texts: list[str] | None,
-    stored: Source | None,
+    stored: Shown | None,
 ) -> list[Answer]:
     near = store.search(
         rows, options.k, by, largest=not options.smallest, parameters=options.parameters
@@ -211,7 +228,7 @@ def _answers(
             id=ids[q][at],
             score=score,
             group=None if groups is None else groups[ordinals[q][at]],
-            text=_text(stored, ids[q][at]),
+            text=None if stored is None else stored(ids[q][at]),
             layers={layer: part[q][at] for layer, part in parts.items()},
         )
 
@@ -220,14 +237,3 @@ def _answers(
         found = [one(q, at, score) for at, score in enumerate(scores)]
         answers.append(Answer(None if texts is None else texts[q], found))
     return answers
-
-
-def _text(stored: Source | None, id_: int) -> str | None:
-    if stored is None:
-        return None
-    if not 0 <= id_ < len(stored):
-        raise CommandError(
-            f"--data has {len(stored)} samples, and the store has one with the id {id_}: give the "
-            "file that it was made of"
-        )
-    return stored.text(id_)
