@@ -104,6 +104,20 @@ def foreign_modes_left() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def own_modes_left() -> Iterator[None]:
+    """Leave ghost's own dispatch modes, those on top: they watch the user's passes. Torch 2.5."""
+    left: list[Any] = []
+    try:
+        while isinstance(_python_dispatch._get_current_dispatch_mode(), DispatchMode):
+            left.append(_python_dispatch._pop_mode())
+        yield
+    finally:
+        while left:
+            _python_dispatch._push_mode(left[-1])
+            left.pop()
+
+
 class FunctionMode(TorchFunctionMode):
     """A mode of ghost's that sees every function of torch, attributes of tensors included."""
 

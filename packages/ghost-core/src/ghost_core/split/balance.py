@@ -56,10 +56,13 @@ class _Account:
         if self.made is None:
             return 0
         arrived = torch.zeros_like(self.made) if self.arrived is None else self.arrived
+        apart = float(torch.linalg.vector_norm(self.made - arrived))
+        if isfinite(apart):
+            return apart
         finite = [bool(each.isfinite().all()) for each in (self.made, arrived)]
         if not all(finite):
             return float("inf") if any(finite) else 0
-        return float(torch.linalg.vector_norm(self.made - arrived))
+        return apart
 
 
 class Balance:
@@ -134,11 +137,15 @@ class Balance:
         if not whole:
             del self._parameters[name]
             return
-        account, total = self._accounts[name], gradient.sum()
-        account.arrived = total if account.arrived is None else account.arrived + total
+        account = self._accounts[name]
         # A sample that owns several rows has several contributions, which nobody needs to add up.
         each = gradient.rows if isinstance(gradient, Owned) else gradient
-        norms = each.paired(each).clamp(min=0).sqrt().sum()
+        reduced = each.reduce(norms=True, total=True)
+        total, squared = reduced.total, reduced.squared_norms
+        assert total is not None
+        assert squared is not None
+        account.arrived = total if account.arrived is None else account.arrived + total
+        norms = squared.clamp(min=0).sqrt().sum()
         account.norms = norms if account.norms is None else account.norms + norms
         account.dtypes.update(floating_dtypes(gradient), () if autocast is None else (autocast,))
 
