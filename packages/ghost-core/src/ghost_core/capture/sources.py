@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ghost_core._torch import start_of_backward
 from ghost_core.algebra import Dense, PerSampleGradient, Record
+from ghost_core.capture.at_once import all_at_once
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass
 from ghost_core.capture.state import CaptureState
@@ -254,7 +255,9 @@ def take_back(
         if source.tensor is value:
             source.spread(pass_, Dense(gradients.unsqueeze(1)), cut=cut)
     behind = [source for source in behind if source.tensor is not value]
-    columns = by_sample(value, [source.tensor for source in behind], gradients)
+    tensors = [source.tensor for source in behind]
+    at_once = all_at_once(value, tensors, gradients)
+    columns = by_sample(value, tensors, gradients) if at_once is None else at_once
     for source, column in zip(behind, columns, strict=True):
         if column is not None:
             source.spread(pass_, Dense(column.unsqueeze(1)), cut=cut)

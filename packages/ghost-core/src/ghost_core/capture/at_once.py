@@ -1,0 +1,59 @@
+"""Differentiates for all samples at once, where a graph is known to allow it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_KNOWN = {
+    *("torch::autograd::AccumulateGrad", "AddBackward0", "AddmmBackward0", "BmmBackward0"),
+    *("CatBackward0", "CloneBackward0", "CosBackward0", "CumsumBackward0", "DivBackward0"),
+    *("ExpBackward0", "ExpandBackward0", "GeluBackward0", "IndexBackward0", "LogBackward0"),
+    *("MmBackward0", "MulBackward0", "NegBackward0", "PermuteBackward0", "PowBackward0"),
+    *("ReluBackward0", "RepeatBackward0", "ReshapeAliasBackward0", "SelectBackward0"),
+    *("SigmoidBackward0", "SiluBackward0", "SinBackward0", "SliceBackward0", "SqueezeBackward1"),
+    *("ReciprocalBackward0", "RsubBackward1", "StackBackward0", "SubBackward0", "SumBackward0"),
+    *("SumBackward1", "TBackward0"),
+    *("TanhBackward0", "ToCopyBackward0", "TransposeBackward0", "UnsafeViewBackward0"),
+    *("UnsqueezeBackward0", "ViewBackward0"),
+}
+"""Nodes that run for all samples at once as they do for each. No function of a user's is one."""
+
+
+def all_at_once(
+    value: Tensor, tensors: Sequence[Tensor], gradients: Tensor
+) -> list[Tensor | None] | None:
+    """Differentiate for all samples in one backward pass.
+
+    Args:
+        value: A value with its graph, which is kept.
+        tensors: What to differentiate for.
+        gradients: The gradient of the value for each of N samples, `[N, *shape]`.
+
+    Returns:
+        `[N, *shape]` for each tensor, None for those that the value does not depend on; or None, if
+        anything in the graph is not known to allow it.
+    """
+    if len(gradients) < 2 or not tensors or not _is_known(value, tensors):
+        return None
+    found = torch.autograd.grad(
+        value, tensors, gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
+    )
+    return list(found)
+
+
+def _is_known(value: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Tell whether only known nodes lead from a value to what it is computed from."""
+    ends = {tensor.grad_fn for tensor in tensors}
+    seen, waiting = set(ends), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() not in _KNOWN:
+            return False
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return True
