@@ -18,6 +18,8 @@ from torch.torch_version import TorchVersion
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ghost_core.restoring import restored, undo
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
 
@@ -105,17 +107,22 @@ def foreign_modes_left() -> Iterator[None]:
 
 
 @contextmanager
-def own_modes_left() -> Iterator[None]:
-    """Leave ghost's own dispatch modes, those on top: they watch the user's passes. Torch 2.5."""
-    left: list[Any] = []
-    try:
-        while isinstance(_python_dispatch._get_current_dispatch_mode(), DispatchMode):
-            left.append(_python_dispatch._pop_mode())
+def own_mode_left() -> Iterator[None]:
+    """Leave a dispatch mode of ghost's that is on top: it watches the user's passes. Torch 2.5."""
+    mode = _python_dispatch._get_current_dispatch_mode()
+    if not isinstance(mode, DispatchMode):
         yield
-    finally:
-        while left:
-            _python_dispatch._push_mode(left[-1])
-            left.pop()
+        return
+    with restored() as stack:
+        undo(stack, _enter_again, mode)
+        _python_dispatch._pop_mode()
+        yield
+
+
+def _enter_again(mode: DispatchMode) -> None:
+    """Put a mode on top again, unless it is there."""
+    if _python_dispatch._get_current_dispatch_mode() is not mode:
+        _python_dispatch._push_mode(mode)
 
 
 class FunctionMode(TorchFunctionMode):

@@ -7,7 +7,7 @@ versions up to 2.13 at least.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from types import FrameType
 from typing import Any, TypeVar
@@ -157,6 +157,22 @@ def start_of_backward(outputs: Iterable[Tensor], gradients: Iterable[Tensor]) ->
     with torch.enable_grad():
         start: Tensor = _Start.apply(tuple(gradients), *outputs)  # type: ignore[no-untyped-call]
     return start
+
+
+def taken_back(
+    value: Tensor, gradient: Tensor, tensors: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Differentiate as `torch.autograd.grad` does, and compare no shapes; see above. Torch 2.5."""
+    found: tuple[Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
+        (value,),
+        (gradient,),
+        True,  # keep the graph
+        False,  # make none
+        tuple(tensors),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
 
 
 def run_backward(start: Tensor, leaf: Tensor) -> None:

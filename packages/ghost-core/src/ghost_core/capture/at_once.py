@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from ghost_core._torch import taken_back
+from ghost_core._trees import vmap
 
 _KNOWN = {
     *("torch::autograd::AccumulateGrad", "AddBackward0", "AddmmBackward0", "BmmBackward0"),
@@ -38,10 +40,15 @@ def all_at_once(
     """
     if len(gradients) < 2 or not tensors or not _is_known(value, tensors):
         return None
-    found = torch.autograd.grad(
-        value, tensors, gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
-    )
-    return list(found)
+    reached: list[bool] = []
+
+    def one(row: list[Tensor]) -> list[Tensor]:
+        found = taken_back(value, row[0], tensors)
+        reached[:] = [each is not None for each in found]
+        return [each for each in found if each is not None]
+
+    made = iter(vmap(one, [gradients], "error"))
+    return [next(made) if hit else None for hit in reached]
 
 
 def _is_known(value: Tensor, tensors: Sequence[Tensor]) -> bool:

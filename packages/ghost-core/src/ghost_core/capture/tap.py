@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_core._modes import own_modes_left
+from ghost_core._modes import own_mode_left
 from ghost_core._torch import backward_id, without_gradients
 from ghost_core.errors import CaptureError
 
@@ -154,7 +154,7 @@ class Tap(torch.autograd.Function):
         grads = ctx.gather(grad)
         made: Sequence[Tensor | None] = [None] * ctx.n_parameters
         if any(each is not None for each in grads):
-            with own_modes_left():
+            with own_mode_left():
                 delivered = ctx.deliver(ctx.saved_tensors, grads)
             ctx.absent, made = delivered is None, made if delivered is None else delivered
         passed = grad if ctx.needs_input_grad[_FIXED_INPUTS] else None

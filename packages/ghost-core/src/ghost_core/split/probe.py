@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ghost_core._modes import own_modes_left
+from ghost_core._modes import own_mode_left
 from ghost_core._torch import Hooks, backward_hooks, run_backward, start_of_backward
 from ghost_core.errors import CaptureError
 from ghost_core.split.axes import RowAxes
@@ -263,7 +263,7 @@ class Prober:
                 # What is recomputed under checkpointing may write buffers.
                 buffers_kept(self._modules, by_copies=True),
                 torch.autograd.set_detect_anomaly(False),  # which takes NaN for a mistake
-                own_modes_left(),
+                own_mode_left(),
             ):
                 start = start_of_backward(gradients, gradients.values())
                 run_backward(start, self._seed)
