@@ -294,7 +294,7 @@ class CallHooks:
             pass_.n,
             owner,
             foldable=state.verifying,
-            routes=state.verifier.routes,
+            routes=state.verifier.routes or self._is_lone_row(args, kwargs, pass_.n),
         )
         site = Site((tracked.name,), "", [axes], refusal)
         state.told_apart |= axes.tell_apart(outputs)
@@ -334,6 +334,20 @@ class CallHooks:
             if output is not given and output.shape != given.shape:
                 records = {local: record.expand(axes.count) for local, record in records.items()}
             return keep(batch.listeners, tracked, records)
+
+    def _is_lone_row(self, args: Any, kwargs: Any, n: int) -> bool:
+        """Tell whether a module got one row of several samples', as an expert gets one token.
+
+        A row for all samples has no graph that leads to them.
+        """
+        sharing = self.state.sharing
+        if sharing is None or n < 2 or not self.state.verifier.watching or self.tracked.row_owner:
+            return False
+        given = [value for value in tensors_in((args, kwargs)) if value.dim() > 1]
+        return any(
+            len(value) == 1 and value.grad_fn is not None and not sharing.is_shared_call(value, {})
+            for value in given
+        )
 
     def _expanded(self, outputs: list[Tensor], axes: RowAxes) -> list[Tensor]:
         """Return outputs with all their rows: themselves where they have these.

@@ -86,6 +86,8 @@ class UsageMode(DispatchMode):
             for value in tensors_in((args, kwargs)):
                 if tracked := self._expanded.get(address(value)):
                     raise unfit_row(tracked, func) from error
+            if self.shared:  # sizes that only the expansion made differ
+                raise misused_row(self.shared) from error
             raise
         differentiable = torch.is_grad_enabled()
         for value in given:
