@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghost_core import Dense, InputFactor, Outer
+from ghost_core import Dense, InputFactor, Outer, UnbalancedError
 from ghost_engines import DotProductEngine, ProjectionEngine
 from ghost_engines.directions import Source
 from ghost_layers import convolution
@@ -133,8 +133,10 @@ def test_convolution_without_its_dilation(convolutions, monkeypatch, assert_dots
     assert_rows(convolutions)
     monkeypatch.setattr(convolution, "Patches", _Undilated)
     for check in (assert_dots, assert_rows):
-        # The other convolutions have no gaps: only one weight may be wrong.
-        with pytest.raises(AssertionError, match=rf"of 2\.weight.*{OFF}"):
+        # The other convolutions have no gaps: only one weight may be wrong. The engine's own
+        # comparison may find it before the oracle does.
+        wrong = rf"of 2\.weight.*({OFF}|and so are those of 0 other)"
+        with pytest.raises((AssertionError, UnbalancedError), match=wrong):
             check(convolutions)
 
 

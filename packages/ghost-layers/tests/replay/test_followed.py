@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ghost_core import UnbalancedError, WrongSplitError
+from ghost_core import GhostError, UnbalancedError, WrongSplitError
 from ghost_core.testing import GradientHolder, assert_within, per_sample_gradients
 from ghost_core.testing.cases.roots import Unseen
 from ghost_layers.replay import Way
@@ -45,6 +45,11 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "computed from": lambda: Scaled(lambda m, x: x * m.scale.exp().cumsum(0)),
     "by position": lambda: Scaled(lambda m, x: x.mT.flatten(1) * m.scale.repeat(T)),
     "a number for all": lambda: Scaled(lambda m, x: x * m.scale[0]),
+    "contracted": lambda: Scaled(
+        lambda m, x: torch.einsum("bqd,dk->bqk", x, m.scale[:, None] * m.scale)
+    ),
+    "contracted, first": lambda: Scaled(lambda m, x: torch.einsum("d,bqd->bqd", m.scale, x)),
+    "beside a number": lambda: Scaled(lambda m, x: (x * m.scale, m.scale.sum().exp())),
     "token, expanded": lambda: Token(lambda token, n: token.expand(n, -1, -1)),
     "token, repeated": lambda: Token(lambda token, n: token.repeat(n, 1, 1)),
     "token, stacked": lambda: Token(lambda token, n: torch.cat([token] * n)),
@@ -131,6 +136,45 @@ def test_one_call_that_cannot_be_followed_lets_all_later_ones_run_again(ways: li
 
     batches(Twice().double())
     assert ways != []
+
+
+def test_what_was_followed_runs_again_once_a_checkpoint_recomputes_it(ways: list[Way]) -> None:
+    class Recomputed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.inner = nn.Linear(D, D), Scaled()
+
+        def forward(self, x: Tensor) -> Any:
+            run = torch.utils.checkpoint.checkpoint if self.training else plainly
+            return run(self.inner, self.linear(x), use_reentrant=False)
+
+    def plainly(inner: nn.Module, x: Tensor, use_reentrant: bool) -> Any:
+        return inner(x)
+
+    model = Recomputed().double()
+    engine, found = GradientHolder(model, registry=registry()), []
+    with engine:
+        for training in (False, True, True):
+            x = doubles(N, T, D)
+            expected = per_sample_gradients(model.train(training), losses(model(x)))
+            with engine.batch(range(N)) as batch:
+                losses(model(x)).sum().backward()
+            for name, held in batch.result.materialize().items():
+                assert_within(held, expected[name], expected[name].norm())
+            found.append(len(ways))
+    assert found == [0, 1, 1]
+
+
+def test_a_number_for_all_samples_that_the_loss_uses_is_refused() -> None:
+    def run(model: nn.Module) -> None:
+        out, number = model(doubles(N, T, D))
+        (losses(out) * number).sum().backward()
+
+    model = Behind(Scaled(lambda m, x: (x * m.scale, m.scale.sum().exp()))).double()
+    engine = GradientHolder(model, registry=registry())
+    for attached in (engine, engine.frozen()):
+        with attached, pytest.raises(GhostError), engine.batch(range(N)):
+            run(model)
 
 
 def test_another_function_in_a_later_batch_is_refused() -> None:

@@ -134,6 +134,7 @@ class CallHooks:
             return known.get(name, False), None
         # A closed form keeps what a checkpoint would not, and takes no rows of another number.
         if not self.tracked.sampler.generic or saves_elsewhere() or self.tracked.row_owner:
+            known[name] = False
             return False, None
         lift = Lift(frozenset(each.name for each in self.tracked.parameters.values()))
         return True, lift

@@ -91,6 +91,8 @@ def closed_forms(
             form = _elementwise(name, position, args, _shape(shared), result.dim())
             if form is not None:
                 forms[at] = form
+        if func is torch.einsum and (form := _contracted(position, args, shared)) is not None:
+            forms[at] = form
         if func is functional.linear and position == 2:
             forms[at] = partial(_bias, result.dim())
         elif name in _PRODUCTS and position == 1 and _multiplies(args[0], shared, result):
@@ -205,6 +207,40 @@ def _part(part: tuple[int, int, int], shape: Size, dims: int, axis: int) -> Clos
         return None
     after = dim + 1 if dim < axis else dim  # once rows are first
     return lambda rows: _added(shape, dims, axis, rows.narrow(after, start, length))
+
+
+def _contracted(position: int, args: Sequence[Any], shared: Shared) -> FormOn | None:
+    """Return the closed form of an `einsum` of two values, if it has one.
+
+    With samples in b, `einsum("bhqd,qkd->bhqk", x, table)` gives the table the gradients
+    `einsum("bhqk,bhqd->bqkd", grad, x)`.
+    """
+    if len(args) != 3 or shared.narrow is not None:
+        return None
+    given, _, made = args[0].replace(" ", "").partition("->")
+    parts = given.split(",")
+    mine, others = parts[position - 1], parts[2 - position]
+    letters = all(part.isalpha() and len(set(part)) == len(part) for part in (mine, others, made))
+    if not letters or not set(mine) <= set(others + made):
+        return None
+    kept, spec = _Kept(args[3 - position].detach()), (mine, others, made)
+    return partial(_contraction, kept, spec)
+
+
+def _contraction(kept: _Kept, spec: tuple[str, str, str], axis: int) -> ClosedForm | None:
+    mine, others, made = spec
+    sample = made[axis]
+    if sample in mine:
+        return None
+    rows_first = sample + made.replace(sample, "")
+
+    def gradients(rows: Tensor) -> PerSampleGradient:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        pattern = f"{rows_first},{others}->{sample}{mine}"
+        values = torch.einsum(pattern, rows.to(wide), kept.get().to(wide))
+        return Dense(values.unsqueeze(1).to(rows.dtype))
+
+    return gradients
 
 
 def _terms(rows: Tensor) -> PerSampleGradient:

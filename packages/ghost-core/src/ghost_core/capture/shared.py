@@ -112,11 +112,15 @@ class SharedValues(FunctionMode, Sharing):
         return [self._follow(tracked, output, form, own.values()) for output in outputs]
 
     def is_followed(self, values: Any, lift: Lift) -> bool:
-        """Tell whether any values are computed from what it is being tried to follow in a call."""
+        """Tell whether any values are computed from what it is being tried to follow in a call.
+
+        Numbers, such as a temperature that a model returns beside embeddings, belong to no sample.
+        """
         for value in tensors_in(values):
             if id(value) in self._owners and self._owners[id(value)][2].name in lift.names:
                 return True
-            if id(value) in self._shared and lift in self._shared[id(value)].lifts():
+            shared = self._shared.get(id(value)) if value.dim() else None
+            if shared is not None and lift in shared.lifts():
                 return True
         return False
 
@@ -369,8 +373,8 @@ class SharedValues(FunctionMode, Sharing):
         """
 
         def meet(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or id(leaf) not in self._shared:
-                return leaf
+            if not isinstance(leaf, Tensor) or not leaf.dim() or id(leaf) not in self._shared:
+                return leaf  # a loss that uses a number for all samples is out of balance
             stand = leaf.view_as(leaf)
             return self._met(None, (), {}, stand, ((stand, self._shared[id(leaf)]),))
 
