@@ -145,7 +145,8 @@ def test_the_script_for_slurm_trains(tmp_path: Path, arguments: list[str]) -> No
     path = f"{programs}:{os.environ['PATH']}"
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2"}
     results = tmp_path / "results"
-    command = ["bash", str(SCRIPT), *arguments, "--results-dir", str(results)]
+    options = [*arguments, "--corpus", "embedded", "--length", "64"]
+    command = ["bash", str(SCRIPT), *options, "--results-dir", str(results)]
     done = subprocess.run(
         command, env={**os.environ, **job, "PATH": path}, check=True, capture_output=True, text=True
     )
