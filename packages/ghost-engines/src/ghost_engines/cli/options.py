@@ -199,8 +199,8 @@ class Query:
     it with all of them. A positive score says that a small step on the sample lowers the query's
     loss. At a terminal prints tables; into a pipe, fields separated by tabs.
 
-    Exits with 0; 1 if ghost refuses the model; 2 if it could not be tried, as when the model is not
-    the one that the store was made with.
+    Exits with 0; 2 if it could not be tried, as when the model is not the one that the store was
+    made with.
 
     Args:
         store: Folder of the store.

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ghost_core import (
     CaptureError,
     GhostError,
     UnknownNameError,
-    UnsupportedLayerError,
-    WrongSplitError,
 )
-from ghost_engines import ProjectedRows, ProjectionEngine
+from ghost_engines import ProjectedRows, ProjectionEngine, project_queries
 from ghost_engines.cli.answers import Answer, Asked, Found, as_json, print_answers
 from ghost_engines.cli.batches import check_field, load_batch
 from ghost_engines.cli.corpora import corpus_of
@@ -36,7 +34,7 @@ from ghost_engines.cli.sources import (
     positions_of,
     tokenizer_of,
 )
-from ghost_engines.cli.tables import plain, while_read
+from ghost_engines.cli.tables import while_read
 from ghost_engines.digest import model_digest
 from ghost_engines.results import layers
 from ghost_engines.search import Whitening, score_parts
@@ -61,12 +59,7 @@ def query(options: Query) -> int:
     place.model(model)
     _check_model(model, options, store)
     batch, texts = _batch(options, model)
-    try:
-        rows = _projected(model, store, loss, place.batch(batch))
-    except (UnsupportedLayerError, WrongSplitError) as error:
-        with while_read():
-            print(plain(f"refused: {error}"))
-        return 1
+    rows = _projected(model, store, loss, place.batch(batch))
     stored = _stored_texts(options, store, model)
     by: By = Whitening.of(store, options.damping) if options.by == "whitened" else options.by
     asked = Asked(
@@ -150,20 +143,12 @@ def _tokens(texts: Sequence[str], option: str, options: Query, model: nn.Module)
 
 def _projected(model: nn.Module, store: GradientStore, loss: Any, batch: Any) -> ProjectedRows:
     """Return the projected gradients of the queries' own losses."""
-    model.eval()
     try:
         engine = ProjectionEngine.from_manifest(model, store)
     except (CaptureError, UnknownNameError) as error:
         raise CommandError(f"MODEL does not fit the store: {error}") from error
     try:
-        with torch.no_grad():
-            losses = loss(model, batch)
-        if not isinstance(losses, Tensor) or losses.dim() != 1:
-            raise CommandError(f"the loss must return one loss per query, [N], not {losses!r}")
-        with engine.frozen(), engine.batch(torch.arange(len(losses))):
-            losses = loss(model, batch)
-            (losses.mean() if engine.loss_weights == "mean" else losses.sum()).backward()
-        return engine.collect()
+        return project_queries(engine, loss, batch)
     except GhostError:
         raise
     except Exception as error:  # of torch, such as out of memory, or of the model
