@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from bench.case import Case, Setting, Way
 from bench.steps import Loss, plain, projected, scored
@@ -50,14 +50,16 @@ def concatenated(setting: Setting, model: nn.Module, n: int) -> Way:
     config: Any = model.config
     shape = n + 2, config.n_positions
     ids = torch.randint(config.vocab_size, shape, device=setting.device)
+    following = pad(ids[:, 1:], (0, 1), value=-100)  # after the last token there is nothing
     engine = setting.stack.enter_context(DotProductEngine(model, mode="concatenated"))
 
     def run() -> None:
         both = engine.concatenate(ids[:n], ids[n:])
         with engine.batch(range(n)):
-            logits = model(both).logits[:, :-1]
-            each = cross_entropy(logits.mT, both[:, 1:], reduction="none").mean(1)
-            engine.backward(each, train_weight=1 / n, validation_weight=1 / 2)
+            logits = model(both).logits.flatten(0, 1)  # as the model's own loss does
+            each = cross_entropy(logits, following.flatten(), reduction="none").view(shape)
+            losses = each.sum(1) / (shape[1] - 1)
+            engine.backward(losses, train_weight=1 / n, validation_weight=1 / 2)
 
     return Way(run, model.zero_grad)
 

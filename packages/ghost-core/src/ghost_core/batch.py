@@ -59,6 +59,8 @@ def as_ids(ids: SampleIds) -> Tensor:
     Raises:
         CaptureError: If they are not one integer per sample.
     """
+    if isinstance(ids, range) and all(_MIN <= each <= _MAX for each in (ids.start, ids.stop)):
+        return torch.arange(ids.start, ids.stop, ids.step)
     if isinstance(ids, Sequence):
         if any(isinstance(sample, str) for sample in ids):
             raise _no_ids(", not strings")

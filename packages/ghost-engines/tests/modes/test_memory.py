@@ -11,9 +11,10 @@ from ghost_core import CaptureError
 from ghost_core.testing import next_token_losses
 from ghost_engines import DotProductEngine
 
-WIDTH, LAYERS, N, T = 1536, 6, 8, 64
+WIDTH, LAYERS, N, M, T = 1536, 6, 8, 2, 64
 PARAMETERS = LAYERS * WIDTH**2 * 4
 LARGEST = WIDTH**2 * 4
+ACTIVATIONS = (LAYERS + 1) * M * T * WIDTH * 4
 
 STEPS = f"""
 import resource, sys
@@ -38,6 +39,16 @@ if mode == "plain":
     for _ in range(3):
         model.zero_grad()
         step()
+elif mode == "concatenated":
+    engine = DotProductEngine(model, mode=mode, verify=False)
+    others = torch.randn({M}, {T}, {WIDTH})
+    with engine:
+        for _ in range(3):
+            model.zero_grad()
+            both = engine.concatenate(inputs, others)
+            with engine.batch(range({N})):
+                losses = model(both).square().mean((1, 2))
+                engine.backward(losses, train_weight=1 / {N}, validation_weight=1 / {M})
 else:
     engine = DotProductEngine(model, mode=mode, verify=False)
     direction = {{name: torch.ones(1).expand_as(p) for name, p in model.named_parameters()}}
@@ -65,6 +76,8 @@ def test_what_modes_add_to_plain_training():
     plain, exact, fused = peak("plain"), peak("exact"), peak("fused")
     assert exact - plain <= 1.1 * PARAMETERS  # the direction
     assert fused - plain <= PARAMETERS + 3 * LARGEST  # and the samples in flight
+    # The direction of one layer, the samples in flight, and what belongs to validation samples.
+    assert peak("concatenated") - plain <= 3 * LARGEST + 2 * ACTIVATIONS
 
 
 @pytest.mark.parametrize("mode", ["exact", "fused"])

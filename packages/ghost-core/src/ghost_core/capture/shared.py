@@ -80,7 +80,7 @@ class SharedValues(FunctionMode, Sharing):
         """Tell whether a value may belong to samples."""
         if id(value) in self._shared or id(value) in self._constant:
             return False
-        return value in self._samples or value.grad_fn is not None
+        return value.grad_fn is not None or value in self._samples  # which takes longer
 
     def is_shared_call(self, args: Any, kwargs: Any) -> bool:
         """Tell whether a module is called on nothing of the samples."""
