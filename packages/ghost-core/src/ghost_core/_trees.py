@@ -6,11 +6,11 @@ memory. Private names of torch, all of them in torch 2.5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch import vmap as _functorch
 from torch.utils import _pytree
 
@@ -32,26 +32,30 @@ def tensors_in(tree: Any) -> list[Tensor]:
     numbers nearly always, for which torch's own helpers take many times as long.
     """
     found: list[Tensor] = []
-    _collect(tree, found)
+    _collect((tree,), found)
     return found
 
 
-_CONTAINERS = (tuple, list)
+_TENSORS = frozenset({Tensor, nn.Parameter})
+_CONTAINERS = frozenset({tuple, list})
 _NUMBERS = frozenset({int, float, bool, str, complex, type(None), torch.dtype, torch.device})
 
 
-def _collect(node: Any, found: list[Tensor]) -> None:
-    kind = type(node)
-    if isinstance(node, Tensor):
-        found.append(node)
-    elif kind in _CONTAINERS:
-        for child in node:
-            _collect(child, found)
-    elif kind is dict:
-        for child in node.values():
-            _collect(child, found)
-    elif kind not in _NUMBERS:
-        found += [leaf for leaf in _pytree.tree_leaves(node) if isinstance(leaf, Tensor)]
+def _collect(nodes: Iterable[Any], found: list[Tensor]) -> None:
+    for node in nodes:
+        kind = type(node)
+        if kind in _TENSORS:
+            found.append(node)
+        elif kind in _NUMBERS:
+            continue
+        elif kind in _CONTAINERS:
+            _collect(node, found)
+        elif kind is dict:
+            _collect(node.values(), found)
+        elif isinstance(node, Tensor):
+            found.append(node)
+        else:
+            found += [leaf for leaf in _pytree.tree_leaves(node) if isinstance(leaf, Tensor)]
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class BatchCapture:
         seen: Names of tracked modules that were called with gradients enabled.
         kinds: The same, with whether their rows are folded, as far as passes were verified.
         sites: Where gradients are told apart in the pass that is on its way.
+        places: How many of these have the same modules and operation so far.
         joined: Whether the pass that is on its way has samples joined in one tensor, without an
             axis of theirs.
         unseen: Names of those called with gradients disabled.
@@ -49,6 +51,7 @@ class BatchCapture:
     seen: set[str] = field(default_factory=set)
     kinds: set[tuple[str, bool]] = field(default_factory=set)
     sites: list[Site] = field(default_factory=list)
+    places: Counter[tuple[tuple[str, ...], str]] = field(default_factory=Counter)
     joined: bool = False
     unseen: set[str] = field(default_factory=set)
     arrived: bool = False
@@ -78,7 +81,7 @@ class BatchCapture:
         started = Pass(n, self.next_start(n))
         for key in keys:
             started.owners[key] = find_owner(key, self.owners, kwargs, started.samples)
-        self.sites = []
+        self.sites, self.places = [], Counter()
         self.passes.append(started)
         return started
 

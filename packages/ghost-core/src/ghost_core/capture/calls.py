@@ -357,16 +357,15 @@ class CallHooks:
         place comes as far as being found; and so has a part of a parameter that a module returns,
         which is no use of the parameter from there on.
         """
-        with self.state.silence():
-            if not self.state.verifier.watching:
-                return axes.expanded(outputs)
-            rows = axes.expanded(outputs)
-            parameters = self.tracked.module.parameters()
-            memory = {address(parameter) for parameter in parameters}
-            return [
-                row.clone() if row.shape != was.shape or address(row) in memory else row
-                for row, was in zip(rows, outputs, strict=True)
-            ]
+        rows = axes.expanded(outputs)
+        if not self.state.verifier.watching:
+            return rows
+        parameters = self.tracked.module.parameters()
+        memory = {address(parameter) for parameter in parameters}
+        return [
+            row.clone() if row.shape != was.shape or address(row) in memory else row
+            for row, was in zip(rows, outputs, strict=True)
+        ]
 
 
 def _is_differentiable(leaf: object, frozen: bool) -> bool:

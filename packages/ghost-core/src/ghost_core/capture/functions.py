@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodWrapperType
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ QUESTIONS = {
 
 def is_attribute(func: Any) -> bool:
     """Tell whether a function gets an attribute, such as a shape, that is no view of a tensor."""
-    name = getattr(getattr(func, "__self__", None), "__name__", "")
-    return getattr(func, "__name__", "") == "__get__" and name not in ("T", "mT", "H", "mH")
+    # Those of torch's own and of properties are bound methods of C.
+    if type(func) is not MethodWrapperType or func.__name__ != "__get__":
+        return False
+    return getattr(func.__self__, "__name__", "") not in ("T", "mT", "H", "mH")
 
 
 def is_in_place(func: Any) -> bool:

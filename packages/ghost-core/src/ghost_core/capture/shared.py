@@ -268,6 +268,8 @@ class SharedValues(FunctionMode, Sharing):
         """Return shared values by the identity of what was given."""
         found: _ById = {}
         for value in given:
+            if id(value) not in self._owners and id(value) not in self._shared:
+                continue
             self._give_up_hidden(value)
             if id(value) in self._owners:
                 if self._is_lifted(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -255,9 +256,9 @@ class CaptureState:
         """Add a site to the pass that is on its way; a recomputation adds none."""
         assert self.batch is not None
         if self.pass_ is not None:
-            same = [site.names, site.operation]
-            at = sum([other.names, other.operation] == same for other in self.batch.sites)
-            site.place = site.names, site.operation, at
+            same = site.names, site.operation
+            site.place = *same, self.batch.places[same]
+            self.batch.places[same] += 1
             self.batch.sites.append(site)
             self.verifier.routes |= site.axes.routed
 
@@ -331,7 +332,8 @@ class CaptureState:
             for running in self.running:
                 running.lifted = running.lifted and running.lift is not lift
             if self.batch is not None:
-                self.batch.sites[:] = [site for site in self.batch.sites if site.counts]
+                self.batch.sites[:] = sites = [site for site in self.batch.sites if site.counts]
+                self.batch.places = Counter((site.names, site.operation) for site in sites)
             if self.balance is not None:
                 self.balance.forget(lift.accounts)
 
