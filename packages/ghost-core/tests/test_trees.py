@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils import _pytree
 
-from ghost_core._trees import tree_flatten, tree_map, vmap
+from ghost_core._trees import tensors_in, tree_flatten, tree_map, vmap
 
 Pair = namedtuple("Pair", "left right")
 
@@ -79,3 +79,20 @@ def test_no_cycles_are_left() -> None:
         assert min(left() for _ in range(5)) == 0
     finally:
         gc.enable()
+
+
+class Marked(Tensor):
+    """A tensor of another class."""
+
+
+def test_tensors_are_found_wherever_torch_finds_leaves() -> None:
+    given = torch.ones(2), nn.Parameter(torch.ones(3)), torch.ones(1).as_subclass(Marked)
+    sizes = {
+        "size": given[0].shape,
+        "part": (slice(2), ..., None),
+        "last": [given[1], {"x": given}],
+    }
+    for tree in (*TREES.values(), given, given[0], sizes, Pair(given, sizes)):
+        expected = [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+        found = tensors_in(tree)
+        assert list(map(id, found)) == list(map(id, expected))

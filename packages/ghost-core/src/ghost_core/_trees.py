@@ -7,6 +7,7 @@ memory. Private names of torch, all of them in torch 2.5.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -38,7 +39,21 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _CONTAINERS = frozenset({tuple, list})
-_NUMBERS = frozenset({int, float, bool, str, complex, type(None), torch.dtype, torch.device})
+_NUMBERS = frozenset(
+    {
+        int,
+        float,
+        bool,
+        str,
+        complex,
+        type(None),
+        torch.dtype,
+        torch.device,
+        torch.Size,
+        EllipsisType,
+    }
+)
+"""Types without tensors in them; of their subclasses nothing is known."""
 
 
 def _collect(nodes: Iterable[Any], found: list[Tensor]) -> None:

@@ -1,0 +1,55 @@
+"""What is switched off while ghost's own code runs, and is on again whatever happens there."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ghost_core._modes import FunctionMode, unseen
+from ghost_core._torch import without_gradients
+
+
+class Own(FunctionMode):
+    """Counts the functions that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Foreign(TorchFunctionMode):
+    """Another program's mode, which answers for itself."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return "foreign" if func is torch.neg else func(*args, **(kwargs or {}))
+
+
+def fail():
+    raise KeyboardInterrupt
+
+
+def test_own_modes_see_nothing_of_what_is_unseen():
+    with Own() as mode:
+        unseen(torch.neg, torch.ones(1))
+        before = mode.count  # `ones` was outside
+        with pytest.raises(KeyboardInterrupt):
+            unseen(fail)
+        torch.neg(torch.ones(1))
+    assert (before, mode.count) == (1, 3)
+
+
+def test_foreign_modes_stay_on():
+    with Foreign(), Own():
+        assert unseen(torch.neg, torch.ones(1)) == "foreign"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gradients_are_off_for_a_while_only(enabled):
+    with torch.set_grad_enabled(enabled):
+        assert not without_gradients(torch.is_grad_enabled)
+        with pytest.raises(KeyboardInterrupt):
+            without_gradients(fail)
+        assert torch.is_grad_enabled() is enabled
