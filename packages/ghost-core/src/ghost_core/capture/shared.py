@@ -25,13 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ghost_core._modes import FunctionMode
-from ghost_core._torch import (
-    in_backward,
-    in_checkpoint,
-    in_transform,
-    saves_elsewhere,
-    version,
-)
+from ghost_core._torch import in_backward, in_checkpoint, in_transform, saves_elsewhere, version
 from ghost_core._trees import tensors_in, tree_map
 from ghost_core.algebra import full_precision
 from ghost_core.capture.closed_forms import closed_forms, is_expansion
