@@ -16,7 +16,7 @@ from store_kit import FakeEngine, batch, fill
 
 from ghost_engines.store import GradientStore, StoreError
 
-N, UNIT = 22, 4
+N, UNIT, MORE = 22, 4, 27
 
 JUNK = [
     None,
@@ -39,21 +39,52 @@ JUNK = [
 ]
 
 
-def make_store(root: Path) -> None:
-    with GradientStore.create(root, FakeEngine(), unit=UNIT, notes={"who": "me"}) as store:
+def make_store(root: Path, seed: int = 42) -> None:
+    with GradientStore.create(root, FakeEngine(seed=seed), unit=UNIT, notes={"who": "me"}) as store:
         fill(store, N, step=3, with_loss=True)
+
+
+def write_on(root: Path) -> None:
+    with GradientStore.resume(root, FakeEngine()) as store:
+        fill(store, MORE, with_loss=True)
+
+
+def make_parts(root: Path, seed: int = 42) -> None:
+    for rank in range(2):
+        write_part(root, rank, [(at, min(at + UNIT, N)) for at in range(0, N, UNIT)][rank::2], seed)
+    assert_right(GradientStore.open(root), N)  # which leaves an index
+
+
+def write_part(root: Path, rank: int, ranges: list[tuple[int, int]], seed: int = 42) -> None:
+    columns = {"loss": "float32", "group": "category"}
+    engine = FakeEngine(seed=seed)
+    with GradientStore.join(root, engine, part=(rank, 2), unit=UNIT, columns=columns) as store:
+        for start, stop in ranges:
+            rows = batch(start, stop)
+            groups = [f"g{at % 3}" for at in range(start, stop)]
+            store.append(rows, rows.ids / 7, columns={"group": groups})
+
+
+def write_parts_on(root: Path) -> None:
+    write_part(root, 1, [(N, 6 * UNIT)])  # the rest of the last unit
+    write_part(root, 0, [(6 * UNIT, MORE)])
+
+
+KINDS = {"one": (make_store, write_on), "parts": (make_parts, write_parts_on)}
 
 
 def some_file(root: Path, draw: random.Random) -> Path:
     # Each kind of file in turn, as there are more shards than others.
-    kinds = [
-        [root / "manifest.json"],
-        [root / "committed.json"],
-        [root / ".lock"],
-        sorted(root.rglob("g-*.safetensors")),
-        sorted(root.rglob("g-*.safetensors")),
-    ]
-    return draw.choice(draw.choice(kinds))
+    names = ("manifest.json", "committed.json", ".lock", "parts.json", "index.safetensors")
+    kinds = [sorted(root.rglob(name)) for name in (*names, *["g-*.safetensors"] * 2)]
+    return draw.choice(draw.choice([kind for kind in kinds if kind]))
+
+
+def some_folder(root: Path, draw: random.Random) -> Path:
+    folders = [root / "shards", root / "shards/00000"]
+    if (root / "parts").exists():
+        folders = [root / "parts", *(root / "parts").glob("*"), *(root / "parts").glob("*/shards")]
+    return draw.choice(sorted(folders))
 
 
 # Mutations of a file's bytes
@@ -161,7 +192,8 @@ def swap(path, root, draw):
 
 def stray(path, root, draw):
     unit = draw.choice([0, 1, 5, 6, 7, 999, 1000, 10**7, 10**12, 10**40, -1])
-    folder = root / "shards" / draw.choice([f"{unit // 1000:05d}", "00000", "x"])
+    shards = draw.choice(sorted(root.rglob("shards")))
+    folder = shards / draw.choice([f"{unit // 1000:05d}", "00000", "x"])
     folder.mkdir(exist_ok=True)
     target = folder / f"g-{unit:08d}.safetensors"
     if target != path:
@@ -185,16 +217,16 @@ def link_in_its_place(path, root, draw):
 
 
 def folder_gone(path, root, draw):
-    shutil.rmtree(draw.choice([root / "shards", root / "shards/00000"]))
+    shutil.rmtree(some_folder(root, draw))
 
 
 def folder_elsewhere(path, root, draw):
-    folder = draw.choice([root / "shards", root / "shards/00000"])
+    folder = some_folder(root, draw)
     folder.rename(folder.with_name(draw.choice(["00001", "old", "x~"])))
 
 
 def file_for_folder(path, root, draw):
-    folder = draw.choice([root / "shards", root / "shards/00000"])
+    folder = some_folder(root, draw)
     shutil.rmtree(folder)
     draw.choice([lambda: folder.write_text(""), lambda: os.mkfifo(folder)])()
 
@@ -207,8 +239,7 @@ def leftover(path, root, draw):
 def of_another_store(path, root, draw):
     other = root.with_name("other")
     if not other.exists():
-        with GradientStore.create(other, FakeEngine(seed=7), unit=UNIT) as store:
-            fill(store, N, with_loss=True)
+        KINDS["parts" if (root / "parts").exists() else "one"][0](other, 7)
     shutil.copy(other / path.relative_to(root), path)
 
 
@@ -243,6 +274,8 @@ def assert_right(store: GradientStore, n: int) -> None:
     found = store.search(expected.rows[:2], k=2)
     order = (expected.rows[:2] @ expected.rows.T).sort(descending=True, stable=True).indices
     assert torch.equal(found.ordinals, order[:, :2])
+    assert torch.equal(store.rows_by_id(expected.ids), expected.rows)
+    assert store.groups is None or list(store.groups) == [f"g{at % 3}" for at in range(n)]
 
 
 def assert_clear(error: Exception, root: Path) -> None:
@@ -251,7 +284,7 @@ def assert_clear(error: Exception, root: Path) -> None:
     assert str(root) in str(error), repr(error)
 
 
-def try_everything(root: Path) -> bool:
+def try_everything(root: Path, write_on: Callable[[Path], None]) -> bool:
     """Read, then write on; return whether there was an error."""
     failures = 0
     reads: list[Callable[[GradientStore], object]] = [
@@ -259,6 +292,7 @@ def try_everything(root: Path) -> bool:
         lambda store: store.ids,
         lambda store: store.losses,
         lambda store: store.rows(),
+        lambda store: store.rows_by_id(batch(0, N).ids),
     ]
     for read in reads:  # each with a store of its own: the first read checks most
         try:
@@ -274,9 +308,8 @@ def try_everything(root: Path) -> bool:
                 rights = (expected.ids, expected.ids / 7, expected.rows)
                 assert any(torch.equal(result, right) for right in rights)
     try:
-        with GradientStore.resume(root, FakeEngine()) as store:
-            fill(store, N + 5, with_loss=True)
-        assert_right(GradientStore.open(root), N + 5)
+        write_on(root)
+        assert_right(GradientStore.open(root), MORE)
     except (StoreError, OSError) as error:
         assert_clear(error, root)
         failures += 1
@@ -288,9 +321,14 @@ def seeds():
 
 
 @pytest.mark.parametrize("seed", seeds())
-def test_an_altered_store_is_a_clear_error_or_gives_the_right_rows(tmp_path, monkeypatch, seed):
+@pytest.mark.parametrize("kind", ["one", pytest.param("parts", marks=pytest.mark.stress)])
+def test_an_altered_store_is_a_clear_error_or_gives_the_right_rows(
+    tmp_path, monkeypatch, kind, seed
+):
+    monkeypatch.setattr("ghost_engines.store.pieces.WORTH_KEEPING", 2)
     draw = random.Random(seed)
-    make_store(tmp_path / "original")
+    make, write_on = KINDS[kind]
+    make(tmp_path / "original")
     failed = 0
     rounds = 100 if seed else len(MUTATIONS)
     for at in range(rounds):
@@ -303,7 +341,7 @@ def test_an_altered_store_is_a_clear_error_or_gives_the_right_rows(tmp_path, mon
         mutate(path, root, draw)
         try:
             with no_longer_than(60):
-                failed += try_everything(root)
+                failed += try_everything(root, write_on)
         except BaseException as error:
             error.add_note(f"seed {seed}, round {at}: {mutate.__name__} of {path}")
             raise

@@ -127,6 +127,11 @@ def gone(root):
     shutil.rmtree(root / "parts/00001-of-00002")
 
 
+def gone_and_joined(root):
+    gone(root)
+    return lambda root: join(root, (1, 2))
+
+
 def last_shard_gone(root):
     sorted((root / "parts/00001-of-00002").rglob("g-*"))[-1].unlink()
 
@@ -165,6 +170,7 @@ def register_of_another(root):
     ("damage", "told"),
     [
         (gone, "00001-of-00002 is missing"),
+        (gone_and_joined, "00001-of-00002 is missing"),
         (last_shard_gone, "11 were committed"),
         (swapped, "another part of the store"),
         (brought_in, "does not name it"),

@@ -114,8 +114,8 @@ def register(root: Path, manifest: Manifest, name: str) -> Part:
         OSError: If it cannot be written.
     """
     part = part_of(root, name)
+    names = [each.name for each in registered(root, manifest)]  # of which none is missing
     make_root(part.root)  # before it is named: what is named must be there
-    names = [each.name for each in registered(root, manifest)]
     if name not in names:
         content = {"fingerprint": manifest.fingerprint, "parts": sorted([*names, name])}
         write_atomically(root / REGISTER, (json.dumps(content) + "\n").encode(), root)

@@ -60,7 +60,8 @@ class StoreWriter(StoreReader):
 
     def __repr__(self) -> str:
         """Say where it is, what is in it, and whether it is open for writing."""
-        facts = [str(self._part.root), f"{len(self)} rows of {self.k_total} {self.manifest.dtype}"]
+        root = self._part.root if self.writers == 1 else self.path
+        facts = [str(root), f"{len(self)} rows of {self.k_total} {self.manifest.dtype}"]
         if waiting := len(self) - self.committed:
             facts.append(f"{waiting} not committed")
         if self._lock is not None:
