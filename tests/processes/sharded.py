@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 
 from ghost_core import GhostError
 from ghost_core.ranks import Ranks
@@ -24,7 +25,7 @@ WORDS, LENGTH, DIM = 11, 4, 8
 
 
 class Language(nn.Module):
-    """Looks up words and positions, which are the same for all samples, and has two blocks."""
+    """Looks up words and positions, the same for all samples; its head is tied to the words."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,13 +33,14 @@ class Language(nn.Module):
         self.blocks = nn.ModuleList(
             [nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, DIM), nn.GELU()) for _ in range(2)]
         )
-        self.head = nn.Linear(DIM, WORDS)
+        self.head = nn.Linear(DIM, WORDS, bias=False)
+        self.head.weight = self.words.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the mean over positions, `[N, WORDS]`."""
         hidden = self.words(ids) + self.places(torch.arange(ids.shape[1])[None])
         for block in self.blocks:
-            hidden = hidden + block(hidden)
+            hidden = hidden + checkpoint(block, hidden, use_reentrant=False)
         return self.head(hidden.mean(1)) * 1.0
 
 
@@ -173,6 +175,13 @@ def _one_fails(rank: int) -> None:
     _batch(model, rank, dots(model, wrong))
 
 
+def _nobody(rank: int) -> None:
+    model = shard(net())
+    engine = dots(model, _loss(model))
+    with engine, engine.batch([]):
+        losses(model(samples()[:0])).sum().backward()
+
+
 def _in_part(rank: int) -> None:
     model = net()
     fully_shard(model.trunk)
@@ -231,6 +240,7 @@ MISTAKES = {
     "not synchronised": (_unsynced, "gradients are not averaged in each backward pass"),
     "waiting gradients": (_waiting, "gradients are not averaged in each backward pass"),
     "one process fails": (_one_fails, "direction 'held out'"),
+    "no samples": (_nobody, "a batch without samples is not for a model under fully_shard"),
     "sharded in part": (_in_part, "is not sharded"),
     "no formula": (_replayed, "is under fully_shard, and has no formula"),
     "used elsewhere": (_elsewhere, "do not add up to the gradient of 1.one.weight"),

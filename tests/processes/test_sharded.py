@@ -42,7 +42,7 @@ def test_rows_and_norms_are_those_of_one_process(found: Found, rank: int) -> Non
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_positions_are_followed(found: Found, rank: int) -> None:
+def test_language_model_with_checkpoints_and_a_tied_head(found: Found, rank: int) -> None:
     got = found[rank]["sharded"]["others"]["language"]
     close(got, wanted(language(), texts()[MINE[rank]]), "dots")
 

@@ -237,6 +237,8 @@ class Recorder:
         Raises:
             CaptureError: If the model ran on other samples, or not at all.
         """
+        if not n:  # others would wait for its part in verifying
+            self._ranks.check_way("a batch without samples")
         batch = self._batch_for(listener, n)
         with restored() as stack:
             undo(stack, self._leave, batch, listener)
