@@ -65,19 +65,19 @@ def test_the_passage_itself_helps_more_than_others(sizes: Sizes, tmp_path: Path)
     passages.store_gradients(tmp_path / "g", engine, tokens, sizes.plan)
     store = GradientStore.open(tmp_path / "g")
     chosen = once_more.choose(store, store.rows(0, 6), kept, kept[:6])
-    assert chosen["cosine"] == chosen["words"] == list(range(6))
-    assert {kept[at].domain for at in chosen["kind"]} == {kept[0].domain}
+    assert chosen["ghost, cosine"] == chosen["TF-IDF"] == list(range(6))
+    assert {kept[at].domain for at in chosen["random, same domain"]} == {kept[0].domain}
     others = [(at + 5) % len(kept) for at in range(6)]
     found = once_more.judge(
         model, passages.per_sample_loss, tokens, tokens[:6], chosen | {"random": others}
     )
-    assert all(a > b for a, b in zip(found.gains["words"], found.gains["random"], strict=True))
-    gain = found.gains["words"]
-    assert found.mean("words") == pytest.approx(sum(gain) / 6)
-    more = torch.tensor(found.gains["whitened"]) - torch.tensor(gain)
+    assert all(a > b for a, b in zip(found.gains["TF-IDF"], found.gains["random"], strict=True))
+    gain = found.gains["TF-IDF"]
+    assert found.mean("TF-IDF") == pytest.approx(sum(gain) / 6)
+    more = torch.tensor(found.gains["ghost, whitened"]) - torch.tensor(gain)
     expected = (more.mean().item(), more.std().item() / 6**0.5)
     assert found.ahead == pytest.approx(expected, abs=1e-4)
-    assert found.error("words") == pytest.approx(torch.tensor(gain).std().item() / 6**0.5)
+    assert found.error("TF-IDF") == pytest.approx(torch.tensor(gain).std().item() / 6**0.5)
 
 
 def test_a_folder_of_something_else_is_left_alone(sizes: Sizes, tmp_path: Path) -> None:

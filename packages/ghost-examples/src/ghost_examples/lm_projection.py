@@ -21,17 +21,12 @@ from pathlib import Path
 
 import torch
 import tyro
-from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ghost_engines import GradientStore, ProjectionEngine, project_dataset, project_queries, quality
-from ghost_engines.search import Whitening
+from ghost_engines import ProjectionEngine, project_dataset, project_queries, quality
 from ghost_examples import demo as lm
 from ghost_examples.texts import Passage
-
-LEARNING_RATE = 0.05
-"""Of the step on what was found, by plain gradient descent."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class Options:
     dim: int = 4096
     layers: str = lm.LAYERS
     queries: int = 80
-    lr: float = LEARNING_RATE
+    lr: float = lm.LR
     device: str = "cpu"
 
     @property
@@ -94,58 +89,6 @@ def trained(options: Options, corpus: Passages) -> nn.Module:
     return model.eval()
 
 
-def found_by(
-    store: GradientStore, rows: Tensor, corpus: Passages, queries: Sequence[Passage]
-) -> dict[str, list[int]]:
-    """Return the passage that each way finds for each query, by their numbers."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(corpus), (len(queries),), generator=generator).tolist()
-    by_domain: dict[str, list[int]] = {}
-    for number, passage in enumerate(corpus.passages):
-        by_domain.setdefault(passage.domain, []).append(number)
-    alike = [by_domain[each.domain] for each in queries]
-    picks = torch.rand(len(queries), generator=generator).tolist()
-    whitened = store.search(rows, k=1, by=Whitening.of(store), progress=False)
-    return {
-        "ghost, whitened": whitened.ids[:, 0].tolist(),
-        "ghost, cosine": store.search(rows, k=1, by="cosine", progress=False).ids[:, 0].tolist(),
-        "TF-IDF": _by_words(corpus.passages, queries),
-        "random, same domain": [
-            choices[int(pick * len(choices))] for choices, pick in zip(alike, picks, strict=True)
-        ],
-        "random": drawn,
-    }
-
-
-def _by_words(passages: Sequence[Passage], queries: Sequence[Passage]) -> list[int]:
-    words = TfidfVectorizer(sublinear_tf=True)
-    stored = words.fit_transform([passage.text for passage in passages])
-    asked = words.transform([passage.text for passage in queries])
-    found: list[int] = (asked @ stored.T).toarray().argmax(axis=1).tolist()
-    return found
-
-
-def judged(
-    options: Options,
-    model: nn.Module,
-    corpus: Passages,
-    asked: Tensor,
-    ways: Mapping[str, list[int]],
-) -> dict[str, quality.TailPatch]:
-    """Return what a step on what each way found does to the queries."""
-    return {
-        way: quality.tail_patch(
-            model,
-            lm.per_sample_loss,
-            list(asked.split(1)),
-            [corpus.tokens[[number]] for number in numbers],
-            lr=options.lr,
-            progress=False,
-        )
-        for way, numbers in ways.items()
-    }
-
-
 def run(options: Options) -> dict[str, quality.TailPatch]:
     """Train or load, project or go on, look up, judge; write what was measured."""
     options.output.mkdir(parents=True, exist_ok=True)
@@ -164,9 +107,9 @@ def run(options: Options) -> dict[str, quality.TailPatch]:
     started = time.monotonic()
     engine = ProjectionEngine.from_manifest(model, done.store)
     rows = project_queries(engine, lm.per_sample_loss, asked).rows.cpu()
-    ways = found_by(done.store, rows, corpus, queries)
+    ways = lm.choose(done.store, rows, kept, queries)
     seconds = {"project": done.seconds, "look up": time.monotonic() - started}
-    result = judged(options, model, corpus, asked, ways)
+    result = lm.step_on_each(model, lm.per_sample_loss, corpus.tokens, asked, ways, options.lr)
     losses = done.store.losses
     assert losses is not None
     statistics = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
@@ -19,13 +20,13 @@ LR = 0.05
 """Learning rate of the one step."""
 
 WAYS = {
-    "whitened": "Ghost: by gradient, whitened",
-    "cosine": "Ghost: by gradient, cosine",
-    "words": "The same words (TF-IDF)",
-    "kind": "Random, of the same kind",
+    "ghost, whitened": "Ghost: by gradient, whitened",
+    "ghost, cosine": "Ghost: by gradient, cosine",
+    "TF-IDF": "The same words (TF-IDF)",
+    "random, same domain": "Random, of the same kind",
     "random": "Random",
 }
-"""How the passage is chosen, and what a reader is told of it."""
+"""How the passage is chosen, and what a reader of the report is told of it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class OnceMore:
     @property
     def ahead(self) -> tuple[float, float]:
         """How much more whitened gradients gain than words, query by query, and its error."""
-        more = np.subtract(self.gains["whitened"], self.gains["words"])
+        more = np.subtract(self.gains["ghost, whitened"], self.gains["TF-IDF"])
         return float(more.mean()), _error(more)
 
 
@@ -76,16 +77,63 @@ def choose(
     Returns:
         Places in `kept` by way.
     """
-    near: dict[str, By] = {"whitened": Whitening.of(store), "cosine": "cosine"}
-    words = TfidfVectorizer().fit([passage.text for passage in kept])
-    texts, queries = (words.transform([p.text for p in those]) for those in (kept, asked))
-    random = np.random.default_rng(0)
-    alike = [[at for at, p in enumerate(kept) if p.domain == query.domain] for query in asked]
+    near: dict[str, By] = {"ghost, whitened": Whitening.of(store), "ghost, cosine": "cosine"}
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(kept), (len(asked),), generator=generator).tolist()
+    picks = torch.rand(len(asked), generator=generator).tolist()
+    alike: dict[str, list[int]] = {}
+    for place, passage in enumerate(kept):
+        alike.setdefault(passage.domain, []).append(place)
     return {
-        **{way: store.search(rows, 1, by).ids[:, 0].tolist() for way, by in near.items()},
-        "words": (queries @ texts.T).toarray().argmax(1).tolist(),
-        "kind": [int(random.choice(those)) for those in alike],
-        "random": random.integers(len(kept), size=len(asked)).tolist(),
+        **{
+            way: store.search(rows, 1, by, progress=False).ids[:, 0].tolist()
+            for way, by in near.items()
+        },
+        "TF-IDF": _by_words(kept, asked),
+        "random, same domain": [
+            alike[query.domain][int(pick * len(alike[query.domain]))]
+            for query, pick in zip(asked, picks, strict=True)
+        ],
+        "random": drawn,
+    }
+
+
+def _by_words(kept: Sequence[Passage], asked: Sequence[Passage]) -> list[int]:
+    words = TfidfVectorizer(sublinear_tf=True)
+    stored = words.fit_transform([passage.text for passage in kept])
+    queries = words.transform([passage.text for passage in asked])
+    found: list[int] = (queries @ stored.T).toarray().argmax(axis=1).tolist()
+    return found
+
+
+def step_on_each(
+    model: nn.Module,
+    loss: PerSampleLoss,
+    tokens: Tensor,
+    queries: Tensor,
+    chosen: Mapping[str, Sequence[int]],
+    lr: float = LR,
+) -> dict[str, TailPatch]:
+    """Make one step on each passage that was chosen, and undo it.
+
+    Args:
+        model: The model.
+        loss: Returns the loss of each passage, in nats per token.
+        tokens: The stored passages, `[n, T]`.
+        queries: The queries, `[Q, T]`.
+        chosen: Which passage for each query, by way.
+        lr: Learning rate of the step.
+    """
+    return {
+        way: tail_patch(
+            model,
+            loss,
+            queries.split(1),
+            [tokens[place : place + 1] for place in places],
+            lr=lr,
+            progress=False,
+        )
+        for way, places in chosen.items()
     }
 
 
@@ -96,21 +144,9 @@ def judge(
     queries: Tensor,
     chosen: Mapping[str, Sequence[int]],
 ) -> OnceMore:
-    """Make one step on each passage that was chosen, and undo it.
-
-    Args:
-        model: The model.
-        loss: Returns the loss of each passage, in nats per token.
-        tokens: The stored passages, `[n, T]`.
-        queries: The queries, `[Q, T]`.
-        chosen: Which passage for each query, by way.
-    """
-
-    def patched(places: Sequence[int]) -> TailPatch:
-        batches = [tokens[place : place + 1] for place in places]
-        return tail_patch(model, loss, queries.split(1), batches, lr=LR)
-
-    return OnceMore({way: (1000 * patched(places).gain).tolist() for way, places in chosen.items()})
+    """Return what `step_on_each` gains."""
+    patched = step_on_each(model, loss, tokens, queries, chosen)
+    return OnceMore({way: (1000 * each.gain).tolist() for way, each in patched.items()})
 
 
 def show(found: OnceMore) -> None:
