@@ -124,7 +124,7 @@ def test_an_interrupt_while_a_store_is_closed_loses_nothing_acknowledged(tmp_pat
 
 
 @pytest.mark.parametrize("stride", strides(29))
-@pytest.mark.parametrize("how", ["create", "resume"])
+@pytest.mark.parametrize("how", ["create", "resume", "join"])
 def test_a_store_that_was_not_opened_can_be_opened(tmp_path, stride, how):
     for interrupt in attempts(stride):
         root = tmp_path / f"{interrupt.at}"
@@ -138,10 +138,14 @@ def test_a_store_that_was_not_opened_can_be_opened(tmp_path, stride, how):
             with interrupt:
                 if how == "create":
                     store = GradientStore.create(root, FakeEngine(), unit=UNIT)
+                elif how == "join":
+                    store = GradientStore.join(root, FakeEngine(), part="a", unit=UNIT)
                 else:
                     store = GradientStore.resume(root, FakeEngine())
         except KeyboardInterrupt:
             pass
+        if store is None and how == "join":
+            store = GradientStore.join(root, FakeEngine(), part="a", unit=UNIT)
         if store is None:
             there = (root / "manifest.json").exists()
             store = (
