@@ -105,6 +105,33 @@ def test_what_cannot_be_followed_runs_again(name: str, frozen: bool, ways: list[
     assert "the same for all samples" not in engine.coverage()
 
 
+class Within(nn.Module):
+    """Gives a module a value to combine with a parameter of its own, which it hides elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.linear = nn.Parameter(torch.randn(T, D)), nn.Linear(D, D)
+        self.inner = Hiding()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(self.linear(x), self.positions * 2)
+        return out
+
+
+class Hiding(Scaled):
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]
+        return x * Unseen.apply(self.scale) + self.scale * positions  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_parameter_is_followed_where_another_is_given_up(frozen: bool, ways: list[Way]) -> None:
+    engine = check(Within().double(), doubles(N, T, D), frozen=frozen, lift=True)
+    assert ways != []
+    followed = engine.coverage().partition("the same for all samples")[2]
+    assert "positions" in followed
+    assert "scale" not in followed
+
+
 def batches(model: nn.Module, sizes: Sequence[int] = (N, N + 2, N)) -> None:
     """Compare several batches of one engine with autograd."""
     engine = GradientHolder(model, registry=registry())

@@ -87,9 +87,7 @@ class ParameterSource(Source):
         yield self
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
-        """Tell the engines, unless the call runs again for it."""
-        if not self.live:
-            return
+        """Tell the engines."""
         with self.batch.told():
             if self.state.balance is not None and not cut:
                 self.state.balance.add(self.account, gradient, None, True)
@@ -246,15 +244,15 @@ def take_back(
         gradients: The gradient of the value for each sample, `[N, *shape]`.
         cut: Whether the user's graph ends before these; see `Source.spread`.
     """
-    behind = [source for source in sources if source.live]
+    sources = [source for source in sources if source.live]
     if len(sources) == 1 and has_entries_of(value, sources[0].tensor):
         gradients = gradients.reshape(len(gradients), 1, *sources[0].tensor.shape)
         sources[0].spread(pass_, Dense(gradients), cut=cut)
         return
-    for source in behind:
+    for source in sources:
         if source.tensor is value:
             source.spread(pass_, Dense(gradients.unsqueeze(1)), cut=cut)
-    behind = [source for source in behind if source.tensor is not value]
+    behind = [source for source in sources if source.tensor is not value]
     tensors = [source.tensor for source in behind]
     at_once = all_at_once(value, tensors, gradients)
     columns = by_sample(value, tensors, gradients) if at_once is None else at_once
