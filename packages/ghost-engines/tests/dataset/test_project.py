@@ -150,6 +150,36 @@ def test_samples_keep_ids_of_their_own(classifier, samples, tmp_path):
     assert (again.samples, again.skipped) == (0, N)
 
 
+class Rarely(nn.Module):
+    """Has a layer that runs for batches with certain samples only."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.rarely = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, inputs):
+        outputs = self.always(inputs)
+        if (chosen := inputs[:, :1] > 0).any():
+            outputs = outputs + self.rarely(inputs) * chosen
+        return outputs
+
+
+def test_a_batch_in_which_a_module_runs_first_is_verified_by_a_second_run(tmp_path):
+    model, calls = Rarely().double(), []
+    inputs = torch.randn(12, 5, dtype=torch.float64)
+    inputs[:, 0] = torch.tensor([-1.0] * 6 + [1.0] * 6)
+    samples = TensorDataset(inputs, torch.arange(12) % 3)
+
+    def watched(model, batch):
+        calls.append(len(batch[0]))
+        return loss(model, batch)
+
+    done = project_dataset(model, watched, samples, tmp_path / "g", batch_size=3, **OPTIONS)
+    assert len(calls) == 5
+    _, rows = oracle(model, samples)
+    assert_within(done.store.rows(), rows, 10 * rows.norm(dim=1)[:, None])
+
+
 # Interrupted
 
 
