@@ -1,5 +1,8 @@
 """Near-duplicates and scores by group against loops over all rows."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from search_kit import K, columns_of, stored
@@ -18,13 +21,11 @@ def with_twins(n=40, dtype=torch.float32):
 
 
 def twins_of(rows, threshold):
-    rows = rows.double()
-    return [
-        (i, j)
-        for i in range(len(rows))
-        for j in range(i + 1, len(rows))
-        if rows[i] @ rows[j] >= threshold * rows[i].norm() * rows[j].norm() > 0
-    ]
+    rows = rows.double().numpy()
+    lengths = np.linalg.norm(rows, axis=1)
+    products, bound = rows @ rows.T, threshold * np.outer(lengths, lengths)
+    pairs = itertools.combinations(range(len(rows)), 2)
+    return [pair for pair in pairs if products[pair] >= bound[pair] > 0]
 
 
 @pytest.mark.parametrize(("dtype", "block"), [(torch.float16, 7), (torch.float64, 64)])
