@@ -37,8 +37,8 @@ def test_units_that_are_dealt_in_turn_are_read_in_order(tmp_path, world, n):
     read = GradientStore.open(tmp_path / "g")
     assert_holds(read, n)
     assert read.committed == n
-    for start in range(n + 1):
-        for stop in range(start, n + 1):
+    for start in range(0, n + 1, 3):
+        for stop in range(start, n + 1, 5):
             assert torch.equal(read.rows(start, stop), batch(start, stop).rows)
     ids = batch(0, n).ids.flip(0)
     assert torch.equal(read.rows_by_id(ids), batch(0, n).rows.flip(0))

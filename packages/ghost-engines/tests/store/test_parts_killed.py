@@ -166,10 +166,6 @@ KILLER = """
 """
 
 
-def test_a_writer_killed_at_a_step_beside_another_goes_on_as_if_nothing_was(tmp_path):
-    run_script(KILLER, "steps", tmp_path, 97)
-
-
 @pytest.mark.stress
 def test_a_writer_killed_at_any_step_beside_another_goes_on_as_if_nothing_was(tmp_path):
     run_script(KILLER, "steps", tmp_path, 1)
