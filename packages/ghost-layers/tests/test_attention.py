@@ -191,3 +191,16 @@ def test_inputs_without_samples_are_refused() -> None:
     pattern = r"(?s)its query has the shape \(4, 4\).*give it inputs with three axes"
     with engine, pytest.raises(WrongSplitError, match=pattern), engine.batch(range(4)):
         model(doubles(4, 4))
+
+
+def test_tokens_of_one_input_are_told_apart() -> None:
+    model, x = Attends(batch_first=True).double(), doubles(3, 5, 4)
+    engine = GradientHolder(model, registry=REGISTRY)
+    with engine, engine.batch(range(3)) as batch:
+        losses(model(x, need_weights=False)).sum().backward()
+    for name, (one,) in batch.result.uses.items():
+        use = one.gradient
+        direction = torch.randn(1, *model.get_parameter(name).shape, dtype=torch.float64)
+        dots = use.token_dot(direction)
+        assert dots.shape == (3, 5, 1)
+        torch.testing.assert_close(dots.sum(1), use.dot(direction))
