@@ -71,7 +71,7 @@ def recorded(options: Options) -> metrics.Curves:
 def test_it_ends_with_tables_plots_and_passages(
     small: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launch.run(replace(small, check_domains=True))
+    launch.run(replace(small, check_domains=True, shown=12))
     out = capsys.readouterr().out
     assert "step 4/4  loss " in out
     assert "tokens/s  0:00 left" in out
@@ -87,6 +87,7 @@ def test_it_ends_with_tables_plots_and_passages(
     assert len(rows) == 12  # four steps of three, and no sample twice
     # AdamW has no second moments in the first step, which is credited with nothing.
     assert sum(float(row.split(",")[1]) == 0 for row in rows) == 3
+    assert "+0.00000" not in (small.results_dir / "passages.md").read_text()
     # The table by domain has the sums of the values by sample, which are of two domains by id.
     sums = {"python": 0.0, "scripture": 0.0}
     for row in rows:
@@ -150,6 +151,14 @@ def test_a_run_goes_on_with_its_own_options_only(small: Options) -> None:
         with pytest.raises(CaptureError, match=f"has {next(iter(changed))}="):
             launch.run(replace(small, **{"method": "none", "steps": 1, **changed}))
     launch.run(replace(small, method="none", steps=1, workers=1))
+
+
+def test_a_run_that_never_began_binds_nobody(small: Options) -> None:
+    with pytest.raises(CorpusError):
+        launch.run(replace(small, method="none", steps=1, corpus="nowhere"))
+    launch.run(replace(small, method="none", steps=1))
+    options = json.loads((small.results_dir / launch.OPTIONS).read_text())
+    assert options["corpus"] == small.corpus
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def read_state(path: Path) -> State:
     """Return a state, on the CPU.
 
     Raises:
-        CaptureError: If there is no such file.
+        CaptureError: If there is no such file, or it is damaged.
+        OSError: If it cannot be read.
     """
     if not path.exists():
         raise CaptureError(
@@ -50,7 +51,16 @@ def read_state(path: Path) -> State:
             reason="the checkpoint was saved without ghost, or is not whole",
             remedy="resume from another one, or begin a run anew",
         )
-    state: State = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises what its parts happen to
+        raise CaptureError(
+            f"{path} is no checkpoint, or damaged",
+            reason=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy="restore the file from a copy, or remove it and begin anew",
+        ) from error
     return state
 
 

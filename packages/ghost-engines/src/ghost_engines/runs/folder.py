@@ -59,11 +59,14 @@ class RunFolder:
             logs: Whether steps are logged.
 
         Raises:
-            CaptureError: If there is a run already, and this one begins, or it was another.
+            CaptureError: If there is a run already, and this one begins, or it was another, or the
+                path is a file.
             StoreError: If the log ends before that step, or another process writes it.
             DamagedStoreError: If the log is damaged.
             OSError: If it cannot be written.
         """
+        if path.is_file():
+            raise CaptureError(f"{path} is a file; a run writes a folder")
         make_root(path)
         description = path / DESCRIPTION
         if description.exists():

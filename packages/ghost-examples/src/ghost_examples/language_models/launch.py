@@ -88,10 +88,13 @@ def _say(text: str) -> None:
 
 
 def _check_options(asked: Options, folder: Path) -> None:
-    """Write down the options of a new run; refuse to go on with a run that had others."""
+    """Write down the options of a new run; refuse to go on with a run that had others.
+
+    Options of a run that failed before it began bind nobody.
+    """
     content = {name: _plain(value) for name, value in asdict(asked).items() if name not in FREE}
     path = folder / OPTIONS
-    if path.exists():
+    if path.exists() and (folder / RUN).exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         for name, value in content.items():
             if found.get(name) != value:

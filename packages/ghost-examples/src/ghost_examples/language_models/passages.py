@@ -55,6 +55,8 @@ class Extremes:
 def extremes(values: ValueTable, corpora: Corpora, count: int) -> Iterator[Extremes]:
     """Yield the most and least valuable passages, for the sum over all targets, then for each.
 
+    Passages that nothing was credited to, as in a first step of Adam, are neither.
+
     Args:
         values: Values of a run.
         corpora: What it was trained on.
@@ -66,6 +68,7 @@ def extremes(values: ValueTable, corpora: Corpora, count: int) -> Iterator[Extre
         columns = {"all of them": values.values.sum(1), **columns}
     for target, column in columns.items():
         order = np.argsort(-column, kind="stable")
+        order = order[column[order] != 0]
 
         def valued(at: int, column: np.ndarray = column) -> Valued:
             sample = int(values.ids[at])
