@@ -142,7 +142,7 @@ OPTIONS = [
     ("--device", "cuda:99"), ("--device", "meta"), ("--device", "\ud800"), ("--device", "tpu9"),
     ("--device", "privateuseone"), ("--layers", ""), ("--layers", ","), ("--layers", "["),
     ("--layers", "nope"), ("--layers", "\0"), ("--layers", "x" * 10_000), ("--exclude", "*"),
-    ("--exclude", "nope"), ("--batch-size", 10**30), ("--max-tokens", -3), ("--field", "body"),
+    ("--exclude", "nope"), ("--batch-size", 10**30), ("--truncate", -3), ("--field", "body"),
 ]  # fmt: skip
 
 STORES = ["missing", "a-file", ".", "/dev/null", "a-file/x", "a\0b", "\ud800", "x" * 5000, ""]

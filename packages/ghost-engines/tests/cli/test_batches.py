@@ -5,23 +5,24 @@ import re
 import numpy as np
 import pytest
 import torch
-from command_kit import batch_of, verify
+from command_kit import batch_of, project, score, verify
 from safetensors.torch import save_file
 
 from ghost_core import GhostError
+from ghost_engines.cli.batches import load_data
 
 # Data
 
 
 def test_ids_from_numpy_are_padded_with_negative_numbers(tmp_path, capsys):
-    ids = np.array([[1, 2, 3, 4], [5, 6, -1, -100], [7, -1, -1, -1]], dtype=np.int32)
+    ids = np.array([[1, 2, 3, 4], [5, 6, -1, -100], [7, 8, -1, -1]], dtype=np.int32)
     np.save(tmp_path / "ids.npy", ids)
     batch = batch_of("ids.npy")
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 0, 0], [7, 8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
     assert {each.dtype for each in batch.values()} == {torch.int64}
     assert verify("subjects:tiny", "--data", "ids.npy") == 0
-    assert "batch\t3 × 4 tokens, 42 % padding\n" in capsys.readouterr().out
+    assert "batch\t3 × 4 tokens, 33 % padding\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["input_ids", "anything"])
@@ -49,7 +50,7 @@ def test_a_mask_in_the_file_is_used(tmp_path):
 def test_a_batch_is_what_a_file_starts_with(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(60).reshape(20, 3))
     assert batch_of("ids.npy")["input_ids"].shape == (16, 3)
-    batch = batch_of("ids.npy", batch_size=2, max_tokens=2)
+    batch = batch_of("ids.npy", batch_size=2, truncate=2)
     assert batch["input_ids"].tolist() == [[0, 1], [3, 4]]
     assert batch["attention_mask"].shape == (2, 2)
     ids = torch.arange(60).reshape(20, 3)
@@ -102,6 +103,26 @@ def test_files_that_are_no_batch(name, values, what, tmp_path, capsys):
     assert said.err.startswith("ghost: --data: ")
     assert len(said.err.splitlines()) == 1
     assert re.search(what, said.err)
+
+
+def test_rows_without_a_token_to_predict_are_refused_by_every_command(tmp_path, capsys):
+    np.save(tmp_path / "good.npy", np.array([[1, 2, 3]]))
+    np.save(tmp_path / "bad.npy", np.array([[1, 2, 3], [4, -1, 5]]))
+    told = ": bad.npy: row 1 has no token to predict"
+    with pytest.raises(GhostError, match=told):  # before any work is done
+        load_data(
+            "bad.npy", "--data", "subjects:tiny", torch.nn.Identity(),
+            field=None, batch_size=1, truncate=None,
+        )  # fmt: skip
+    given = ("subjects:tiny", "--data")
+    assert verify(*given, "bad.npy") == 2
+    assert f"--data{told}" in capsys.readouterr().err
+    assert score(*given, "bad.npy", "--targets", "a=good.npy") == 2
+    assert f"--data{told}" in capsys.readouterr().err
+    assert score(*given, "good.npy", "--targets", "a=bad.npy") == 2
+    assert f"--targets a{told}" in capsys.readouterr().err
+    assert project(*given, "bad.npy", "--store", "g") == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.safetensors", "a.txt", "a.jsonl"])

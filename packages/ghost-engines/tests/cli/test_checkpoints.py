@@ -75,6 +75,7 @@ def test_a_checkpoint_and_texts(checkpoint, texts, capsys):
     assert values["model"] == f"{checkpoint} (GPT2LMHeadModel)"
     assert values["dtype"] == "float64"
     assert values["batch"] == "4 × 8 tokens, 41 % padding"
+    assert values["texts"] == "cut to 8: 1 of 4"
     assert values["loss"] == "mean cross-entropy of each sample's next tokens"
     assert {row[0] for row in coverage} == {
         "class", "Conv1D", "Embedding", "Embedding, Linear", "LayerNorm"
@@ -90,7 +91,7 @@ def test_texts_are_looked_up_in_a_store_and_shown(checkpoint, texts, tmp_path, c
         return next_token_losses(model, batch)
 
     texts.write_text(texts.read_text().replace("a dog ran", "<b>a</b> dog ran"))
-    batch = load_batch(str(texts), str(checkpoint), model := load_model(str(checkpoint)))
+    batch = load_batch(str(texts), str(checkpoint), model := load_model(str(checkpoint))).batch
     files = [DataFile.of(texts)]
     project_dataset(model, losses, [batch], tmp_path / "g", files=files, layers="*.mlp.*")
     page = tmp_path / "out.html"
@@ -134,7 +135,7 @@ def test_a_checkpoint_and_lines_of_json(checkpoint, tmp_path, capsys):
     lines = [{"body": "the cat sat"}, {"body": "a dog ran then", "id": 1}]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = (checkpoint, "--data", "texts.jsonl", "--field", "body")
-    assert verify(*arguments, "--max-tokens", 3, "--train") == 0
+    assert verify(*arguments, "--truncate", 3, "--train") == 0
     assert "batch\t2 × 3 tokens, 0 % padding\n" in capsys.readouterr().out
     assert verify(*arguments, "--batch-size", 1) == 0
     assert "batch\t1 × 3 tokens, 0 % padding\n" in capsys.readouterr().out
@@ -162,7 +163,8 @@ def test_all_texts_of_a_file_are_scored(checkpoint, texts, capsys):
     """Batches are padded by themselves, which changes no score."""
     printed = []
     for size in (2, 4):
-        arguments = ("--targets", f"val={texts}", "--batch-size", size, "--dtype", "float64")
+        arguments = ("--targets", f"val={texts}", "--batch-size", size, "--truncate", 8)
+        arguments = (*arguments, "--dtype", "float64")
         assert score(checkpoint, "--data", texts, *arguments, "--out", f"{size}.jsonl") == 0
         assert "samples\t4\n" in capsys.readouterr().out
         with open(f"{size}.jsonl", encoding="utf-8") as file:
@@ -267,6 +269,58 @@ def test_texts_that_are_too_long_are_cut_only_on_request(checkpoint, texts, caps
     assert project(checkpoint, "--data", texts, "--store", "h", "--dim", 8, "--block", 8) == 0
     assert len(GradientStore.open("h")) == (6 + 3 + 2 + 99 + 4) // 8
     assert _asked("h", checkpoint, capsys)[1].split()[-5:] == ["the", "dog", "<eos>", "and", "and"]
+
+
+def test_no_command_cuts_a_text_unasked_but_verify_which_says_so(checkpoint, texts, capsys):
+    told = "text 4 of " + f"{texts} has 99 tokens, and the model takes 8"
+    short = texts.with_name("short.txt")
+    short.write_text("the cat sat on the mat\n")
+    for data, target, option in ((texts, short, "--data"), (short, texts, "--targets a")):
+        given = ("--data", data, "--targets", f"a={target}")
+        assert score(checkpoint, *given) == 2
+        assert f"{option}: {told}" in (said := capsys.readouterr().err)
+        assert "Remedy: cut what is longer (--truncate 8)\n" in said
+        assert score(checkpoint, *given, "--truncate", 8, "--dtype", "float64") == 0
+    assert verify(checkpoint, "--data", texts, "--truncate", 9) == 2
+    assert "text 4" in capsys.readouterr().err
+    assert verify(checkpoint, "--data", short) == 0
+    assert "cut to" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "the"])
+def test_texts_without_a_token_to_predict_are_refused(checkpoint, text, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "good.jsonl").write_text(json.dumps({"text": "the cat sat"}) + "\n")
+    told = "text 1 of bad.jsonl has no token to predict"
+    for run, *given in (
+        (verify, "--data", "bad.jsonl"),
+        (score, "--data", "bad.jsonl", "--targets", "a=good.jsonl"),
+        (score, "--data", "good.jsonl", "--targets", "a=bad.jsonl"),
+        (project, "--data", "bad.jsonl", "--store", "g"),
+    ):
+        assert run(checkpoint, *given) == 2
+        assert told in capsys.readouterr().err
+    assert project(checkpoint, "--data", "good.jsonl", "--store", "h", "--dim", 8) == 0
+    asked = ("query", "h", str(checkpoint))
+    capsys.readouterr()
+    assert cli.main([*asked, "--text", "the cat", text]) == 2
+    said = capsys.readouterr().err
+    assert "--text: text 2 has no token to predict" in said
+    assert ("it has no tokens" in said) == (text == "")
+    assert cli.main([*asked, "--file", "bad.jsonl"]) == 2
+    assert f"--file: {told}" in capsys.readouterr().err
+
+
+def test_all_rows_of_a_file_are_asked_for(checkpoint, tmp_path, capsys):
+    ids = torch.arange(40).reshape(20, 2) % 16
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    given = ("--data", "ids.safetensors", "--store", "g", "--dim", 8, "--min-dim", 1)
+    assert project(checkpoint, *given) == 0
+    capsys.readouterr()
+    asked = ("query", "g", str(checkpoint), "--file", "ids.safetensors", "-k", "1", "--json")
+    assert cli.main([*asked]) == 0
+    assert len(json.loads(capsys.readouterr().out)["queries"]) == 20
 
 
 def _asked(store, checkpoint, capsys):

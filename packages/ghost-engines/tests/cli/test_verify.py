@@ -135,7 +135,7 @@ def test_help_names_the_options(capsys):
     said = capsys.readouterr().out
     for option in (
         "MODEL", "--data", "--loss", "--samples", "--batch-size", "--dtype", "--layers",
-        "--exclude", "--tolerance", "--seed", "--train", "--field", "--max-tokens", "--device",
+        "--exclude", "--tolerance", "--seed", "--train", "--field", "--truncate", "--device",
     ):  # fmt: skip
         assert option in said
     assert "Exits with 0 if all are exact; 1 if one is wrong" in said
@@ -215,7 +215,7 @@ def test_a_dotted_function_is_found():
         ([*MLP, "--tolerance", "2"], "tolerance must be between 0 and 1, not 2.0"),
         ([*MLP, "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         ([*MLP, "--batch-size", "4"], "--batch-size is for files: subjects:batch decides itself"),
-        ([*MLP, "--max-tokens", "4"], "--max-tokens is for files: subjects:batch decides itself"),
+        ([*MLP, "--truncate", "4"], "--truncate is for files: subjects:batch decides itself"),
         ([*MLP, "--device", "tpu9"], "--device tpu9: "),
     ],
 )

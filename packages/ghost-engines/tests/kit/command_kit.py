@@ -130,4 +130,4 @@ def parts(said):
 
 
 def batch_of(data, **options):
-    return load_batch(str(data), "subjects:tiny", torch.nn.Identity(), **options)
+    return load_batch(str(data), "subjects:tiny", torch.nn.Identity(), **options).batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,23 @@ from ghost_engines.cli.sources import FileOptions, Source, open_source
 
 BATCH_SIZE = 16
 
+TEXT_TOKENS = 128
+"""Tokens of a text that are looked at where nobody said how many."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A batch to look at.
+
+    Attributes:
+        batch: For files, `input_ids` and `attention_mask`, int64 `[N, T]`; else what the function
+            returns.
+        cut: How many of its texts are cut, and to how many tokens; None if none is.
+    """
+
+    batch: Any
+    cut: str | None = None
+
 
 def load_batch(
     data: str,
@@ -24,9 +42,9 @@ def load_batch(
     *,
     field: str | None = None,
     batch_size: int | None = None,
-    max_tokens: int | None = None,
-) -> Any:
-    """Load one batch.
+    truncate: int | None = None,
+) -> Sample:
+    """Load one batch, to look at.
 
     Args:
         data: A file of texts or token ids, or `module:function`.
@@ -34,21 +52,22 @@ def load_batch(
         loaded: The model, for its largest number of positions.
         field: Key of the text in lines of JSON; "text" by default.
         batch_size: Samples to take from a file.
-        max_tokens: Tokens to take of each sample.
-
-    Returns:
-        For files, `input_ids` and `attention_mask`, int64 `[N, T]`; else what the function returns.
+        truncate: Tokens to take of each sample; by default 128 of a text, and not more than the
+            model takes.
 
     Raises:
-        CommandError: If there is no batch in it.
+        CommandError: If there is no batch in it, or as `Source.take` does.
         MissingExtraError: If texts need transformers, and it is not installed.
     """
-    _check(data, {"--batch-size": batch_size, "--max-tokens": max_tokens})
+    _check(data, {"--batch-size": batch_size})
     check_field(field, [data])
     size = BATCH_SIZE if batch_size is None else batch_size
-    options = FileOptions("--data", model, loaded, field, max_tokens)
-    found = _find(data, options, limit=size)
-    return found.take(range(min(size, len(found)))) if isinstance(found, Source) else found()
+    options = FileOptions("--data", model, loaded, field, truncate, TEXT_TOKENS)
+    found = find_data(data, options, limit=size)
+    if not isinstance(found, Source):
+        return Sample(found())
+    rows = range(min(size, len(found)))
+    return Sample(found.take(rows), found.cut(rows))
 
 
 def load_data(
@@ -59,7 +78,7 @@ def load_data(
     *,
     field: str | None,
     batch_size: int,
-    max_tokens: int | None,
+    truncate: int | None,
 ) -> Any:
     """Load a data set.
 
@@ -70,21 +89,21 @@ def load_data(
         loaded: The model, for its largest number of positions.
         field: Key of the text in lines of JSON; "text" by default.
         batch_size: Samples in a batch of a file.
-        max_tokens: Tokens to take of each sample.
+        truncate: Tokens to take of each sample; by default all.
 
     Returns:
-        For files, a loader of batches as `load_batch` returns them, in the order of the file; else
+        For files, a loader of batches as `load_batch` makes them, in the order of the file; else
         what the function returns.
 
     Raises:
-        CommandError: If there is no sample in it.
+        CommandError: If there is no sample in it, or as `Source.take` does.
         MissingExtraError: If texts need transformers, and it is not installed.
     """
-    _check(data, {"--max-tokens": max_tokens})
-    options = FileOptions(option, model, loaded, field, max_tokens)
-    found = _find(data, options, limit=None)
+    options = FileOptions(option, model, loaded, field, truncate)
+    found = find_data(data, options)
     if not isinstance(found, Source):
         return found()
+    found.check()
     return DataLoader(
         range(len(found)),  # type: ignore[arg-type]  # it has a length and items
         batch_size=batch_size,
@@ -116,8 +135,19 @@ def _check(data: str, numbers: dict[str, int | None]) -> None:
             raise CommandError(f"{option} is for files: {data} decides itself")
 
 
-def _find(data: str, options: FileOptions, limit: int | None) -> Any:
-    """Return the samples of a file, or the function that is named."""
+def find_data(data: str, options: FileOptions, limit: int | None = None) -> Any:
+    """Return the samples of a file, or the function that is named.
+
+    Args:
+        data: A file of texts or token ids, or `module:function`.
+        options: How to read a file.
+        limit: How many texts to read at most; all of them by default.
+
+    Raises:
+        CommandError: If it is neither.
+        MissingExtraError: If texts need transformers, and it is not installed.
+    """
+    _check(data, {"--truncate": options.truncate})
     if (source := open_source(Path(data), options, limit)) is not None:
         return source
     if ":" not in data:

@@ -28,7 +28,8 @@ class Verify:
             default each sample's mean cross-entropy of next tokens.
         samples: How many samples to compare.
         batch_size: How many samples to take from a file, from its start; 16 by default.
-        max_tokens: Tokens to take of each sample in a file; 128 by default for texts.
+        truncate: Tokens to take of each sample in a file; by default 128 of a text, and not more
+            than the model takes. The output says how many texts are cut.
         field: Key of the text in lines of JSON (.jsonl); text by default.
         dtype: What to cast model and batch to. Only float64 tells rounding from mistakes.
         layers: Globs over names of modules or parameters, separated by commas: what to track.
@@ -44,7 +45,7 @@ class Verify:
     loss: Annotated[str | None, Named(metavar="LOSS")] = None
     samples: int = 8
     batch_size: Count = None
-    max_tokens: Count = None
+    truncate: Count = None
     field: Annotated[str | None, Named(metavar="KEY")] = None
     dtype: DType = "float64"
     layers: Annotated[str, Named(metavar="GLOBS")] = "*"
@@ -80,7 +81,8 @@ class Score:
         no_norms: Leave norms and cosines out.
         ids: Key of a batch that its samples' ids are under; by default they are numbered from 0.
         batch_size: Samples in a batch.
-        max_tokens: Tokens to take of each sample in a file; 128 by default for texts.
+        truncate: Tokens to take of each sample in a file; without it, a text that is too long for
+            the model is an error.
         field: Key of the text in lines of JSON (.jsonl); text by default.
         dtype: What to cast model and batches to; by default nothing is cast.
         layers: Globs over names of modules or parameters, separated by commas: what to track.
@@ -100,7 +102,7 @@ class Score:
     no_norms: bool = False
     ids: Annotated[str | None, Named(metavar="KEY")] = None
     batch_size: int = 16
-    max_tokens: Count = None
+    truncate: Count = None
     field: Annotated[str | None, Named(metavar="KEY")] = None
     dtype: DType = "as-is"
     layers: Annotated[str, Named(metavar="GLOBS")] = "*"
@@ -222,7 +224,8 @@ class Query:
         loss: mean or sum over the next tokens of a query, or module:function that takes model and
             batch and returns one loss per sample, [N]. By default that of the store if it says so,
             else the mean.
-        max_tokens: Tokens to take of each query; by default all.
+        truncate: Tokens to take of each query; without it, one that is too long for the model is an
+            error.
         field: Key of the text in lines of JSON (.jsonl); text by default.
         dtype: What to cast model and batch to; by default nothing is cast.
         seed: Seed of the random number generators, for a function that makes the model.
@@ -243,7 +246,7 @@ class Query:
     html: Annotated[Path | None, Named(metavar="FILE")] = None
     json: bool = False
     loss: Annotated[str | None, Named(metavar="LOSS")] = None
-    max_tokens: Count = None
+    truncate: Count = None
     field: Annotated[str | None, Named(metavar="KEY")] = None
     dtype: DType = "as-is"
     seed: int = 0

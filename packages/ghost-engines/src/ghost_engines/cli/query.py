@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ghost_core import (
 )
 from ghost_engines import ProjectedRows, ProjectionEngine, project_queries
 from ghost_engines.cli.answers import Answer, Asked, Found, as_json, print_answers
-from ghost_engines.cli.batches import check_field, load_batch
+from ghost_engines.cli.batches import check_field, find_data
 from ghost_engines.cli.corpora import corpus_of
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import raised
@@ -27,13 +27,7 @@ from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Query
 from ghost_engines.cli.places import Place, seed
 from ghost_engines.cli.query_page import write_page
-from ghost_engines.cli.sources import (
-    FileOptions,
-    Source,
-    open_source,
-    positions_of,
-    tokenizer_of,
-)
+from ghost_engines.cli.sources import FileOptions, Source, given_texts, open_source
 from ghost_engines.cli.tables import while_read
 from ghost_engines.digest import model_digest
 from ghost_engines.results import layers
@@ -84,8 +78,8 @@ def _check(options: Query) -> None:
     if options.k < 1:
         raise CommandError(f"-k must be at least 1, not {options.k}")
     check_field(options.field, [str(each) for each in (options.file, options.data) if each])
-    if options.max_tokens is not None and options.max_tokens < 1:
-        raise CommandError(f"--max-tokens must be at least 1, not {options.max_tokens}")
+    if options.truncate is not None and options.truncate < 1:
+        raise CommandError(f"--truncate must be at least 1, not {options.truncate}")
     if options.html is not None and not options.html.absolute().parent.is_dir():
         raise CommandError(f"--html: there is no folder {options.html.absolute().parent}")
 
@@ -114,31 +108,14 @@ def _known_loss(store: GradientStore) -> str | None:
 def _batch(options: Query, model: nn.Module) -> tuple[Any, list[str] | None]:
     """Return what is asked for as a batch, and its texts, if it has any."""
     if options.file is None:
-        return _tokens(options.text, "--text", options, model), list(options.text)
-    if Path(options.file).suffix not in _WITH_TEXTS:
-        return load_batch(options.file, options.model, model, max_tokens=options.max_tokens), None
-    source = _source(Path(options.file), "--file", options, model)
-    texts = [str(source.text(at)) for at in range(len(source))]
-    return _tokens(texts, "--file", options, model), texts
-
-
-def _tokens(texts: Sequence[str], option: str, options: Query, model: nn.Module) -> Any:
-    """Return texts as a batch of token ids; none is cut off unasked."""
-    most, positions = options.max_tokens, positions_of(model)
-    found = tokenizer_of(options.model, option)(
-        list(texts),
-        padding=True,
-        truncation=most is not None,
-        max_length=most,
-        return_tensors="pt",
-    )
-    length = found["input_ids"].shape[1]
-    if positions is not None and length > positions:
-        raise CommandError(
-            f"{option}: a text has {length} tokens, and the model takes {positions}: take some of "
-            "them with --max-tokens"
-        )
-    return {key: found[key].long() for key in ("input_ids", "attention_mask")}
+        found: Any = given_texts(options.text, _how("--text", options, model))
+    else:
+        found = find_data(options.file, _how("--file", options, model))
+    if not isinstance(found, Source):
+        return found(), None
+    rows = range(len(found))
+    texts = [text for row in rows if (text := found.text(row)) is not None]
+    return found.take(rows), texts or None
 
 
 def _projected(model: nn.Module, store: GradientStore, loss: Any, batch: Any) -> ProjectedRows:
@@ -156,9 +133,12 @@ def _projected(model: nn.Module, store: GradientStore, loss: Any, batch: Any) ->
         raise CommandError(raised("projecting the query", error)) from error
 
 
+def _how(option: str, options: Query, model: nn.Module) -> FileOptions:
+    return FileOptions(option, options.model, model, options.field, options.truncate)
+
+
 def _source(path: Path, option: str, options: Query, model: nn.Module) -> Source:
-    how = FileOptions(option, options.model, model, options.field, options.max_tokens)
-    source = open_source(path, how, None)
+    source = open_source(path, _how(option, options, model), None)
     if source is None:
         raise CommandError(f"{option}: {path} is no file of texts or token ids")
     return source

@@ -73,7 +73,7 @@ def _scored(
     def load(data: str, option: str) -> Any:
         return load_data(
             data, option, options.model, model,
-            field=options.field, batch_size=options.batch_size, max_tokens=options.max_tokens,
+            field=options.field, batch_size=options.batch_size, truncate=options.truncate,
         )  # fmt: skip
 
     train = load(options.data, "--data")

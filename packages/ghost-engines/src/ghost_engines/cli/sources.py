@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from ghost_core.errors import told
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.models import is_folder, load_tokenizer
-from ghost_engines.corpus import TEXT, CorpusError, NoRecordError, Records, open_records
+from ghost_engines.corpus import TEXT, CorpusError, NoRecordError, Records, Tokens, open_records
+from ghost_engines.dataset import collated
 
-TEXT_TOKENS = 128
+_AT_ONCE = 1024
+"""Samples that are checked together."""
 
 
 class Source(ABC):
@@ -30,7 +32,25 @@ class Source(ABC):
 
     @abstractmethod
     def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return samples as a batch: `input_ids` and `attention_mask`, int64 `[N, T]`."""
+        """Return samples as a batch: `input_ids` and `attention_mask`, int64 `[N, T]`.
+
+        Raises:
+            CommandError: If one is longer than the model takes and nobody said that it may be cut,
+                or has no token to predict.
+        """
+
+    def check(self) -> None:
+        """Refuse what `take` would, before any work is done.
+
+        Raises:
+            CommandError: As `take` does.
+        """
+        for start in range(0, len(self), _AT_ONCE):
+            self.take(range(start, min(start + _AT_ONCE, len(self))))
+
+    def cut(self, rows: Sequence[int]) -> str | None:
+        """Say how many of some texts are cut, and to how many tokens; None if none is."""
+        return None
 
     def text(self, row: int) -> str | None:
         """Return the text of a sample, if the file has texts."""
@@ -46,14 +66,30 @@ class FileOptions:
         model: What the model was loaded from, for its tokenizer.
         loaded: The model, for its largest number of positions.
         field: Key of the text in lines of JSON; "text" by default.
-        max_tokens: Tokens to take of each sample.
+        truncate: Tokens to take of each sample; what is longer than the model takes is refused
+            without it.
+        unasked: Tokens to take of each text, and not more than the model takes, where `truncate` is
+            not given: for a look at some of them.
     """
 
     option: str
     model: str
     loaded: nn.Module
     field: str | None
-    max_tokens: int | None
+    truncate: int | None
+    unasked: int | None = None
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model takes at most, if it says so."""
+        return positions_of(self.loaded)
+
+    @property
+    def text_tokens(self) -> int | None:
+        """How many tokens of a text are taken; None for all."""
+        if self.truncate is not None or self.unasked is None:
+            return self.truncate
+        return min(self.unasked, self.positions or self.unasked)
 
 
 def open_source(path: Path, options: FileOptions, limit: int | None) -> Source | None:
@@ -90,11 +126,23 @@ def open_source(path: Path, options: FileOptions, limit: int | None) -> Source |
 # Texts
 
 
+def given_texts(texts: Sequence[str], options: FileOptions) -> Source:
+    """Return texts that were given themselves as samples.
+
+    Raises:
+        CommandError: If the model has no tokenizer.
+        MissingExtraError: If transformers is not installed.
+    """
+    called = [f"text {at}" for at in range(1, len(texts) + 1)]
+    return _Texts(list(texts), called, tokenizer_of(options.model, options.option), options)
+
+
 @dataclass(frozen=True)
 class _Texts(Source):
     texts: list[str]
+    called: list[str]
     tokenizer: Any
-    longest: int
+    options: FileOptions
 
     @classmethod
     def of(cls, path: Path, options: FileOptions, limit: int | None) -> _Texts:
@@ -104,7 +152,7 @@ class _Texts(Source):
         if not texts:
             raise CommandError(f"{options.option}: {path} has no text")
         tokenizer = tokenizer_of(options.model, f"{options.option}: {path}")
-        return cls(texts, tokenizer, _longest(options.loaded, options.max_tokens))
+        return cls(texts, [*map(records.called, range(len(texts)))], tokenizer, options)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -113,14 +161,28 @@ class _Texts(Source):
         return self.texts[row]
 
     def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        found = self.tokenizer(
-            [self.texts[row] for row in rows],
-            padding=True,
-            truncation=True,
-            max_length=self.longest,
-            return_tensors="pt",
-        )
-        return {key: found[key].long() for key in ("input_ids", "attention_mask")}
+        most, positions = self.options.text_tokens, self.options.positions
+        samples = []
+        for row, ids in zip(rows, self._ids(rows), strict=True):
+            all_ = Tokens(ids, [True] * len(ids))
+            try:
+                found = all_.taken(self.called[row], truncate=most, positions=positions)
+            except CorpusError as error:
+                raise CommandError(f"{self.options.option}: {error}") from error
+            tokens = torch.tensor(found.ids)
+            samples.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+        batch: dict[str, Tensor] = collated(samples)
+        return batch
+
+    def cut(self, rows: Sequence[int]) -> str | None:
+        most = self.options.text_tokens
+        if most is None or not (cut := sum(len(ids) > most for ids in self._ids(rows))):
+            return None
+        return f"cut to {most}: {cut} of {len(rows)}"
+
+    def _ids(self, rows: Sequence[int]) -> list[list[int]]:
+        found = self.tokenizer([self.texts[row] for row in rows], verbose=False)
+        return [list(ids) for ids in found["input_ids"]]
 
 
 def _text(records: Records, index: int, options: FileOptions) -> str:
@@ -167,12 +229,6 @@ def positions_of(model: nn.Module) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def _longest(model: nn.Module, max_tokens: int | None) -> int:
-    positions = positions_of(model)
-    wanted = TEXT_TOKENS if max_tokens is None else max_tokens
-    return wanted if positions is None else min(wanted, positions)
-
-
 # Token ids
 
 
@@ -184,20 +240,28 @@ class _Tokens(Source):
     n: int
     ids: Callable[[Sequence[int]], Tensor]
     mask: Tensor | None
-    max_tokens: int | None
+    truncate: int | None
 
     def __len__(self) -> int:
         return self.n
 
     def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        ids = self.ids(rows)[:, : self.max_tokens]
+        ids = self.ids(rows)[:, : self.truncate]
         if self.mask is None:
             mask = ids >= 0
         else:
-            mask = self.mask[list(rows), : self.max_tokens]
+            mask = self.mask[list(rows), : self.truncate]
             if not mask.isfinite().all():
                 raise CommandError(f"{self.what}: 'attention_mask' is not finite")
             mask = mask != 0
+        predicted = (mask[:, 1:] & mask[:, :-1]).any(1)
+        if not predicted.all():
+            row = rows[int(predicted.logical_not().nonzero()[0])]
+            raise CommandError(
+                f"{self.what}: row {row} has no token to predict",
+                reason="no two tokens of it stand beside each other",
+                remedy="leave it out of the data, or take more tokens",
+            )
         return {"input_ids": ids.clamp(min=0), "attention_mask": mask.long()}
 
 
@@ -223,7 +287,7 @@ def _from_numpy(path: Path, options: FileOptions) -> Source:
         _check_size(int(found.max()), what)
         return torch.from_numpy(found.astype(np.int64))
 
-    return _Tokens(what, len(values), ids, None, options.max_tokens)
+    return _Tokens(what, len(values), ids, None, options.truncate)
 
 
 def _from_safetensors(path: Path, options: FileOptions) -> Source:
@@ -259,7 +323,7 @@ def _from_safetensors(path: Path, options: FileOptions) -> Source:
         _check_size(int(found.cpu().numpy().max()), what)
         return found.long()
 
-    return _Tokens(what, len(values), ids, mask, options.max_tokens)
+    return _Tokens(what, len(values), ids, mask, options.truncate)
 
 
 def _check_size(largest: int, what: str) -> None:

@@ -71,12 +71,14 @@ class _Subject:
         names: What was given for model, data and loss.
         model: The model.
         batch: What the loss gets.
+        cut: How many of its texts are cut, and to how many tokens; None if none is.
         loss: Returns one loss per sample.
     """
 
     names: tuple[str, str, str]
     model: nn.Module
     batch: Any
+    cut: str | None
     loss: Callable[[nn.Module, Any], Any]
 
     def losses(self) -> Any:
@@ -92,6 +94,8 @@ class _Subject:
             padding = 100 * float((mask == 0).double().mean())
             shape = " × ".join(map(str, mask.shape))
             yield "batch", f"{shape} tokens, {padding:.0f} % padding"
+        if self.cut is not None:
+            yield "texts", self.cut
         yield "loss", loss
         yield "mode", "training" if self.model.training else "evaluation"
 
@@ -100,18 +104,18 @@ def _load(options: Verify) -> _Subject:
     """Load model, batch and loss, the cheapest first."""
     function, loss = load_loss(options.loss)
     loaded = load_model(options.model)
-    batch = load_batch(
+    sample = load_batch(
         options.data,
         options.model,
         loaded,
         field=options.field,
         batch_size=options.batch_size,
-        max_tokens=options.max_tokens,
+        truncate=options.truncate,
     )
     place = Place(options.device, options.dtype)
     place.model(loaded)
     names = options.model, options.data, loss
-    return _Subject(names, loaded, place.batch(batch), function)
+    return _Subject(names, loaded, place.batch(sample.batch), sample.cut, function)
 
 
 def _print_findings(model: nn.Module, found: Comparison) -> None:

@@ -64,21 +64,10 @@ class Examples(Dataset[Example]):
         """
         what = self.records.called(index)
         found = self.form.tokens(self.records[index], self._tokenizer, what)
-        taken = Tokens(found.ids[: self._truncate], found.learnt[: self._truncate])
-        if self._positions is not None and len(taken) > self._positions:
-            raise CorpusError(
-                f"{what} has {len(taken)} tokens, and the model takes {self._positions}",
-                remedy=f"cut what is longer (--truncate {self._positions}), or pack all texts into "
-                f"blocks (--block {self._positions})",
-            )
-        if not any(taken.learnt[1:]):
-            raise CorpusError(
-                f"{what} has no token to predict",
-                reason=f"of its {len(found)} tokens, {len(taken)} are taken, and none after the "
-                "first of these is part of the loss",
-                remedy="leave it out of the data, or take more tokens",
-            )
-        return _example(taken)
+        instead = f", or pack all texts into blocks (--block {self._positions})"
+        return _example(
+            found.taken(what, truncate=self._truncate, positions=self._positions, instead=instead)
+        )
 
     def text(self, index: int) -> str:
         """Return a record as a text for people."""

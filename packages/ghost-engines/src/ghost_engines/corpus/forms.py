@@ -27,6 +27,37 @@ class Tokens:
         """Return how many there are."""
         return len(self.ids)
 
+    def taken(
+        self, what: str, *, truncate: int | None, positions: int | None, instead: str = ""
+    ) -> Tokens:
+        """Return those that a model gets: all, unless it was said that they may be cut.
+
+        Args:
+            what: What the record is called, for errors.
+            truncate: Tokens to take at most; None for all.
+            positions: Tokens that the model takes at most, if that is known.
+            instead: What else may be done about too many, for the error.
+
+        Raises:
+            CorpusError: If there are more than the model takes, or none to predict.
+        """
+        found = Tokens(self.ids[:truncate], self.learnt[:truncate])
+        if positions is not None and len(found) > positions:
+            raise CorpusError(
+                f"{what} has {len(found)} tokens, and the model takes {positions}",
+                remedy=f"cut what is longer (--truncate {positions}){instead}",
+            )
+        if not any(found.learnt[1:]):
+            raise CorpusError(
+                f"{what} has no token to predict",
+                reason=f"of its {len(self)} tokens, {len(found)} are taken, and none after the "
+                "first of these is part of the loss"
+                if len(self)
+                else "it has no tokens",
+                remedy="leave it out of the data, or take more tokens",
+            )
+        return found
+
 
 class Form(ABC):
     """Which fields of a record are read, and which of their tokens are part of the loss."""
