@@ -84,6 +84,67 @@ def test_what_is_of_other_rows_is_refused_until_it_is_renewed(tmp_path):
     assert not list(tmp_path.glob("g/whitening/*tmp*"))
 
 
+def test_a_reader_keeps_the_digest_of_the_rows_that_it_was_opened_with(tmp_path):
+    first, second = skewed(10), skewed(30)
+    writer = GradientStore.create(tmp_path / "g", Rows())
+    writer.append(StoredRows(torch.arange(10), first, None))
+    writer.commit()
+    old = GradientStore.open(tmp_path / "g")
+    digest = old.digest()
+    assert digest == writer.digest()
+    writer.append(StoredRows(torch.arange(10, 40), second, None))
+    writer.close()
+    assert old.digest() == digest
+    Whitening.of(old)
+    assert torch.equal(
+        Whitening.of(old).moments["a.weight"], Whitening.of(old, save=False).moments["a.weight"]
+    )
+    grown = GradientStore.open(tmp_path / "g")
+    assert grown.digest() == writer.digest() != digest
+    with pytest.raises(StoreError, match="is of other rows") as caught:
+        Whitening.of(grown)
+    assert "10 rows" in caught.value.reason
+    with GradientStore.resume(tmp_path / "g", Rows()) as more:
+        more.append(StoredRows(torch.arange(40, 50), first, None))
+    with pytest.raises(StoreError, match="had 40 rows and has 50 now"):
+        writer.digest()
+
+
+def test_what_is_kept_of_fewer_rows_is_refused_whatever_its_digest(tmp_path):
+    store = stored(tmp_path / "g", skewed(20))
+    Whitening.of(store)
+    path = tmp_path / "g/whitening/parameter.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"n":"20"', b'"n":"10"'))
+    assert path.read_bytes() != content
+    with pytest.raises(StoreError, match="is of other rows"):
+        Whitening.of(store)
+
+
+def test_rows_that_later_ones_replace_do_not_count_where_they_are_not_read(tmp_path):
+    rows = skewed(30)
+    with GradientStore.create(tmp_path / "g", Rows(), unit=16, duplicates="replace") as writer:
+        writer.append(StoredRows(torch.arange(30) % 20, rows, None))
+        writer.commit()
+        Whitening.of(writer)
+    store = GradientStore.open(tmp_path / "g")
+    with pytest.raises(StoreError, match="is of other rows"):
+        Whitening.of(store)
+    found = Whitening.of(store, renew=True).moments["a.weight"]
+    part = rows[10:, :3].double()
+    torch.testing.assert_close(found, part.mT @ part / 20)
+    assert torch.equal(Whitening.of(GradientStore.open(store.path)).moments["a.weight"], found)
+
+
+def test_second_moments_of_other_blocks_are_refused(tmp_path):
+    store = stored(tmp_path / "g", skewed(20))
+    Whitening.of(store)
+    folder = tmp_path / "g/whitening"
+    (folder / "parameter.safetensors").rename(folder / "all.safetensors")
+    with pytest.raises(StoreError, match="blocks='parameter', not of 'all'"):
+        Whitening.of(store, blocks="all")
+
+
 def test_second_moments_may_be_those_of_another_store_of_the_kind(tmp_path):
     rows, others, queries = skewed(20), skewed(30, torch.float64), torch.randn(2, K)
     store, other = stored(tmp_path / "g", rows), stored(tmp_path / "h", others)

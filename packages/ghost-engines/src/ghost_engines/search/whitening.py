@@ -101,13 +101,13 @@ class Whitening:
             raise UnknownNameError("blocks", blocks, BLOCKS)
         if not isfinite(damping) or damping < 0:
             raise StoreError(f"damping must be 0 or more, not {damping}")
-        digest, path = store.digest(), _path(store, blocks)
+        path = _path(store, blocks)
+        header = {"rows": store.digest(), "blocks": blocks, "n": str(len(store))}
         if path.exists() and not renew:
-            return cls(damping, blocks, _read(path, digest), store.manifest)
+            return cls(damping, blocks, _read(path, header), store.manifest)
         moments = _second_moments(store, blocks, device, progress)
         if save:
-            header = {"format": _FORMAT, "rows": digest, "blocks": blocks, "n": str(len(store))}
-            write_tensors(path, moments, header, store.path)
+            write_tensors(path, moments, {"format": _FORMAT, **header}, store.path)
         return cls(damping, blocks, moments, store.manifest)
 
     def __repr__(self) -> str:
@@ -220,12 +220,18 @@ def _places(manifest: Manifest, blocks: str) -> dict[str, slice]:
     return parameter_columns(manifest)
 
 
-def _read(path: Path, digest: str) -> dict[str, Tensor]:
-    """Read what is kept beside a store, if it is of its rows."""
+def _read(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
+    """Read what is kept beside a store, if it is of its rows, and of those blocks."""
     with TensorFile(path) as file:
         if (found := file.metadata.get("format")) != _FORMAT:
             raise StoreError(f"{path} has the format {found!r}, this version reads {_FORMAT!r}")
-        if file.metadata.get("rows") != digest:
+        if (found := file.metadata.get("blocks")) != expected["blocks"]:
+            raise StoreError(
+                f"{path} has moments of blocks={found!r}, not of {expected['blocks']!r}",
+                reason="it was renamed or copied",
+                remedy="make it anew: Whitening.of(store, renew=True)",
+            )
+        if any(file.metadata.get(name) != expected[name] for name in ("rows", "n")):
             raise StoreError(
                 f"{path} is of other rows than those that the store has now",
                 reason=f"it is of {file.metadata.get('n')} rows, as they were then",

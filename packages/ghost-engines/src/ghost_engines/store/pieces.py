@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ghost_engines.store.beside import LOSS
-from ghost_engines.store.errors import DamagedStoreError
+from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.index import WORTH_KEEPING, kept_index
 from ghost_engines.store.labels import Labels, Names
 from ghost_engines.store.lookup import IdIndex
@@ -67,6 +67,13 @@ class Pieces:
         self.manifest = manifest
         self.writers = len(parts)
         self._made_of = digest_of(manifest.fingerprint, parts)
+        # Writers may replace these by fuller ones, whose hashes say nothing of the rows so far.
+        self._partial = {
+            (part.name, unit): shard
+            for part, shards in parts
+            for unit, shard in enumerate(shards)
+            if shard.n < manifest.unit
+        }
         self._keeps_index = sum(len(shards) for _, shards in parts) >= WORTH_KEEPING
         self._index: IdIndex | None = None
         self._part, shards = parts[0]
@@ -185,6 +192,21 @@ class Pieces:
             if (n := inspect(file, self.manifest).n) < slot.size:
                 raise DamagedStoreError(f"{file.path} holds {n} rows, it had {slot.size}")
             yield file
+
+    def _hash(self, slot: Slot) -> str:
+        """Return the hash of a shard when it had the rows that this store reads of it."""
+        with self._opened(slot) as file:
+            shard = inspect(file, self.manifest)
+        if shard.n > slot.size:
+            known = self._partial.get((slot.part.name, slot.unit))
+            if known is None or known.n != slot.size:
+                raise StoreError(
+                    f"{file.path} had {slot.size} rows and has {shard.n} now",
+                    reason="another writer went on with the store since this one closed it",
+                    remedy="open the store anew: GradientStore.open(path)",
+                )
+            shard = known
+        return shard.hash
 
     def _check_once(self, slot: Slot, file: TensorFile) -> None:
         """Compare a shard with its hash if it was not, or was replaced since."""

@@ -270,8 +270,12 @@ class StoreReader(Pieces):
     def digest(self) -> str:
         """Return the sha256, in hexadecimal, of the hashes of all shards: what the rows are.
 
+        Of a store that is read it stays what it was when the store was opened, whatever is
+        appended since. Rows that later ones replace do not count where they are not read.
+
         Raises:
-            StoreError: If there are rows that were not committed.
+            StoreError: If there are rows that were not committed, or another writer went on with
+                a store that this one has written and closed.
             DamagedStoreError: If a file went missing.
         """
         if self.committed < len(self):
@@ -282,8 +286,9 @@ class StoreReader(Pieces):
             )
         digest = hashlib.sha256(self.manifest.fingerprint.encode())
         for slot in self._slots_on_disk():
-            with self._opened(slot) as file:
-                digest.update(str(file.metadata[self.manifest.hash]).encode())
+            digest.update(self._hash(slot).encode())
+            if slot.kept is not None:
+                digest.update(b"kept" + slot.kept.numpy().tobytes())
         return digest.hexdigest()
 
     @property

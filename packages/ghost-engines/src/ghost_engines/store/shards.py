@@ -44,11 +44,13 @@ class Shard:
         n: Number of rows.
         loss_dtype: Dtype of the losses, if it has any.
         ids_hash: What tells its ids from others.
+        hash: What tells all that it holds from others.
     """
 
     n: int
     loss_dtype: torch.dtype | None
     ids_hash: str
+    hash: str
 
 
 def write_shard(
@@ -157,8 +159,9 @@ def inspect(file: TensorFile, manifest: Manifest) -> Shard:
         raise DamagedStoreError(f"{file.path} was altered: it holds {found}, not {expected}")
     if not 1 <= n <= manifest.unit:
         raise DamagedStoreError(f"{file.path} holds {n} rows, not {manifest.unit}")
-    ids_hash = file.metadata.get(f"{file.kind}.ids") or file.metadata[file.kind]
-    return Shard(n, None if loss is None else _LOSS_DTYPES[loss[1]], str(ids_hash))
+    whole = str(file.metadata[file.kind])
+    ids_hash = str(file.metadata.get(f"{file.kind}.ids") or whole)
+    return Shard(n, None if loss is None else _LOSS_DTYPES[loss[1]], ids_hash, whole)
 
 
 def check_contents(file: TensorFile) -> None:
