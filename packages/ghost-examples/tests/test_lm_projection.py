@@ -40,3 +40,9 @@ def test_queries_are_spread_over_what_is_held_out() -> None:
     chosen = example._spread(held_out, 4)
     assert [(passage.domain, passage.index) for passage in chosen] == [(n, 0) for n in "abcd"]
     assert example._spread(held_out, 10**6) == held_out
+
+
+def test_its_help_names_the_module(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example.main(["--help"])
+    assert "usage: ghost_examples.lm_projection " in capsys.readouterr().out

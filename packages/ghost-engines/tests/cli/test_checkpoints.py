@@ -333,17 +333,26 @@ def _asked(store, checkpoint, capsys):
 
 
 def test_samples_of_other_fields_are_shown_and_those_that_changed_are_not(
-    checkpoint, tmp_path, capsys, caplog
+    checkpoint, tmp_path, capsys
 ):
     lines = [{"ask": "the cat", "say": "sat on"}, {"ask": "a dog", "say": "ran"}]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = ("--prompt", "ask", "--completion", "say", "--dim", 8, "--min-dim", 1)
     assert project(checkpoint, "--data", path, "--store", "g", *given) == 0
-    assert _asked("g", checkpoint, capsys) == {0: "the catsat on", 1: "a dogran"}
+    assert _asked("g", checkpoint, capsys) == {0: "the cat\nsat on", 1: "a dog\nran"}
     path.write_text(json.dumps(lines[0]) + "\n")
-    assert _asked("g", checkpoint, capsys) == {0: None, 1: None}
-    assert "pairs.jsonl has changed" in caplog.text
+    asked = ("query", "g", str(checkpoint), "--text", "the cat sat")
+    told = "ghost: the texts of the store's samples cannot be shown: "
+    assert cli.main([*asked]) == 0
+    said = capsys.readouterr()
+    assert said.out.endswith("\t-\n")
+    assert said.err == f"{told}{path} has changed since the store was made\n"
+    path.unlink()
+    assert cli.main([*asked]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"{told}--data: {path} cannot be read: ")
+    assert said.count("\n") == 1
 
 
 def test_blocks_of_tokens_are_shown_as_texts(checkpoint, tmp_path, capsys):

@@ -85,6 +85,15 @@ def test_what_does_not_fit_is_one_line_of_error(given, told, tmp_path, capsys):
     assert not (tmp_path / "g").exists()
 
 
+def test_a_folder_of_texts_without_domains_says_how_to_name_them(tmp_path, capsys):
+    (tmp_path / "d").mkdir()
+    for name in ("web.jsonl", "code.txt", "notes.md"):
+        (tmp_path / "d" / name).touch()
+    assert project("subjects:tiny", "--data", "d", "--store", "g") == 2
+    assert "d is a folder with files of texts" in (said := capsys.readouterr().err)
+    assert said.endswith("--domains code,web\n")
+
+
 def test_an_interrupt_keeps_what_is_computed(tmp_path, capsys):
     """The loss raises an interrupt in its fourth call; a window here is a batch."""
     (tmp_path / "many.py").write_text(

@@ -115,6 +115,19 @@ def test_completions_are_learnt_with_their_end():
     assert learnt(form, {"ask": "the cat", "answer": "sat"}) == "the cat [sat] [<eos>]"
 
 
+@pytest.mark.parametrize(
+    ("ask", "answer", "shown"),
+    [
+        ("a cat", "sat", "a cat\nsat"),
+        ("a ", "cat", "a cat"),
+        ("a", " cat", "a cat"),
+        ("", "a", "a"),
+    ],
+)
+def test_prompts_are_shown_apart_from_completions(ask, answer, shown):
+    assert PromptForm("ask", "answer").shown({"ask": ask, "answer": answer}, "record 1") == shown
+
+
 def test_answers_of_a_conversation_are_learnt():
     messages = [
         {"role": "user", "content": "the cat"},

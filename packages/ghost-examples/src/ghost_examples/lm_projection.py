@@ -160,7 +160,8 @@ def show(statistics: Mapping[str, object]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the example."""
-    run(tyro.cli(Options, description=__doc__, args=arguments))
+    name = "ghost_examples.lm_projection"
+    run(tyro.cli(Options, args=arguments, prog=name, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,6 @@ from ghost_engines.corpus import (
     open_records,
 )
 from ghost_engines.store import DataFile, GradientStore
-
-logger = logging.getLogger(__name__)
 
 Column = tuple[str, Callable[[Tensor], Any]]
 """A dtype as stores declare it, and the values of samples by their ids."""
@@ -149,6 +147,11 @@ def load_corpus(options: CorpusOptions, loaded: nn.Module) -> Corpus:
         raise CommandError(f"--data: {path} cannot be read: {why}") from error
     except (CorpusError, UnknownNameError) as error:
         raise CommandError(f"--data: {error}") from error
+    if path.is_dir() and (names := [*_text_files(path)]):
+        raise CommandError(
+            f"--data: {path} is a folder with files of texts: say which to read, --domains "
+            f"{','.join(names)}"
+        )
     options.refuse_texts("decides itself")
     if ":" not in options.data:
         raise CommandError(
@@ -167,8 +170,10 @@ def corpus_of(store: GradientStore, model: str, loaded: nn.Module) -> Corpus | N
         loaded: The model.
 
     Returns:
-        The corpus; None if the store does not say how it was read, or the files are not there any
-        more or are others now, which is logged.
+        The corpus; None if the store does not say how it was read.
+
+    Raises:
+        CommandError: If the files are not there any more, or are others now.
     """
     config, files = store.manifest.notes.get("config"), store.manifest.data_files
     names = {entry.name for entry in fields(CorpusOptions)} - {"model"}
@@ -178,14 +183,11 @@ def corpus_of(store: GradientStore, model: str, loaded: nn.Module) -> Corpus | N
     if not Path(given["data"]).exists():  # its path may have been relative to another folder
         first = Path(files[0].path)
         given["data"] = str(first.parent if given["domains"] or first.suffix == ".bin" else first)
-    try:
-        corpus = load_corpus(CorpusOptions(model=model, **given), loaded)
-    except CommandError as error:
-        logger.warning("the samples of the store cannot be shown: %s", error)
-        return None
-    if [file.digest for file in corpus.files] != [file.digest for file in files]:
-        logger.warning("the samples of the store cannot be shown: %s has changed", given["data"])
-        return None
+    corpus = load_corpus(CorpusOptions(model=model, **given), loaded)
+    for known, found in zip_longest(files, corpus.files):
+        if known is None or found is None or known.digest != found.digest:
+            changed = (found or known).path
+            raise CommandError(f"{changed} has changed since the store was made")
     return corpus
 
 
@@ -220,7 +222,7 @@ def _domains(options: CorpusOptions, folder: Path, form: Form, loaded: nn.Module
 
         known = shown if is_folder(options.model) else None
         return Corpus(corpus, {"group": ("category", groups)}, files, known)
-    there = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
+    there = _text_files(folder)
     there |= {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
     found: dict[str, Examples | Blocks] = {}
     records: list[Records] = []
@@ -234,6 +236,11 @@ def _domains(options: CorpusOptions, folder: Path, form: Form, loaded: nn.Module
     columns: dict[str, Column] = {"group": ("category", mixture.groups)}
     apart = {at: each for at, each in enumerate(found.values()) if isinstance(each, Examples)}
     return Corpus(mixture, columns | _places(apart), _files(records), mixture.text)
+
+
+def _text_files(folder: Path) -> dict[str, Path]:
+    """Return the files of texts in a folder, by the names of their domains."""
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
 
 
 def _listed(text: str) -> list[str]:

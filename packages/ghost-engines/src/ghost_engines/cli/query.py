@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ghost_engines.cli.options import Query
 from ghost_engines.cli.places import Place, seed
 from ghost_engines.cli.query_page import write_page
 from ghost_engines.cli.sources import FileOptions, Source, given_texts, open_source
-from ghost_engines.cli.tables import while_read
+from ghost_engines.cli.tables import one_line, while_read
 from ghost_engines.digest import model_digest
 from ghost_engines.results import layers
 from ghost_engines.search import Whitening, score_parts
@@ -148,7 +149,13 @@ def _stored_texts(options: Query, store: GradientStore, model: nn.Module) -> Sho
     """Return what shows the samples that the store was made of, if they can be found."""
     path = options.data
     if path is None:
-        if (corpus := corpus_of(store, options.model, model)) is not None:
+        try:
+            corpus = corpus_of(store, options.model, model)
+        except CommandError as error:
+            said = one_line(f"the texts of the store's samples cannot be shown: {error}")
+            print(f"ghost: {said}", file=sys.stderr)
+            return None
+        if corpus is not None:
             return corpus.shown
         named = [Path(file.path) for file in store.manifest.data_files]
         known = "config" in store.manifest.notes  # which says more than a file's name does

@@ -126,8 +126,10 @@ class PromptForm(Form):
         return Tokens(before + after, [False] * len(before) + [True] * len(after))
 
     def shown(self, record: Mapping[str, Any], what: str) -> str:
-        """Return both."""
-        return _text(record, self.prompt, what) + _text(record, self.completion, what)
+        """Return both, the completion on a line of its own unless there is space between them."""
+        before, after = (_text(record, name, what) for name in (self.prompt, self.completion))
+        apart = not before or before[-1].isspace() or after[:1].isspace()
+        return f"{before}{after}" if apart else f"{before}\n{after}"
 
 
 @dataclass(frozen=True)
