@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,13 +21,12 @@ class Additive:
     """Losses that samples lower one by one; ids count in steps of ten.
 
     Attributes:
-        log: A file to which each training adds a line, if anywhere.
-        fails_after: How many lines there may be before a training fails.
+        log: A file to which each training adds a line, if anywhere. If there is one beside it with
+            the suffix `.limit`, it says how many lines there may be before a training fails.
         noise: How much the seed changes a loss.
     """
 
     log: Path | None = None
-    fails_after: int | None = None
     noise: float = 0.0
 
     def __call__(self, ids: np.ndarray, seed: int) -> np.ndarray:
@@ -35,7 +35,8 @@ class Additive:
             with self.log.open("a") as file:
                 file.write(f"{seed} {ids.tolist()}\n")
             done = len(self.log.read_text().splitlines())
-            if self.fails_after is not None and done > self.fails_after:
+            limit = self.log.with_suffix(".limit")
+            if limit.exists() and done > int(limit.read_text()):
                 raise RuntimeError("the machine is gone")
         shaken = np.random.default_rng(seed).normal(size=Q) * self.noise
         return 5 - effects()[:, ids // 10].sum(1) + shaken
@@ -51,3 +52,7 @@ def returns_nan(ids: np.ndarray, seed: int) -> list[float]:
 
 def returns_words(ids: np.ndarray, seed: int) -> list[str]:
     return ["a"] * Q
+
+
+def weighed(ids: np.ndarray, seed: int, weight: Any = 1.0) -> np.ndarray:
+    return np.full(Q, float(weight) * ids.sum())

@@ -1,9 +1,20 @@
 """LDS and removal curves of trainings of which everything is known."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from quality_kit import Additive, N, Q, effects, returns_nan, returns_too_few, returns_words
+from quality_kit import (
+    Additive,
+    N,
+    Q,
+    effects,
+    returns_nan,
+    returns_too_few,
+    returns_words,
+    weighed,
+)
 
 from ghost_engines.quality import QualityError, lds, removal_curve
 from ghost_engines.quality.datamodeling import rank_correlation
@@ -56,13 +67,15 @@ def test_equal_values_share_a_rank():
 def test_what_is_done_is_not_done_again(tmp_path):
     log, folder = tmp_path / "log", tmp_path / "kept"
     given = {"ids": IDS, "subsets": 8, "folder": folder}
+    log.with_suffix(".limit").write_text("5")
     with pytest.raises(QualityError, match=r"train on 10 samples from seed 0 raised .*machine"):
-        lds(effects(), Additive(log, fails_after=5), **given)
+        lds(effects(), Additive(log), **given)
     assert len(list(folder.glob("*.json"))) == 5 + 1
     log.unlink()
+    log.with_suffix(".limit").unlink()
     found = lds(effects(), Additive(log), **given)
     assert len(log.read_text().splitlines()) == 3
-    np.testing.assert_array_equal(found.losses, lds(effects(), Additive(), **given).losses)
+    np.testing.assert_array_equal(found.losses, lds(effects(), Additive(log), **given).losses)
     assert len(log.read_text().splitlines()) == 3
     np.testing.assert_array_equal(
         found.losses, lds(effects(), Additive(), **given | {"folder": None}).losses
@@ -73,11 +86,32 @@ def test_what_is_done_is_not_done_again(tmp_path):
         lds(effects(), returns_nan, **given)
     assert "another folder" in caught.value.remedy
     with pytest.raises(QualityError, match="3 losses for 2 queries"):
-        lds(effects()[:2], Additive(), **given)
+        lds(effects()[:2], Additive(log), **given)
     for path in set(folder.glob("*.json")) - {folder / "train.json"}:
         path.write_text("[1")
     with pytest.raises(QualityError, match="does not hold a training: remove it"):
-        lds(effects(), Additive(), **given)
+        lds(effects(), Additive(log), **given)
+
+
+def test_a_folder_belongs_to_one_function_with_its_arguments(tmp_path):
+    given = {"subsets": 3, "folder": tmp_path}
+    one, other = (partial(weighed, weight=torch.tensor(each)) for each in (2.0, 3.0))
+    first = lds(effects(), one, **given).losses
+    same = partial(weighed, weight=torch.tensor(2.0))  # its memory has another address
+    np.testing.assert_array_equal(lds(effects(), same, **given).losses, first)
+    with pytest.raises(QualityError, match="kit:weighed with other arguments") as caught:
+        lds(effects(), other, **given)
+    assert "another folder" in caught.value.remedy
+    assert "sets" in caught.value.reason
+    with pytest.raises(QualityError, match="by quality_kit:weighed, not by quality_kit:Add"):
+        removal_curve(effects(), Additive(), folder=tmp_path)
+    nested = {"folder": tmp_path / "nested", "subsets": 3}
+    with pytest.raises(QualityError, match="cannot be told from other functions"):
+        lds(effects(), lambda ids, seed: weighed(ids, seed), **nested)
+    for text in ("[]", "{", "[[1, 2]]"):
+        (tmp_path / "train.json").write_text(text)
+        with pytest.raises(QualityError, match=r"train\.json does not say whose"):
+            lds(effects(), one, **given)
 
 
 @pytest.mark.stress  # each imports torch

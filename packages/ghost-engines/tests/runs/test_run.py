@@ -19,7 +19,9 @@ from torch import nn
 
 from ghost_core import CaptureError, UnknownNameError
 from ghost_core.testing.snapshots import assert_untouched, traces
-from ghost_engines import Run, RunConfig, ScoreLog
+from ghost_engines import Run, RunConfig, ScoreLog, StoreError, cli
+from ghost_engines.log import open_log
+from ghost_engines.runs import folder
 
 
 def trained(folder, dropout=0.2, accumulate=False, clip=None, scale=False, **fields):
@@ -208,3 +210,20 @@ def _recorded(folder):
     model, optimizer = make()
     with Run(model, optimizer, {"folder": folder, "method": "none"}) as run:
         run.record(loss=torch.ones(2))
+
+
+def test_logs_of_several_processes_are_read_as_one(tmp_path, monkeypatch, capsys):
+    """Each of two processes trains alone here, and writes where one of two does."""
+    monkeypatch.setattr(folder, "several", lambda: True)
+    for rank in range(2):
+        monkeypatch.setattr(folder.distributed, "get_rank", lambda rank=rank: rank)
+        _, run, _ = trained(tmp_path)
+    log = open_log(tmp_path)
+    assert len(log) == STEPS
+    twice = {sample: 2 * value for sample, value in run.values.to_dict().items()}
+    close(dict(zip(log.totals().ids.tolist(), log.totals().values[:, 0], strict=True)), twice)
+    assert cli.main(["values", str(tmp_path)]) == 0
+    assert f"steps\t{STEPS}\n" in capsys.readouterr().out
+    (tmp_path / "rank-0").rename(tmp_path / "rank-2")
+    with pytest.raises(StoreError, match="has no log of rank-0"):
+        open_log(tmp_path)

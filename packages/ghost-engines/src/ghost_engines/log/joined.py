@@ -22,6 +22,12 @@ from ghost_engines.values import CreditedStep, ValueTable
 
 logger = logging.getLogger(__name__)
 
+RANK = "rank-"
+"""What the folder of a process of a `Run` is called, before its rank."""
+
+LOG = "log"
+"""Where in the folder of a `Run`, or of a process of it, the log is."""
+
 
 class JoinedLog:
     """The logs of the processes of one run, each of which wrote its own, read as one.
@@ -57,14 +63,16 @@ class JoinedLog:
         """Open the logs in the folders inside of a folder, for reading.
 
         Args:
-            path: A folder with a folder for each process, such as `runs/log/0` and `runs/log/1`.
+            path: A folder with a folder for each process, such as `runs/log/0` and `runs/log/1`,
+                or that of a `Run` of several processes, which has `rank-0/log` and so on.
 
         Raises:
-            StoreError: If there are no logs in it, or they are of other directions.
+            StoreError: If there are no logs in it, one of a run's processes has none, or they are
+                of other directions.
             DamagedStoreError: If a file is missing, cut off or of another log.
         """
         root = Path(path).absolute()
-        folders = sorted(each.parent for each in root.glob(f"*/{MANIFEST}"))
+        folders = _folders(root)
         if not folders:
             raise StoreError(
                 f"there is no score log at {root}, and none in the folders inside: make one with "
@@ -179,5 +187,27 @@ def open_log(path: str | Path) -> ScoreLog | JoinedLog:
         DamagedStoreError: If a file is missing, cut off or of another log.
     """
     root = Path(path).absolute()
-    inside = not has_log(root) and any(root.glob(f"*/{MANIFEST}"))
+    inside = not has_log(root) and _folders(root)
     return JoinedLog.open(root) if inside else ScoreLog.open(root)
+
+
+def _folders(root: Path) -> list[Path]:
+    """Return the folders of the logs inside of a folder, sorted by name.
+
+    Raises:
+        StoreError: If one of the processes of a run has none.
+    """
+    if direct := sorted(each.parent for each in root.glob(f"*/{MANIFEST}")):
+        return direct
+    of_run = sorted(each.parent for each in root.glob(f"{RANK}*/{LOG}/{MANIFEST}"))
+    ranks = {each.parent.name for each in of_run}
+    known = {each.name for each in root.glob(f"{RANK}*")} | {
+        f"{RANK}{r}" for r in range(len(ranks))
+    }
+    if of_run and ranks != known:
+        raise StoreError(
+            f"{root} has no log of {', '.join(sorted(known - ranks))}",
+            reason="sums over the logs of the other processes would lack its samples",
+            remedy="keep what each process of the run wrote in that folder",
+        )
+    return of_run

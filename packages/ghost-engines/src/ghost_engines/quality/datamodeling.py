@@ -76,7 +76,7 @@ def lds(
         seeds: How many times to train on each; the mean of the losses is less noisy.
         seed: Seed of the subsets, and the first seed of the trainings.
         folder: Where to keep each training that is done, so that a second call goes on. It belongs
-            to one function; scores may differ.
+            to one function with its arguments, told apart by its pickle; scores may differ.
         processes: How many trainings run at once.
         progress: Whether to show a progress bar. By default at a terminal, if it takes long.
 

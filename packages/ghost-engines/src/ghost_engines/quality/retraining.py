@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ghost_core.errors import told
 from ghost_engines.files import make_root, read_regular, remove_temporaries, write_atomically
 from ghost_engines.progress import Progress
 from ghost_engines.quality.errors import QualityError
+from ghost_engines.quality.identity import check_picklable, identity
 
 Train = Callable[[np.ndarray, int], Any]
 """Trains a model on the samples with these ids, int64 `[n]`, from this seed, and returns the loss
@@ -55,7 +55,8 @@ class Workplace:
 
     Attributes:
         folder: Where to keep the end of each training, and to look for those that are done; None
-            for nowhere. A folder belongs to one function, which a file in it names.
+            for nowhere. A folder belongs to one function with its arguments, of which a file in it
+            has the name and a digest.
         processes: How many trainings run at once; 1 runs them here.
         progress: Whether to show a progress bar. By default at a terminal, if it takes long.
     """
@@ -78,8 +79,9 @@ def retrain(train: Train, jobs: Sequence[Job], queries: int, place: Workplace) -
         Losses, float64 `[jobs, Q]`.
 
     Raises:
-        QualityError: If `train` cannot be sent to other processes, fails, or returns something
-            else; or the folder belongs to another one. What is done stays in the folder.
+        QualityError: If `train` cannot be sent to other processes, or told from others in a folder,
+            fails, or returns something else; or the folder belongs to another one. What is done
+            stays in the folder.
         OSError: If something cannot be kept.
     """
     processes = whole("processes", place.processes, least=1, error=QualityError)
@@ -91,7 +93,7 @@ def retrain(train: Train, jobs: Sequence[Job], queries: int, place: Workplace) -
         done = {job.name: kept for job in jobs if (kept := _kept(root, job, queries)) is not None}
     left = {job.name: job for job in jobs if job.name not in done}
     if processes > 1 and left:
-        _check_picklable(train)
+        check_picklable(train)
     with Progress(len(jobs), "training", place.progress, unit="run") as bar:
         bar.advance(len(jobs) - len(left))
         for job, losses in _run(train, list(left.values()), queries, processes):
@@ -145,39 +147,43 @@ def _trained(train: Train, job: Job, queries: int) -> np.ndarray:
     return losses.astype(np.float64)
 
 
-def _check_picklable(train: Train) -> None:
-    try:
-        pickle.dumps(train)
-    except Exception as error:
-        raise QualityError(
-            f"train cannot be sent to other processes: {told(error)}",
-            reason="it is pickled, by the name of its module",
-            remedy="write it as a function of a module, or as a class with __call__, not inside a "
-            "function or a notebook; or run with processes=1",
-        ) from error
-
-
 def _opened(root: Path, train: Train) -> Path:
     """Make a folder, or go on in it if it is of the same function."""
     make_root(root)
     remove_temporaries(root)
-    path, name = root / "train.json", _called(train)
+    path, now = root / "train.json", identity(train)
     if path.exists():
-        found = json.loads(read_regular(path, _LONGEST)).get("train")
-        if found != name:
-            raise QualityError(
-                f"{root} has trainings by {found}, not by {name}",
-                reason="what others returned cannot be compared",
-                remedy="choose another folder for each function",
-            )
+        _check_same(path, now)
     else:
-        write_atomically(path, (json.dumps({"train": name}) + "\n").encode(), root)
+        write_atomically(path, (json.dumps(now) + "\n").encode(), root)
     return root
 
 
-def _called(train: Train) -> str:
-    named: Any = train if hasattr(train, "__qualname__") else type(train)
-    return f"{named.__module__}:{named.__qualname__}"
+def _check_same(path: Path, now: dict[str, str]) -> None:
+    """Refuse a folder of another function."""
+    try:
+        found = dict(json.loads(read_regular(path, _LONGEST)))
+        name = found["train"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise QualityError(
+            f"{path} does not say whose trainings are in its folder",
+            reason="it is damaged, or of something else",
+            remedy="choose another folder",
+        ) from error
+    if name != now["train"]:
+        raise QualityError(
+            f"{path.parent} has trainings by {name}, not by {now['train']}",
+            reason="what others returned cannot be compared",
+            remedy="choose another folder for each function",
+        )
+    if found != now:
+        raise QualityError(
+            f"{path.parent} has trainings by {name} with other arguments or attributes",
+            reason="they are compared by their pickle, in which the order of sets and dictionaries "
+            "counts, and what a training changed in them",
+            remedy="choose another folder for each function; if it is the same one, have "
+            "__getstate__ return only what tells it apart, in a fixed order",
+        )
 
 
 def _kept(root: Path, job: Job, queries: int) -> np.ndarray | None:

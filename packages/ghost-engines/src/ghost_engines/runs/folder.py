@@ -12,19 +12,18 @@ from torch import distributed
 
 from ghost_core import CaptureError
 from ghost_engines.files import make_root, write_atomically
-from ghost_engines.log import ScoreLog, has_log
+from ghost_engines.log import LOG, RANK, ScoreLog, has_log
 from ghost_engines.runs.checkpoint import several, write_checkpoint
 from ghost_engines.runs.description import Description, check_same
 from ghost_engines.runs.metrics import Metrics
 
 DESCRIPTION = "run.json"
-LOG = "log"
 
 
 def place_of(folder: str | Path) -> Path:
     """Return where this process writes: the folder, or one in it where there are several."""
     root = Path(folder).absolute()
-    return root / f"rank-{distributed.get_rank()}" if several() else root
+    return root / f"{RANK}{distributed.get_rank()}" if several() else root
 
 
 class RunFolder:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,37 @@ FILE = "metrics.jsonl"
 class Metrics:
     """Appends lines such as `{"step": 3, "loss": 0.5}` to a file.
 
-    They are kept in memory, tensors where they are, until `write` is called.
+    They are kept in memory, tensors where they are, until `write` is called. What is not finite is
+    written as Python's `json` reads it back: `NaN`, `Infinity` and `-Infinity`.
 
     Args:
         folder: The folder of the file, which is there.
         after: Number of the last step whose lines are kept, if there are any.
+
+    Raises:
+        CaptureError: If a line of the file is none of a metric.
     """
 
     def __init__(self, folder: Path, after: int) -> None:
         self._path = folder / FILE
         self._waiting: list[tuple[int, dict[str, Any]]] = []
         if self._path.exists():
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= after]
+            kept = [line for step, line in self._lines() if step <= after]
             write_atomically(self._path, b"".join(kept), folder)
+        self._size = self._path.stat().st_size if self._path.exists() else 0
 
     def add(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
         """Keep the numbers of a moment.
 
         Raises:
-            CaptureError: If one is no number, or is called "step".
+            CaptureError: If one is no real number, or is called "step".
         """
         for name, each in metrics.items():
-            single = isinstance(each, Tensor) and each.numel() == 1
-            if name == "step" or not (single or isinstance(each, int | float)):
-                raise CaptureError(f"a metric has a name but 'step', and one number: {name}={each}")
+            if name == "step" or not _is_number(each):
+                raise CaptureError(
+                    f"a metric has a name but 'step', and one number, which is real: "
+                    f"{name} is {each if isinstance(each, Tensor) else type(each).__name__}"
+                )
         copied = {
             name: each.detach().clone() if isinstance(each, Tensor) else each
             for name, each in metrics.items()
@@ -61,16 +69,37 @@ class Metrics:
             {"step": step, **{name: _number(each) for name, each in metrics.items()}}
             for step, metrics in self._waiting
         ]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        with self._path.open("ab") as file:
+            # What a write that failed has left goes: its lines are written again.
+            file.truncate(min(self._size, file.tell()))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            self._size = file.tell()
         self._waiting = []
 
-    def _lines(self) -> list[bytes]:
-        """Return the lines that are complete: the last may be cut off, where a process was."""
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        return [line for line in lines if line.endswith(b"\n")]
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield complete lines with their steps: the last may be cut off, where a process was."""
+        for number, line in enumerate(self._path.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                yield int(json.loads(line)["step"]), line
+            except (ValueError, TypeError, KeyError) as error:
+                raise CaptureError(
+                    f"line {number} of {self._path} has no metrics: {line[:60]!r}",
+                    reason="the file was altered, or its disk failed",
+                    remedy="remove that line to go on without it",
+                ) from error
+
+
+def _is_number(each: object) -> bool:
+    """Tell whether this is one number that a line can hold."""
+    if isinstance(each, Tensor):
+        return each.numel() == 1 and not each.is_complex() and not each.is_meta
+    # An int may be longer than what Python writes.
+    return isinstance(each, float) or (isinstance(each, int) and abs(each) <= sys.float_info.max)
 
 
 def _number(each: float | Tensor) -> float:
