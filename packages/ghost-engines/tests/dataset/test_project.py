@@ -150,6 +150,22 @@ def test_samples_keep_ids_of_their_own(classifier, samples, tmp_path):
     assert (again.samples, again.skipped) == (0, N)
 
 
+@pytest.mark.parametrize("at_once", [3, 512])
+def test_an_id_that_comes_again_is_an_error_each_time(
+    at_once, classifier, samples, tmp_path, monkeypatch
+):
+    """Its sample is not taken for the one that is stored, when the pass is tried again."""
+    monkeypatch.setattr(windows, "_AT_ONCE", at_once)
+    numbers = torch.tensor([*range(16), *range(5, 9)])
+    data = TensorDataset(*samples.tensors, numbers)
+    for _ in range(2):
+        with pytest.raises(CaptureError, match=r"sample ids 5.* come more than once"):
+            project_dataset(
+                classifier, loss, data, tmp_path / "g",
+                ids=lambda batch: batch[2], unit=6, **OPTIONS,
+            )  # fmt: skip
+
+
 class Rarely(nn.Module):
     """Has a layer that runs for batches with certain samples only."""
 

@@ -163,6 +163,10 @@ def test_nan_is_kept_where_it_is_allowed(tmp_path):
     [
         ({"g": "float32"}, "cannot be the name"),
         ({"ids": "int64"}, "cannot be the name"),
+        ({"__metadata__": "int64"}, "cannot be the name"),
+        ({"id": "int64"}, "'id' cannot be the name"),
+        ({"row": "int64"}, "'row' cannot be the name"),
+        ({"rows": "int64"}, "'rows' cannot be the name"),
         ({"a.b": "float32"}, "cannot be the name"),
         ({3: "float32"}, "cannot be the name"),
         ({"norm": "float8"}, "cannot be declared"),
@@ -175,6 +179,8 @@ def test_nan_is_kept_where_it_is_allowed(tmp_path):
 def test_what_cannot_be_declared_is_refused_before_there_is_a_store(tmp_path, declared, told):
     with pytest.raises(StoreError, match=told):
         GradientStore.create(tmp_path / "g", FakeEngine(), columns=declared)
+    with pytest.raises(StoreError, match=told):
+        GradientStore.join(tmp_path / "g", FakeEngine(), part="a", columns=declared)
     assert not (tmp_path / "g").exists()
 
 

@@ -94,3 +94,31 @@ def test_other_kinds_of_files_and_folders_that_are_not_there_are_refused(tmp_pat
         export(store, tmp_path / "out.csv")
     with pytest.raises(FileNotFoundError, match="no folder"):
         export(store, tmp_path / "none/out")
+
+
+@pytest.mark.parametrize(
+    ("column", "refused", "taken"),
+    [("id", "o.parquet", "o"), ("row", "o.parquet", "o"), ("rows", "o", "o.parquet")],
+)
+def test_columns_of_older_stores_do_not_replace_rows_or_ids(
+    tmp_path, column, refused, taken, monkeypatch
+):
+    """They are read, gone on with, and exported where their names are free."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    engine, columns = FakeEngine(), {column: "int64"}
+    monkeypatch.setattr("ghost_engines.store.store.check_new", lambda columns: None)
+    with GradientStore.create(tmp_path / "g", engine, columns=columns) as store:
+        store.append(batch(0, 3), columns={column: torch.arange(3)})
+    monkeypatch.undo()
+    with GradientStore.resume(tmp_path / "g", engine, columns=columns) as store:
+        store.append(batch(3, 5), columns={column: torch.arange(3, 5)})
+    store, before = GradientStore.open(tmp_path / "g"), files(tmp_path)
+    with pytest.raises(StoreError, match=f"column '{column}' of the store cannot be exported"):
+        export(store, tmp_path / refused)
+    assert files(tmp_path) == before
+    export(store, tmp_path / taken)
+    if taken == "o":
+        found = np.load(tmp_path / f"o/{column}.npy").tolist()
+    else:
+        found = pq.read_table(tmp_path / taken)[column].to_pylist()
+    assert found == list(range(5))

@@ -17,7 +17,7 @@ from ghost_core import CaptureError
 from ghost_core.arguments import module, whole
 from ghost_core.state import untouched
 from ghost_engines.dataset.batches import Ids
-from ghost_engines.dataset.known import KnownIds
+from ghost_engines.dataset.known import KnownIds, MetIds
 from ghost_engines.dataset.losses import PerSampleLoss, checked
 from ghost_engines.dataset.windows import (
     Collate,
@@ -120,8 +120,8 @@ def project_dataset(
             the samples' own.
 
     Raises:
-        CaptureError: If data is empty, losses are not one finite number per sample, or an option
-            does not fit.
+        CaptureError: If data is empty, an id comes more than once, losses are not one finite number
+            per sample, or an option does not fit.
         StoreError: If there is a store of other rows, or another writer has it open.
         WrongSplitError: If gradients cannot be split by sample.
         OSError: If writing fails; what was acknowledged stays.
@@ -204,7 +204,7 @@ class _Job:
 
     def run(self, writer: Writer, bar: Progress) -> None:
         """Compute what is not in the store, and hand it over."""
-        known = KnownIds(writer.store.ids)
+        known, met = KnownIds(writer.store.ids), MetIds()
 
         def wanted(start: int, count: int) -> bool:
             if not self.windows.numbered or known.new(torch.arange(start, start + count)).any():
@@ -213,6 +213,7 @@ class _Job:
             return False
 
         for window in self.windows.among(wanted):
+            met.add(window.ids)
             new = known.new(window.ids)
             if not new.any():
                 self._skip(len(new), bar)

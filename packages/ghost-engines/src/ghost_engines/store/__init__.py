@@ -23,6 +23,7 @@ from ghost_engines.store.merging import merge
 from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.origin import check_alike
 from ghost_engines.store.rows import StoredRows
+from ghost_engines.store.seen import SeenIds
 from ghost_engines.store.shards import check_contents
 from ghost_engines.store.store import GradientStore
 from ghost_engines.store.tensor_files import TensorFile, header, write_tensors
@@ -44,6 +45,7 @@ __all__ = [
     "Queries",
     "RowReader",
     "Scorer",
+    "SeenIds",
     "StoreError",
     "StoredRows",
     "TensorFile",

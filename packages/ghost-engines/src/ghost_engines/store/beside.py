@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,13 @@ COLUMN_DTYPES: Mapping[str, torch.dtype] = {
 }
 """Dtypes of columns of numbers, by name."""
 
-_TAKEN = ("g", "ids")
+_TAKEN = ("g", "ids", "__metadata__")
 """What a shard has anyway."""
+
+_EXPORTED = ("id", "row", "rows")
+"""What files that a store is exported to have anyway."""
+
+_LISTED = ", ".join((*_TAKEN, *_EXPORTED))
 
 ColumnValues = Tensor | np.ndarray[Any, Any] | Sequence[str] | Labels
 """A tensor or an array of numbers `[N]`, or N strings."""
@@ -74,7 +79,7 @@ def declared(columns: Mapping[str, str | Column] | None) -> dict[str, dict[str, 
         if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
             raise StoreError(
                 f"{name!r} cannot be the name of a column",
-                reason=f"a name has letters, digits and underscores, and is none of {_TAKEN}",
+                reason=f"a name has letters, digits and underscores, and is none of {_LISTED}",
                 remedy='choose another, as in columns={"norm": "float32"}',
             )
         if name == LOSS and column.dtype not in STORAGE_DTYPES:
@@ -87,6 +92,22 @@ def declared(columns: Mapping[str, str | Column] | None) -> dict[str, dict[str, 
             )
         found[name] = {"dtype": column.dtype, "finite": column.finite}
     return dict(sorted(found.items()))
+
+
+def check_new(columns: Iterable[str]) -> None:
+    """Refuse, in a new store, names that exported files need for the rows and their ids.
+
+    Stores that were made before may have such columns, and are read and gone on with.
+
+    Raises:
+        StoreError: If a column has one.
+    """
+    if wrong := sorted(set(columns) & set(_EXPORTED)):
+        raise StoreError(
+            f"{wrong[0]!r} cannot be the name of a column",
+            reason=f"a file that the rows are exported to has {', '.join(_EXPORTED)} of its own",
+            remedy='choose another, as in columns={"norm": "float32"}',
+        )
 
 
 def checked_columns(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +42,8 @@ def export(store: GradientStore, path: StrPath, *, progress: bool | None = None)
         progress: Whether to show a progress bar. By default at a terminal, if it takes long.
 
     Raises:
-        StoreError: If there is something at the path, or its ending says another kind of file.
+        StoreError: If there is something at the path, its ending says another kind of file, or a
+            column has a name that the rows or their ids have there.
         MissingExtraError: If pyarrow is not installed.
         DamagedStoreError: If a file of the store is missing or was altered.
         OSError: If something cannot be read or written.
@@ -55,11 +56,22 @@ def export(store: GradientStore, path: StrPath, *, progress: bool | None = None)
             reason=f"rows are not written as {path.suffix}",
             remedy="choose a name that ends in .parquet, or a folder without an ending, for .npy",
         )
+    _check_names(store, ("id", "row") if path.suffix else ("rows",))
     if os.path.lexists(path):
         raise StoreError(f"there is something at {path}", remedy="remove it, or choose another")
     write = _parquet if path.suffix else _npy
     with _replacing(path) as temporary, Progress(len(store), "export", progress) as bar:
         write(store, temporary, bar.advance)
+
+
+def _check_names(store: GradientStore, taken: Sequence[str]) -> None:
+    """Refuse columns of stores that were made before their names were taken."""
+    if wrong := [name for name in taken if name in store.manifest.columns]:
+        raise StoreError(
+            f"column {wrong[0]!r} of the store cannot be exported to such a file",
+            reason=f"the rows or their ids are called {wrong[0]!r} there, and would be lost",
+            remedy="export to the other kind, a folder of .npy files or a .parquet file",
+        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ghost_engines.files import make_root
-from ghost_engines.store.beside import Column
+from ghost_engines.store.beside import Column, check_new
 from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.listing import clean, has_shards
@@ -97,6 +97,7 @@ class GradientStore(StoreWriter):
             data=data,
             duplicates=duplicates,
         )
+        check_new(manifest.columns)
         _make(root)
         lock = WriterLock(root)
         try:
@@ -200,6 +201,8 @@ class GradientStore(StoreWriter):
             data=data,
             duplicates=duplicates,
         )
+        if not (root / MANIFEST).exists():
+            check_new(manifest.columns)
         _make(root)
         # Whoever joins waits for others that do, and refuses a writer of the store as a whole.
         with closing(WriterLock(root, JOINING, wait=True)), closing(WriterLock(root)):
