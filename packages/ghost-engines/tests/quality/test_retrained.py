@@ -9,6 +9,7 @@ from quality_kit import (
     Additive,
     N,
     Q,
+    dies,
     effects,
     returns_nan,
     returns_too_few,
@@ -122,6 +123,9 @@ def test_several_processes_do_what_one_does(tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == 5 + 1
     with pytest.raises(QualityError, match="needed is the loss"):
         lds(effects(), returns_too_few, ids=IDS, subsets=5, processes=2)
+    with pytest.raises(QualityError, match="has died") as caught:
+        lds(effects(), dies, subsets=5, processes=2)
+    assert "__main__" in caught.value.remedy
 
 
 def test_a_function_that_other_processes_cannot_import_is_refused():
@@ -167,6 +171,8 @@ def test_losses_rise_as_the_highest_scores_are_left_out(tmp_path):
         ({"subsets": 2}, "subsets must be at least 3"),
         ({"share": 1.0}, "some must be in a subset, not all"),
         ({"share": 0.01}, "is 0"),
+        ({"share": float("nan")}, "share must be a number above 0 and below 1, not nan"),
+        ({"share": "x"}, "share must be a number"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"processes": 0}, "processes must be at least 1"),
     ],
@@ -174,6 +180,19 @@ def test_losses_rise_as_the_highest_scores_are_left_out(tmp_path):
 def test_what_does_not_fit_is_refused(given, message):
     with pytest.raises(QualityError, match=message):
         lds(**{"scores": effects(), "train": Additive(), "ids": IDS, "subsets": 3} | given)
+
+
+@pytest.mark.parametrize("shares", [[float("nan")], [float("inf")], ["a"], 0.5, "a", [], [0.0]])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(QualityError, match="shares"):
+        removal_curve(effects(), Additive(), ids=IDS, shares=shares, seeds=1)
+
+
+def test_equal_scores_have_no_correlation():
+    found = lds(np.ones((Q, N)), Additive(), ids=IDS, subsets=4)
+    assert np.isnan(found.by_query).all()
+    assert np.isnan([found.mean, found.error]).all()
+    assert repr(found).startswith("LDS(none: all predictions or all losses of a query are equal")
 
 
 def test_ids_are_given_once():

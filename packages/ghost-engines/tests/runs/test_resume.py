@@ -7,7 +7,7 @@ import torch
 from run_kit import INPUTS, STEPS, ids_of, losses_of, make, same_parameters, validation_of
 
 from ghost_core import CaptureError
-from ghost_engines import Run, RunConfig, ScoreLog
+from ghost_engines import Run, RunConfig, ScoreLog, StoreError
 
 
 class KilledError(Exception):
@@ -149,3 +149,30 @@ def test_other_versions_are_told(tmp_path, caplog):
     train(tmp_path)
     assert "was written with other versions: {" in caplog.text
     assert "'torch': '1.0'" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": {}, "versions": 1}'])
+def test_a_damaged_description_is_named(text, tmp_path):
+    train(tmp_path)
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(CaptureError, match=r"run\.json (is no JSON|does not say what a run was)"):
+        train(tmp_path)
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    """Also where there is no log, which has a lock of its own."""
+    with Run(*make(), {"folder": tmp_path, "method": "none"}) as one:
+        one.record(loss=1.0)
+        other = Run(*make(), {"folder": tmp_path, "method": "none"})
+        with pytest.raises(StoreError, match=f"another writer has {tmp_path} open"), other:
+            other.resume()
+        one.save()
+    (tmp_path / "run.json").write_text("{")
+    for _ in range(2):  # a refused one lets go of the folder
+        with pytest.raises(CaptureError, match="is no JSON"):
+            resumed(tmp_path)
+
+
+def resumed(folder):
+    with Run(*make(), {"folder": folder, "method": "none"}) as run:
+        run.resume()

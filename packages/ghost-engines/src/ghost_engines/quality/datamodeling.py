@@ -10,7 +10,7 @@ import numpy as np
 
 from ghost_core.arguments import whole
 from ghost_engines.quality.errors import QualityError
-from ghost_engines.quality.given import Scores, as_scores
+from ghost_engines.quality.given import Scores, as_count, as_scores
 from ghost_engines.quality.retraining import Job, Train, Workplace, retrain
 
 
@@ -32,8 +32,9 @@ class LDS:
 
     @property
     def mean(self) -> float:
-        """Mean over queries that have one."""
-        return float(np.nanmean(self.by_query))
+        """Mean over queries that have a correlation; NaN if none has."""
+        known = self.by_query[np.isfinite(self.by_query)]
+        return float(known.mean()) if len(known) else float("nan")
 
     @property
     def error(self) -> float:
@@ -42,8 +43,13 @@ class LDS:
         return float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
 
     def __repr__(self) -> str:
-        """Say how high it is."""
+        """Say how high it is, or why there is none."""
         subsets, queries = self.losses.shape
+        if not np.isfinite(self.by_query).any():
+            return (
+                f"LDS(none: all predictions or all losses of a query are equal, {subsets} subsets, "
+                f"Q={queries})"
+            )
         return f"LDS({self.mean:.3f} ± {self.error:.3f}, {subsets} subsets, Q={queries})"
 
 
@@ -88,7 +94,7 @@ def lds(
     table, known = as_scores(scores, ids)
     subsets = whole("subsets", subsets, least=3, error=QualityError)
     seeds = whole("seeds", seeds, least=1, error=QualityError)
-    size = round(share * len(known))
+    size = as_count("share", share, len(known))
     if not 0 < size < len(known):
         raise QualityError(
             f"share={share} of {len(known)} samples is {size}: some must be in a subset, not all"

@@ -48,6 +48,21 @@ def as_scores(scores: Scores, ids: Any = None) -> tuple[np.ndarray, np.ndarray]:
     return found.astype(np.float64), _as_ids(ids if known is None else known, found.shape[1])
 
 
+def as_count(name: str, share: Any, n: int) -> int:
+    """Return how many of n samples a share of them is.
+
+    Raises:
+        QualityError: If the share is no finite number.
+    """
+    real = isinstance(share, int | float | np.integer | np.floating)
+    if isinstance(share, bool) or not real or not np.isfinite(share):
+        raise QualityError(
+            f"{name} must be a number above 0 and below 1, not {share!r}",
+            remedy=f"say which part of the {n} samples, such as 0.5",
+        )
+    return round(float(share) * n)
+
+
 def _array(values: object) -> np.ndarray:
     if isinstance(values, Tensor):
         return np.asarray(values.detach().cpu().double().numpy())

@@ -13,7 +13,7 @@ import numpy as np
 from ghost_core.arguments import whole
 from ghost_engines.plots import curves, save
 from ghost_engines.quality.errors import QualityError
-from ghost_engines.quality.given import Scores, as_scores
+from ghost_engines.quality.given import Scores, as_count, as_scores
 from ghost_engines.quality.retraining import Job, Train, Workplace, retrain
 
 if TYPE_CHECKING:
@@ -105,7 +105,9 @@ def removal_curve(
     table, known = as_scores(scores, ids)
     seeds = whole("seeds", seeds, least=1, error=QualityError)
     seed = whole("seed", seed, least=0, error=QualityError)
-    counts = [round(share * len(known)) for share in shares]
+    if isinstance(shares, str) or not isinstance(shares, Sequence | np.ndarray):
+        raise QualityError(f"shares must be a list of numbers, such as [0.1, 0.3], not {shares!r}")
+    counts = [as_count("each of shares", share, len(known)) for share in shares]
     if not counts or not all(0 < count < len(known) for count in counts):
         raise QualityError(
             f"shares={list(shares)} of {len(known)} samples are {counts}: each must leave some "

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,18 @@ def _run(
     with ProcessPoolExecutor(
         min(processes, len(jobs)), context, initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:
-        futures = {pool.submit(_trained, train, job, queries): job for job in jobs}
         try:
+            futures = {pool.submit(_trained, train, job, queries): job for job in jobs}
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise QualityError(
+                "a process that trains has died",
+                reason="train ended it, memory ran out, or it could not start: the main module is "
+                "imported anew in each",
+                remedy="run with processes=1 or fewer processes, and start a script's work under "
+                'if __name__ == "__main__"',
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

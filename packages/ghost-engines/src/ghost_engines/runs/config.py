@@ -63,7 +63,8 @@ class RunConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.folder, str | Path) or not str(self.folder):
+        path = str(self.folder) if isinstance(self.folder, str | Path) else ""
+        if not path or "\0" in path:
             raise CaptureError(f"folder must be a path, not {self.folder!r}")
         engines = self.engines
         as_mode(self.mode)
@@ -76,7 +77,7 @@ class RunConfig:
         self._check_options(engines)
         if self.values is not None:
             switch("values", self.values)
-        if self.order not in (1, 2) or isinstance(self.order, bool):
+        if whole("order", self.order, least=1) > 2:
             raise CaptureError(f"order must be 1 or 2, not {self.order!r}")
         if not isinstance(self.history, bool):
             whole("history", self.history, least=1)
@@ -87,7 +88,8 @@ class RunConfig:
     def engines(self) -> tuple[str, ...]:
         """Names of the engines; there is none where the method is "none"."""
         given = [self.method] if isinstance(self.method, str) else self.method
-        if not isinstance(given, list | tuple) or not given:
+        texts = isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
+        if not texts or not given:
             raise CaptureError(f"method must be a name or a list of names, not {self.method!r}")
         known = installed().engines
         for name in given:

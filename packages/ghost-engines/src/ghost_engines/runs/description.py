@@ -68,8 +68,16 @@ def check_same(found: Description, now: Description, where: str) -> None:
         where: What it was saved in, for the message.
 
     Raises:
-        CaptureError: If they differ, naming the field.
+        CaptureError: If they differ, naming the field, or nothing of a run was saved.
     """
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name), dict) for name in ("config", "versions")
+    ):
+        raise CaptureError(
+            f"{where} does not say what a run was",
+            reason="it is damaged, or of something else",
+            remedy="restore it from a copy, or begin a run in another folder",
+        )
     before, after = _fields(found), _fields(json.loads(json.dumps(now)))
     for name in [*after, *(before.keys() - after.keys())]:
         if before.get(name) != after.get(name):

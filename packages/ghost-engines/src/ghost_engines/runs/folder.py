@@ -16,6 +16,7 @@ from ghost_engines.log import LOG, RANK, ScoreLog, has_log
 from ghost_engines.runs.checkpoint import several, write_checkpoint
 from ghost_engines.runs.description import Description, check_same
 from ghost_engines.runs.metrics import Metrics
+from ghost_engines.store import WriterLock
 
 DESCRIPTION = "run.json"
 
@@ -33,6 +34,7 @@ class RunFolder:
         path: The folder, which is there.
         log: The log, open for writing, if steps are logged.
         metrics: The metrics.
+        lock: The lock on the folder, which is let go of when it is left.
 
     Attributes:
         path: The folder.
@@ -40,9 +42,12 @@ class RunFolder:
         metrics: The metrics.
     """
 
-    def __init__(self, path: Path, log: ScoreLog | None, metrics: Metrics) -> None:
+    def __init__(
+        self, path: Path, log: ScoreLog | None, metrics: Metrics, lock: WriterLock
+    ) -> None:
         self.path, self.log, self.metrics = path, log, metrics
         self._stack = ExitStack()
+        self._stack.callback(lock.release)
         if log is not None:
             self._stack.enter_context(log)
         self._stack.callback(metrics.write)
@@ -59,32 +64,25 @@ class RunFolder:
 
         Raises:
             CaptureError: If there is a run already, and this one begins, or it was another, or the
-                path is a file.
-            StoreError: If the log ends before that step, or another process writes it.
+                path is a file, or a file in it is damaged.
+            StoreError: If the log ends before that step, or another run has the folder open.
             DamagedStoreError: If the log is damaged.
             OSError: If it cannot be written.
         """
         if path.is_file():
             raise CaptureError(f"{path} is a file; a run writes a folder")
         make_root(path)
-        description = path / DESCRIPTION
-        if description.exists():
-            if after is None:
-                raise CaptureError(
-                    f"there is a run in {path} already",
-                    reason="its log would go on with steps of another",
-                    remedy="call run.resume(...) or run.load_state_dict(...) first to go on with "
-                    "it, or choose another folder",
-                )
-            check_same(json.loads(description.read_text(encoding="utf-8")), now, str(description))
-        else:
-            data = json.dumps(now, indent=1) + "\n"
-            write_atomically(description, data.encode(), path)
-        log = None
-        if logs:
-            place, there = path / LOG, has_log(path / LOG)
-            log = ScoreLog.resume(place, after=after or 0) if there else ScoreLog.create(place)
-        return cls(path, log, Metrics(path, after or 0))
+        with ExitStack() as stack:
+            lock = WriterLock(path)
+            stack.callback(lock.release)
+            _describe(path, now, begins=after is None)
+            log = None
+            if logs:
+                place, there = path / LOG, has_log(path / LOG)
+                log = ScoreLog.resume(place, after=after or 0) if there else ScoreLog.create(place)
+            folder = cls(path, log, Metrics(path, after or 0), lock)
+            stack.pop_all()
+        return folder
 
     def __enter__(self) -> Self:
         return self
@@ -109,3 +107,26 @@ class RunFolder:
             OSError: If that fails; then the last one is still there.
         """
         write_checkpoint(self.path, state)
+
+
+def _describe(path: Path, now: Description, *, begins: bool) -> None:
+    """Write what a run is into its folder, or compare it with what is there."""
+    description = path / DESCRIPTION
+    if not description.exists():
+        write_atomically(description, (json.dumps(now, indent=1) + "\n").encode(), path)
+        return
+    if begins:
+        raise CaptureError(
+            f"there is a run in {path} already",
+            reason="its log would go on with steps of another",
+            remedy="call run.resume(...) or run.load_state_dict(...) first to go on with "
+            "it, or choose another folder",
+        )
+    try:
+        found = json.loads(description.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CaptureError(
+            f"{description} is no JSON, or damaged: {error}",
+            remedy="restore the file from a copy, or begin a run in another folder",
+        ) from error
+    check_same(found, now, str(description))
