@@ -6,6 +6,7 @@ import functools
 import hashlib
 import pickle
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -65,9 +66,15 @@ class _Digest:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors by their contents: torch names their memory by its address."""
+    """Pickles tensors by their contents: torch names their memory by its address.
+
+    Functions go by name, as ever, but need not be found again: those of a notebook's cell or of a
+    script that is executed are known as well. Lambdas and nested ones share theirs, and are not.
+    """
 
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, FunctionType) and "<" not in value.__qualname__:
+            return tuple, ((value.__module__, value.__qualname__),)
         if not isinstance(value, Tensor):
             return NotImplemented
         flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
