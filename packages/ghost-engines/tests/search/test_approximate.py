@@ -39,6 +39,33 @@ class TestWithFaiss:
             assert torch.equal(found.ids, exact.ids)
             assert torch.equal(found.ordinals, exact.ordinals)
 
+    @pytest.mark.parametrize("size", [1e-38, 1e-9, 1e6, 1e30])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_rows_of_any_size_are_found(self, tmp_path, size, dtype):
+        rows, queries = (torch.randn(300, K).double() * size).to(dtype), torch.randn(3, K)
+        queries = queries.double() / size
+        store = stored(tmp_path / "g", rows)
+        index = ApproximateIndex.of(store)
+        found, exact = index.search(queries, 5, probes=index.cells), store.search(queries, 5)
+        torch.testing.assert_close(found.scores, exact.scores, rtol=2e-3, atol=2e-3)
+        assert torch.equal(found.ids, exact.ids)
+        if dtype == torch.float32 and size > 1e29:
+            with pytest.raises(StoreError, match=r"scores overflow torch\.float32"):
+                index.search(torch.full((1, K), 1e30), 5)
+
+    def test_rows_beyond_float32_are_found(self, tmp_path):
+        for size in (1e-170, 1e160):
+            rows = torch.randn(100, K, dtype=torch.float64) * size
+            store, queries = stored(tmp_path / str(size), rows), torch.randn(2, K).double() / size
+            found = ApproximateIndex.of(store, cells=2).search(queries, 5)
+            assert torch.equal(found.ids, store.search(queries, 5).ids)
+
+    def test_whitened_queries_that_overflow_are_refused(self, tmp_path):
+        store = stored(tmp_path / "g", torch.randn(100, K) * 1e-25)
+        index = ApproximateIndex.of(store, cells=2)
+        with pytest.raises(StoreError, match=r"whitened queries overflow torch\.float32"):
+            index.search(torch.randn(1, K), 5, Whitening.of(store))
+
     def test_with_few_cells_it_finds_most(self, tmp_path):
         centres = torch.randn(20, K) * 4
         rows = centres.repeat(100, 1) + torch.randn(2000, K)
@@ -57,9 +84,10 @@ class TestWithFaiss:
             ApproximateIndex.of(store, "cosine").search(queries, by=by)
 
     def test_what_does_not_fit_is_refused(self, tmp_path):
-        store = stored(tmp_path / "g", torch.full((4, K), 1e6))
-        with pytest.raises(StoreError, match="overflow float16"):
+        store = stored(tmp_path / "g", torch.full((4, K), 1e6) * torch.logspace(0, -12, 4)[:, None])
+        with pytest.raises(StoreError, match="some rows underflow float16"):
             ApproximateIndex.of(store)
+        assert ApproximateIndex.of(store, "cosine").search(torch.ones(1, K), 4).scores.min() > 0.99
         with pytest.raises(StoreError, match="4 rows for 5 cells"):
             ApproximateIndex.of(store, cells=5)
         with pytest.raises(UnknownNameError, match="cosine, dot"):

@@ -49,6 +49,14 @@ def test_near_duplicates_in_some_parameters(tmp_path):
     assert [tuple(pair) for pair in found.ordinals.tolist()] == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rows_are_found_with_a_threshold_of_1(tmp_path, dtype):
+    rows = torch.randn(60, K, dtype=dtype).repeat(2, 1)
+    rows = torch.cat([rows, torch.zeros(2, K, dtype=dtype)])
+    found = near_duplicates(stored(tmp_path / "g", rows), 1, block=50)
+    assert found.ordinals.tolist() == [[at, at + 60] for at in range(60)]
+
+
 def test_no_pairs_of_no_rows(tmp_path):
     found = near_duplicates(stored(tmp_path / "g", torch.empty(0, K)), 0.5)
     assert found.ids.shape == found.ordinals.shape == (0, 2)
@@ -57,7 +65,9 @@ def test_no_pairs_of_no_rows(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"threshold": 0.0}, "above 0"), ({"threshold": 1.5}, "at most 1"),
+    [({"threshold": "x"}, "threshold must be a number"),
+     ({"threshold": 0.5, "device": "nope"}, "device"),
+     ({"threshold": 0.0}, "above 0"), ({"threshold": 1.5}, "at most 1"),
      ({"threshold": 0.9, "block": 0}, "block"), ({"threshold": 0.9, "most": 5}, "more than 5")],
 )  # fmt: skip
 def test_a_threshold_that_is_none_or_finds_too_many_is_refused(tmp_path, given, message):

@@ -188,9 +188,35 @@ def test_what_has_no_inverse_is_refused(tmp_path):
     assert zero.tolist() == [0.0] * 5
 
 
+def test_a_direction_that_rounding_alone_fills_is_refused_and_damping_helps(tmp_path):
+    rows = torch.randn(200, K, dtype=torch.float64)
+    rows[:, 2] = 0.3 * rows[:, 0] + 0.7 * rows[:, 1]
+    rows[:, 8] = rows[:, 7] / 3
+    store = stored(tmp_path / "g", rows)
+    for blocks, name in (("parameter", r"a\.weight"), ("all", "all columns")):
+        with pytest.raises(StoreError, match=f"moments of {name} cannot .* damping=0"):
+            store.search(rows[:2], by=Whitening.of(store, 0, blocks))
+        found = scores(store, rows[:2], Whitening.of(store, 1e-3, blocks)).scores
+        torch.testing.assert_close(found, whitened(rows, rows[:2], 1e-3, GROUPS[blocks]))
+    steep = stored(tmp_path / "h", torch.randn(50, K).double() * torch.logspace(0, -10, K).double())
+    assert Whitening.of(steep, 0, "all").self_influence(steep).mean() == pytest.approx(K)
+
+
+@pytest.mark.parametrize(("size", "reason"), [(1e-170, "underflows"), (1e160, "overflows")])
+def test_rows_whose_squares_leave_float64_are_refused(tmp_path, size, reason):
+    rows = torch.randn(20, K, dtype=torch.float64)
+    rows[:, columns_of("c.weight")] *= size
+    store = stored(tmp_path / "g", rows)
+    with pytest.raises(StoreError, match=r"in c\.weight") as caught:
+        Whitening.of(store)
+    assert reason in caught.value.reason
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
+        ({"damping": "x"}, StoreError, "damping must be a number"),
+        ({"device": "nope"}, StoreError, "device must be one that is there, not 'nope'"),
         ({"blocks": "layer"}, UnknownNameError, "all, parameter"),
         ({"damping": -1.0}, StoreError, "damping must be 0 or more"),
         ({"damping": float("nan")}, StoreError, "damping must be 0 or more"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import frexp, sqrt
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ghost_core import MissingExtraError, UnknownNameError
-from ghost_core.algebra import full_precision
+from ghost_core.algebra import accumulation_dtype, full_precision
 from ghost_core.arguments import whole
 from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
@@ -21,12 +23,19 @@ from ghost_engines.store import (
     Queries,
     Scorer,
     StoreError,
+    check_store,
     columns_of,
     unit_length,
 )
 
 _PER_CELL = 64
 """Rows for each cell, on average, that cells are laid out with."""
+
+_TOP = 15
+"""The largest number in an index is below two to this power; float16 ends at two to the 16th."""
+
+_LEAST = 2.0**-14
+"""The least number that float16 holds with all its digits."""
 
 
 class ApproximateIndex:
@@ -40,10 +49,16 @@ class ApproximateIndex:
     """
 
     def __init__(
-        self, store: GradientStore, by: str, parameters: Patterns | None, index: Any, ids: Any
+        self,
+        store: GradientStore,
+        by: str,
+        parameters: Patterns | None,
+        index: Any,
+        ids: Any,
+        power: int,
     ) -> None:
         self._store, self._by, self._parameters = store, by, parameters
-        self._index, self._ids = index, ids
+        self._index, self._ids, self._power = index, ids, power
 
     @classmethod
     def of(
@@ -67,9 +82,11 @@ class ApproximateIndex:
         Raises:
             MissingExtraError: If FAISS is not installed.
             UnknownNameError: If the metric does not exist, or a glob matches nothing.
-            StoreError: If there are more cells than rows, or numbers overflow float16.
+            StoreError: If there are more cells than rows, or float16 cannot hold the shortest rows
+                and the longest ones, multiplied with one power of two.
             DamagedStoreError: If a file went missing or was altered.
         """
+        check_store(store)
         if by not in METRICS:
             raise UnknownNameError("metric", by, METRICS)
         faiss, columns, n = _faiss(), columns_of(store.manifest, parameters), len(store)
@@ -77,15 +94,9 @@ class ApproximateIndex:
         if cells > n:
             raise StoreError(f"there are {n} rows for {cells} cells")
 
-        def read(rows: torch.Tensor) -> np.ndarray:
-            found = rows[:, columns].float()
-            found = unit_length(found) if by == "cosine" else found
-            if not found.half().isfinite().all():
-                raise StoreError(
-                    "rows overflow float16, in which an index holds them",
-                    remedy='choose by="cosine", or search the store, which is exact',
-                )
-            return np.ascontiguousarray(found.numpy())
+        def read(rows: Tensor) -> Tensor:
+            found = rows[:, columns].to(accumulation_dtype(store.dtype))
+            return unit_length(found) if by == "cosine" else found
 
         width = len(torch.arange(store.k_total)[columns])
         flat = faiss.IndexFlatIP(width)
@@ -96,18 +107,21 @@ class ApproximateIndex:
         step = max(1, n // (cells * _PER_CELL))
         ids = []
         with full_precision(torch.device("cpu")), Progress(2 * n, "index", progress) as bar:
-            some = []
+            some, largest = [], 0.0
             for found in store.scan():
-                some.append(read(found.rows)[::step])
+                rows = read(found.rows)
+                largest = max(largest, rows.abs().max().item())
+                some.append(rows[::step].clone())
                 bar.advance(len(found))
-            index.train(np.concatenate(some))
+            power = _TOP - frexp(largest)[1]
+            index.train(_scaled(torch.cat(some), power))
             for found in store.scan():
-                index.add(read(found.rows))
+                index.add(_scaled(read(found.rows), power))
                 ids.append(found.ids.clone())
                 bar.advance(len(found))
         index.own_fields = True  # so that it keeps the inner one, which python then lets go
         flat.this.disown()
-        return cls(store, by, parameters, index, torch.cat(ids))
+        return cls(store, by, parameters, index, torch.cat(ids), power)
 
     @property
     def cells(self) -> int:
@@ -130,7 +144,7 @@ class ApproximateIndex:
             Scores, ids and ordinals, each `[Q, min(k, len)]`, best first.
 
         Raises:
-            StoreError: If something does not fit, or the cells hold fewer rows.
+            StoreError: If something does not fit, the cells hold fewer rows, or scores overflow.
         """
         if by is not None and (isinstance(by, str) or self._by != "dot"):
             raise StoreError(
@@ -140,14 +154,49 @@ class ApproximateIndex:
         k = min(whole("k", k, least=1, error=StoreError), len(self._store))
         probes = min(whole("probes", probes, least=1, error=StoreError), self.cells)
         asked = Scorer(self._store, queries, by or self._by, 1.0, self._parameters, "cpu").queries
+        if not asked.isfinite().all():
+            raise StoreError(f"whitened queries overflow {asked.dtype}: give them as float64")
+        powers = -asked.abs().amax(1, keepdim=True).double().frexp().exponent
         self._index.nprobe = probes
-        scores, found = self._index.search(np.ascontiguousarray(asked.float().numpy()), k)
+        scores, found = self._index.search(_floats(_times(asked.double(), powers)), k)
         ordinals = torch.from_numpy(found)
         if (ordinals < 0).any():
             raise StoreError(
                 f"{probes} cells hold fewer than {k} rows for some queries", remedy="raise probes"
             )
-        return Neighbours(torch.from_numpy(scores), self._ids[ordinals], ordinals)
+        back = -powers - self._power
+        unscaled = _times(torch.from_numpy(scores).double(), back).to(asked.dtype)
+        if not unscaled.isfinite().all():
+            raise StoreError(f"scores overflow {asked.dtype}: give the queries as float64")
+        return Neighbours(unscaled, self._ids[ordinals], ordinals)
+
+
+def _scaled(rows: Tensor, power: int) -> npt.NDArray[np.float32]:
+    """Return rows times two to a power, float32, of which float16 holds all digits that it has.
+
+    Raises:
+        StoreError: If some are too short for it.
+    """
+    scaled = _times(rows.double(), torch.tensor(power))
+    short = (scaled.abs().amax(1) < _LEAST) & (rows != 0).any(1)
+    if short.any():
+        raise StoreError(
+            "some rows underflow float16, in which an index holds them",
+            reason="their numbers are less than a 500,000,000th of those of the longest rows",
+            remedy='choose by="cosine", or search the store, which is exact',
+        )
+    return _floats(scaled)
+
+
+def _floats(numbers: Tensor) -> npt.NDArray[np.float32]:
+    found: npt.NDArray[np.float32] = np.ascontiguousarray(numbers.float().numpy())
+    return found
+
+
+def _times(numbers: Tensor, powers: Tensor) -> Tensor:
+    """Multiply float64 with powers of two, which may lie outside of float64 themselves."""
+    half = powers // 2
+    return numbers * half.double().exp2() * (powers - half).double().exp2()
 
 
 def _faiss() -> Any:

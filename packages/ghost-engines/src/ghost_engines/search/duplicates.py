@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -11,7 +12,15 @@ from ghost_core.algebra import accumulation_dtype, full_precision
 from ghost_core.arguments import whole
 from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
-from ghost_engines.store import GradientStore, StoreError, columns_of, unit_length
+from ghost_engines.store import (
+    GradientStore,
+    StoreError,
+    check_store,
+    columns_of,
+    device_of,
+    number,
+    unit_length,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +59,8 @@ def near_duplicates(
     """Find all pairs of rows with a cosine of at least a threshold.
 
     Compares every row with every other one, two blocks at a time: N² / 2 products, and memory for
-    two blocks, their scores and what was found. Cosines are rounded as those of a search are.
+    two blocks, their scores and what was found. Cosines are rounded as those of a search are, and
+    the threshold is lowered by what rounding can take from one: with 1, equal rows are found.
 
     Args:
         store: The store.
@@ -66,6 +76,8 @@ def near_duplicates(
         StoreError: If the threshold is none, or there are more pairs.
         DamagedStoreError: If a file went missing or was altered.
     """
+    check_store(store)
+    threshold, device = number("threshold", threshold), device_of(device)
     if not 0 < threshold <= 1:
         raise StoreError(f"threshold must be above 0 and at most 1, not {threshold}")
     block = whole("the rows of a block", block, least=1, error=StoreError)
@@ -78,15 +90,16 @@ def near_duplicates(
         return unit_length(rows.to(device, dtype))
 
     found: list[tuple[Tensor, Tensor]] = []
-    count = 0
-    with full_precision(torch.device(device)), Progress(n, "near duplicates", progress) as bar:
+    taken = 0
+    with full_precision(device), Progress(n, "near duplicates", progress) as bar:
         for first in range(0, n, block):
             left = unit(first)
+            least = threshold * (1 - _rounding(left))
             for second in range(first, n, block):
                 scores = left @ (left if second == first else unit(second)).mT
-                pairs = (scores.triu_(1) if second == first else scores) >= threshold
-                count += int(pairs.sum())
-                if count > most:
+                pairs = (scores.triu_(1) if second == first else scores) >= least
+                taken += int(pairs.sum())
+                if taken > most:
                     raise StoreError(
                         f"more than {most} pairs have a cosine of at least {threshold}",
                         reason="what is found is kept in memory",
@@ -107,3 +120,11 @@ def _in_order(
     order = (ordinals[:, 0] * max(len(store), 1) + ordinals[:, 1]).argsort()
     ordinals = ordinals[order]
     return Pairs(scores[order], store.ids[ordinals], ordinals)
+
+
+def _rounding(rows: Tensor) -> float:
+    """Return how far from 1 the product of a row of length 1 with itself may be.
+
+    Each factor is off by a few eps, and the errors of c products add up as the root of c.
+    """
+    return (4 + sqrt(rows.shape[1])) * torch.finfo(rows.dtype).eps

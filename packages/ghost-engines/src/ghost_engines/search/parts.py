@@ -13,6 +13,7 @@ from ghost_engines.store import (
     Queries,
     Scorer,
     StoreError,
+    check_store,
     parameter_columns,
     unit_length,
 )
@@ -44,11 +45,11 @@ def score_parts(
             which parameter.
         DamagedStoreError: If a file went missing or was altered.
     """
+    check_store(store)
     places = parameter_columns(store.manifest)
     scorer = Scorer(store, queries, by, 1.0, parameters, None)
     asked = scorer.queries
-    if ordinals.dim() != 2 or len(ordinals) != len(asked):
-        raise StoreError(f"ordinals must be [{len(asked)}, k], not {list(ordinals.shape)}")
+    _check_ordinals(ordinals, len(asked))
     taken = torch.arange(store.k_total, device="cpu")[scorer.columns]
     found = {
         name: asked.new_zeros(ordinals.shape)
@@ -67,3 +68,13 @@ def score_parts(
                 here = (taken >= place.start) & (taken < place.stop)
                 part[at] = products[:, here.to(products.device)].sum(1)
     return found
+
+
+def _check_ordinals(ordinals: Tensor, q: int) -> None:
+    if not isinstance(ordinals, Tensor):
+        found = type(ordinals).__name__
+    elif ordinals.dtype != torch.int64 or ordinals.dim() != 2 or len(ordinals) != q:
+        found = f"{ordinals.dtype} of shape {list(ordinals.shape)}"
+    else:
+        return
+    raise StoreError(f"ordinals must be int64 [{q}, k], not {found}")

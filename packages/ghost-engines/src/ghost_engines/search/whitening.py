@@ -24,7 +24,10 @@ from ghost_engines.store import (
     TensorFile,
     check_alike,
     check_contents,
+    check_store,
     columns_of,
+    device_of,
+    number,
     parameter_columns,
     write_tensors,
 )
@@ -33,6 +36,12 @@ BLOCKS = ("all", "parameter")
 """Between which columns second moments are taken: all, or those of each parameter."""
 
 _FORMAT = "ghost whitening 1"
+
+_NOISE = 100
+"""How many times eps, for each column, sums over many rows and a Cholesky factor may be off."""
+
+_SMALLEST = 1e-146
+"""Numbers whose squares have all their digits in float64, and 1 / it for their sums."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,11 +101,13 @@ class Whitening:
         Raises:
             UnknownNameError: If `blocks` does not exist.
             StoreError: If the damping is negative, there are no rows, some are not committed, the
-                manifest does not say which columns belong to which parameter, or what is kept is
-                of other rows.
+                manifest does not say which columns belong to which parameter, what is kept is of
+                other rows, or squares of the rows leave the range of float64.
             DamagedStoreError: If a file was altered.
             OSError: If it cannot be kept.
         """
+        check_store(store)
+        damping, device = number("damping", damping), device_of(device)
         if blocks not in BLOCKS:
             raise UnknownNameError("blocks", blocks, BLOCKS)
         if not isfinite(damping) or damping < 0:
@@ -198,11 +209,13 @@ class Whitening:
         moments.diagonal().add_(self.damping * mean if mean > 0 else 1.0)
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(moments)
-        if failed:
+        # What is left of a column when those before it are taken out, against what rounding leaves.
+        noise = _NOISE * len(moments) * torch.finfo(moments.dtype).eps
+        if failed or not (factor.diagonal().square() > noise * moments.diagonal()).all():
             raise StoreError(
-                f"the second moments of {'all columns' if name == '*' else name} cannot be "
+                f"the second moments of {_said(name)} cannot be "
                 f"inverted with damping={self.damping}",
-                reason="there are directions that no row has",
+                reason="there are directions that no row has, but for rounding",
                 remedy="raise the damping, as to 0.1",
             )
         if whole:
@@ -242,7 +255,7 @@ def _read(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _second_moments(
-    store: GradientStore, blocks: str, device: torch.device | str, progress: bool | None
+    store: GradientStore, blocks: str, device: torch.device, progress: bool | None
 ) -> dict[str, Tensor]:
     """Return the mean of `r rᵀ` of each block, float64, in one pass."""
     if not len(store):
@@ -254,11 +267,29 @@ def _second_moments(
         )
         for name, place in places.items()
     }
-    device = torch.device(device)
+    longest = torch.zeros(store.k_total, dtype=torch.float64, device=device)
     with full_precision(device), Progress(len(store), "whitening", progress) as bar:
         for found in store.scan():
             rows = found.rows.to(device).double()
+            torch.maximum(longest, rows.abs().amax(0), out=longest)
             for name, place in places.items():
                 moments[name].addmm_(rows[:, place].mT, rows[:, place])
             bar.advance(len(found))
+    for name, place in places.items():
+        _check_range(name, longest[place].max().item())
     return {name: (moment / len(store)).cpu() for name, moment in moments.items()}
+
+
+def _check_range(name: str, largest: float) -> None:
+    """Refuse rows of which second moments are zero or infinite, and the rows are not."""
+    if largest == 0 or _SMALLEST < largest < 1 / _SMALLEST:
+        return
+    raise StoreError(
+        f"rows have no second moments in {_said(name)}: their largest number is {largest:.3g}",
+        reason=f"its square {'under' if largest < 1 else 'over'}flows float64",
+        remedy='scale the loss that rows are made of, or search by="cosine"',
+    )
+
+
+def _said(name: str) -> str:
+    return "all columns" if name == "*" else name

@@ -15,6 +15,7 @@ from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.exporting import export
+from ghost_engines.store.given import check_store, device_of, number
 from ghost_engines.store.labels import Labels
 from ghost_engines.store.listing import clean, has_shards, listed_units, shard_path
 from ghost_engines.store.lock import WriterLock
@@ -53,13 +54,16 @@ __all__ = [
     "best",
     "check_alike",
     "check_contents",
+    "check_store",
     "clean",
     "columns_of",
+    "device_of",
     "export",
     "has_shards",
     "header",
     "listed_units",
     "merge",
+    "number",
     "parameter_columns",
     "shard_path",
     "unit_length",

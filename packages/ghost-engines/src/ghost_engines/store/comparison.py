@@ -16,6 +16,7 @@ from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
 from ghost_engines.store.columns import Columns, columns_of, count
 from ghost_engines.store.errors import StoreError
+from ghost_engines.store.given import check_store, device_of, number
 from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.origin import query_rows
 from ghost_engines.store.rows import RowBatch, StoredRows
@@ -112,16 +113,24 @@ class Scorer:
         parameters: Patterns | None,
         device: torch.device | str | None,
     ) -> None:
+        check_store(store)
+        if isinstance(by, type):
+            raise StoreError(
+                f"{by.__name__} is a class, and no way to compare rows",
+                reason="a metric is made of a store",
+                remedy=f"give one that is made, as by={by.__name__}.of(store)",
+            )
         if by not in METRICS and not hasattr(by, "transform"):
             raise UnknownNameError("metric", by, METRICS)
-        if not isfinite(weight):
+        if not isfinite(weight := number("weights", weight)):
             raise StoreError(f"weights must be finite, not {weight}")
         rows = query_rows(queries, store.manifest)
         self.dtype = _check_queries(store, rows)
         self.columns = columns_of(store.manifest, parameters)
         self._cosine = by == "cosine"
-        with full_precision(rows.device):
-            asked = rows.detach().to(device or rows.device, self.dtype)[:, self.columns]
+        place = rows.device if device is None else device_of(device)
+        with full_precision(place):
+            asked = rows.detach().to(place, self.dtype)[:, self.columns]
             if not isinstance(by, str):
                 asked = by.transform(store, asked, self.columns)
             elif self._cosine:
@@ -188,6 +197,8 @@ class Comparison:
         else:
             ways = repeat(by)
         factors = repeat(1.0) if weights is None else _for_each("weights", weights, stores)
+        if isinstance(stores, str) or not isinstance(stores, Sequence):
+            check_store(stores)
         asked = _for_each("queries", queries, stores)
         self._stores, self._block = stores, block
         self._scorers = [
