@@ -312,3 +312,55 @@ def test_batches_cannot_be_packed_and_data_are_not_empty(classifier, samples, tm
     for empty in (TensorDataset(torch.zeros(0, 5)), [], Stream([])):
         with pytest.raises(CaptureError, match="empty"):
             project_dataset(classifier, loss, empty, tmp_path / "g", **OPTIONS)
+        assert not (tmp_path / "g").exists()
+
+
+def names(ids):
+    return ["a" for _ in ids]
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ([("group", names)], "columns is a list"),
+        ({"c": "int64"}, "'c' is 'int64'.*pair of a dtype and a function"),
+        ({"c": ("int64", None)}, "pair of a dtype and a function"),
+        ({"norm": ("float64", torch.Tensor.double)}, "'norm' is what the pass itself computes"),
+        ({"loss": ("float64", torch.Tensor.double)}, "'loss' is what the pass itself computes"),
+        ({"row": ("int64", torch.clone)}, "'row' cannot be the name of a column"),
+        ({"__metadata__": ("int64", torch.clone)}, "'__metadata__' cannot be the name"),
+    ],
+)
+def test_columns_that_cannot_be_are_refused_before_there_is_a_store(
+    columns, told, classifier, samples, tmp_path
+):
+    with pytest.raises((CaptureError, StoreError), match=f"(?s){told}"):
+        project_dataset(classifier, loss, samples, tmp_path / "g", columns=columns, **OPTIONS)
+    assert not (tmp_path / "g").exists()
+
+
+def test_columns_may_have_the_names_of_what_is_left_out(classifier, samples, tmp_path):
+    columns = {"norm": ("float64", torch.Tensor.double), "loss": ("float64", torch.Tensor.double)}
+    store = project_dataset(
+        classifier, loss, samples, tmp_path / "g",
+        columns=columns, norms=False, losses=False, **OPTIONS,
+    ).store  # fmt: skip
+    expected = torch.arange(N, dtype=torch.float64)
+    assert torch.equal(store.columns["norm"], expected)
+    assert torch.equal(store.losses, expected)
+
+
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        (lambda ids: ["a"] * (len(ids) - 1), "a list of 19 values for 20 samples"),
+        (lambda ids: ids[:3], "a Tensor of 3 values for 20 samples"),
+        (lambda ids: ids.sum(), "a Tensor for 20 samples"),
+        (lambda ids: None, "a NoneType for 20 samples"),
+        (lambda ids: "a" * len(ids), "a str for 20 samples"),
+    ],
+)
+def test_a_function_of_ids_returns_one_value_for_each(column, told, classifier, samples, tmp_path):
+    columns = {"c": ("category", column)}
+    with pytest.raises(CaptureError, match=f"the function of 'c' returned {told}"):
+        project_dataset(classifier, loss, samples, tmp_path / "g", columns=columns, **OPTIONS)

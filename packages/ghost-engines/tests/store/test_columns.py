@@ -115,6 +115,11 @@ def test_losses_can_be_declared_and_then_must_be_there(tmp_path):
             store.append(batch(3, 4))
         with pytest.raises(StoreError, match="nothing is cast"):
             store.append(batch(3, 4), torch.ones(1))
+        one = torch.ones(1, dtype=torch.float64)
+        with pytest.raises(StoreError, match="two columns of losses"):
+            store.append(batch(3, 4), one, columns={"loss": 2 * one})
+        with pytest.raises(StoreError, match="must be a mapping"):
+            store.append(batch(3, 4), one, columns=[one])
     read = GradientStore.open(tmp_path / "g")
     assert read.losses.tolist() == [1.0, 2.0, 3.0]
     assert dict(read.columns).keys() == {"loss"}
@@ -136,6 +141,11 @@ def test_losses_can_be_declared_and_then_must_be_there(tmp_path):
         ({"group": "web"}, "must have 3 strings"),
         ({"group": ["web", 3, "code"]}, "strings, not 3"),
         ({"group": torch.ones(3)}, "must have 3 strings"),
+        ({"group": ["web", 0, "code"]}, "strings, not 0"),
+        ({"group": ["web", None, "code"]}, "strings, not None"),
+        ({"group": Labels(torch.zeros(3).int(), [0])}, "strings, not 0"),
+        ({"group": ["web", "a\ud800", "b"]}, r"has '.ud800', which is no text"),
+        ({"group": Labels(torch.zeros(3).int(), ["\udc00"])}, r"has '.udc00', which is no text"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused_and_nothing_is_stored(tmp_path, change, told):

@@ -135,6 +135,17 @@ def test_losses_must_be_of_one_kind(tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+def test_a_source_stays_as_it_is_when_it_is_named_as_the_target(tmp_path):
+    given = sources(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    (tmp_path / "link").symlink_to(given[0])
+    for into in (given[0], given[2], tmp_path / "link"):
+        with pytest.raises(StoreError, match="one of those that are to be merged"):
+            merge(given, into)
+    (tmp_path / "link").unlink()
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
 def test_an_altered_source_is_noticed(tmp_path):
     given = sources(tmp_path)
     path = shard_path(given[0], 1)

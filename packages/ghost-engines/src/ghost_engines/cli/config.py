@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -70,18 +71,44 @@ def _parsed(kind: type[Any], values: Mapping[str, Any], path: Path) -> dict[str,
     hints = get_type_hints(kind)
     found: dict[str, Any] = {}
     for name, value in values.items():
-        wanted = str(hints[name])
-        if isinstance(value, Mapping):
-            found[name] = tuple(f"{key}={each}" for key, each in value.items())
-        elif isinstance(value, list):
-            found[name] = tuple(map(str, value)) if "tuple" in wanted else ",".join(map(str, value))
-        elif isinstance(value, bool) or "int" in wanted:
-            fits = isinstance(value, bool) == (hints[name] is bool) and isinstance(value, int)
-            if not fits and value is not None:
-                raise CommandError(f"--config: {name} in {path} is {value!r}")
-            found[name] = value
-        elif "Path" in wanted and value is not None:
-            found[name] = Path(str(value))
-        else:
-            found[name] = None if value is None else str(value)
+        kinds = get_args(hints[name]) if get_origin(hints[name]) is UnionType else (hints[name],)
+        try:
+            found[name] = None if value is None and NoneType in kinds else _value(value, kinds[0])
+        except ValueError as error:
+            raise CommandError(f"--config: {name} in {path} is {value!r}{error}") from error
     return found
+
+
+def _value(value: Any, kind: Any) -> Any:
+    """Return what a file says as a value of the type that an option has.
+
+    Raises:
+        ValueError: If it is none; it says what would be one.
+    """
+    several = isinstance(value, Mapping | list)
+    if get_origin(kind) is tuple:
+        if isinstance(value, Mapping):
+            return tuple(f"{key}={_text(each)}" for key, each in value.items())
+        return tuple(map(_text, value if several else [value]))
+    if kind in (int, bool):
+        if type(value) is not kind:
+            raise ValueError(", and should be " + ("true or false" if kind is bool else "whole"))
+        return value
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"; there are {', '.join(get_args(kind))}")
+        return value
+    if kind is str and isinstance(value, list):
+        return ",".join(map(_text, value))
+    return kind(_text(value))
+
+
+def _text(value: Any) -> str:
+    """Return one value as the shell would give it.
+
+    Raises:
+        ValueError: If it is none, or several.
+    """
+    if value is None or isinstance(value, bool | Mapping | list):
+        raise ValueError(", and should be one value")
+    return str(value)

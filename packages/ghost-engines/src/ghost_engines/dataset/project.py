@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from ghost_core import CaptureError
 from ghost_core.arguments import module, whole
 from ghost_core.state import untouched
 from ghost_engines.dataset.batches import Ids
+from ghost_engines.dataset.columns import ColumnOf, check_columns, column_values
 from ghost_engines.dataset.known import KnownIds, MetIds
 from ghost_engines.dataset.losses import PerSampleLoss, checked
 from ghost_engines.dataset.windows import (
@@ -32,9 +33,6 @@ from ghost_engines.digest import model_digest
 from ghost_engines.progress import Progress
 from ghost_engines.projection import ProjectionEngine, ProjectionOptions
 from ghost_engines.store import MANIFEST, DataFile, GradientStore, Manifest
-
-ColumnOf = Callable[[Tensor], Any]
-"""Returns, for sample ids int64 `[n]`, a tensor or array `[n]`, or n strings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +104,7 @@ def project_dataset(
             `input_ids` are padded.
         columns: What else to store of each sample, by name: a dtype, as a store declares it, and
             a function of sample ids that returns numbers or strings. Domains, say, are
-            `{"group": ("category", corpus.groups)}`.
+            `{"group": ("category", corpus.groups)}`. None is called as those that are computed.
         norms: Whether to store norms, of rows before any `unit_norm`, as the column `norm`.
         losses: Whether to store losses.
         unit: Rows per file of the store.
@@ -135,6 +133,7 @@ def project_dataset(
     for name, count in {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch}.items():
         if count is not None:
             whole(name, count, least=1)
+    check_columns(columns, ["norm"] * norms + ["loss"] * losses)
     root = Path(into)
     resumed = (root / MANIFEST).exists()
     unit = Manifest.read(root).unit if resumed else whole("unit", unit, least=1)
@@ -143,28 +142,17 @@ def project_dataset(
     declared = {name: dtype for name, (dtype, _) in columns.items()}
     declared |= {"norm": "float32"} if norms else {}
     known = {"model": model_digest(model), **({} if info is None else info)}
-    if part is not None:
-        store = GradientStore.join(
-            root,
-            engine,
-            part=part,
-            unit=unit,
-            columns=declared,
-            info=known,
-            data=files,
-            notes=notes,
-        )
-    elif resumed:
-        store = GradientStore.resume(root, engine, columns=declared, info=known, data=files)
-    else:
-        store = GradientStore.create(
-            root, engine, unit=unit, columns=declared, info=known, data=files, notes=notes
-        )
     found = {name: function for name, (_, function) in columns.items()}
     job = _Job(per_sample_loss, engine, windows, found, norms, losses)
-    with torch.enable_grad(), untouched(model), Writer(store) as writer, engine.frozen():
+    with torch.enable_grad(), untouched(model):
         model.eval()
-        with Progress(windows.total, "project", progress, "sample") as bar:
+        windows.begin()  # an empty data set leaves no store
+        store = _opened(root, engine, part, unit, notes, columns=declared, info=known, data=files)
+        with (
+            Writer(store) as writer,
+            engine.frozen(),
+            Progress(windows.total, "project", progress, "sample") as bar,
+        ):
             job.run(writer, bar)
     seconds = time.monotonic() - started
     return ProjectedData(
@@ -174,6 +162,22 @@ def project_dataset(
         tokens=job.tokens,
         seconds=seconds,
     )
+
+
+def _opened(
+    root: Path,
+    engine: ProjectionEngine,
+    part: tuple[int, int] | None,
+    unit: int,
+    notes: Mapping[str, Any] | None,
+    **given: Any,
+) -> GradientStore:
+    """Open the store for writing, or make it."""
+    if part is not None:
+        return GradientStore.join(root, engine, part=part, unit=unit, notes=notes, **given)
+    if (root / MANIFEST).exists():
+        return GradientStore.resume(root, engine, **given)
+    return GradientStore.create(root, engine, unit=unit, notes=notes, **given)
 
 
 @dataclass
@@ -221,7 +225,10 @@ class _Job:
             self.skipped += int((~new).sum())
             self.samples += int(new.sum())
             parts = [self._project(window, each, batch, bar) for each, batch in window.batches]
-            columns = {name: column(window.ids) for name, column in self.columns.items()}
+            columns = {
+                name: column_values(name, column, window.ids)
+                for name, column in self.columns.items()
+            }
             writer.put(Written(window.ids, new, parts, columns, self.norms, self.losses))
 
     def _skip(self, count: int, bar: Progress) -> None:

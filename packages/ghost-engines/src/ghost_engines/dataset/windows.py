@@ -134,6 +134,7 @@ class Windows:
                     remedy="give a data set of samples, with a length and items or to iterate over",
                 )
             self._batches = Batches(data, "data", packing.batch_size or 32)
+        self._begun: Iterator[Any] | None = None
         self.total: int | None = None
         if self._batches is not None:
             self.total = self._batches.total
@@ -149,37 +150,56 @@ class Windows:
             )
         self.numbered = self.positions and ids is None and taken_apart(data[0])[0] is None
 
+    def begin(self) -> None:
+        """Read the first samples of data that do not say how many there are.
+
+        They are kept for `among`, so that an iterator may give its samples once.
+
+        Raises:
+            CaptureError: If there is none, or their ids are missing or mean nothing.
+        """
+        if self.positions:
+            return
+        read: Iterator[Any] = self._stream()
+        if self._batches is not None:
+            read = self._batches.with_ids(self._ids)
+        try:
+            first = next(read)
+        except StopIteration:
+            raise CaptureError(
+                "data is empty", remedy="give data with at least one sample"
+            ) from None
+        self._begun = itertools.chain([first], read)
+
     def among(self, wanted: Callable[[int, int], bool]) -> Iterator[Window]:
-        """Yield windows.
+        """Yield windows, after `begin`.
 
         Args:
             wanted: Told the position of a window's first sample and how many it has, where any
                 sample can be asked for; says whether to load it.
 
         Raises:
-            CaptureError: If there is none, or ids are missing or mean nothing.
+            CaptureError: If ids are missing or mean nothing.
         """
-        if self._batches is not None:
-            for ids, batch in self._batches.with_ids(self._ids):
+        if self.positions:
+            for window in self._windows():
+                if wanted(window.start, len(window)):
+                    yield self._window(window.start, [self._data[at] for at in window])
+            return
+        assert self._begun is not None
+        for found in self._begun:
+            if self._batches is None:
+                yield self._window(*found)
+            else:
+                ids, batch = found
                 yield Window(ids, iter([(torch.arange(len(ids)), batch)]))
-            return
-        empty = True
-        for start, samples in self._samples(wanted):
-            empty = False
-            yield self._window(start, samples)
-        if empty and not self.positions:
-            raise CaptureError("data is empty", remedy="give data with at least one sample")
 
-    def _samples(self, wanted: Callable[[int, int], bool]) -> Iterator[tuple[int, list[Any]]]:
-        if not self.positions:
-            stream, start = iter(self._data), 0
-            while samples := list(itertools.islice(stream, self._size)):
-                yield start, samples
-                start += len(samples)
-            return
-        for window in self._windows():
-            if wanted(window.start, len(window)):
-                yield window.start, [self._data[at] for at in window]
+    def _stream(self) -> Iterator[tuple[int, list[Any]]]:
+        """Yield samples that are iterated over, with the position of the first of them."""
+        stream, start = iter(self._data), 0
+        while samples := list(itertools.islice(stream, self._size)):
+            yield start, samples
+            start += len(samples)
 
     def _windows(self) -> Iterator[range]:
         """Yield the positions of each window in the units that are wanted."""

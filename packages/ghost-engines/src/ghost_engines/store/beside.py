@@ -127,8 +127,6 @@ def checked_columns(
     Raises:
         StoreError: If one is missing, unknown, or does not fit.
     """
-    if not isinstance(given, Mapping):
-        raise StoreError(f'columns must be a mapping like {{"norm": norms}}, not {given!r}')
     if missing := sorted(columns.keys() - given.keys()):
         raise StoreError(
             f"the batch has no column {', '.join(missing)}",
@@ -156,10 +154,25 @@ def _labels(name: str, values: ColumnValues, n: int, names: Names) -> Labels:
     if isinstance(strings, str) or not isinstance(strings, Sequence) or len(strings) != n:
         raise StoreError(f"column {name} must have {n} strings, one for each row, not {values!r}")
     if isinstance(strings, Labels):
+        _check_strings(name, strings.names)
         return Labels(strings.numbered(names), names)
-    if wrong := next((value for value in strings if not isinstance(value, str)), None):
-        raise StoreError(f"column {name} must have strings, not {wrong!r}")
+    _check_strings(name, strings)
     return Labels(names.numbers(strings), names)
+
+
+def _check_strings(name: str, strings: Sequence[Any]) -> None:
+    """Refuse what is no text: other objects, and lone surrogates, which no file can hold."""
+    for value in strings:
+        if not isinstance(value, str):
+            raise StoreError(f"column {name} must have strings, not {value!r}")
+    try:
+        "".join(strings).encode()
+    except UnicodeEncodeError as error:
+        raise StoreError(
+            f"column {name} has {error.object[error.start : error.end]!r}, which is no text",
+            reason=f"it cannot be written in UTF-8: {error.reason}",
+            remedy='repair the string, as in text.encode(errors="replace").decode()',
+        ) from error
 
 
 def _numbers(name: str, values: ColumnValues, n: int, column: Column) -> Tensor:

@@ -51,13 +51,14 @@ def merge(
     Raises:
         UnknownNameError: If there is no such way to treat duplicates.
         StoreError: If there are no sources, their rows are not of one kind, several have a sample,
-            or `into` holds something else.
+            `into` is one of the sources, or it holds something else.
         DamagedStoreError: If a file of a source is missing or was altered.
         OSError: If something cannot be read or written.
     """
     stores = [GradientStore.open(path) for path in sources]
     if not stores:
         raise StoreError("there is nothing to merge", remedy="give the folders of some stores")
+    _check_apart(stores, into)
     _check_same_kind(stores)
     if duplicates == "error" and (twice := several_times(torch.cat([s.ids for s in stores]))):
         raise StoreError(
@@ -78,6 +79,19 @@ def merge(
                 target.append(rest, rest.loss, columns=rest.columns)
                 bar.advance(len(block))
     return GradientStore.open(into)
+
+
+def _check_apart(stores: Sequence[GradientStore], into: StrPath) -> None:
+    """Refuse to write into a source."""
+    if not (Path(into) / MANIFEST).exists():
+        return
+    target = Path(into).resolve()
+    if any(store.path.resolve() == target for store in stores):
+        raise StoreError(
+            f"the store at {into} is one of those that are to be merged",
+            reason="the sources stay as they are",
+            remedy="choose another folder for the merged store",
+        )
 
 
 def _check_same_kind(stores: Sequence[GradientStore]) -> None:

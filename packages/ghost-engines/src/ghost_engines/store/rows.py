@@ -99,6 +99,8 @@ def checked(
         StoreError: If a shape or a dtype does not fit.
     """
     _check_tensors(batch, loss)
+    if not isinstance(columns, Mapping):
+        raise StoreError(f'columns must be a mapping like {{"norm": norms}}, not {columns!r}')
     ids, rows = batch.ids, batch.rows
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise StoreError(f"ids must be int64 [N], not {_kind(ids)}")
@@ -114,6 +116,12 @@ def checked(
     if loss is not None and (loss.shape != ids.shape or loss.dtype not in STORAGE_DTYPES.values()):
         raise StoreError(
             f"loss must be [{len(ids)}], of dtype {', '.join(STORAGE_DTYPES)}, not {_kind(loss)}"
+        )
+    if loss is not None and LOSS in columns:
+        raise StoreError(
+            "the batch has two columns of losses",
+            reason="loss was given, and columns has one called loss",
+            remedy="give one of them",
         )
     if loss is not None and LOSS in manifest.declared:
         columns = {**columns, LOSS: loss}
