@@ -1,7 +1,9 @@
 """Configs are checked field by field; what does not exist is named with what does."""
 
+import json
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from ghost_core import CaptureError, UnknownNameError
@@ -86,3 +88,11 @@ def test_a_file_that_is_no_config_is_refused(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises((CaptureError, UnknownNameError), match=message):
         RunConfig.read(path)
+
+
+def test_numbers_of_numpy_are_as_pythons_own():
+    given = {"values": np.bool_(False)}
+    given |= {name: np.int64(2) for name in ("order", "history", "refresh", "log_every")}
+    found = RunConfig(folder="a", **given)
+    assert found.values is False
+    assert json.loads(json.dumps(found.to_dict()))["order"] == 2

@@ -75,14 +75,18 @@ class RunConfig:
                 remedy=f"leave it out, or add {DOTS} to the methods",
             )
         self._check_options(engines)
+        # Numpy's own become Python's: they are written as JSON, and asked for with `is`.
+        python: dict[str, object] = {}
         if self.values is not None:
-            switch("values", self.values)
-        if whole("order", self.order, least=1) > 2:
-            raise CaptureError(f"order must be 1 or 2, not {self.order!r}")
+            python["values"] = switch("values", self.values)
         if not isinstance(self.history, bool):
-            whole("history", self.history, least=1)
-        for name in ("refresh", "log_every"):
-            whole(name, getattr(self, name), least=1)
+            python["history"] = whole("history", self.history, least=1)
+        for name in ("order", "refresh", "log_every"):
+            python[name] = whole(name, getattr(self, name), least=1)
+        for name, value in python.items():
+            object.__setattr__(self, name, value)  # it is frozen
+        if self.order > 2:
+            raise CaptureError(f"order must be 1 or 2, not {self.order!r}")
 
     @property
     def engines(self) -> tuple[str, ...]:
