@@ -21,14 +21,16 @@ def test_every_error_is_a_ghost_error() -> None:
 def test_an_unknown_name_lists_what_exists_and_guesses() -> None:
     message = str(UnknownNameError("projection", "gausian", ["rademacher", "gaussian"], "Hint."))
     assert message == (
-        "unknown projection 'gausian'; did you mean 'gaussian'? Available: gaussian, rademacher. "
-        "Hint."
+        "unknown projection 'gausian'; did you mean 'gaussian'? Hint. "
+        "Available: gaussian, rademacher."
     )
 
 
 def test_long_lists_are_cut() -> None:
     message = str(UnknownNameError("layer", "?", [f"l{at:02}" for at in range(50)]))
     assert "l39 and 10 more." in message
+    message = str(UnknownNameError("layer", "?", [f"l{at:02}" for at in range(50)], most=10))
+    assert message.endswith(", l09 and 40 more.")
     assert "none" in str(UnknownNameError("layer", "?", []))
 
 
@@ -43,7 +45,7 @@ def test_a_missing_extra_says_how_to_get_it() -> None:
 def test_what_reason_and_remedy_take_a_line_each() -> None:
     error = WrongSplitError("It is wrong", reason="it is so.", remedy="mend it")
     assert str(error) == "It is wrong\nReason: it is so.\nRemedy: mend it"
-    assert (error.reason, error.remedy) == ("it is so.", "mend it")
+    assert (error.what, error.reason, error.remedy) == ("It is wrong", "it is so.", "mend it")
     assert str(CaptureError("It is wrong", remedy="mend it")) == "It is wrong\nRemedy: mend it"
     assert str(UnbalancedError("It is wrong", reason="why")) == "It is wrong\nReason: why."
 
@@ -58,4 +60,4 @@ def test_errors_cross_processes() -> None:
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error)
         assert str(copy) == str(error)
-        assert (copy.reason, copy.remedy) == (error.reason, error.remedy)
+        assert vars(copy) == vars(error)

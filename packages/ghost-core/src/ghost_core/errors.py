@@ -17,23 +17,27 @@ class GhostError(Exception):
         remedy: What to do about it.
 
     Attributes:
+        what: What is wrong, and where.
         reason: Why it is; empty where `what` says all.
         remedy: What to do about it; empty where `what` says all.
     """
 
     def __init__(self, what: str = "", *, reason: str = "", remedy: str = "") -> None:
-        self.reason, self.remedy = reason, remedy
+        self.what, self.reason, self.remedy = what, reason, remedy
         because = f"Reason: {reason.rstrip('.')}." if reason else ""
         instead = f"Remedy: {remedy}" if remedy else ""
         super().__init__("\n".join(filter(None, (what, because, instead))))
 
     def __reduce__(self) -> tuple[Callable[..., GhostError], tuple[object, ...]]:
-        return _rebuild, (type(self), str(self), self.reason, self.remedy)
+        return _rebuild, (type(self), self.args, vars(self))
 
 
-def _rebuild(kind: type[GhostError], text: str, reason: str, remedy: str) -> GhostError:
+def _rebuild(
+    kind: type[GhostError], args: tuple[object, ...], attributes: dict[str, object]
+) -> GhostError:
     error = kind.__new__(kind)
-    error.args, error.reason, error.remedy = (text,), reason, remedy
+    error.args = args
+    vars(error).update(attributes)
     return error
 
 
@@ -60,18 +64,20 @@ class UnsupportedLayerError(GhostError):
 class UnknownNameError(GhostError, ValueError):
     """A name that does not exist: a layer, an option, a direction, a projection."""
 
-    def __init__(self, kind: str, name: object, choices: Iterable[str], hint: str = "") -> None:
+    def __init__(
+        self, kind: str, name: object, choices: Iterable[str], hint: str = "", most: int = 40
+    ) -> None:
         listed = sorted(choices)
         message = f"unknown {kind} {name!r}"
         if close := isinstance(name, str) and difflib.get_close_matches(name, listed, n=1):
             message += f"; did you mean {close[0]!r}?"
         else:
             message += "."
+        message += f" {hint}" if hint else ""  # before a list that may be long
         # The name of the model itself, among its modules, is empty.
-        shown = ", ".join(each or "'' (the model)" for each in listed[:40]) or "none"
-        more = f" and {len(listed) - 40} more" if len(listed) > 40 else ""
-        message += f" Available: {shown}{more}."
-        super().__init__(message + (f" {hint}" if hint else ""))
+        shown = ", ".join(each or "'' (the model)" for each in listed[:most]) or "none"
+        more = f" and {len(listed) - most} more" if len(listed) > most else ""
+        super().__init__(f"{message} Available: {shown}{more}.")
 
 
 class UnknownOptionError(UnknownNameError, TypeError):

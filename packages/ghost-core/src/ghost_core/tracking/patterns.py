@@ -52,7 +52,7 @@ def select_parameters(
         if not found:
             known = {prefix for aliases in groups for alias in aliases for prefix in _paths(alias)}
             hint = "Patterns are globs over names of modules and parameters, as in '*attn*'."
-            raise UnknownNameError("layer", pattern, known, hint)
+            raise UnknownNameError("layer", pattern, known, hint, most=10)
         chosen |= found
     return chosen
 
