@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, Generic, NoReturn, Self, TypedDict
+from typing import Generic, NoReturn, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class Engine(Listener, Generic[ResultT]):
 
     def __new__(cls, *_: object, **options: object) -> Self:
         """Refuse unknown options before `__init__` does, with a list of those that exist."""
-        defaults = _defaults(cls)
+        defaults = cls.options()
         for name in options:
             if name not in defaults:
                 raise UnknownOptionError(f"option of {cls.__name__}", name, defaults)
@@ -111,6 +111,18 @@ class Engine(Listener, Generic[ResultT]):
             if name != "model" and str(value) != str(defaults[name])
         }
         return engine
+
+    @classmethod
+    def options(cls) -> dict[str, object]:
+        """Return the options that it takes, with their defaults."""
+        own = dict(inspect.signature(cls.__init__).parameters)
+        if any(each.kind is each.VAR_KEYWORD for each in own.values()):
+            own = {**inspect.signature(Engine.__init__).parameters, **own}
+        return {
+            name: each.default
+            for name, each in own.items()
+            if name != "self" and each.kind is not each.VAR_KEYWORD
+        }
 
     def __init__(
         self,
@@ -386,15 +398,3 @@ class Engine(Listener, Generic[ResultT]):
                 for name, flag in changed.items()
             )
             raise CaptureError(f"since the engine was made, {listed}: make a new engine")
-
-
-def _defaults(kind: type[Engine[Any]]) -> dict[str, object]:
-    """Return the options that an engine takes, with their defaults."""
-    own = dict(inspect.signature(kind.__init__).parameters)
-    if any(each.kind is each.VAR_KEYWORD for each in own.values()):
-        own = {**inspect.signature(Engine.__init__).parameters, **own}
-    return {
-        name: each.default
-        for name, each in own.items()
-        if name != "self" and each.kind is not each.VAR_KEYWORD
-    }

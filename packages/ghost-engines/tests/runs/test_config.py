@@ -61,6 +61,10 @@ def test_a_misspelt_field_names_the_nearest(name, tmp_path):
         ({"options": {"gram": {}}}, "unknown engine in options 'gram'"),
         ({"options": {"dot_product": {"mode": "fused"}}}, "mode is a field of its own"),
         ({"options": {"dot_product": {"registry": object()}}}, "cannot be written to a file"),
+        (
+            {"options": {"dot_product": {"exlude": "*"}}},
+            "unknown option of DotProductEngine 'exlude'; did you mean 'exclude'",
+        ),
         ({"options": 3}, "must be a mapping"),
         ({"values": "yes"}, "values must be True or False"),
         ({"order": 3}, "order must be 1 or 2"),

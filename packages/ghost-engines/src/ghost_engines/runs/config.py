@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from ghost_core import CaptureError, MissingExtraError, UnknownNameError, UnknownOptionError
+from ghost_core import CaptureError, Engine, MissingExtraError, UnknownNameError, UnknownOptionError
 from ghost_core.arguments import switch, whole
 from ghost_core.plugins import installed
 from ghost_engines.modes import as_mode
@@ -42,7 +42,7 @@ class RunConfig:
         log_every: Steps after which the log and the metrics are safe on disk.
 
     Raises:
-        UnknownOptionError: If there is no such field.
+        UnknownOptionError: If there is no such field, or no such option of an engine.
         UnknownNameError: If there is no such method or mode, or options are of no engine of it.
         CaptureError: If a value is of another type, or fields do not go together.
     """
@@ -168,7 +168,17 @@ class RunConfig:
                     f"options of {name} have {', '.join(sorted(taken))}",
                     remedy="mode is a field of its own; give the scaler to Run(grad_scaler=...)",
                 )
+            if issubclass(kind := installed().engine(name), Engine):
+                _check_known(given, kind)
             _plain(given, name)
+
+
+def _check_known(given: Iterable[object], kind: type[Engine[Any]]) -> None:
+    """Refuse options that an engine does not take, before there is a model to make it for."""
+    known = kind.options()
+    for name in given:
+        if name not in known:
+            raise UnknownOptionError(f"option of {kind.__name__}", name, known)
 
 
 def _plain(value: Any, where: str = "options") -> Any:
