@@ -165,3 +165,12 @@ def test_history_that_was_not_asked_for_is_refused(run):
     for wrong in (0, -3, 1.5):
         with pytest.raises(CaptureError, match="history must be"):
             InRunValues(run.engine, run.optimizer, history=wrong)
+
+
+def test_the_name_of_a_direction_is_no_sample(run):
+    run.batch(0, 1)
+    run.optimizer.step()
+    (name,) = run.values.directions
+    with pytest.raises(UnknownNameError, match=f"'{name}' is the name of a direction") as caught:
+        run.values[name]
+    assert f"values[sample, {name!r}]" in caught.value.remedy

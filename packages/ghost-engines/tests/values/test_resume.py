@@ -128,6 +128,17 @@ def test_batches_that_waited_for_a_step_are_skipped_and_said(mlp, caplog):
     assert values.steps == 2
 
 
+@pytest.mark.parametrize("lacking", [("sums",), ("sums", "run", "history", "engine")])
+def test_a_state_that_lacks_something_is_refused(lacking, mlp, draw_directions):
+    engine = DotProductEngine(mlp)
+    engine.add_direction("a", draw_directions(mlp, 1)["random 0"])
+    values = InRunValues(engine, torch.optim.SGD(mlp.parameters(), lr=0.1))
+    state = {name: each for name, each in values.state_dict().items() if name not in lacking}
+    with pytest.raises(CaptureError, match=f"it lacks {', '.join(lacking)}\n") as caught:
+        values.load_state_dict(state)
+    assert "state_dict()" in caught.value.remedy
+
+
 def test_the_state_of_other_directions_is_refused(mlp, draw_directions):
     optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
     found = []

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_STATE = ("sums", "run", "history", "engine")
+"""What a state has."""
+
 
 class InRunValues(Table):
     """Adds up In-Run Data Shapley values over a training run.
@@ -126,7 +129,7 @@ class InRunValues(Table):
         sample, direction = key if isinstance(key, tuple) else (key, None)
         column = column_of(self.directions, direction)
         if sample not in self._known:
-            raise UnknownSampleError(sample, self._why_unknown(sample))
+            raise self._unknown(sample)
         return float(self._known.values[self._known.row(sample), column])
 
     @property
@@ -288,8 +291,13 @@ class InRunValues(Table):
         """Go on as the process did whose state it is: values are bit for bit those of one run.
 
         Raises:
-            CaptureError: If it was of other directions, or a batch is open.
+            CaptureError: If it is no whole state, it was of other directions, or a batch is open.
         """
+        if missing := [name for name in _STATE if name not in state]:
+            raise CaptureError(
+                f"this is no state of {type(self).__name__}: it lacks {', '.join(missing)}",
+                remedy="give what state_dict() returned, as a whole",
+            )
         if self._engine.is_open:
             raise CaptureError("load the state of values outside of a batch")
         sums = Sums.of_state(state["sums"])
@@ -334,6 +342,12 @@ class InRunValues(Table):
         if reason and what not in self._said:
             self._said.add(what)
             logger.warning("%s: %s", what, reason)
+
+    def _unknown(self, sample: object) -> UnknownSampleError:
+        if sample not in self.directions:
+            return UnknownSampleError(sample, self._why_unknown(sample))
+        remedy = f"values[sample, {sample!r}], or values.to_dict({sample!r}) for all samples"
+        return UnknownSampleError(sample, f"{sample!r} is the name of a direction", remedy)
 
     def _why_unknown(self, sample: object) -> str:
         follower = self._follower

@@ -75,7 +75,9 @@ class UnknownSampleError(UnknownNameError):
     Args:
         sample: Its id.
         reason: Why it has no value.
+        remedy: What to do about it, if anything.
     """
 
-    def __init__(self, sample: object, reason: str) -> None:
-        GhostError.__init__(self, f"sample {sample!r} has no value", reason=reason)
+    def __init__(self, sample: object, reason: str, remedy: str = "") -> None:
+        what = f"sample {sample!r} has no value"
+        GhostError.__init__(self, what, reason=reason, remedy=remedy)
