@@ -41,7 +41,11 @@ TESTS = [
 
 # What takes seconds to import, as torch does, or need not be there, by the module that waits.
 IMPORTED_WHERE_USED = {
-    "ghost_engines.cli.commands": {"ghost_core", "ghost_engines.cli.foreign"},
+    "ghost_engines.cli.commands": {
+        "ghost_core",
+        "ghost_engines.cli.foreign",
+        "ghost_engines.cli.remedies",
+    },
     "ghost_engines.cli.config": {"ghost_core", "ghost_engines.cli.errors", "yaml"},
     "ghost_engines.cli.models": {"transformers"},
     "ghost_engines.cli.own": {

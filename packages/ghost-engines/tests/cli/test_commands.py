@@ -254,6 +254,7 @@ def test_a_path_without_a_store_is_one_line_of_error(tmp_path, what, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith(f"ghost: there is no store at {tmp_path / 'none'}")
+    assert said.err.endswith("or make one with `ghost project`\n")
     assert len(said.err.splitlines()) == 1
 
 
@@ -281,6 +282,19 @@ def test_arguments_that_cannot_be_understood_end_with_status_2(arguments, capsys
     assert "--help" in said.err
 
 
+def test_a_mistake_names_the_help_of_its_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "a:b", "--data", "a:b", "--samples", "x"])
+    assert "ghost verify --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["score", "--help"], ["project", "--help"]])
+def test_the_help_names_the_status_of_an_interrupt(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "130" in capsys.readouterr().out
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     with subprocess.Popen(
         [sys.executable, "-m", "ghost_engines.cli", "plugins"],
@@ -302,7 +316,9 @@ def test_stores_are_merged_and_exported(root, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(root, other)
     assert cli.main(["store", "merge", str(root), str(other), "--into", str(tmp_path / "m")]) == 2
-    assert "are there more than once" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "are there more than once" in said
+    assert said.endswith("or let later rows count with --replace\n")
     assert not (tmp_path / "m").exists()
     merge = ["store", "merge", str(root), str(other), "--into", str(tmp_path / "m"), "--replace"]
     assert cli.main([*merge, "--unit", "3"]) == 0

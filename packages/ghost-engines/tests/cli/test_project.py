@@ -9,7 +9,7 @@ import torch
 from command_kit import project
 
 from ghost_core.testing import assert_within, per_sample_gradients
-from ghost_engines import GradientStore, ProjectionEngine
+from ghost_engines import GradientStore, ProjectionEngine, cli
 from ghost_engines.cli.losses import next_token_losses
 from ghost_engines.corpus import BLOCKS_PER_DOMAIN, TokenWriter, token_path
 
@@ -106,6 +106,52 @@ def test_a_folder_of_texts_without_domains_says_how_to_name_them(tmp_path, capsy
     assert project("subjects:tiny", "--data", "d", "--store", "g") == 2
     assert "d is a folder with files of texts" in (said := capsys.readouterr().err)
     assert said.endswith("--domains code,web\n")
+
+
+def refused(capsys, *given):
+    """Return what is said of other options than the store was made with."""
+    assert project(*given) == 2
+    said = capsys.readouterr().err
+    assert "create(" not in said
+    return said
+
+
+def test_a_store_of_other_options_names_them_first(capsys):
+    given = (*MLP, "--store", "g", "--dims", "2=whole", "--min-dim", 1)
+    assert project(*given, "--dim", 6) == 0
+    said = refused(capsys, *given, "--dim", 4, "--unit-norm", "--batch-size", 2)
+    assert (
+        "g: --dim: 6 in the store, 4 now; --unit-norm: not given in the store, given now; " in said
+    )
+    assert "k_total: " in said
+    assert "--batch-size" not in said
+    assert "--dims" not in said
+    said = refused(capsys, *given, "--dim", 6, "--seed", 1)
+    assert "g: --seed: 0 in the store, 1 now; MODEL: subjects:mlp is another model" in said
+    assert "info.model" not in said
+
+
+def test_a_file_that_changed_is_named(tmp_path, capsys):
+    given = ("subjects:tiny", "--data", "ids.npy", "--store", "g", "--dim", 2, "--min-dim", 1)
+    np.save(tmp_path / "ids.npy", np.arange(12).reshape(3, 4))
+    assert project(*given) == 0
+    np.save(tmp_path / "ids.npy", np.arange(1, 13).reshape(3, 4))
+    assert f"{tmp_path / 'ids.npy'} has other content than in the store" in refused(capsys, *given)
+
+
+def test_the_options_of_a_store_can_be_read(capsys):
+    given = ("--dim", 6, "--dims", "2=whole", "0.*=3", "--unit-norm")
+    assert project(*MLP, "--store", "g", *given) == 0
+    capsys.readouterr()
+    assert cli.main(["store", "info", "g"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "config" in line]
+    assert lines == [
+        f"note: config\t{option}"
+        for option in (
+            "MODEL subjects:mlp", "--data subjects:dataset", "--store g",
+            "--loss subjects:of_pairs", "--dim 6", "--dims 2=whole '0.*=3'", "--unit-norm",
+        )
+    ]  # fmt: skip
 
 
 def test_an_interrupt_keeps_what_is_computed(tmp_path, capsys):

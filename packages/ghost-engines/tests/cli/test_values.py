@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from command_kit import parts
 from log_kit import make
+from torch import nn
 
-from ghost_engines import ScoreLog, cli
+from ghost_engines import GradientStore, ProjectionEngine, ScoreLog, cli
 
 
 @pytest.fixture
@@ -80,6 +81,17 @@ def test_verify_tells_damage(root, capsys):
     said = capsys.readouterr()
     assert said.out.startswith(f"damaged: {path} was altered")
     assert said.err == ""
+
+
+def test_a_store_of_gradients_is_no_log(tmp_path, capsys):
+    engine = ProjectionEngine(nn.Linear(2, 2), dim=4)
+    GradientStore.create(tmp_path / "g", engine).close()
+    assert values(tmp_path / "g") == 2
+    said = capsys.readouterr().err
+    assert "g is a store of gradients" in said
+    assert "`ghost store info`" in said
+    assert values(tmp_path / "none") == 2
+    assert "ScoreLog" not in capsys.readouterr().err
 
 
 def test_what_cannot_be_read_or_written_is_one_line_of_error(root, tmp_path, capsys):

@@ -2,13 +2,20 @@
 
 import json
 import logging
+import pickle
 
 import pytest
 import torch
 from store_kit import DTYPES, FakeEngine, assert_holds, batch, fill, make
 
 from ghost_core import GhostError
-from ghost_engines.store import DamagedStoreError, GradientStore, StoredRows, StoreError
+from ghost_engines.store import (
+    DamagedStoreError,
+    DataFile,
+    GradientStore,
+    StoredRows,
+    StoreError,
+)
 from ghost_engines.store.listing import shard_path
 
 # Creating, resuming, closing
@@ -105,9 +112,9 @@ def test_resume_says_when_libraries_changed(tmp_path, caplog):
 
 
 def test_a_store_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(StoreError, match=r"no store at .*create\("):
+    with pytest.raises(StoreError, match=r"(?s)no store at .*create\("):
         GradientStore.open(tmp_path / "none")
-    with pytest.raises(StoreError, match=r"no store at .*create\("):
+    with pytest.raises(StoreError, match=r"(?s)no store at .*create\("):
         GradientStore.resume(tmp_path / "none", FakeEngine())
     assert not (tmp_path / "none").exists()
 
@@ -209,3 +216,15 @@ def test_losses_come_with_all_batches_or_none(tmp_path):
 def test_errors_are_ghost_errors():
     assert issubclass(StoreError, GhostError)
     assert issubclass(DamagedStoreError, StoreError)
+
+
+def test_resume_names_a_file_whose_content_changed(tmp_path):
+    make(tmp_path / "g", 3, data=[DataFile("/a", "1"), DataFile("/b", "2")])
+    data = [DataFile("/moved", "1"), DataFile("/b", "3")]
+    with pytest.raises(StoreError, match=r"data\[1\]: /b has other content") as caught:
+        GradientStore.resume(tmp_path / "g", FakeEngine(), data=data)
+    assert "/moved" not in str(caught.value)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.now) == (str(caught.value), caught.value.now)
+    with pytest.raises(StoreError, match="data: 2 entries in the store, 1 now"):
+        GradientStore.resume(tmp_path / "g", FakeEngine(), data=data[:1])

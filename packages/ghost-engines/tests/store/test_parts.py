@@ -202,5 +202,5 @@ def test_samples_that_two_writers_stored_are_told_when_the_store_is_verified(tmp
     store = GradientStore.open(tmp_path / "g")
     with pytest.raises(DamagedStoreError, match="samples 10, 13 in more than one"):
         store.verify()
-    with pytest.raises(StoreError, match="samples 10 are stored more than once"):
+    with pytest.raises(StoreError, match="several rows of sample 10 are stored"):
         store.rows_by_id([10])

@@ -24,6 +24,12 @@ _OWN = {"ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"}
 """Packages whose plugins have no other commands than those in `COMMANDS`."""
 
 
+_ABOUT = (
+    "Per-sample gradients for PyTorch. `ghost --version` prints the version. Every command exits "
+    "with 130 if it is interrupted."
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -55,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not isinstance(error, GhostError):
             raise
-        return _failed(error, 2)
+        from ghost_engines.cli.remedies import in_shell
+
+        return _failed(in_shell(error), 2)
 
 
 def _flush() -> None:
@@ -72,17 +80,7 @@ def _answered(arguments: list[str]) -> int:
         print(f"ghost {version('ghost-engines')}")
         return 0
     commands = _commands()
-    if (options := _configured(arguments)) is not None:
-        return int(options.run())
-    app = tyro.extras.SubcommandApp()
-    for name, kind in commands.items():
-        app.command(name=name)(kind)
-    options = app.cli(
-        prog="ghost",
-        description="Per-sample gradients for PyTorch. `ghost --version` prints the version.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = _told(commands, arguments)
     if type(options) in COMMANDS.values():
         status: int = options.run()
         return status
@@ -91,19 +89,26 @@ def _answered(arguments: list[str]) -> int:
     return run(options, next(name for name in commands if commands[name] is type(options)))
 
 
-def _configured(arguments: Sequence[str]) -> Any:
-    """Return a command of ghost's whose options come from a file too; None if there is none."""
-    kind: Any = COMMANDS.get(arguments[0]) if arguments else None
-    path = config_of(arguments[1:])
-    if kind is None or path is None or "config" not in (each.name for each in fields(kind)):
-        return None
-    return tyro.cli(
-        kind,
-        prog=f"ghost {arguments[0]}",
-        default=defaults_from(path, kind),
-        args=arguments[1:],
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+def _told(commands: Mapping[str, type[Any]], arguments: Sequence[str]) -> Any:
+    """Return the command that is named, with its options."""
+    config = (tyro.conf.FlagCreatePairsOff,)
+    if arguments and (kind := commands.get(arguments[0])) is not None:
+        name, *rest = arguments
+        # Parsed alone, so that an error names the help of the command.
+        return tyro.cli(kind, prog=f"ghost {name}", args=rest, config=config, **_file(kind, rest))
+    app = tyro.extras.SubcommandApp()
+    for name, kind in commands.items():
+        app.command(name=name)(kind)
+    return app.cli(prog="ghost", description=_ABOUT, args=arguments, config=config)
+
+
+def _file(kind: Any, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the defaults of a command of ghost's whose options come from a file too."""
+    path = config_of(arguments)
+    if kind not in COMMANDS.values() or path is None:
+        return {}
+    takes = "config" in (each.name for each in fields(kind))
+    return {"default": defaults_from(path, kind)} if takes else {}
 
 
 def _commands() -> Mapping[str, type[Any]]:

@@ -64,7 +64,7 @@ class Score:
     mean loss. Positive means that a small step on the sample lowers the target's loss. Prints the
     samples with the highest and lowest scores, and writes all of them with --out.
 
-    Exits with 0; 1 if ghost refuses the model; 2 if it could not be tried.
+    Exits with 0; 1 if ghost refuses the model; 2 if it could not be tried; 130 if interrupted.
 
     Args:
         model: Folder of a checkpoint of transformers, or module:function that returns a module.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ghost_core import GhostError, UnsupportedLayerError, WrongSplitError
 from ghost_engines.cli.corpora import Corpus, CorpusOptions, load_corpus
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import raised, reporting
+from ghost_engines.cli.given import changed
 from ghost_engines.cli.losses import load_loss
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Project
@@ -24,12 +25,15 @@ from ghost_engines.cli.ranks import Ranks
 from ghost_engines.cli.tables import plain, print_table, while_read
 from ghost_engines.dataset import ProjectedData, project_dataset
 from ghost_engines.files import write_atomically
-from ghost_engines.store import GradientStore
+from ghost_engines.store import GradientStore, OtherRowsError
 
 logger = logging.getLogger(__name__)
 
 REPORT = "project.json"
 """Where a store has the config and the statistics of the last pass."""
+
+_SHOWN = 6
+"""Differences between a store and what would be appended that an error names."""
 
 
 def project(options: Project) -> int:
@@ -153,11 +157,33 @@ def _projected(
             notes={"config": effective(options)},
             **projection,
         )
+    except OtherRowsError as error:
+        raise _other_rows(options, error) from error
     except (GhostError, OSError):
         raise
     except Exception as error:  # of torch, such as out of memory, of the model, or of the data
         logger.debug("projecting failed", exc_info=True)
         raise CommandError(raised("projecting", error)) from error
+
+
+def _other_rows(options: Project, error: OtherRowsError) -> CommandError:
+    """Name the options that the store was not made with first, and what they change after."""
+    stored, now = error.stored, error.now
+    before = stored.notes.get("config")
+    found = [*changed(before, effective(options))] if isinstance(before, dict) else []
+    models = [each.info.get("model") for each in (stored, now)]
+    if models[0] != models[1]:
+        found.append(f"MODEL: {options.model} is another model than that of the store")
+        now = replace(now, info={**now.info, "model": models[0]})
+    found += stored.differences(now)
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return CommandError(
+        f"the rows would not be those of the store at {options.store}: "
+        f"{'; '.join(found[:_SHOWN])}{more}",
+        reason=error.reason,
+        remedy="give the options that the store was made with, which `ghost store info` prints, or "
+        "another folder as --store",
+    )
 
 
 def _groups(store: GradientStore) -> Iterator[tuple[str, ...]]:

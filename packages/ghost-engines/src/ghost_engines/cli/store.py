@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ghost_engines.cli.given import given, is_config
 from ghost_engines.cli.options import StoreExport, StoreInfo, StoreMerge, StoreVerify
 from ghost_engines.cli.tables import plain, print_table
 from ghost_engines.store import DamagedStoreError, GradientStore, export, merge
@@ -67,10 +68,19 @@ def _described(opened: GradientStore) -> list[tuple[str, str]]:
         *((f"data: {file.path}", file.digest) for file in manifest.data_files),
         *((key, _cell(value)) for key, value in engine.items() if key != "dtype"),
         *((f"info: {key}", _cell(value)) for key, value in manifest.info.items()),
-        *((f"note: {key}", _cell(value)) for key, value in manifest.notes.items()),
+        *(
+            (f"note: {key}", line)
+            for key, value in manifest.notes.items()
+            for line in _lines(value)
+        ),
         *((f"made with {name}", number) for name, number in manifest.versions.items()),
         ("fingerprint", manifest.fingerprint),
     ]
+
+
+def _lines(note: Any) -> list[str]:
+    """Return a note in one line, or an option on each."""
+    return [*given(note)] if is_config(note) else [_cell(note)]
 
 
 def _cell(value: Any) -> str:

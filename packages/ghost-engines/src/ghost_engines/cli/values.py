@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.options import Values
 from ghost_engines.cli.outputs import check_outputs, print_extremes, write_outputs
 from ghost_engines.cli.tables import plain, print_table, while_read
 from ghost_engines.log import open_log
-from ghost_engines.store import DamagedStoreError
+from ghost_engines.store import MANIFEST, DamagedStoreError, MissingLogError
 
 
 def values(options: Values) -> int:
@@ -16,6 +17,13 @@ def values(options: Values) -> int:
         log = open_log(options.path)
         if options.verify:
             log.verify()
+    except MissingLogError as error:
+        if not (options.path / MANIFEST).is_file():
+            raise
+        raise CommandError(
+            f"{options.path} is a store of gradients, and no score log",
+            remedy="describe it with `ghost store info`",
+        ) from error
     except DamagedStoreError as error:
         if not options.verify:
             raise

@@ -17,7 +17,7 @@ from ghost_engines.log.manifest import MANIFEST, has_log
 from ghost_engines.log.steps import Directions
 from ghost_engines.log.totals import totals
 from ghost_engines.progress import Progress
-from ghost_engines.store import DamagedStoreError, StoreError
+from ghost_engines.store import DamagedStoreError, MissingLogError, StoreError
 from ghost_engines.values import CreditedStep, ValueTable
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,9 @@ class JoinedLog:
         root = Path(path).absolute()
         folders = _folders(root)
         if not folders:
-            raise StoreError(
-                f"there is no score log at {root}, and none in the folders inside: make one with "
-                "ScoreLog.create(path)"
+            raise MissingLogError(
+                f"there is no score log at {root}, and none in the folders inside",
+                remedy="make one with ScoreLog.create(path)",
             )
         joined = cls(root, [ScoreLog.open(each) for each in folders])
         joined._say_what_is_left_out()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from ghost_engines.files import read_regular, write_atomically
-from ghost_engines.store import DamagedStoreError, StoreError, has_shards
+from ghost_engines.store import DamagedStoreError, MissingLogError, StoreError, has_shards
 
 SCHEMA = 1
 MANIFEST = "log.json"
@@ -47,8 +47,8 @@ class Manifest:
         try:
             data = read_regular(path, _LONGEST)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreError(
-                f"there is no score log at {root}: make one with ScoreLog.create(path)"
+            raise MissingLogError(
+                f"there is no score log at {root}", remedy="make one with ScoreLog.create(path)"
             ) from error
         except ValueError as error:
             raise DamagedStoreError(f"{path} is not a log's manifest: {error}") from error

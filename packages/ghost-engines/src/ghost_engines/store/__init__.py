@@ -13,7 +13,13 @@ from ghost_engines.store.comparison import (
 )
 from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.dtypes import STORAGE_DTYPES
-from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.errors import (
+    DamagedStoreError,
+    MissingLogError,
+    MissingStoreError,
+    SeveralRowsError,
+    StoreError,
+)
 from ghost_engines.store.exporting import export
 from ghost_engines.store.given import check_store, device_of, number
 from ghost_engines.store.labels import Labels
@@ -22,7 +28,7 @@ from ghost_engines.store.lock import WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest
 from ghost_engines.store.merging import merge
 from ghost_engines.store.neighbours import Neighbours, best
-from ghost_engines.store.origin import check_alike
+from ghost_engines.store.origin import OtherRowsError, check_alike
 from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.seen import SeenIds
 from ghost_engines.store.shards import check_contents
@@ -42,11 +48,15 @@ __all__ = [
     "GradientStore",
     "Labels",
     "Manifest",
+    "MissingLogError",
+    "MissingStoreError",
     "Neighbours",
+    "OtherRowsError",
     "Queries",
     "RowReader",
     "Scorer",
     "SeenIds",
+    "SeveralRowsError",
     "StoreError",
     "StoredRows",
     "TensorFile",

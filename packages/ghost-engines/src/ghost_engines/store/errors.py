@@ -11,3 +11,15 @@ class StoreError(GhostError):
 
 class DamagedStoreError(StoreError):
     """A file of a store is missing, cut off, altered, or belongs to another store."""
+
+
+class MissingStoreError(StoreError):
+    """There is no store at a place."""
+
+
+class MissingLogError(StoreError):
+    """There is no score log at a place."""
+
+
+class SeveralRowsError(StoreError):
+    """Stores that are to be merged have rows of the same samples."""

@@ -49,8 +49,8 @@ def ordinals_of(asked: Tensor, index: IdIndex) -> Tensor:
     if (wrong := times != 1).any():
         missing, often = asked[times == 0], asked[times > 1]
         found = [
-            f"samples {_shown(some)} are stored {how}"
-            for some, how in ((missing, "not at all"), (often, "more than once"))
+            f"{count} of sample{'s' if len(some) > 1 else ''} {_shown(some)} {are} stored"
+            for some, count, are in ((missing, "no row", "is"), (often, "several rows", "are"))
             if len(some)
         ]
         raise StoreError(

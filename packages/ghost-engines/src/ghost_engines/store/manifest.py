@@ -19,7 +19,7 @@ from ghost_engines.files import read_regular, write_atomically
 from ghost_engines.store.beside import Column, declared
 from ghost_engines.store.data_files import DataFile, as_entries
 from ghost_engines.store.dtypes import STORAGE_DTYPES
-from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.errors import DamagedStoreError, MissingStoreError, StoreError
 from ghost_engines.store.hashes import FAST
 from ghost_engines.versions import version
 
@@ -164,8 +164,9 @@ class Manifest:
         try:
             content = json.loads(read_regular(path, _LONGEST))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreError(
-                f"there is no store at {root}: make one with GradientStore.create(path, engine)"
+            raise MissingStoreError(
+                f"there is no store at {root}",
+                remedy="make one with GradientStore.create(path, engine)",
             ) from error
         except (ValueError, RecursionError) as error:
             raise DamagedStoreError(f"{path} is not JSON: {error}") from error
@@ -219,9 +220,15 @@ class Manifest:
 
         What a row is as a whole comes first, then its layers one by one.
         """
-        found = differences("", self.identity(), other.identity())
+        ours, theirs = self.identity(), other.identity()
+        files: Iterator[str] = iter(())
+        if len(self.data) == len(other.data):  # a digest alone would not say which file it is
+            files = _changed(self.data_files, other.data_files)
+            for each in (ours, theirs):
+                each.pop("data", None)
         return sorted(
-            found, key=lambda line: (line.startswith("engine.layers"), line[:6] == "engine")
+            [*files, *differences("", ours, theirs)],
+            key=lambda line: (line.startswith("engine.layers"), line[:6] == "engine"),
         )
 
     def _check_types(self) -> None:
@@ -337,6 +344,14 @@ def differences(name: str, ours: object, theirs: object) -> Iterator[str]:
             yield f"{name}: {len(ours)} entries in the store, {len(theirs)} now"
         case _ if ours != theirs or type(ours) is not type(theirs):
             yield f"{name}: {_shown(ours)} in the store, {_shown(theirs)} now"
+
+
+def _changed(ours: Sequence[DataFile], theirs: Sequence[DataFile]) -> Iterator[str]:
+    """Yield a line for each file whose content is another one now; it may have moved."""
+    for at, (here, there) in enumerate(zip(ours, theirs, strict=True)):
+        if here.digest != there.digest:
+            moved = "" if here.path == there.path else f"; it was {here.path}"
+            yield f"data[{at}]: {there.path} has other content than in the store{moved}"
 
 
 def _shown(value: object) -> str:

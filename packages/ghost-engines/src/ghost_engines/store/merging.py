@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ghost_engines.progress import Progress
-from ghost_engines.store.errors import StoreError
+from ghost_engines.store.errors import SeveralRowsError, StoreError
 from ghost_engines.store.lookup import several_times
 from ghost_engines.store.manifest import MANIFEST, Manifest, differences
 from ghost_engines.store.origin import listed
@@ -61,7 +61,7 @@ def merge(
     _check_apart(stores, into)
     _check_same_kind(stores)
     if duplicates == "error" and (twice := several_times(torch.cat([s.ids for s in stores]))):
-        raise StoreError(
+        raise SeveralRowsError(
             f"samples {twice} are there more than once",
             reason="the stores have them both, and nothing says which row counts",
             remedy='leave a store out, or let later rows count with duplicates="replace"',

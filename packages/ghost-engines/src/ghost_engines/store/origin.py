@@ -7,6 +7,7 @@ not say what they are, and are taken as given.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,30 @@ _SHOWN = 6
 
 _FREE = ("dtype", "verified")
 """What queries may have otherwise: it changes no direction."""
+
+
+class OtherRowsError(StoreError):
+    """Rows that would be appended are not of the kind of those in a store.
+
+    Args:
+        root: Folder of the store.
+        stored: What the rows in the store are.
+        now: What the rows are that would be appended.
+
+    Attributes:
+        stored: What the rows in the store are.
+        now: What the rows are that would be appended.
+    """
+
+    def __init__(self, root: Path, stored: Manifest, now: Manifest) -> None:
+        self.stored, self.now = stored, now
+        super().__init__(
+            f"the rows would not be those of the store at {root}: "
+            f"{listed(stored.differences(now))}",
+            reason="rows that were made in another way cannot be compared",
+            remedy="make the engine, info and columns as they were when the store was made, or "
+            "make another store with GradientStore.create(path, engine)",
+        )
 
 
 def check_origin(batch: RowBatch, store: Manifest) -> None:

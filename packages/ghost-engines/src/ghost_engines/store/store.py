@@ -16,7 +16,7 @@ from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.listing import clean, has_shards
 from ghost_engines.store.lock import JOINING, WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
-from ghost_engines.store.origin import listed
+from ghost_engines.store.origin import OtherRowsError
 from ghost_engines.store.parts import (
     PARTS,
     REGISTER,
@@ -302,13 +302,8 @@ def _check_empty(root: Path) -> None:
 
 def _check_same(root: Path, manifest: Manifest, now: Manifest) -> None:
     """Raise if the rows that would be appended are not of the kind of those of a store."""
-    if differences := manifest.differences(now):
-        raise StoreError(
-            f"the rows would not be those of the store at {root}: {listed(differences)}",
-            reason="rows that were made in another way cannot be compared",
-            remedy="make the engine, info and columns as they were when the store was made, or "
-            "make another store with GradientStore.create(path, engine)",
-        )
+    if manifest.differences(now):
+        raise OtherRowsError(root, manifest, now)
     if manifest.versions != now.versions:
         logger.warning(
             "the store at %s was made with %s; now: %s", root, manifest.versions, now.versions
