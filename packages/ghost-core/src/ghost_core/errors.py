@@ -73,11 +73,13 @@ class UnknownNameError(GhostError, ValueError):
             message += f"; did you mean {close[0]!r}?"
         else:
             message += "."
-        message += f" {hint}" if hint else ""  # before a list that may be long
         # The name of the model itself, among its modules, is empty.
         shown = ", ".join(each or "'' (the model)" for each in listed[:most]) or "none"
         more = f" and {len(listed) - most} more" if len(listed) > most else ""
-        super().__init__(f"{message} Available: {shown}{more}.")
+        parts = [f"Available: {shown}{more}.", hint]
+        if more:  # nobody reads on after a list that is that long
+            parts.reverse()
+        super().__init__(" ".join(filter(None, (message, *parts))))
 
 
 class UnknownOptionError(UnknownNameError, TypeError):
