@@ -8,12 +8,17 @@ from kill_kit import TOTAL, UNIT, FakeEngine, assert_holds_exactly, batch
 
 from ghost_engines.store import GradientStore, StoreError
 
+WEAK = ("weakref", "_weakrefset")
+"""Modules whose functions Python calls when it deletes an object."""
+
 
 def in_finalizer(frame):
-    """Tell whether an object is being deleted, as a progress bar is."""
-    while frame is not None and frame.f_code.co_name != "__del__":
+    """Tell whether an object is being deleted, as a progress bar or a key of a weak dictionary."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_globals["__name__"] in WEAK:
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 @pytest.fixture
