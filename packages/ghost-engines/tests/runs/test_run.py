@@ -101,6 +101,17 @@ def test_several_engines_share_a_capture(tmp_path):
     assert batches["norm"].result.ids.tolist() == ids_of(STEPS - 1)
 
 
+def test_rows_are_of_own_losses_where_the_engine_is_told_to_divide(tmp_path):
+    def last(**options):
+        options = {"projection": {"dim": 8, "dtype": "float64"} | options}
+        folder = tmp_path / "-".join(options["projection"])
+        methods = ["projection", "dot_product"]
+        _, _, batches = trained(folder, dropout=0.0, method=methods, options=options)
+        return batches["projection"].result.rows
+
+    torch.testing.assert_close(last(loss_weights="given"), len(ids_of(0)) * last())
+
+
 def test_accumulation_clipping_and_a_scaler_are_the_loops_own(tmp_path):
     _, values = plain(dropout=0.0)
     _, run, _ = trained(tmp_path / "a", dropout=0.0, accumulate=True, scale=True)

@@ -16,7 +16,6 @@ from ghost_core import Batch, CaptureError, Engine, SampleIds
 from ghost_core.arguments import module, scaler
 from ghost_core.restoring import Leave
 from ghost_engines.dot_product import DotProductEngine
-from ghost_engines.holding import HoldingEngine
 from ghost_engines.modes import Padding
 from ghost_engines.runs.checkpoint import read_checkpoint
 from ghost_engines.runs.config import RunConfig
@@ -24,6 +23,7 @@ from ghost_engines.runs.description import check_same, describe
 from ghost_engines.runs.engines import GivenDirections, add_directions, make_engines, scorer_of
 from ghost_engines.runs.folder import RunFolder, place_of
 from ghost_engines.values import CreditedStep, InRunValues, skipped, stepping
+from ghost_engines.weighing import WeighingEngine
 
 
 class Stateful(Protocol):
@@ -150,7 +150,7 @@ class Run:
         Args:
             ids: One integer per sample, `[N]`.
             owners: As in `Engine.batch`.
-            loss_weights: As in `HoldingEngine.batch`, for the engines that take them.
+            loss_weights: As in `HoldingEngine.batch`, for engines made with `loss_weights`.
 
         Yields:
             The engines' batches by the engine's name, whose results are there once it is closed.
@@ -164,9 +164,8 @@ class Run:
         with ExitStack() as stack:
             batches = {}
             for name, engine in self.engines.items():
-                weights = (
-                    {"loss_weights": loss_weights} if isinstance(engine, HoldingEngine) else {}
-                )
+                told = isinstance(engine, WeighingEngine) and engine.loss_weights is not None
+                weights = {"loss_weights": loss_weights} if told else {}
                 batches[name] = stack.enter_context(engine.batch(ids, owners=owners, **weights))
             yield MappingProxyType(batches)
 
