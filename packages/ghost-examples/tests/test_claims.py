@@ -87,6 +87,7 @@ def test_several_seeds_have_a_spread(
     assert two.precision[20]["value"] == pytest.approx(0.85)
 
 
+@pytest.mark.stress
 def test_twenty_clean_images_are_worth_more_to_ghost_than_to_a_classifier() -> None:
     data, n = annotate(0), 20
     model, values = train_scored(data, [n], Recipe(), 0, "cpu")

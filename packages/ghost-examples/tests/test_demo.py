@@ -16,6 +16,7 @@ def run(output: Path, sizes: demo.Sizes) -> int:
     return ended.value.code
 
 
+@pytest.mark.stress
 def test_the_whole_demo_fails_after_too_little_training(
     sizes: demo.Sizes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

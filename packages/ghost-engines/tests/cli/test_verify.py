@@ -120,6 +120,7 @@ def test_at_a_terminal_all_that_is_wrong_is_shown(capsys, monkeypatch):
     assert "more, which" not in out
 
 
+@pytest.mark.stress
 def test_a_verdict_that_nobody_reads_is_no_success():
     command = [sys.executable, "-m", "ghost_engines.cli", "verify", *MLP[:4], "subjects:coupled"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
