@@ -86,7 +86,8 @@ def extremes(values: ValueTable, corpora: Corpora, count: int) -> Iterator[Extre
 def short(found: Extremes) -> str:
     """Return the passages for one target, a line each."""
     most, least = (
-        "\n".join(each.line for each in passages) for passages in (found.most, found.least)
+        "\n".join(each.line for each in passages) or "  none: no step credited any"
+        for passages in (found.most, found.least)
     )
     return (
         f"Most valuable passages, for {found.target}:\n{most}\n\n"
