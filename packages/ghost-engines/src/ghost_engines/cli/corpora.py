@@ -214,8 +214,10 @@ def _domains(options: CorpusOptions, folder: Path, form: Form, loaded: nn.Module
             DataFile(str(each.path.absolute()), f"sha256:{each.format.sha256}")
             for each in corpus.domains.values()
         ]
-        groups = lambda ids: [corpus.domain_of(number) for number in ids.tolist()]  # noqa: E731
         tokenizer = functools.cache(lambda: load_tokenizer(Path(options.model)))
+
+        def groups(ids: Tensor) -> list[str]:
+            return [corpus.domain_of(number) for number in ids.tolist()]
 
         def shown(number: int) -> str:
             return str(tokenizer().decode(corpus.by_id(number).tolist()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Any
 from ghost_core import GhostError
 from ghost_core.errors import told
 from ghost_engines.cli.errors import CommandError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -93,6 +96,24 @@ def reporting(function: Callable[..., Any], what: str) -> Callable[..., Any]:
             raise CommandError(raised(what, error)) from error
 
     return called
+
+
+@contextmanager
+def in_one_line(what: str, *passed: type[Exception]) -> Iterator[None]:
+    """Let exceptions inside become errors of one line: of torch, of the model, or of the data.
+
+    Args:
+        what: What is done inside, for the error.
+        passed: Exceptions that stay what they are, beside those of ghost.
+    """
+    stay: tuple[type[Exception], ...] = (GhostError, *passed)
+    try:
+        yield
+    except stay:
+        raise
+    except Exception as error:
+        logger.debug("%s failed", what, exc_info=True)
+        raise CommandError(raised(what, error)) from error
 
 
 def raised(what: str, error: BaseException) -> str:

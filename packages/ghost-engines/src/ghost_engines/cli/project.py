@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ghost_core import GhostError, UnsupportedLayerError, WrongSplitError
+from ghost_core import UnsupportedLayerError, WrongSplitError
 from ghost_engines.cli.corpora import Corpus, CorpusOptions, load_corpus
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import raised, reporting
+from ghost_engines.cli.functions import in_one_line, reporting
 from ghost_engines.cli.given import changed
 from ghost_engines.cli.losses import load_loss
 from ghost_engines.cli.models import load_model
@@ -26,8 +25,6 @@ from ghost_engines.cli.tables import plain, print_table, while_read
 from ghost_engines.dataset import ProjectedData, project_dataset
 from ghost_engines.files import write_atomically
 from ghost_engines.store import GradientStore, OtherRowsError
-
-logger = logging.getLogger(__name__)
 
 REPORT = "project.json"
 """Where a store has the config and the statistics of the last pass."""
@@ -48,8 +45,12 @@ def project(options: Project) -> int:
     named = {entry.name for entry in fields(CorpusOptions)}
     given = {name: value for name, value in asdict(options).items() if name in named}
     corpus = load_corpus(CorpusOptions(**given), model)
+
+    def moved(model: nn.Module, batch: Any) -> Tensor:
+        losses: Tensor = loss(model, place.batch(batch))
+        return losses
+
     try:
-        moved = lambda model, batch: loss(model, place.batch(batch))  # noqa: E731
         done = _projected(options, projection, corpus, model, moved, ranks)
     except (UnsupportedLayerError, WrongSplitError) as error:
         with while_read():
@@ -140,30 +141,26 @@ def _projected(
     if batch_size is None and options.tokens_per_batch is None:
         batch_size = 16
     try:
-        return project_dataset(
-            model,
-            loss,
-            corpus.samples,
-            options.store,
-            ids=options.ids,
-            batch_size=batch_size,
-            tokens_per_batch=options.tokens_per_batch,
-            columns=corpus.columns,
-            unit=options.unit,
-            part=None if ranks.world == 1 else (ranks.rank, ranks.world),
-            progress=False if ranks.rank else None,
-            info={"loss": options.loss},
-            files=corpus.files,
-            notes={"config": effective(options)},
-            **projection,
-        )
+        with in_one_line("projecting", OSError):
+            return project_dataset(
+                model,
+                loss,
+                corpus.samples,
+                options.store,
+                ids=options.ids,
+                batch_size=batch_size,
+                tokens_per_batch=options.tokens_per_batch,
+                columns=corpus.columns,
+                unit=options.unit,
+                part=None if ranks.world == 1 else (ranks.rank, ranks.world),
+                progress=False if ranks.rank else None,
+                info={"loss": options.loss},
+                files=corpus.files,
+                notes={"config": effective(options)},
+                **projection,
+            )
     except OtherRowsError as error:
         raise _other_rows(options, error) from error
-    except (GhostError, OSError):
-        raise
-    except Exception as error:  # of torch, such as out of memory, of the model, or of the data
-        logger.debug("projecting failed", exc_info=True)
-        raise CommandError(raised("projecting", error)) from error
 
 
 def _other_rows(options: Project, error: OtherRowsError) -> CommandError:

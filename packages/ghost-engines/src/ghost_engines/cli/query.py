@@ -14,7 +14,6 @@ from torch import nn
 
 from ghost_core import (
     CaptureError,
-    GhostError,
     UnknownNameError,
 )
 from ghost_engines import ProjectedRows, ProjectionEngine, project_queries
@@ -22,7 +21,7 @@ from ghost_engines.cli.answers import Answer, Asked, Found, as_json, print_answe
 from ghost_engines.cli.batches import check_field, find_data
 from ghost_engines.cli.corpora import corpus_of
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import raised
+from ghost_engines.cli.functions import in_one_line
 from ghost_engines.cli.losses import load_loss
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Query
@@ -125,13 +124,8 @@ def _projected(model: nn.Module, store: GradientStore, loss: Any, batch: Any) ->
         engine = ProjectionEngine.from_manifest(model, store)
     except (CaptureError, UnknownNameError) as error:
         raise CommandError(f"MODEL does not fit the store: {error}") from error
-    try:
+    with in_one_line("projecting the query"):
         return project_queries(engine, loss, batch)
-    except GhostError:
-        raise
-    except Exception as error:  # of torch, such as out of memory, or of the model
-        logger.debug("projecting failed", exc_info=True)
-        raise CommandError(raised("projecting the query", error)) from error
 
 
 def _how(option: str, options: Query, model: nn.Module) -> FileOptions:

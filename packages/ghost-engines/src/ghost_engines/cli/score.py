@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ghost_core import GhostError, UnsupportedLayerError, WrongSplitError
+from ghost_core import UnsupportedLayerError, WrongSplitError
 from ghost_engines.cli.batches import check_field, load_data
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import raised, reporting
+from ghost_engines.cli.functions import in_one_line, reporting
 from ghost_engines.cli.losses import load_loss
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Score
@@ -19,8 +18,6 @@ from ghost_engines.cli.outputs import check_outputs, print_extremes, write_outpu
 from ghost_engines.cli.places import Place, described_parameters, seed
 from ghost_engines.cli.tables import plain, print_table, while_read
 from ghost_engines.dataset import ScoreTable, score_dataset
-
-logger = logging.getLogger(__name__)
 
 
 def score(options: Score) -> int:
@@ -78,7 +75,7 @@ def _scored(
 
     train = load(options.data, "--data")
     loaded = {name: load(data, f"--targets {name}") for name, data in targets.items()}
-    try:
+    with in_one_line("scoring"):
         return score_dataset(
             model,
             lambda model, batch: loss(model, place.batch(batch)),
@@ -91,11 +88,6 @@ def _scored(
             layers=options.layers,
             exclude=options.exclude,
         )
-    except GhostError:
-        raise
-    except Exception as error:  # of torch, such as out of memory, of the model, or of the data
-        logger.debug("scoring failed", exc_info=True)
-        raise CommandError(raised("scoring", error)) from error
 
 
 def _named(texts: Sequence[str]) -> dict[str, str]:

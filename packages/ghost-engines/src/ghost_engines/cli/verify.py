@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -13,19 +12,16 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ghost_core import GhostError, UnsupportedLayerError, WrongSplitError
+from ghost_core import UnsupportedLayerError, WrongSplitError
 from ghost_core.compare import Comparison, compare
 from ghost_core.plugins import select
 from ghost_engines.cli.batches import load_batch
-from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import raised, reporting
+from ghost_engines.cli.functions import in_one_line, reporting
 from ghost_engines.cli.losses import load_loss
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Verify
 from ghost_engines.cli.places import Place, described_parameters, seed
 from ghost_engines.cli.tables import plain, print_table, while_read
-
-logger = logging.getLogger(__name__)
 
 _SHOWN = 20  # rows of a table at a terminal
 
@@ -40,7 +36,7 @@ def verify(options: Verify) -> int:
         print_table(("property", "value"), described)
     bar = tqdm(total=options.samples, desc="samples", disable=None, delay=1.0, leave=False)
     try:
-        with bar:
+        with bar, in_one_line("the comparison"):
             found = compare(
                 subject.model,
                 subject.losses,
@@ -53,11 +49,6 @@ def verify(options: Verify) -> int:
         with while_read():
             print(plain(f"\nrefused: {error}"))
         return 1
-    except GhostError:
-        raise
-    except Exception as error:  # of torch, such as out of memory, or of the model
-        logger.debug("the comparison failed", exc_info=True)
-        raise CommandError(raised("the comparison", error)) from error
     with while_read():
         _print_findings(subject.model, found)
     return 0 if found.ok else 1
