@@ -9,17 +9,15 @@ from unittest.mock import patch
 
 import torch
 from tests.processes.training import FSDP, Net, held_out, losses, net, samples, train
-from tests.processes.wrapped import MINE, dots
+from tests.processes.wrapped import MINE, dots, said_of, summed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from ghost_core import GhostError
 from ghost_core.ranks import Ranks
 from ghost_engines import InRunValues, NormEngine, ProjectionEngine
-from ghost_engines.scoring import ScoringEngine
 
 WORDS, LENGTH, DIM = 11, 4, 8
 
@@ -250,23 +248,10 @@ MISTAKES = {
 
 def refusals(rank: int) -> dict[str, str]:
     """Return what is said of each mistake."""
-    said = {}
-    for name, (make, _) in MISTAKES.items():
-        try:
-            make(rank)
-        except GhostError as error:
-            said[name] = str(error)
-    return said
+    return said_of(MISTAKES, lambda make: make(rank))
 
 
 # Faults
-
-
-@contextmanager
-def _summed() -> Iterator[None]:
-    """Forget that gradients are averaged over processes."""
-    with patch.object(ScoringEngine, "scale", property(lambda self: self.loss_scale)):
-        yield
 
 
 @contextmanager
@@ -290,7 +275,7 @@ def _averaged_twice() -> Iterator[None]:
 
 
 FAULTS: Mapping[str, Callable[[], Any]] = {
-    "forgets the average": _summed,
+    "forgets the average": summed,
     "looks at its own part": _own_parts,
     "averages twice": _averaged_twice,
 }

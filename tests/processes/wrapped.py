@@ -135,10 +135,18 @@ MISTAKES = {
 
 def refusals(rank: int) -> dict[str, str]:
     """Return what is said of each mistake."""
+    return said_of(MISTAKES, lambda make: make(DistributedDataParallel(net()), rank))
+
+
+def said_of(
+    mistakes: Mapping[str, tuple[Callable[..., Any], str]],
+    make: Callable[[Callable[..., Any]], object],
+) -> dict[str, str]:
+    """Make mistakes, and return what is said of those that are refused."""
     said = {}
-    for name, (make, _) in MISTAKES.items():
+    for name, (mistake, _) in mistakes.items():
         try:
-            make(DistributedDataParallel(net()), rank)
+            make(mistake)
         except GhostError as error:
             said[name] = str(error)
     return said
@@ -148,7 +156,7 @@ def refusals(rank: int) -> dict[str, str]:
 
 
 @contextmanager
-def _summed() -> Iterator[None]:
+def summed() -> Iterator[None]:
     """Forget that gradients are averaged over processes."""
     with patch.object(ScoringEngine, "scale", property(lambda self: self.loss_scale)):
         yield
@@ -177,7 +185,7 @@ def _last_dropped() -> Iterator[None]:
 
 
 FAULTS: Mapping[str, Callable[[], Any]] = {
-    "forgets the average": _summed,
+    "forgets the average": summed,
     "forgets to average directions": _own_directions,
     "drops the last batch": _last_dropped,
 }
