@@ -66,7 +66,7 @@ def ghost_samplers() -> Mapping[str | type[nn.Module], type[GradientSampler]]:
         # transformers/
         **TRANSFORMERS_EMBEDDINGS,  # Embedding(index) * embed_scale
         **TRANSFORMERS_NORMS,  # root-mean-square norms and bias-free layer norms
-        **TRANSFORMERS_REPLAYS,  # Mamba's mixers and T5's relative biases
+        **TRANSFORMERS_REPLAYS,  # Mamba's mixers and MPNet's relative biases
         **TIMM,  # norms, layer scales and standardised convolutions
         # replay/: whatever nothing else is for
         nn.Module: GenericSampler,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -106,12 +107,18 @@ def losses(output: Tensor) -> Tensor:
     return (weights * output.sin()).flatten(1).sum(1)
 
 
-def check(model: nn.Module, layers: str, *inputs: Tensor, **options: Any) -> GradientHolder:
+def check(
+    model: nn.Module,
+    layers: str,
+    *inputs: Tensor,
+    attach: Callable[[GradientHolder], Any] = lambda engine: engine,
+    **options: Any,
+) -> GradientHolder:
     torch.manual_seed(1)
     expected = per_sample_gradients(model, losses(model(*inputs, **options)))
     engine = GradientHolder(model, registry=registry(), layers=layers)
     torch.manual_seed(1)
-    with engine, engine.batch(range(3)) as batch:
+    with attach(engine), engine.batch(range(3)) as batch:
         losses(model(*inputs, **options)).sum().backward()
     for name, held in batch.result.materialize().items():
         assert expected[name].any()
@@ -157,7 +164,15 @@ def test_biases_of_encoders_and_decoders(model: str, training: bool, ways: list[
     options = {"attention_mask": MASK, "decoder_input_ids": labels, "use_cache": False}
     engine = check(whole, "*relative_attention_bias*", tokens, **options)
     assert len(engine.parameters) == (4 if model == "UMT5" else 2)
-    assert set(ways) == {Way.REWRITTEN}
+    assert not ways  # followed: nothing runs again
+
+
+def test_biases_without_masks_in_a_frozen_pass(ways: list[Way]) -> None:
+    whole = Returns(made("T5", T5, "T5ForConditionalGeneration"))
+    tokens, labels = torch.randint(1, 11, (3, 5)), torch.randint(1, 11, (3, 4))
+    options = {"decoder_input_ids": labels, "use_cache": False}
+    check(whole, "*relative*", tokens, attach=GradientHolder.frozen, **options)
+    assert not ways
 
 
 def test_biases_of_global_attention() -> None:
