@@ -1,13 +1,67 @@
-"""The modes of the dot product engine on whole models, and over many steps."""
+"""The modes of the dot product engine on whole models, and over many steps.
+
+Every architecture of the zoo runs under every mode: exact, or refused by name, as `REFUSED` says.
+"""
 
 import copy
 from functools import partial
 
 import pytest
 import torch
+from tests.zoo import FAMILIES
+from tests.zoo.modes import MODES, compare_mode
 
+from ghost_core import GhostError
 from ghost_core.testing import assert_within
 from ghost_engines import DotProductEngine
+
+COUPLED = r"changing the gradient of sample 0's output alone changes other rows at"
+NOT_SELECTED = r"has to make the gradients of all trainable parameters, and .* are not selected"
+
+REFUSED: dict[tuple[str, str], str] = {
+    # Every image meets every text.
+    **{("clip", mode): COUPLED for mode in MODES},
+    ("clip_logits", "exact"): COUPLED,
+    ("clip_logits", "fused"): COUPLED,
+    # These leave parameters out, whose `.grad` would be that of validation samples too.
+    ("clip_logits", "concatenated"): NOT_SELECTED,
+    ("mixtral_but_experts", "concatenated"): NOT_SELECTED,
+}
+"""What the refusal of an architecture says under a mode."""
+
+UNLIKE_OTHERS = {
+    ("mixtral", "fused"),  # routed rows
+    ("t5", "fused"),  # a table of positions that layers share
+    ("mamba", "concatenated"),  # bare parameters
+    ("llava_some_images", "concatenated"),  # rows with owners
+}
+
+
+def marked(name, mode):
+    """Leave most to the stress tests; exact dots of all architectures are compared elsewhere."""
+    marks = () if (name, mode) in UNLIKE_OTHERS else pytest.mark.stress
+    return pytest.param(name, mode, marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [marked(name, mode) for name in FAMILIES for mode in MODES if (name, mode) not in REFUSED],
+)
+def test_every_architecture(name, mode):
+    compare_mode(FAMILIES[name].case(6), mode)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [n for n in FAMILIES if FAMILIES[n].stochastic])
+def test_every_architecture_with_random_numbers(name, mode):
+    compare_mode(FAMILIES[name].case(6, training=True), mode)
+
+
+@pytest.mark.parametrize(("name", "mode"), REFUSED)
+def test_refused_by_name(name, mode):
+    with pytest.raises(GhostError, match=REFUSED[name, mode]):
+        compare_mode(FAMILIES[name].case(6), mode)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

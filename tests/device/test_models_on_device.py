@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.zoo import FAMILIES, Case, compare
 from tests.zoo.compare import held_gradients
+from tests.zoo.modes import MODES, compare_mode
 from torch import Tensor
 
 from ghost_core.testing import per_sample_gradients
@@ -20,6 +21,7 @@ EVERYWHERE = os.environ.get("GHOST_TEST_DEVICE", "cpu") != "cpu"
 REFUSED = {"clip", "clip_logits"}
 NAMES = [name for name in FAMILIES if name not in REFUSED] if EVERYWHERE else ["gpt2", "llama"]
 SOME = ["gpt2", "llama", "bert", "vit"] if EVERYWHERE else ["gpt2"]
+UNSELECTED = {("mixtral_but_experts", "concatenated")}
 NO_WORSE = 1.2
 """How far off ghost may be as a multiple of autograd, in the same dtype and with the same TF32."""
 
@@ -37,6 +39,14 @@ def moved(case: Case, device: torch.device) -> Case:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter(name: str, frozen: bool, device: torch.device) -> None:
     compare(moved(FAMILIES[name].case(4), device), frozen=frozen)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_mode(name: str, mode: str, device: torch.device) -> None:
+    if (name, mode) in UNSELECTED:
+        pytest.skip("refused on any device: the engine would have to make all gradients")
+    compare_mode(moved(FAMILIES[name].case(6), device), mode)
 
 
 @contextmanager

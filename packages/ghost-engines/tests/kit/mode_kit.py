@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,12 @@ from ghost_core.testing import (
     losses,
     per_sample_gradients,
 )
-from ghost_engines import Scores
+from ghost_engines import DotProductEngine, Scores
 
 Gradients = Mapping[str, Tensor]
+
+CheckScores = Callable[..., None]
+"""Compares scores with gradients and directions."""
 
 EXACT = {n: example for n, example in (LAYERS | VARIANTS).items() if example.refusal is None}
 
@@ -61,6 +65,82 @@ def reference(example: LayerExample) -> dict[str, Tensor]:
     model = dense(example.build())
     gradients = per_sample_gradients(model, losses(example, model, example.draw()))
     return {name: each if each.dim() > 1 else each[:, None] for name, each in gradients.items()}
+
+
+def beside(
+    model: nn.Module, mode: str, directions: Mapping[str, Gradients], **options: Any
+) -> DotProductEngine:
+    """Return an engine, of a mode that trains as ever, with directions."""
+    engine = DotProductEngine(model, mode=mode, **options)
+    for name, direction in directions.items():
+        engine.add_direction(name, direction)
+    return engine
+
+
+def concatenated(model: nn.Module, **options: Any) -> DotProductEngine:
+    """Return an engine that validation samples go through the model for."""
+    return DotProductEngine(model, mode="concatenated", **options)
+
+
+def tell_sizes(engine: DotProductEngine, n: int, m: int) -> None:
+    """Let an engine know of batches that are joined already."""
+    engine.concatenate(torch.zeros(n, n, n), torch.zeros(m, m, m), pad=0)
+
+
+def check_beside(
+    example: LayerExample,
+    mode: str,
+    directions: Mapping[str, Gradients],
+    assert_scores: CheckScores,
+) -> None:
+    """Assert what an exact or fused engine gives: dots, norms and `.grad`.
+
+    In a batch that is verified, and in one that is not: there a fused engine makes the gradients.
+    """
+    plain, gradients = example.build(), reference(example)
+    losses(example, plain, example.draw()).sum().backward()
+    for verified in (True, False):
+        model, batches = example.build(), batches_of(example, verified)
+        verify = verified or batches > 1
+        engine = beside(model, mode, directions, norms=True, verify=verify, **example.options)
+        with engine:
+            for _ in range(batches):
+                model.zero_grad()
+                with engine.batch(range(example.n)) as batch:
+                    losses(example, model, example.draw()).sum().backward()
+        assert_scores(batch.result, gradients, directions)
+        check_norms_of(batch.result, gradients, directions)
+        check_grads(plain, model, 0.0 if mode == "exact" else 1e-9, f"verified={verified}")
+
+
+def check_concatenated(example: LayerExample, assert_scores: CheckScores) -> None:
+    """Assert what a concatenated engine gives, where the last sample is of validation."""
+    n, gradients, plain = example.n - 1, reference(example), example.build()
+    train = {name: each[:n] for name, each in gradients.items()}
+    direction = {name: each[n:].sum(0) for name, each in gradients.items()}
+    for name, rows in train.items():
+        parameter = plain.get_parameter(name)
+        parameter.grad = rows.sum(0).reshape(parameter.shape)
+    for verified in (True, False):
+        model, batches = example.build(), batches_of(example, verified)
+        verify = verified or batches > 1
+        engine = concatenated(model, norms=True, verify=verify, **example.options)
+        with engine:
+            for _ in range(batches):
+                model.zero_grad()
+                tell_sizes(engine, n, 1)
+                with engine.batch(range(n)) as batch:
+                    each = losses(example, model, example.draw())
+                    engine.backward(each, train_weight=1, validation_weight=1)
+        assert_scores(batch.result, train, {"validation": direction})
+        check_norms_of(batch.result, train, {"validation": direction})
+        check_grads(plain, model, 1e-9, f"verified={verified}")
+
+
+def batches_of(example: LayerExample, verified: bool) -> int:
+    """Return how many batches to run: rows that are to be found need one that is verified first."""
+    probed = example.name.startswith("folded") or example.name in PROBED
+    return 2 if probed and not verified else 1
 
 
 def check_norms_of(

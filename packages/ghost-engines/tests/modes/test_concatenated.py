@@ -5,18 +5,14 @@ import copy
 import pytest
 import torch
 from engine_kit import gradient, squares
-from mode_kit import EXACT, PROBED, check_grads, check_norms_of, table
+from mode_kit import check_grads, check_norms_of, concatenated
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ghost_core import CaptureError
-from ghost_core.testing import dense, losses, next_token_losses, per_sample_gradients
+from ghost_core.testing import next_token_losses, per_sample_gradients
 from ghost_engines import DotProductEngine, InRunValues
-
-
-def concatenated(model, **options):
-    return DotProductEngine(model, mode="concatenated", **options)
 
 
 @pytest.fixture
@@ -30,44 +26,6 @@ def padded_losses(logits, ids, padding=0):
     targets = ids[:, 1:].masked_fill(ids[:, 1:] == padding, -100)
     each = functional.cross_entropy(logits[:, :-1].mT, targets, reduction="none")
     return each.sum(1) / (targets != -100).sum(1)
-
-
-# Over the table of layers
-
-
-def tell_sizes(engine, n, m):
-    """Let an engine know of batches that are joined already."""
-    engine.concatenate(torch.zeros(n, n, n), torch.zeros(m, m, m), pad=0)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("name", table(samples=2))
-def test_every_layer(name, assert_scores):
-    """The first samples of an example are trained on, the last one is of validation."""
-    example = EXACT[name]
-    n, m = example.n - 1, 1
-    plain = dense(example.build())
-    gradients = per_sample_gradients(plain, losses(example, plain, example.draw()))
-    gradients = {at: g if g.dim() > 1 else g[:, None] for at, g in gradients.items()}
-    train = {at: g[:n] for at, g in gradients.items()}
-    direction = {at: g[n:].sum(0) for at, g in gradients.items()}
-    for at, rows in train.items():
-        parameter = plain.get_parameter(at)
-        parameter.grad = rows.sum(0).reshape(parameter.shape)
-    probed = name.startswith("folded") or name in PROBED
-    for verified in (True, False):
-        model = example.build()
-        engine = concatenated(model, norms=True, verify=verified or probed, **example.options)
-        with engine:
-            for _ in range(1 if verified or not probed else 2):
-                model.zero_grad()
-                tell_sizes(engine, n, m)
-                with engine.batch(range(n)) as batch:
-                    each = losses(example, model, example.draw())
-                    engine.backward(each, train_weight=1, validation_weight=1)
-        assert_scores(batch.result, train, {"validation": direction})
-        check_norms_of(batch.result, train, {"validation": direction})
-        check_grads(plain, model, 1e-9, f"verified={verified}")
 
 
 # As training goes

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from engine_kit import Repeated, squares
-from mode_kit import EXACT, PROBED, check_grads, check_norms_of, reference, table
+from mode_kit import beside, check_grads, check_norms_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,7 +13,6 @@ from ghost_core import CaptureError, UnknownNameError
 from ghost_core.testing import (
     assert_within,
     check_engine,
-    losses,
     next_token_losses,
     per_sample_gradients,
 )
@@ -21,36 +20,7 @@ from ghost_engines import CosineEngine, DotProductEngine
 
 
 def fused(model, directions, **options):
-    engine = DotProductEngine(model, mode="fused", **options)
-    for name, direction in directions.items():
-        engine.add_direction(name, direction)
-    return engine
-
-
-# Over the table of layers
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("name", table())
-def test_every_layer(name, assert_scores, draw_directions):
-    """In a batch that is verified, and in one where autograd makes no weight gradient."""
-    example = EXACT[name]
-    plain, gradients = example.build(), reference(example)
-    losses(example, plain, example.draw()).sum().backward()
-    probed = name.startswith("folded") or name in PROBED
-    for verified in (True, False):
-        model = example.build()
-        directions = draw_directions(model, 2)
-        verify = verified or probed
-        engine = fused(model, directions, norms=True, verify=verify, **example.options)
-        with engine:
-            for _ in range(1 if verified or not probed else 2):
-                model.zero_grad()
-                with engine.batch(range(example.n)) as batch:
-                    losses(example, model, example.draw()).sum().backward()
-        assert_scores(batch.result, gradients, directions)
-        check_norms_of(batch.result, gradients, directions)
-        check_grads(plain, model, 1e-9, f"verified={verified}")
+    return beside(model, "fused", directions, **options)
 
 
 @pytest.mark.parametrize("k", [1, 3])
