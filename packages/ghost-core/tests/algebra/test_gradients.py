@@ -32,6 +32,11 @@ def transposed(n: int, t: int, d: int, p: int) -> Outer:
     return Outer(Tokens(random(n, t, 1, d), True), random(n, t, 1, p), Size((d, p)))
 
 
+def channels_first(n: int, t: int, d: int, p: int, g: int) -> Outer:
+    grad = random(n, g, p, t).permute(0, 3, 1, 2)  # as that of a convolution lies in memory
+    return Outer(Tokens(random(n, t, g, d)), grad, Size((g * p, d)))
+
+
 def rows(n: int, t: int, size: int, p: int, weighted: bool = False) -> Outer:
     index = torch.randint(0, size, (n, t))
     weight = (torch.rand(n, t) > 0.4).double() if weighted else None
@@ -50,6 +55,7 @@ CASES: dict[str, Callable[[int], PerSampleGradient]] = {
     "one unit": lambda n: tokens(n, 3, 4, 1),
     "groups": lambda n: tokens(n, 2, 5, 3, g=2),
     "groups, many tokens": lambda n: tokens(n, 30, 2, 2, g=3),
+    "channels first": lambda n: channels_first(n, 4, 3, 5, g=2),
     "kernel": lambda n: tokens(n, 3, 8, 4, shape=(4, 2, 2, 2)),
     "grouped kernel": lambda n: tokens(n, 3, 8, 2, g=2, shape=(4, 2, 2, 2)),
     "transposed": lambda n: transposed(n, 2, 5, 6),
@@ -117,6 +123,11 @@ def test_chunks_do_not_change_results(case: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(ghost_core.algebra.outer, name, 1)
     make = CASES[case]
     check_operations(of(make(N)), of(make(M)), what=case)
+
+
+def test_no_samples_have_no_dots_however_long_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ghost_core.algebra.outer, "ALONE", 1)
+    assert tokens(0, 2, 5, 6).dot(random(1, 6, 5)).shape == (0, 1)
 
 
 @pytest.mark.parametrize("n", [0, 1])

@@ -163,10 +163,8 @@ class Outer(PerSampleGradient):
         dtype = accumulation_dtype(self.grad, directions)
         grad = self.grad.to(dtype)
         mixed = (self.factor.mix(self._as_map(direction.to(dtype))) for direction in directions)
-        if len(dims) == 3:  # of whole samples: rows, so that sums run through memory as it lies
-            order = _as_it_lies(grad)
-            rows = as_rows(grad.permute(order))
-            dots = [(as_rows(each.permute(order)) * rows).sum(1) for each in mixed]
+        if len(dims) == 3:  # of whole samples
+            dots = [_row_dots(each, grad) for each in mixed]
         else:
             dots = [(each * grad).sum(dims) for each in mixed]
         return torch.stack(dots, dim=-1) if len(dots) > 1 else dots[0].unsqueeze(-1)
@@ -214,6 +212,19 @@ class Outer(PerSampleGradient):
             outputs = other.factor.inner(grads, paired=paired)
             outputs = outputs.mT if paired else outputs.permute(1, 0, 2, 4, 3)
         return (inputs * outputs).sum((-3, -2, -1))
+
+
+def _row_dots(values: Tensor, grad: Tensor) -> Tensor:
+    """Return `⟨values_n, grad_n⟩`, `[N]`, going through memory as the gradient lies there."""
+    if not grad.is_contiguous():
+        order = _as_it_lies(grad)
+        values, grad = values.permute(order), grad.permute(order)
+    rows, others = as_rows(values), as_rows(grad)
+    if not len(rows) or rows.shape[1] < ALONE or rows.device.type != "cpu":
+        return (rows * others).sum(1)
+    # A product that is written falls out of the cache, and takes a fifth of the time of `mix`.
+    pairs = zip(rows.unbind(), others.unbind(), strict=True)
+    return torch.stack([row.dot(other) for row, other in pairs])
 
 
 def _as_it_lies(values: Tensor) -> list[int]:
