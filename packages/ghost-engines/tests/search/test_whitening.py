@@ -6,7 +6,14 @@ from search_kit import BLOCKS, K, Rows, best_of, columns_of, stored, whitened
 
 from ghost_core import UnknownNameError
 from ghost_engines.search import Whitening, scores
-from ghost_engines.store import DamagedStoreError, GradientStore, StoredRows, StoreError
+from ghost_engines.store import (
+    DamagedStoreError,
+    GradientStore,
+    StoredRows,
+    StoreError,
+    export,
+    merge,
+)
 
 GROUPS = {"parameter": [columns_of(name) for name in BLOCKS], "all": [list(range(K))]}
 
@@ -82,6 +89,31 @@ def test_what_is_of_other_rows_is_refused_until_it_is_renewed(tmp_path):
         scores(grown, queries, new).scores.double(), expected, rtol=1e-4, atol=1e-4
     )
     assert not list(tmp_path.glob("g/whitening/*tmp*"))
+
+
+def test_a_merge_and_an_export_leave_it_behind_and_one_of_fewer_rows_is_refused(tmp_path):
+    first, second, queries = skewed(20), skewed(15), torch.randn(2, K)
+    Whitening.of(stored(tmp_path / "a", first))
+    with GradientStore.create(tmp_path / "b", Rows(), unit=16) as other:
+        other.append(StoredRows(torch.arange(15) * 10, second, None))
+    merge([tmp_path / "a"], tmp_path / "m")
+    assert not (tmp_path / "m/whitening").exists()
+    Whitening.of(GradientStore.open(tmp_path / "m"))
+    merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")  # goes on
+    with pytest.raises(StoreError, match="is of other rows") as caught:
+        Whitening.of(merged)
+    kept = tmp_path / "m/whitening/parameter.safetensors"
+    assert f"remove {kept}" in caught.value.remedy
+    kept.unlink()
+    expected = whitened(torch.cat([first, second]), queries, 0.1, GROUPS["parameter"])
+    torch.testing.assert_close(
+        scores(merged, queries, Whitening.of(merged)).scores.double(),
+        expected,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    export(merged, tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["ids.npy", "rows.npy"]
 
 
 def test_a_reader_keeps_the_digest_of_the_rows_that_it_was_opened_with(tmp_path):

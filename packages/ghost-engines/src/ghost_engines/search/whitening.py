@@ -87,7 +87,7 @@ class Whitening:
         """Return the whitening of a store: the one that is kept beside it, or from a pass over it.
 
         C is kept in `whitening/` in the store's folder, with a digest of the rows; it is the same
-        for every damping.
+        for every damping. Neither `merge` nor `export` takes it along.
 
         Args:
             store: The store, with all its rows committed.
@@ -248,7 +248,7 @@ def _read(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
             raise StoreError(
                 f"{path} is of other rows than those that the store has now",
                 reason=f"it is of {file.metadata.get('n')} rows, as they were then",
-                remedy="make it anew: Whitening.of(store, renew=True)",
+                remedy=f"make it anew: Whitening.of(store, renew=True), or remove {path}",
             )
         check_contents(file)
         return {name: file.read_tensor(name) for name in file.keys()}  # noqa: SIM118 # no mapping

@@ -31,7 +31,8 @@ def export(store: GradientStore, path: StrPath, *, progress: bool | None = None)
     """Write a store's rows, ids, losses and columns for other programs, a block at a time.
 
     Rows of bfloat16, which numpy and Parquet do not have, are written as float32, which holds them
-    exactly; all else has the dtype that it has in the store.
+    exactly; all else has the dtype that it has in the store. The manifest and whitenings are left
+    behind.
 
     Args:
         store: The store, as it was opened.

@@ -35,7 +35,8 @@ def merge(
     """Copy the rows of several stores, or of the parts of one, into one with a single writer.
 
     The sources stay as they are. Called again after it was interrupted or killed, it goes on where
-    it was; the source's rows must be the same as before.
+    it was; the source's rows must be the same as before. The notes are those of the first source,
+    and whitenings, which are of some rows, are left behind.
 
     Args:
         sources: Folders of stores whose rows are of the same kind, in the order of their rows.
