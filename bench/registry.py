@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from bench import attention, convolution, foreign, language, store
+from bench import attention, convolution, foreign, language, projection, store
 from bench.case import Case, Group
 
 CASES: tuple[Case, ...] = (
     *language.CASES,
+    *projection.CASES,
     *convolution.CASES,
     *attention.CASES,
     *foreign.CASES,

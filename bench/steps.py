@@ -54,7 +54,9 @@ def first_scored(model: nn.Module, loss: Loss, n: int, **options: Any) -> Way:
     return Way(run, before)
 
 
-def projected(setting: Setting, model: nn.Module, loss: Loss, n: int, *, frozen: bool) -> Way:
+def projected(
+    setting: Setting, model: nn.Module, loss: Loss, n: int, *, frozen: bool, **options: Any
+) -> Way:
     """Return a step of N samples whose gradients are projected; not the first one.
 
     Args:
@@ -63,9 +65,10 @@ def projected(setting: Setting, model: nn.Module, loss: Loss, n: int, *, frozen:
         loss: The loss of a batch.
         n: Number of samples N.
         frozen: Whether weight gradients are left out, as where a corpus is gone through once.
+        options: Those of the engine; without any, rows have 256 numbers for each parameter.
     """
     model = copy.deepcopy(model)
-    engine = ProjectionEngine(model, dim=256)
+    engine = ProjectionEngine(model, **(options or {"dim": 256}))
     setting.stack.enter_context(engine.frozen() if frozen else engine)
 
     def run() -> None:

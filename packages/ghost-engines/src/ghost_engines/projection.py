@@ -284,7 +284,7 @@ class ProjectionEngine(WeighingEngine[ProjectedRows]):
         self.check_mean(pass_, len(self._rows))
         projected = self._maps[parameter.name].project(gradient)
         columns = self._blocks[parameter.name].columns
-        self._rows[pass_.samples, columns] += projected.to(self._rows)
+        self._rows[pass_.samples, columns].add_(projected.to(self._rows))
 
     def on_end(self, batch: Batch[ProjectedRows]) -> ProjectedRows:
         """Return the rows in the storage dtype."""

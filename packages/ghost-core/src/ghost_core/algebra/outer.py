@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Size, Tensor
+from torch.nn import functional
 
 from ghost_core.algebra.factors import InputFactor, Tokens
 from ghost_core.algebra.gradients import PerSampleGradient, as_rows, built_gram, built_paired
@@ -87,15 +88,20 @@ class Outer(PerSampleGradient):
         if seen is None:
             inputs = self.factor.dense().to(dtype)
         else:
-            inputs = self.factor.compress(seen.to(dtype)).x  # [N, T, G, k]
+            inputs = self.factor.compress(seen.to(dtype)).x.to(dtype)  # [N, T, G, k]
         grads = self.grad.to(dtype)
-        if made is None:
+        if self.groups == 1:  # as nearly all have: one product for all samples, one for each
+            outputs = grads[:, :, 0]
+            if made is not None:
+                outputs = functional.linear(outputs, made.to(dtype))  # [N, T, k]
+            product = outputs.mT @ inputs[:, :, 0]
+        elif made is None:
             # Without a map the groups stay apart, stacked along the output axis.
-            product = torch.einsum("ntgp,ntgl->ngpl", grads, inputs.to(dtype)).flatten(1, 2)
+            product = torch.einsum("ntgp,ntgl->ngpl", grads, inputs).flatten(1, 2)
         else:
             blocks = made.to(dtype).unflatten(1, (self.groups, -1))  # [k, G, p]
             grads = torch.einsum("ntgp,kgp->ntgk", grads, blocks)
-            product = torch.einsum("ntgk,ntgl->nkl", grads, inputs.to(dtype))
+            product = torch.einsum("ntgk,ntgl->nkl", grads, inputs)
         return product.mT if self.factor.transposed else product
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
