@@ -5,6 +5,7 @@ import graphlib
 import re
 import runpy
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,12 @@ def sources() -> dict[str, Path]:
 
 
 MODULES = sources()
-TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+@cache
+def parsed() -> dict[str, ast.Module]:
+    """Return the syntax trees of all files by the dotted name of their module."""
+    return {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
 def imported(node: ast.AST) -> Iterator[str]:
@@ -184,7 +190,7 @@ def files_of_tests() -> dict[str, tuple[Path, str]]:
 
 def test_every_module_is_seen():
     assert {name.partition(".")[0] for name in MODULES} == set(PACKAGES)
-    assert "ghost_core.algebra.factors" in graph(TREES)["ghost_core.algebra"]
+    assert "ghost_core.algebra.factors" in graph(parsed())["ghost_core.algebra"]
     assert {name for floor in FLOORS for name in floor} == {
         room(name).rpartition(".")[2] for name in MODULES if room(name).startswith("ghost_core")
     }
@@ -192,18 +198,18 @@ def test_every_module_is_seen():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_modules_import_each_other_in_a_circle(package):
-    edges = graph({name: tree for name, tree in TREES.items() if name.startswith(package)})
+    edges = graph({name: tree for name, tree in parsed().items() if name.startswith(package)})
     assert circle(edges) == []
     assert circle(rooms(edges)) == []
 
 
 def test_wings_import_downwards_only():
-    core = {name: tree for name, tree in TREES.items() if name.startswith("ghost_core")}
+    core = {name: tree for name, tree in parsed().items() if name.startswith("ghost_core")}
     assert upwards(graph(core), FLOORS) == []
 
 
 def test_nobody_imports_from_inside_a_wing():
-    found = [each for name, tree in TREES.items() for each in inside(name, tree, room(name))]
+    found = [each for name, tree in parsed().items() for each in inside(name, tree, room(name))]
     assert "\n".join(found) == ""
 
 
@@ -217,7 +223,7 @@ def test_tests_import_from_inside_their_own_wing_only():
 
 
 def test_nothing_is_imported_inside_a_function_for_the_order_of_imports():
-    found = {name: names for name, tree in TREES.items() if (names := late(tree))}
+    found = {name: names for name, tree in parsed().items() if (names := late(tree))}
     assert found == IMPORTED_WHERE_USED
 
 

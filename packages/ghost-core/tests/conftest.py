@@ -45,7 +45,7 @@ def x() -> Tensor:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` formats stack traces, too
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def random_directions(model: nn.Module, count: int, seed: int = 0) -> dict[str, 
 
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` formats stack traces, too
     np.random.seed(0)
     random.seed(0)
 

@@ -11,7 +11,7 @@ from ghost_layers.replay import Plan, Search, Way
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` formats stack traces, too
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,13 @@ class LayerExample:
         return found[-1] if found else 0
 
 
-def losses(example: LayerExample, module: nn.Module, inputs: Inputs, *, draw: int = 0) -> Tensor:
+def outputs_of(example: LayerExample, module: nn.Module, inputs: Inputs) -> Any:
+    """Run an example's module; its random operations draw the same numbers every time."""
+    with seeded(1):
+        return module(*inputs.args, **inputs.kwargs)
+
+
+def losses(example: LayerExample, module: nn.Module, inputs: Inputs) -> Tensor:
     """Run an example's module and return a loss per sample, float64 `[N]`.
 
     Every output counts, and the loss is nonlinear in it. Random operations of the module draw the
@@ -100,14 +106,26 @@ def losses(example: LayerExample, module: nn.Module, inputs: Inputs, *, draw: in
         example: The example.
         module: What it built, or a module around that which returns the same.
         inputs: What it drew.
+
+    Raises:
+        AssertionError: If no output has N rows and requires a gradient.
+    """
+    return losses_of(example, outputs_of(example, module, inputs), inputs.n)
+
+
+def losses_of(example: LayerExample, outputs: Any, n: int, *, draw: int = 0) -> Tensor:
+    """Return the losses of `n` samples, float64 `[N]`, of what an example's module returned.
+
+    Args:
+        example: The example.
+        outputs: What its module returned.
+        n: Number of samples N.
         draw: Which random weights the outputs get; equal draws give equal weights.
 
     Raises:
         AssertionError: If no output has N rows and requires a gradient.
     """
-    with seeded(1):
-        outputs = module(*inputs.args, **inputs.kwargs)
-    return nonlinear_losses(outputs, inputs.n, dim=example.dim, draw=draw, what=example.name)
+    return nonlinear_losses(outputs, n, dim=example.dim, draw=draw, what=example.name)
 
 
 def normal(*shape: int) -> Draw:

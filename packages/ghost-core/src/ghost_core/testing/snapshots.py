@@ -51,7 +51,10 @@ def assert_untouched(before: dict[str, object], model: nn.Module, when: str) -> 
 def seeded(seed: int) -> Iterator[None]:
     """Seed every global random number generator inside; restore them afterwards."""
     with random_state_kept():
-        torch.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.manual_seed(seed)
+        else:  # where that one would format a stack trace for each kind of device
+            torch.default_generator.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
         yield

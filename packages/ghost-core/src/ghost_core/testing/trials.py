@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ghost_core.testing.examples import Inputs, LayerExample, losses
+from ghost_core.testing.examples import Inputs, LayerExample, losses, losses_of, outputs_of
 from ghost_core.testing.holder import GradientHolder, Held
 from ghost_core.testing.losses import is_floating
 from ghost_core.testing.operations import Gradients, failing_as
@@ -104,28 +104,25 @@ class Trial:
             raise AssertionError(f"{name}: no gradient arrived for {', '.join(missing)}")
         return held
 
-    def expected(self, module: nn.Module, inputs: Inputs, draw: int = 0) -> dict[str, Tensor]:
+    def expected(self, module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         """Return each sample's gradient by autograd in float64, `[N, *shape]` by name.
 
         Args:
             module: The module in the state before the call, which may change it; it is copied.
             inputs: The inputs.
-            draw: Which random weights the outputs get.
         """
+        (gradients,) = self._expected(module, inputs, draws=1)
+        return gradients
+
+    def _expected(self, module: nn.Module, inputs: Inputs, draws: int) -> list[dict[str, Tensor]]:
+        """Return the gradients of several losses, whose weights differ, of the same outputs."""
         twin = dense(copy.deepcopy(module).double())
         args, kwargs = tree_map(_double, inputs.args), tree_map(_double, inputs.kwargs)
-        wide = inputs._replace(args=args, kwargs=kwargs)
-        return per_sample_gradients(twin, losses(self.example, twin, wide, draw=draw))
-
-    def scales(self, module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-        """Return how large gradients are where tokens and uses do not cancel, `[N]` by name.
-
-        Rounding errors do not cancel with what they are errors of. In reduced precision they are
-        measured against the root mean square norm over several random losses.
-        """
-        draws = [self.expected(module, inputs, draw) for draw in range(8)]
-        squares = {name: torch.stack([norms(d[name]) for d in draws]) ** 2 for name in draws[0]}
-        return {name: torch.maximum(s[0], s.mean(0)).sqrt() for name, s in squares.items()}
+        outputs = outputs_of(self.example, twin, inputs._replace(args=args, kwargs=kwargs))
+        return [
+            per_sample_gradients(twin, losses_of(self.example, outputs, inputs.n, draw=draw))
+            for draw in range(draws)
+        ]
 
     def capture(self, engine: GradientHolder, n: int) -> dict[str, Gradients]:
         """Return what an attached engine finds, and what it should find, by parameter name."""
@@ -133,13 +130,13 @@ class Trial:
         # Before the call, which may change buffers and, for a table with `max_norm`, parameters.
         before = copy.deepcopy(engine.model)
         uses = self.hold(engine, inputs).uses
-        expected = self.expected(before, inputs)
+        exact = self.dtype == torch.float64
+        expected, *others = self._expected(before, inputs, draws=1 if exact else 8)
         if uses.keys() != expected.keys():
             raise AssertionError(
                 f"{self.example.name}: {sorted(uses)}, expected {sorted(expected)}"
             )
-        exact = self.dtype == torch.float64
-        scales: Mapping[str, Tensor] = {} if exact else self.scales(before, inputs)
+        scales = {} if exact else _scales([expected, *others])
         return {
             name: Gradients([use.gradient for use in uses[name]], gradient, scales.get(name))
             for name, gradient in expected.items()
@@ -176,6 +173,16 @@ def capture(
     trial = Trial(example, registry)
     with trial.engine(GradientHolder, verify=verify) as engine:
         return [trial.capture(engine, n) for n in sizes]
+
+
+def _scales(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return how large gradients are where tokens and uses do not cancel, `[N]` by name.
+
+    Rounding errors do not cancel with what they are errors of. In reduced precision they are
+    measured against the root mean square norm over several random losses, the first one included.
+    """
+    squares = {name: torch.stack([norms(d[name]) for d in draws]) ** 2 for name in draws[0]}
+    return {name: torch.maximum(s[0], s.mean(0)).sqrt() for name, s in squares.items()}
 
 
 def dense(module: nn.Module) -> nn.Module:
