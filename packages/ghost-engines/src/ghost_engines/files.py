@@ -41,7 +41,7 @@ def write_atomically(path: Path, data: bytes | Sequence[bytes | memoryview], roo
         raise
     # A folder made by an earlier process that was killed may not be on disk yet: sync all of them.
     for folder in folders:
-        _sync_folder(folder)
+        _sync(folder)
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def make_root(path: Path) -> None:
@@ -78,7 +78,7 @@ def make_root(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     os.makedirs(path, exist_ok=True)
     for folder in {path, *missing}:
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
 
 
 def open_regular(path: Path) -> int:
@@ -143,6 +143,23 @@ def remove_temporaries(folder: Path) -> None:
             Path(leftover.path).unlink(missing_ok=True)
 
 
+def put_in_place(made: Path, path: Path) -> None:
+    """Rename a file, or a folder of files, that is whole; it is on disk once this returns.
+
+    Args:
+        made: What other programs or libraries have written, without a sync.
+        path: Where it is to be, in the same folder.
+
+    Raises:
+        OSError: If a step fails. Then nothing is at the path, or all of it, but perhaps not yet
+            safe from a power failure.
+    """
+    for each in [*made.iterdir(), made] if made.is_dir() else [made]:
+        _sync(each)
+    os.rename(made, path)
+    _sync(path.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file so that it is gone from the disk once this returns.
 
@@ -150,7 +167,7 @@ def remove(path: Path) -> None:
         OSError: If a step fails.
     """
     path.unlink()
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def closed_after(close: Callable[[], object], exception: BaseException | None, lost: str) -> None:
@@ -191,8 +208,8 @@ def _write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
         os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

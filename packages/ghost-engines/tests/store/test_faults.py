@@ -2,59 +2,16 @@
 
 import errno
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from disk_kit import Failing, failing, short_of_room
 from kill_kit import STEPS, TOTAL, UNIT, FakeEngine, append, assert_holds_exactly, leftovers
 
 from ghost_engines.store import GradientStore, StoreError
 
 # Failing disks
-
-
-@dataclass
-class Failing:
-    """Makes the n-th call of one function of `os` fail, and all later ones while `broken`."""
-
-    name: str
-    at: int
-    calls: int = 0
-    broken: bool = True
-
-    def replacement(self) -> Callable[..., Any]:
-        real = getattr(os, self.name)
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            if self.name == "open" and reads(*arguments):
-                return real(*arguments, **named)
-            self.calls += 1
-            if self.calls > self.at and self.broken:
-                if self.name == "write":
-                    descriptor, data = arguments
-                    real(descriptor, data[: len(data) // 2])
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(*arguments, **named)
-
-        return call
-
-
-def reads(path: Any, flags: int, mode: int = 0) -> bool:
-    """Return whether a file is opened to be read, which no write does."""
-    return not flags & (os.O_WRONLY | os.O_RDWR) and not os.path.isdir(path)
-
-
-@contextmanager
-def failing(name: str, at: int) -> Iterator[Failing]:
-    state = Failing(name, at)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, name, state.replacement())
-        yield state
 
 
 STRIDES = [3, pytest.param(1, marks=pytest.mark.stress)]
@@ -148,13 +105,8 @@ def test_a_file_that_may_not_grow_is_an_error_and_loses_nothing(tmp_path):
     with GradientStore.create(tmp_path / "g", FakeEngine(), unit=UNIT) as store:
         append(store, 14)
         store.commit()
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-        try:
-            with pytest.raises(OSError, match="File too large"):
-                append(store, TOTAL)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with short_of_room(500), pytest.raises(OSError, match="File too large"):
+            append(store, TOTAL)
         assert_holds_exactly(GradientStore.open(tmp_path / "g"), 14)
         assert leftovers(tmp_path / "g") == []
     assert_holds_exactly(GradientStore.open(tmp_path / "g"), TOTAL)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghost_engines.files import TEMPORARY
+from ghost_engines.files import TEMPORARY, put_in_place
 from ghost_engines.progress import Progress
 from ghost_engines.store.beside import LOSS
 from ghost_engines.store.errors import StoreError
@@ -77,12 +77,12 @@ def _check_names(store: GradientStore, taken: Sequence[str]) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Put what is written to another place in this one, once it is whole."""
+    """Put what is written to another place in this one, once it is whole and on disk."""
     temporary = path.with_name(path.name + TEMPORARY)
     _remove(temporary)
     try:
         yield temporary
-        os.rename(temporary, path)
+        put_in_place(temporary, path)
     finally:
         _remove(temporary)
 
