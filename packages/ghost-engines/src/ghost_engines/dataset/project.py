@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ghost_core import CaptureError
 from ghost_core.arguments import module, whole
-from ghost_core.state import untouched
+from ghost_core.state import RandomState, untouched
 from ghost_engines.dataset.batches import Ids
 from ghost_engines.dataset.columns import ColumnOf, check_columns, column_values
+from ghost_engines.dataset.draws import warn_of_draws
 from ghost_engines.dataset.known import KnownIds, MetIds
 from ghost_engines.dataset.losses import PerSampleLoss, checked
 from ghost_engines.dataset.windows import (
@@ -87,7 +88,9 @@ def project_dataset(
     about every minute, and every full unit. What it writes when it goes on is what it would have
     written, bit by bit.
 
-    Rows do not depend on the batches that samples are in, but for rounding.
+    Rows do not depend on the batches that samples are in, but for rounding. Where losses draw
+    random numbers though the model is in evaluation mode, as `F.dropout` may, a warning says what
+    does.
 
     Args:
         model: The module that `per_sample_loss` calls.
@@ -194,6 +197,7 @@ class _Job:
         samples: Samples that were projected.
         skipped: Samples that were there.
         tokens: Tokens of those that were projected.
+        looked: Whether it is known if losses draw random numbers.
     """
 
     per_sample_loss: PerSampleLoss
@@ -205,6 +209,7 @@ class _Job:
     samples: int = 0
     skipped: int = 0
     tokens: int = 0
+    looked: bool = False
 
     def run(self, writer: Writer, bar: Progress) -> None:
         """Compute what is not in the store, and hand it over."""
@@ -238,12 +243,18 @@ class _Job:
     def _project(self, window: Window, positions: Tensor, batch: Any, bar: Progress) -> Part:
         """Project a batch, and once more if it was the first one in which a module ran."""
         ids = window.ids[positions]
+        devices = {parameter.device for parameter in self.engine.parameters}
+        before = None if self.looked else RandomState.now(devices)
         for last in (False, True):
             with self.engine.batch(ids) as found:
                 losses = self._losses(batch, ids)
                 losses.sum().backward()
             if last or found.verified or not self.engine.verifies:
                 break
+        if before is not None:
+            self.looked = True
+            if not found.result.random and RandomState.now(devices) != before:
+                warn_of_draws(lambda: self.per_sample_loss(self.engine.model, batch), devices)
         tokens = batch_tokens(batch)
         self.tokens += tokens
         bar.advance(len(ids), tokens)
