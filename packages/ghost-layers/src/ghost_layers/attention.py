@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ghost_core import Call, PastCall, PerSampleGradient, WrongSplitError
-from ghost_layers.attended import Attended, attend, differentiate
-from ghost_layers.replay import Forward, InputRows, Plan, Replay, ReplaySampler, Way
+from ghost_core import Call, WrongSplitError
+from ghost_layers.attended import attend
+from ghost_layers.replay import Formula, InputRows, ReplaySampler
 
 
 class MultiheadAttentionSampler(ReplaySampler):
@@ -38,30 +37,14 @@ class MultiheadAttentionSampler(ReplaySampler):
         attention: Any = module
         return (0 if attention.batch_first else 1, 0)[:outputs]
 
-    def rewritten(self, module: nn.Module, count: int) -> Forward | None:
+    def rewritten(self, module: nn.Module) -> Formula | None:
         """Run it by its formula, where nothing is drawn, added to keys or behind its weights."""
         attention: Any = module
         draws = module.training and attention.dropout > 0
         extended = attention.bias_k is not None or attention.add_zero_attn
         formula = type(attention).forward is nn.MultiheadAttention.forward
         named = all("parametrizations" not in name for name, _ in module.named_parameters())
-        return _outputs if formula and named and not (draws or extended) else None
-
-    def replayed(
-        self, plan: Plan, replay: Replay, call: PastCall, grads: Sequence[Tensor | None]
-    ) -> Mapping[str, PerSampleGradient]:
-        """Run the attention again and differentiate it; see the base class."""
-        if plan.way is not Way.REWRITTEN:
-            return super().replayed(plan, replay, call, grads)
-        with torch.enable_grad(), plan.conditions():
-            inputs = plan.whole(replay.inputs)
-            with replay.unproven():
-                attended: Attended = plan.called(attend, replay.values, inputs)
-                outputs, slopes = plan.sloped(attended.outputs, replay, grads)
-            made = differentiate(outputs, slopes, attended.projections, call.shapes)
-        if replay.rows is None:
-            return made
-        return {local: gradient.narrow(replay.rows) for local, gradient in made.items()}
+        return attend if formula and named and not (draws or extended) else None
 
     def sides(self, call: Call) -> Mapping[int, InputRows]:
         """Find the samples of the inputs and masks.
@@ -86,10 +69,6 @@ class MultiheadAttentionSampler(ReplaySampler):
         if mask is not None:
             sides[id(mask)] = InputRows(own=mask.dim() == 3, fold=mask.dim() == 3)
         return sides
-
-
-def _outputs(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> list[Tensor]:
-    return attend(module, *args, **kwargs).outputs
 
 
 def _given(call: Call, position: int, name: str) -> Tensor | None:

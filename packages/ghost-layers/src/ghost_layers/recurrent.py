@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from ghost_core import Call, PastCall, PerSampleGradient, WrongSplitError
+from ghost_core import Call, WrongSplitError
 from ghost_core._torch import flat_weights
-from ghost_layers.replay import Forward, InputRows, Plan, Replay, ReplaySampler, Way
-from ghost_layers.unrolled import Unrolled, differentiate, unroll
+from ghost_layers.replay import Formula, InputRows, ReplaySampler
+from ghost_layers.unrolled import unroll
 
 
 class RecurrentSampler(ReplaySampler):
@@ -59,39 +58,10 @@ class RecurrentSampler(ReplaySampler):
         }
         return {**sides, id(inputs): InputRows(own=True, axis=0 if layer.batch_first else 1)}
 
-    def rewritten(self, module: nn.Module, count: int) -> Forward | None:
+    def rewritten(self, module: nn.Module) -> Formula | None:
         """Run it step by step, where nothing stands behind its weights."""
         layer: Any = module
-        return _outputs if flat_weights(layer) is not None else None
-
-    def replayed(
-        self, plan: Plan, replay: Replay, call: PastCall, grads: Sequence[Tensor | None]
-    ) -> Mapping[str, PerSampleGradient]:
-        """Run the layer again and differentiate it; see the base class."""
-        if plan.way is not Way.REWRITTEN:
-            return super().replayed(plan, replay, call, grads)
-        wanted = {
-            plan.wanted[local]: replay.values[plan.wanted[local]].detach().requires_grad_()
-            for local in call.shapes
-        }
-        with torch.enable_grad(), plan.conditions():
-            inputs = plan.whole(replay.inputs)
-            with replay.unproven():
-                unrolled: Unrolled = plan.called(_unrolled, replay.values | wanted, inputs)
-                outputs, slopes = plan.sloped(unrolled.outputs, replay, grads)
-            made = differentiate(outputs, slopes, unrolled.maps, call.shapes)
-        if replay.rows is None:
-            return made
-        return {local: gradient.narrow(replay.rows) for local, gradient in made.items()}
-
-
-def _unrolled(module: nn.Module, input: Tensor, hx: Any = None) -> Unrolled:
-    assert isinstance(module, nn.RNNBase)
-    return unroll(module, input, hx)
-
-
-def _outputs(module: nn.Module, *args: Any, **kwargs: Any) -> list[Tensor]:
-    return _unrolled(module, *args, **kwargs).outputs
+        return unroll if flat_weights(layer) is not None else None
 
 
 class RecurrentCellSampler(ReplaySampler):

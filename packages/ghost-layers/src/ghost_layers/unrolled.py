@@ -9,89 +9,32 @@ two steps. One backward pass for all samples gives the gradients b1, b2 of the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from ghost_core import Dense, Outer, PerSampleGradient, Tokens
-from ghost_core._torch import start_of_backward
+from ghost_layers.replay import LinearMap, WrittenOut
 
 
-@dataclass(frozen=True)
-class LinearMap:
-    """One use of a weight, at one or several steps.
-
-    Attributes:
-        weight: Name of the weight.
-        bias: Name of the bias; None where there is none.
-        inputs: One `[N, d]` for each of T steps.
-        results: What the map made of them, `[N, p]` each.
-    """
-
-    weight: str
-    bias: str | None
-    inputs: list[Tensor] = field(default_factory=list)
-    results: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, module: nn.RNNBase, inputs: Tensor) -> Tensor:
-        """Map the inputs of a step, `[N, d]` to `[N, p]`."""
-        bias = getattr(module, self.bias) if self.bias else None
-        result = functional.linear(inputs, getattr(module, self.weight), bias)
-        self.inputs.append(inputs)
-        self.results.append(result)
-        return result
-
-    def gradients(
-        self, grads: Sequence[Tensor], shapes: Mapping[str, Size]
-    ) -> Iterator[tuple[str, PerSampleGradient]]:
-        """Yield the per-sample gradients of weight and bias, as far as they are asked for.
-
-        Args:
-            grads: Gradients of the results.
-            shapes: Shapes of the parameters asked for.
-        """
-        grad = torch.stack(list(grads), dim=1)  # [N, T, p]
-        if self.weight in shapes:
-            inputs = torch.stack([each.detach() for each in self.inputs], dim=1).to(grad.dtype)
-            factor = Tokens(inputs.unsqueeze(2))
-            yield self.weight, Outer(factor, grad.unsqueeze(2), shapes[self.weight])
-        if self.bias is not None and self.bias in shapes:
-            yield self.bias, Dense(grad)
-
-
-@dataclass(frozen=True)
-class Unrolled:
-    """A recurrent layer's call.
-
-    Attributes:
-        outputs: What the layer returns, flattened.
-        maps: The linear maps in it.
-    """
-
-    outputs: list[Tensor]
-    maps: list[LinearMap]
-
-
-def unroll(module: nn.RNNBase, inputs: Tensor, hx: Any = None) -> Unrolled:
+def unroll(module: nn.RNNBase, input: Tensor, hx: Any = None) -> WrittenOut:
     """Run a recurrent layer step by step.
 
     Args:
         module: An `RNN`, `LSTM` or `GRU`.
-        inputs: `[T, N, d]`, or `[N, T, d]` with `batch_first`.
+        input: `[T, N, d]`, or `[N, T, d]` with `batch_first`.
         hx: The first state, or states, `[layers, N, p]`; zeros by default.
     """
-    steps = list(inputs.unbind(1 if module.batch_first else 0))
+    steps = list(input.unbind(1 if module.batch_first else 0))
     ways = 2 if module.bidirectional else 1
     maps: list[LinearMap] = []
     last: list[list[Tensor]] = []
     for layer in range(module.num_layers):
         sides = []
         for way in range(ways):
-            state = _first_state(module, inputs, hx, ways * layer + way)
+            state = _first_state(module, input, hx, ways * layer + way)
             suffix = f"l{layer}" + ("_reverse" if way else "")
             order = slice(None, None, -1 if way else 1)
             made, state = _run(module, suffix, steps[order], state, maps)
@@ -102,7 +45,7 @@ def unroll(module: nn.RNNBase, inputs: Tensor, hx: Any = None) -> Unrolled:
             stacked = functional.dropout(stacked, module.dropout, module.training)
         steps = list(stacked.unbind())
     output = torch.stack(steps, dim=1 if module.batch_first else 0)
-    return Unrolled([output, *(torch.stack(each) for each in zip(*last, strict=True))], maps)
+    return WrittenOut([output, *(torch.stack(each) for each in zip(*last, strict=True))], maps)
 
 
 def _first_state(module: nn.RNNBase, inputs: Tensor, hx: Any, at: int) -> list[Tensor]:
@@ -125,20 +68,17 @@ def _run(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run one direction of one layer; return its outputs and its last state."""
 
-    def make(kind: str, *, biased: bool) -> LinearMap:
-        maps.append(
-            LinearMap(f"weight_{kind}_{suffix}", f"bias_{kind}_{suffix}" if biased else None)
-        )
-        return maps[-1]
+    def mapped(kind: str, inputs: Tensor) -> Tensor:
+        bias = f"bias_{kind}_{suffix}" if module.bias and kind != "hr" else None
+        maps.append(LinearMap.of(module, f"weight_{kind}_{suffix}", bias, inputs))
+        return maps[-1].results
 
-    seen, kept = make("ih", biased=module.bias), make("hh", biased=module.bias)
-    projected = make("hr", biased=False) if module.proj_size else None
     made = []
     for step in steps:
-        gates = seen(module, step), kept(module, state[0])
+        gates = mapped("ih", step), mapped("hh", state[0])
         state = _CELLS[module.mode](*gates, *state)
-        if projected is not None:
-            state[0] = projected(module, state[0])
+        if module.proj_size:
+            state[0] = mapped("hr", state[0])
         made.append(state[0])
     return made, state
 
@@ -170,32 +110,3 @@ _CELLS: Mapping[str, Callable[..., list[Tensor]]] = {
     "LSTM": _lstm,
     "GRU": _gru,
 }
-
-
-def differentiate(
-    outputs: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    maps: Sequence[LinearMap],
-    shapes: Mapping[str, Size],
-) -> dict[str, PerSampleGradient]:
-    """Return the per-sample gradients from one backward pass for all samples.
-
-    Args:
-        outputs: What the loss depends on, with a graph from the parameters asked for.
-        slopes: Gradients of the loss, laid out as the outputs.
-        maps: The linear maps of the call.
-        shapes: Shapes of the parameters asked for.
-    """
-    maps = [each for each in maps if not shapes.keys().isdisjoint((each.weight, each.bias))]
-    results = [result for each in maps for result in each.results]
-    start = start_of_backward(outputs, slopes)
-    found = torch.autograd.grad(start, results, allow_unused=True)
-    grads = iter(
-        torch.zeros_like(result) if grad is None else grad
-        for result, grad in zip(results, found, strict=True)
-    )
-    return {
-        name: gradient
-        for each in maps
-        for name, gradient in each.gradients([next(grads) for _ in each.results], shapes)
-    }

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Size, Tensor
 
+from ghost_core import PerSampleGradient
 from ghost_core._torch import start_of_backward
 from ghost_core._trees import vmap
 from ghost_core.differentiation import differentiated
+from ghost_layers.replay.linear_maps import differentiate
 from ghost_layers.replay.plan import Plan, Replay, Way
 
 _AT_ONCE = 2**25
@@ -38,6 +40,35 @@ def gradients(
     make = _by_copies if plan.way is Way.VMAP else _by_backward_passes
     with torch.enable_grad(), plan.conditions():
         return make(plan, replay, grads, wanted)
+
+
+def written_gradients(
+    plan: Plan, replay: Replay, grads: Sequence[Tensor | None], shapes: Mapping[str, Size]
+) -> dict[str, PerSampleGradient]:
+    """Return the per-sample gradients of a call that is written out, by local name.
+
+    Args:
+        plan: How to run the call.
+        replay: Its tensors.
+        grads: Gradients of the loss for each recorded output, rows first.
+        shapes: Shapes of the parameters asked for.
+
+    Raises:
+        OtherOutputsError: If the formula does not return what the call did.
+    """
+    with torch.enable_grad(), plan.conditions():
+        with replay.unproven():
+            written = plan.written_out(replay.values, plan.whole(replay.inputs))
+            replay.check(plan, plan.rows_first([written.outputs[out.at] for out in plan.outputs]))
+        outputs, slopes = [], []
+        for output in plan.outputs:
+            if (grad := grads[output.index]) is not None:
+                outputs.append(written.outputs[output.at])
+                slopes.append(replay.in_rows(grad).movedim(0, output.axis).to(outputs[-1].dtype))
+        made = differentiate(outputs, slopes, written.maps, shapes)
+    if replay.rows is None:
+        return made
+    return {local: gradient.narrow(replay.rows) for local, gradient in made.items()}
 
 
 def _by_copies(

@@ -21,6 +21,7 @@ from ghost_core.state import RandomState
 from ghost_layers.replay.before import conditions
 from ghost_layers.replay.closeness import same_rows
 from ghost_layers.replay.guard import writes
+from ghost_layers.replay.linear_maps import WrittenOut
 from ghost_layers.replay.module_copy import Template, own_copy
 from ghost_layers.replay.recording import InputRows, OutputRows, TensorAt
 
@@ -39,6 +40,9 @@ class Way(Enum):
 
 Forward = Callable[..., Any]
 """Takes a module and its arguments."""
+
+Formula = Callable[..., WrittenOut]
+"""Takes a module and its arguments, and writes out what it computes."""
 
 
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +77,7 @@ class Plan:
         devices: Where the module's tensors are.
         autocast: Device type, and dtype of the autocast region, if there was one.
         recurrent: Whether a recurrent layer of torch is inside.
-        rewritten: Computes what the module does, in code of the sampler's; None if it has none.
+        rewritten: Writes out what the module computes; None if the sampler has no formula.
     """
 
     template: Template
@@ -89,7 +93,7 @@ class Plan:
     devices: frozenset[torch.device]
     autocast: tuple[str, torch.dtype | None]
     recurrent: bool
-    rewritten: Forward | None = None
+    rewritten: Formula | None = None
 
     def conditions(self) -> Any:
         """Return a context in which the call runs as it did."""
@@ -122,8 +126,15 @@ class Plan:
 
     def returned(self, values: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run the module and return its floating tensors; see `called`."""
-        rewritten = self.rewritten if self.way is Way.REWRITTEN else None
-        return floating(self.called(rewritten or forward, values, inputs))
+        if self.way is Way.REWRITTEN:
+            return self.written_out(values, inputs).outputs
+        return floating(self.called(forward, values, inputs))
+
+    def written_out(self, values: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> WrittenOut:
+        """Write the call out by the sampler's formula; see `called`."""
+        assert self.rewritten is not None
+        written: WrittenOut = self.called(self.rewritten, values, inputs)
+        return written
 
     def whole(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Lay out the input tensors as the module got them."""
@@ -166,28 +177,6 @@ class Plan:
             value.movedim(each.axis, 0).to(each.dtype if rewritten else None)
             for value, each in zip(outputs, self.outputs, strict=True)
         ]
-
-    def sloped(
-        self, returned: Sequence[Tensor], replay: Replay, grads: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the outputs that the loss depends on, and its gradients, laid out as these.
-
-        Args:
-            returned: All floating tensors that the whole call returned.
-            replay: The call.
-            grads: Gradients of the loss for each recorded output, rows first.
-
-        Raises:
-            OtherOutputsError: If the call returned something else.
-        """
-        replay.check(self, self.rows_first([returned[output.at] for output in self.outputs]))
-        outputs, slopes = [], []
-        for output in self.outputs:
-            if (grad := grads[output.index]) is not None:
-                value = returned[output.at]
-                outputs.append(value)
-                slopes.append(replay.in_rows(grad).movedim(0, output.axis).to(value.dtype))
-        return outputs, slopes
 
     def own(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the input tensors that have a row for each sample."""

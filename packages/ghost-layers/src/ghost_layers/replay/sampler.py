@@ -22,9 +22,9 @@ from ghost_core import (
 from ghost_core.state import RandomState
 from ghost_core.tracking import dotted_name
 from ghost_layers.replay.before import Before
-from ghost_layers.replay.gradients import gradients
+from ghost_layers.replay.gradients import gradients, written_gradients
 from ghost_layers.replay.module_copy import why_not_copied
-from ghost_layers.replay.plan import Forward, OtherOutputsError, Plan, Replay, Way
+from ghost_layers.replay.plan import Formula, OtherOutputsError, Plan, Replay, Way
 from ghost_layers.replay.recording import InputRows, OutputRows, is_cache, taken_apart
 from ghost_layers.replay.remembered import Question
 
@@ -69,17 +69,13 @@ class ReplaySampler(GradientSampler):
         """
         return None
 
-    def rewritten(self, module: nn.Module, count: int) -> Forward | None:
-        """Return code that computes what a module does, to run in its place; None if there is none.
+    def rewritten(self, module: nn.Module) -> Formula | None:
+        """Return what writes out the linear maps that a module computes; None if nothing does.
 
-        It is compared with the module as other ways are. A sampler that has one writes `replayed`.
+        It is compared with the module as other ways are.
 
         Args:
             module: The module.
-            count: Number of rows R of its outputs.
-
-        Returns:
-            A function of a copy of the module and its inputs.
         """
         return None
 
@@ -115,28 +111,24 @@ class ReplaySampler(GradientSampler):
         (replay,) = records.values()
         assert isinstance(replay, Replay)
         with suppress(OtherOutputsError), _named(planned.what):
-            made = self.replayed(planned.plan, replay, call, grads)
+            made = self._replayed(planned.plan, replay, call, grads)
             if not any(made[local].materialize().any() for local in planned.untold):
                 return made
         with _named(planned.what):
             recorded, replay = replay.expected, replace(replay, expected=())
             plan = planned.question.answered(replace(replay, rows=None), recorded)
-        return self.replayed(plan, replay, call, grads)
+        return self._replayed(plan, replay, call, grads)
 
-    def replayed(
+    def _replayed(
         self, plan: Plan, replay: Replay, call: PastCall, grads: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
         """Run the call again as planned and differentiate it.
 
-        Args:
-            plan: How to run it.
-            replay: Its tensors.
-            call: What is left of it.
-            grads: Gradient of the loss for each output, as `gradients` gets them.
-
         Raises:
             OtherOutputsError: If it does not return what it did, as far as that is not proven.
         """
+        if plan.way is Way.REWRITTEN:
+            return written_gradients(plan, replay, grads, call.shapes)
         slopes = {index: grad for index, grad in enumerate(grads) if grad is not None}
         made = gradients(plan, replay, slopes, call.shapes)
         return {local: Dense(gradient.unsqueeze(1)) for local, gradient in made.items()}
@@ -166,7 +158,7 @@ class ReplaySampler(GradientSampler):
             devices=before.devices,
             autocast=(call.outputs[0].device.type, call.autocast),
             recurrent=any(isinstance(inside, nn.RNNBase) for inside in module.modules()),
-            rewritten=self.rewritten(module, count),
+            rewritten=self.rewritten(module),
         )
         parameters = before.template.tensors(module, "_parameters")
         detached = {id(value): value.detach() for value in parameters.values()}
