@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ghost_examples.demo import figures, files, report
+from ghost_examples.demo import figures, report
 from ghost_examples.demo.report import Findings
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -118,15 +119,19 @@ def test_files_are_written_and_replaced(findings: Findings, tmp_path: Path) -> N
 
 
 def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    findings: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files.write(tmp_path / "a.txt", "old")
+    path = report.write(tmp_path, findings)
+    old = {each.name: each.read_text("utf-8") for each in tmp_path.iterdir()}
 
     def fail(handle: int) -> None:
-        raise OSError("no space")
+        if os.readlink(f"/proc/self/fd/{handle}").startswith(str(path)):
+            raise OSError("no space")
 
-    monkeypatch.setattr(files.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
-        files.write(tmp_path / "a.txt", "new")
-    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
-    assert (tmp_path / "a.txt").read_text() == "old"
+        report.write(tmp_path, replace(findings, seconds=99.0))
+    now = {each.name: each.read_text("utf-8") for each in tmp_path.iterdir()}
+    assert now.keys() == old.keys()
+    assert now[path.name] == old[path.name]
+    assert now["results.json"] != old["results.json"]

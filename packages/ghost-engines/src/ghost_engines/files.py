@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import stat
@@ -42,6 +43,15 @@ def write_atomically(path: Path, data: bytes | Sequence[bytes | memoryview], roo
     # A folder made by an earlier process that was killed may not be on disk yet: sync all of them.
     for folder in folders:
         _sync(folder)
+
+
+def write_json(path: Path, content: object, root: Path, *, indent: int | None = 1) -> None:
+    """Write or replace a file of JSON, as `write_atomically` does.
+
+    Raises:
+        OSError: If that fails; a file that was there before still is.
+    """
+    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode(), root)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Literal, TypeVar, Unpack
+from typing import ClassVar, Literal, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,12 @@ class WeighingEngine(Engine[ResultT]):
     Raises:
         UnknownNameError: If a glob matches nothing, or `loss_weights` does not exist.
         UnsupportedLayerError: If a selected parameter belongs to a module without a sampler.
-        CaptureError: If `loss_weights` are numbers, no trainable parameter is selected or a module
-            is compiled.
+        CaptureError: If `loss_weights` are numbers, or missing where a subclass needs them, no
+            trainable parameter is selected or a module is compiled.
     """
+
+    needs_weights: ClassVar[bool] = False
+    """Whether there must be weights to divide by."""
 
     def __init__(
         self,
@@ -62,6 +65,11 @@ class WeighingEngine(Engine[ResultT]):
             )
         if loss_weights not in (None, *_LOSS_WEIGHTS):
             raise UnknownNameError("value of loss_weights", loss_weights, _LOSS_WEIGHTS)
+        if loss_weights is None and self.needs_weights:
+            raise CaptureError(
+                f"{type(self).__name__} needs loss_weights, the weight of each sample's own loss "
+                "in the backpropagated one: 'sum', 'mean' or 'given'; there is no default"
+            )
         self.loss_weights: LossWeights | None = loss_weights
         """What it was told of the backpropagated loss."""
         self.scaled_weights = torch.empty(0)

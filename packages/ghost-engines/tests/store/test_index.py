@@ -9,7 +9,7 @@ from store_kit import FakeEngine, batch, fill, make
 
 from ghost_engines.store import DamagedStoreError, GradientStore, StoredRows, StoreError
 from ghost_engines.store.index import INDEX
-from ghost_engines.store.tensor_files import TensorFile, read_from, write_tensors
+from ghost_engines.store.tensor_files import TensorFile, write_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -84,12 +84,14 @@ def test_it_is_made_anew_where_it_is_damaged_or_of_another_store(tmp_path, kind)
         assert_found(tmp_path / "h", 11)
         shutil.copy(tmp_path / "h" / INDEX, path)
     if kind == "tensors":
-        of = read_from(path, lambda file: file.metadata["shards"])
+        with TensorFile(path) as file:
+            of = file.metadata["shards"]
         write_tensors(path, {"ids": torch.arange(11)}, {"shards": of}, path.parent, "xxh3_128")
     assert_found(tmp_path / "g", 11)
-    assert (read_from(path, lambda file: file.kind) if path.is_file() else "") == (
-        "" if kind == "folder" else "xxh3_128"
-    )
+    assert path.is_file() == (kind != "folder")
+    if path.is_file():
+        with TensorFile(path) as file:
+            assert file.kind == "xxh3_128"
 
 
 def test_it_never_counts_against_the_shards(tmp_path):

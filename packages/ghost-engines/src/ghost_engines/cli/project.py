@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from ghost_engines.cli.places import Place, described_parameters, seed
 from ghost_engines.cli.ranks import Ranks
 from ghost_engines.cli.tables import plain, print_table, while_read
 from ghost_engines.dataset import ProjectedData, project_dataset
-from ghost_engines.files import write_atomically
+from ghost_engines.files import write_json
 from ghost_engines.store import GradientStore, OtherRowsError
 
 REPORT = "project.json"
@@ -213,4 +212,4 @@ def _report(
     }
     root = done.store.path
     name = REPORT if ranks.world == 1 else f"project-{ranks.rank}-of-{ranks.world}.json"
-    write_atomically(root / name, (json.dumps(content, indent=1) + "\n").encode(), root)
+    write_json(root / name, content, root)

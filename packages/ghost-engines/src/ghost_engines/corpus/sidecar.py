@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from ghost_engines.corpus.errors import CorpusError
-from ghost_engines.files import read_regular, write_atomically
+from ghost_engines.files import read_regular, write_json
 
 VERSION: Final = 1
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
@@ -97,8 +97,7 @@ class TokenFormat:
         Raises:
             OSError: If that fails.
         """
-        data = json.dumps(asdict(self), indent=1) + "\n"
-        write_atomically(path.with_suffix(".json"), data.encode(), path.parent)
+        write_json(path.with_suffix(".json"), asdict(self), path.parent)
 
     def _check(self, sidecar: Path) -> None:
         def demand(fits: bool, name: str, expected: str) -> None:

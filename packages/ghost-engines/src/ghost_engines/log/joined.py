@@ -17,7 +17,7 @@ from ghost_engines.log.manifest import MANIFEST, has_log
 from ghost_engines.log.steps import Directions
 from ghost_engines.log.totals import totals
 from ghost_engines.progress import Progress
-from ghost_engines.store import DamagedStoreError, MissingLogError, StoreError
+from ghost_engines.store import DamagedStoreError, MissingLogError, StoreError, check_all
 from ghost_engines.values import CreditedStep, ValueTable
 
 logger = logging.getLogger(__name__)
@@ -143,14 +143,7 @@ class JoinedLog:
         Raises:
             DamagedStoreError: If a shard was altered. All such files are named.
         """
-        problems = []
-        for each in self._logs:
-            try:
-                each.verify()
-            except DamagedStoreError as error:
-                problems.append(str(error))
-        if problems:
-            raise DamagedStoreError("\n".join(problems))
+        check_all(each.verify for each in self._logs)
 
     def _joined(self, number: int, parts: Sequence[CreditedStep]) -> CreditedStep:
         if len(parts) != len(self._logs):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from ghost_engines.files import read_regular, write_atomically
+from ghost_engines.files import read_regular, write_json
 from ghost_engines.store import DamagedStoreError, MissingLogError, StoreError, has_shards
 
 SCHEMA = 1
@@ -71,8 +71,7 @@ class Manifest:
         Raises:
             OSError: If that fails.
         """
-        data = json.dumps(asdict(self), indent=1) + "\n"
-        write_atomically(root / MANIFEST, data.encode(), root)
+        write_json(root / MANIFEST, asdict(self), root)
 
 
 def has_log(root: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from ghost_engines.log.manifest import Manifest
@@ -10,7 +11,7 @@ from ghost_engines.log.shards import Shard, directions_of, read_shard
 from ghost_engines.log.steps import Directions, Tail
 from ghost_engines.log.totals import totals
 from ghost_engines.progress import Progress
-from ghost_engines.store import DamagedStoreError, shard_path
+from ghost_engines.store import DamagedStoreError, check_all, shard_path
 from ghost_engines.values import CreditedStep, ValueTable
 
 Contents = tuple[tuple[Shard, ...], Tail]
@@ -119,14 +120,7 @@ class LogReader:
         Raises:
             DamagedStoreError: If a shard was altered. All such files are named.
         """
-        problems = []
-        for unit in self._units():
-            try:
-                read_shard(self.path, unit, checked=True)
-            except DamagedStoreError as error:
-                problems.append(str(error))
-        if problems:
-            raise DamagedStoreError("\n".join(problems))
+        check_all(partial(read_shard, self.path, unit, checked=True) for unit in self._units())
 
     def _units(self) -> range:
         shards, tail = self._contents

@@ -19,7 +19,7 @@ import torch
 from ghost_core import GhostError
 from ghost_core.arguments import whole
 from ghost_core.errors import told
-from ghost_engines.files import make_root, read_regular, remove_temporaries, write_atomically
+from ghost_engines.files import make_root, read_regular, remove_temporaries, write_json
 from ghost_engines.progress import Progress
 from ghost_engines.quality.errors import QualityError
 from ghost_engines.quality.identity import check_picklable, identity
@@ -164,7 +164,7 @@ def _opened(root: Path, train: Train) -> Path:
     if path.exists():
         _check_same(path, now)
     else:
-        write_atomically(path, (json.dumps(now) + "\n").encode(), root)
+        write_json(path, now, root, indent=None)
     return root
 
 
@@ -215,4 +215,4 @@ def _kept(root: Path, job: Job, queries: int) -> np.ndarray | None:
 
 def _keep(root: Path, job: Job, losses: np.ndarray) -> None:
     content = {"seed": job.seed, "samples": len(job.ids), "losses": losses.tolist()}
-    write_atomically(root / f"{job.name}.json", (json.dumps(content) + "\n").encode(), root)
+    write_json(root / f"{job.name}.json", content, root, indent=None)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ghost_core import CaptureError
+from ghost_core.tracking import dotted_name
 from ghost_engines.runs.config import RunConfig
 from ghost_engines.values import stepping
 from ghost_engines.versions import version
@@ -44,10 +45,10 @@ def describe(
     dtypes = Counter(str(each.dtype).removeprefix("torch.") for each in model.parameters())
     return {
         "config": config.to_dict(),
-        "model": _class_of(model),
+        "model": dotted_name(type(model)),
         "dtypes": dict(sorted(dtypes.items())),
-        "optimizer": _class_of(stepping(optimizer)),
-        "scaler": None if scaler is None else _class_of(scaler),
+        "optimizer": dotted_name(type(stepping(optimizer))),
+        "scaler": None if scaler is None else dotted_name(type(scaler)),
         "directions": list(directions),
         "versions": {
             "python": platform.python_version(),
@@ -95,7 +96,3 @@ def _fields(description: Mapping[str, Any]) -> dict[str, Any]:
     rest = {name: each for name, each in description.items() if name not in ("config", "versions")}
     config = {name: each for name, each in description["config"].items() if name != _MOVES}
     return config | rest
-
-
-def _class_of(each: object) -> str:
-    return f"{type(each).__module__}.{type(each).__qualname__}"

@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import distributed
 
 from ghost_core import CaptureError
-from ghost_engines.files import make_root, write_atomically
+from ghost_engines.files import make_root, write_json
 from ghost_engines.log import LOG, RANK, ScoreLog, has_log
 from ghost_engines.runs.checkpoint import several, write_checkpoint
 from ghost_engines.runs.description import Description, check_same
@@ -113,7 +113,7 @@ def _describe(path: Path, now: Description, *, begins: bool) -> None:
     """Write what a run is into its folder, or compare it with what is there."""
     description = path / DESCRIPTION
     if not description.exists():
-        write_atomically(description, (json.dumps(now, indent=1) + "\n").encode(), path)
+        write_json(description, now, path)
         return
     if begins:
         raise CaptureError(

@@ -19,6 +19,7 @@ from ghost_engines.store.errors import (
     MissingStoreError,
     SeveralRowsError,
     StoreError,
+    check_all,
 )
 from ghost_engines.store.exporting import export
 from ghost_engines.store.given import check_store, device_of, number
@@ -63,6 +64,7 @@ __all__ = [
     "WriterLock",
     "best",
     "check_alike",
+    "check_all",
     "check_contents",
     "check_store",
     "clean",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from ghost_core import GhostError
 
 
@@ -23,3 +25,19 @@ class MissingLogError(StoreError):
 
 class SeveralRowsError(StoreError):
     """Stores that are to be merged have rows of the same samples."""
+
+
+def check_all(checks: Iterable[Callable[[], object]]) -> None:
+    """Run checks to the end.
+
+    Raises:
+        DamagedStoreError: If one found damage. It says what all of them found.
+    """
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except DamagedStoreError as error:
+            problems.append(str(error))
+    if problems:
+        raise DamagedStoreError("\n".join(problems))

@@ -15,7 +15,7 @@ import torch
 
 from ghost_core import UnknownNameError
 from ghost_core.arguments import whole
-from ghost_engines.files import read_regular, write_atomically
+from ghost_engines.files import read_regular, write_json
 from ghost_engines.store.beside import Column, declared
 from ghost_engines.store.data_files import DataFile, as_entries
 from ghost_engines.store.dtypes import STORAGE_DTYPES
@@ -193,9 +193,7 @@ class Manifest:
         Raises:
             OSError: If that fails.
         """
-        content = {**asdict(self), "fingerprint": self.fingerprint}
-        data = json.dumps(content, indent=1) + "\n"
-        write_atomically(root / MANIFEST, data.encode(), root)
+        write_json(root / MANIFEST, {**asdict(self), "fingerprint": self.fingerprint}, root)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghost_engines.files import make_root, read_regular, write_atomically
+from ghost_engines.files import make_root, read_regular, write_json
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.manifest import Manifest
 
@@ -118,7 +118,7 @@ def register(root: Path, manifest: Manifest, name: str) -> Part:
     make_root(part.root)  # before it is named: what is named must be there
     if name not in names:
         content = {"fingerprint": manifest.fingerprint, "parts": sorted([*names, name])}
-        write_atomically(root / REGISTER, (json.dumps(content) + "\n").encode(), root)
+        write_json(root / REGISTER, content, root, indent=None)
     return part
 
 

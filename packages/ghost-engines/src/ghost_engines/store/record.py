@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ghost_engines.files import read_regular, write_atomically
+from ghost_engines.files import read_regular, write_json
 from ghost_engines.store.errors import DamagedStoreError
 from ghost_engines.store.manifest import Manifest
 
@@ -46,7 +46,7 @@ def write_record(root: Path, manifest: Manifest, rows: int) -> None:
         OSError: If that fails; the record from before still is there.
     """
     content = {"fingerprint": manifest.fingerprint, "rows": rows}
-    write_atomically(root / RECORD, (json.dumps(content) + "\n").encode(), root)
+    write_json(root / RECORD, content, root, indent=None)
 
 
 def check_record(root: Path, recorded: int, rows: int) -> None:

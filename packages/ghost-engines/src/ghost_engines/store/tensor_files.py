@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,8 +31,6 @@ _PIECE = 1 << 18
 _WORTH_MAPPING = 1 << 20
 """Bytes from which on a tensor is mapped. A process can have some 65,000 maps, all in all."""
 
-ResultT = TypeVar("ResultT")
-
 
 def write_tensors(
     path: Path,
@@ -56,17 +54,6 @@ def write_tensors(
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     head = encode(whole, {**metadata, kind: hash_of(whole, kind)})
     write_atomically(path, [head, *(bytes_of(whole[name]) for name in in_order(whole))], root)
-
-
-def read_from(path: Path, get: Callable[[TensorFile], ResultT]) -> ResultT:
-    """Get something from a file that a writer may replace at any moment.
-
-    Raises:
-        DamagedStoreError: If the file is missing, cut off or no file of tensors.
-        OSError: If it cannot be read.
-    """
-    with TensorFile(path) as file:
-        return get(file)
 
 
 def header(file: TensorFile) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:

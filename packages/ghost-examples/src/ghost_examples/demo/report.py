@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ghost_examples.demo import claims, figures, files, once_more
+from ghost_engines.files import make_root, write_atomically
+from ghost_examples.demo import claims, figures, once_more
 from ghost_examples.demo.annotator import CONFUSIONS, SHARE
 from ghost_examples.demo.digits import ByCount, DigitsResult
 from ghost_examples.demo.methods import BOUNDS, METHODS, TITLES
@@ -81,12 +82,15 @@ def write(output: Path, findings: Findings) -> Path:
     Raises:
         OSError: If a file cannot be written.
     """
-    files.write(output / "digits.csv", findings.digits.seeds[0].table.to_csv(index=False))
-    results = json.dumps(as_results(findings), indent=1, allow_nan=False)
-    files.write(output / "results.json", results + "\n")
-    report = output / "report.html"
-    files.write(report, render(findings))
-    return report
+    texts = {
+        "digits.csv": findings.digits.seeds[0].table.to_csv(index=False),
+        "results.json": json.dumps(as_results(findings), indent=1, allow_nan=False) + "\n",
+        "report.html": render(findings),
+    }
+    make_root(output)
+    for name, text in texts.items():
+        write_atomically(output / name, text.encode(), output)
+    return output / "report.html"
 
 
 def render(findings: Findings) -> str:

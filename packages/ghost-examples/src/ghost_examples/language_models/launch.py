@@ -14,7 +14,7 @@ from torch import distributed
 
 from ghost_core import CaptureError
 from ghost_engines import ValueTable
-from ghost_engines.files import make_root, write_atomically
+from ghost_engines.files import make_root, write_json
 from ghost_examples.language_models.data import Corpora, open_corpora, rank
 from ghost_examples.language_models.meaning import compare, report_meaning
 from ghost_examples.language_models.metrics import Curves, read_curves
@@ -106,7 +106,7 @@ def _check_options(asked: Options, folder: Path) -> None:
                 )
     elif rank() == 0:
         make_root(folder)
-        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode(), folder)
+        write_json(path, content, folder)
 
 
 def _plain(value: object) -> object:
