@@ -39,6 +39,7 @@ def compare(
     *,
     by: By | Sequence[By],
     weights: Sequence[float] | None,
+    row_weights: Tensor | None = None,
     parameters: Patterns | None,
     device: torch.device | str | None,
     block: int,
@@ -47,7 +48,8 @@ def compare(
     if isinstance(stores, GradientStore):
         stores, queries = [stores], [queries]  # type: ignore[list-item] # those of the one store
     return Comparison(
-        stores, queries, by=by, weights=weights, parameters=parameters, device=device, block=block  # type: ignore[arg-type]
+        stores, queries, by=by, weights=weights, row_weights=row_weights, parameters=parameters,  # type: ignore[arg-type]
+        device=device, block=block,
     )  # fmt: skip
 
 
@@ -58,6 +60,7 @@ def search(
     by: By | Sequence[By] = "dot",
     *,
     weights: Sequence[float] | None = None,
+    row_weights: Tensor | None = None,
     largest: bool = True,
     parameters: Patterns | None = None,
     device: torch.device | str | None = None,
@@ -68,8 +71,9 @@ def search(
 
     With the stores of checkpoints and their learning rates as weights, dot products are TracInCP
     (Pruthi et al., 2020) and cosines of Adam-aware queries LESS (Xia et al., 2024); with those of
-    models that were trained apart, whitened products are an ensemble as in TRAK (Park et al.,
-    2023), up to its weights by sample.
+    models that were trained apart, whitened products of the gradients of margins are an ensemble as
+    in TRAK (Park et al., 2023), whose Q, one minus the probability of each sample's own label, are
+    row weights.
 
     Args:
         stores: Stores of the same samples in the same order; or one.
@@ -79,6 +83,8 @@ def search(
         by: `dot`, `cosine` or a `Whitening`; or a list with one for each store. Each store's
             whitening is its own.
         weights: What the scores of each store are multiplied with; by default 1.
+        row_weights: What the scores of each row are multiplied with, once they are added up over
+            the stores, `[N]` in order of the rows; by default 1.
         largest: Whether the largest scores are the best, or the smallest.
         parameters: Globs over names of modules and parameters: whose columns to compare.
         device: Where to compute; by default where the queries are.
@@ -95,8 +101,9 @@ def search(
         DamagedStoreError: If a file went missing or was altered.
     """
     comparison = compare(
-        stores, queries, by=by, weights=weights, parameters=parameters, device=device, block=block
-    )
+        stores, queries, by=by, weights=weights, row_weights=row_weights, parameters=parameters,
+        device=device, block=block,
+    )  # fmt: skip
     return best(comparison, k, largest=largest, progress=progress)
 
 
@@ -106,6 +113,7 @@ def scores(
     by: By | Sequence[By] = "dot",
     *,
     weights: Sequence[float] | None = None,
+    row_weights: Tensor | None = None,
     parameters: Patterns | None = None,
     device: torch.device | str | None = None,
     block: int = 4096,
@@ -118,6 +126,7 @@ def scores(
         queries: As for `search`.
         by: As for `search`.
         weights: As for `search`.
+        row_weights: As for `search`.
         parameters: As for `search`.
         device: As for `search`; what is returned is there.
         block: As for `search`.
@@ -129,8 +138,9 @@ def scores(
         DamagedStoreError: If a file went missing or was altered.
     """
     comparison = compare(
-        stores, queries, by=by, weights=weights, parameters=parameters, device=device, block=block
-    )
+        stores, queries, by=by, weights=weights, row_weights=row_weights, parameters=parameters,
+        device=device, block=block,
+    )  # fmt: skip
     ids = torch.empty(comparison.n, dtype=torch.int64, device="cpu")
     table = torch.empty(
         comparison.q, comparison.n, dtype=comparison.dtype, device=comparison.device

@@ -168,6 +168,7 @@ class Comparison:
         queries: What to compare the rows of each with, of Q queries each.
         by: How, for all or each; `dot`, `cosine` or a metric such as a whitening.
         weights: What the scores of each are multiplied with; by default 1.
+        row_weights: What the scores of each row are multiplied with, once they are added up, `[N]`.
         parameters: Globs over the parameters whose columns are compared; by default all.
         device: Where to compute; by default where the queries are.
         block: Rows to compare at once.
@@ -188,6 +189,7 @@ class Comparison:
         *,
         by: By | Sequence[By] = "dot",
         weights: Sequence[float] | None = None,
+        row_weights: Tensor | None = None,
         parameters: Patterns | None = None,
         device: torch.device | str | None = None,
         block: int = 4096,
@@ -214,6 +216,11 @@ class Comparison:
             lengths = [len(scorer.queries) for scorer in self._scorers]
             raise StoreError(f"there must be as many queries for each store, not {lengths}")
         self.n, self.q = len(stores[0]), len(self._scorers[0].queries)
+        self._row_weights = None
+        if row_weights is not None:
+            self._row_weights = _checked_row_weights(row_weights, self.n).to(
+                self.device, self.dtype
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -245,6 +252,8 @@ class Comparison:
                     scores = self._scorers[0](found[0].rows)
                     for scorer, other in zip(self._scorers[1:], found[1:], strict=True):
                         scores = scores + scorer(other.rows)
+                    if self._row_weights is not None:
+                        scores *= self._row_weights[start : start + len(found[0])]
                     _check_scores(scores)
                 yield start, found[0].ids, scores
                 start += len(found[0])
@@ -288,6 +297,19 @@ def _for_each(name: str, given: Sequence[ValueT], stores: Sequence[RowReader]) -
     if len(given) != len(stores):
         raise StoreError(f"there are {len(given)} {name} for {len(stores)} stores")
     return given
+
+
+def _checked_row_weights(given: Tensor, n: int) -> Tensor:
+    """Return weights of rows after looking at them."""
+    usable = isinstance(given, Tensor) and given.shape == (n,) and given.is_floating_point()
+    if usable and given.isfinite().all():
+        return given.detach()
+    found = f"{given.dtype} of shape {list(given.shape)}" if isinstance(given, Tensor) else given
+    raise StoreError(
+        f"row_weights must be finite floating point numbers, [{n}], not {found!r}",
+        reason="every row has one, in the order of the rows",
+        remedy="make them of a column of the store, such as torch.sigmoid(-store.losses)",
+    )
 
 
 def _check_queries(store: RowReader, queries: Tensor) -> torch.dtype:
