@@ -103,7 +103,8 @@ def test_weight_of_a_module_that_is_not_called(how: str, tied: bool, way: str) -
     torch.manual_seed(0)
     model = Model(how, tied).double()
     ids, targets = torch.tensor([1, 2, 3, 1]), torch.tensor([0, 5, 2, 1])
-    followed = "exact" if how == "custom operator" else "refused"
+    # Where the weight is frozen, a function makes no gradient of it.
+    followed = "exact" if how == "custom operator" or way == "attached" else "refused"
     assert exact_or_refused(model, lambda: model(ids, targets), way) == followed
 
 
@@ -115,13 +116,12 @@ def test_what_is_computed_without_gradients_is_no_use(way: str) -> None:
     assert exact_or_refused(model, lambda: model(ids, targets), way) == "exact"
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_refusal_names_the_parameter_reason_and_remedy(way: str) -> None:
+def test_refusal_names_the_parameter_reason_and_remedy() -> None:
     model = Model("fused loss", tied=False).double()
     ids, targets = torch.tensor([1, 2, 3, 1]), torch.tensor([0, 5, 2, 1])
     expected = per_sample_gradients(model, model(ids, targets))
     with pytest.raises(WrongSplitError, match=r"head\.weight") as refused:
-        holds(model, lambda: model(ids, targets), way, expected)
+        holds(model, lambda: model(ids, targets), "frozen", expected)
     assert "cannot be seen" in refused.value.reason
     assert "exclude='head.weight'" in refused.value.remedy
 
@@ -131,7 +131,7 @@ def test_view_of_a_weight_is_seen(way: str) -> None:
     torch.manual_seed(0)
     model = Model("view", tied=False).double()
     ids, targets = torch.tensor([1, 2, 3, 1]), torch.tensor([0, 5, 2, 1])
-    assert exact_or_refused(model, lambda: model(ids, targets), way) == "refused"
+    assert exact_or_refused(model, lambda: model(ids, targets), way) == "exact"
 
 
 class PatchedForward(nn.Module):

@@ -136,6 +136,17 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def custom_function(value: Tensor) -> Any:
+    """Return the node of the `torch.autograd.Function` that made a value, if one did. Torch 2.5."""
+    node = value.grad_fn
+    return node if isinstance(node, torch.autograd.function.BackwardCFunction) else None
+
+
+def output_shapes(node: Any) -> list[torch.Size]:
+    """Return the shapes of a node's outputs; that of none where one is no result. Torch 2.5."""
+    return [torch.Size(each.shape) for each in node._input_metadata]
+
+
 def will_reach(node: torch.autograd.graph.Node) -> bool:
     """Tell whether the backward pass that runs goes on to a node of the graph. Torch 2.5.
 
@@ -194,6 +205,27 @@ def run_backward(start: Tensor, leaf: Tensor) -> None:
             allow_unreachable=True,
             accumulate_grad=False,
         )
+
+
+def run_apart(function: Callable[[], None], device: torch.device) -> None:
+    """Run a function in a backward pass of its own, for which a checkpoint computes anew."""
+    with torch.enable_grad():
+        leaf = torch.zeros((), device=device, requires_grad=True)
+        start: Tensor = _Apart.apply(function, leaf)  # type: ignore[no-untyped-call]
+    run_backward(start, leaf)
+
+
+class _Apart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[], None], leaf: Tensor) -> Tensor:
+        ctx.function = function
+        return leaf.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
+        ctx.function()
+        return None, None
 
 
 class _Start(torch.autograd.Function):

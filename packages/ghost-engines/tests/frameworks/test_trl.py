@@ -1,12 +1,12 @@
 """Values inside TRL's trainers, with LoRA and with all parameters."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from trainer_kit import brute_force, recording
 
-from ghost_core import WrongSplitError
 from ghost_engines import IdCollator, RunConfig
 
 pytestmark = [
@@ -26,13 +26,13 @@ def trl():
     return pytest.importorskip("trl")
 
 
-def model():
+def model(tied=False):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=19, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False, pad_token_id=0,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=0,
         eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -187,10 +187,27 @@ def traced(trl, make, folder, tuned, loss, options):
 @pytest.mark.parametrize("make", [sft, dpo])
 @pytest.mark.parametrize("tuned", [True, False], ids=["lora", "all"])
 def test_values_are_those_of_brute_force(make, tuned, trl, tmp_path):
-    """Where all parameters are trained, the fused head is left out of what is measured."""
-    options = {} if tuned else {"exclude": HEAD}
-    values, expected = traced(trl, make, tmp_path, tuned, None, options)
-    check(values, expected)
+    """The fused head's, too."""
+    check(*traced(trl, make, tmp_path, tuned, None, {}))
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_values_where_the_head_sees_valid_tokens_only(make, trl, tmp_path, monkeypatch):
+    """As it does on a GPU."""
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: True)
+    check(*traced(trl, make, tmp_path, False, None, {}))
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_values_of_a_head_that_is_tied_to_the_embedding(make, trl, tmp_path, monkeypatch):
+    tied = functools.partial(model, tied=True)
+    monkeypatch.setattr(f"{__name__}.model", tied)
+    check(*traced(trl, make, tmp_path, False, None, {}))
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_the_head_can_be_left_out(make, trl, tmp_path):
+    check(*traced(trl, make, tmp_path, False, None, {"exclude": HEAD}))
 
 
 def check(values, expected):
@@ -202,12 +219,6 @@ def check(values, expected):
 
 def test_the_head_is_measured_where_the_model_makes_logits(trl, tmp_path):
     check(*traced(trl, sft, tmp_path, False, full_logits, {}))
-
-
-@pytest.mark.parametrize("make", [sft, dpo])
-def test_a_fused_head_that_is_trained_is_refused(make, trl, tmp_path):
-    with pytest.raises(WrongSplitError, match=r"(?s)lm_head\.weight.*exclude='lm_head\.weight'"):
-        traced(trl, make, tmp_path, False, None, {})
 
 
 def test_a_run_is_resumed_with_evaluation_between(trl, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock, get_ident
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -35,6 +36,8 @@ class BatchCapture:
         places: How many of these have the same modules and operation so far.
         joined: Whether the pass that is on its way has samples joined in one tensor, without an
             axis of theirs.
+        functions: Nodes of custom functions that were met, with whether parameters are followed
+            into them.
         unseen: Names of those called with gradients disabled.
         arrived: Whether any gradient arrived.
         unfinished: Backward passes that gradients arrived in and that are not complete.
@@ -53,6 +56,7 @@ class BatchCapture:
     sites: list[Site] = field(default_factory=list)
     places: Counter[tuple[tuple[str, ...], str]] = field(default_factory=Counter)
     joined: bool = False
+    functions: WeakKeyDictionary[Any, bool] = field(default_factory=WeakKeyDictionary)
     unseen: set[str] = field(default_factory=set)
     arrived: bool = False
     unfinished: set[int] = field(default_factory=set)

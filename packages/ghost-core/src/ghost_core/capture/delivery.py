@@ -11,6 +11,7 @@ from torch import Tensor
 from ghost_core.algebra import Owned, PerSampleGradient, Record, full_precision
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Listener, Pass
+from ghost_core.capture.refusals import arrived_late
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError
 from ghost_core.sampler import PastCall
@@ -123,10 +124,7 @@ class Delivery:
                 "hides calls from the graph: use torch.utils.checkpoint with use_reentrant=False"
             )
         if self.batch.closed:
-            raise CaptureError(
-                f"a gradient reached {self.tracked.label} after its batch was closed: run "
-                "backward() inside engine.batch()"
-            )
+            raise arrived_late(self.tracked.label)
         return self.pass_
 
     def _weigh(self, kept: Kept, gradients: Mapping[str, PerSampleGradient]) -> None:

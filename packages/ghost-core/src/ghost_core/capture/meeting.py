@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,10 @@ from ghost_core.algebra import Owned, full_precision
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.closed_forms import FormOn
 from ghost_core.capture.listener import Pass
+from ghost_core.capture.refusals import arrived_late
 from ghost_core.capture.sources import ParameterSource, Shared, by_sample, has_entries_of, take_back
 from ghost_core.capture.state import Audience, CaptureState
-from ghost_core.errors import CaptureError, WrongSplitError
+from ghost_core.errors import WrongSplitError
 from ghost_core.split import Site, owner_of_rows
 from ghost_core.tracking import Followed, TrackedParameter
 
@@ -71,15 +72,13 @@ class Meeting:
 
     def _to_engines(self, grad: Tensor) -> None:
         if self.batch.closed:
-            raise CaptureError(
-                f"a gradient reached {self.site.names[0]} after its batch was closed: run "
-                "backward() inside engine.batch()"
-            )
-        self._check_unchanged()
+            raise arrived_late(self.site.names[0])
+        check_unchanged((each for _, each in self.shared), self.versions, self.site.names)
         self.state.verifier.check_probed(self.site)
         self.state.verifier.look(self.site.names[0], (), [grad])
         (axis,) = self.site.axes.outputs
-        (rows,), owner = self.site.axes.rows_first([grad]), self._owner(grad)
+        (rows,) = self.site.axes.rows_first([grad])
+        owner = owner_at(self.state, self.pass_, self.site, grad)
         made = {at: form for at, on in self.forms.items() if (form := on(axis)) is not None}
         live = [at for at, (_, shared) in enumerate(self.shared) if shared.live]
         graph = [at for at in live if at not in made]
@@ -94,38 +93,50 @@ class Meeting:
                 shared = self.shared[at][1]
                 (shared.narrow or shared).spread(self.pass_, gradient)
             stands = [self.shared[at][0] for at in graph]
-            columns = by_sample(self.result, stands, self._alone(grad, owner))
+            each = alone(grad, owner, self.site, self.pass_.n)
+            columns = by_sample(self.result, stands, each)
             for at, column in zip(graph, columns, strict=True):
                 if column is not None:
                     value = self.shared[at][1]
                     take_back(self.pass_, value.value, value.sources, column)
 
-    def _check_unchanged(self) -> None:
-        """Refuse shared values whose graph is another one than when they met the samples."""
-        for (_, shared), before in zip(self.shared, self.versions, strict=True):
-            if version(shared.value) != before and shared.value.grad_fn is not None:
-                raise WrongSplitError(
-                    f"gradients cannot be split by sample: what {', '.join(self.site.names)} "
-                    "computed, the same for all samples, was written to after it had met them",
-                    reason="the way back to its parameters is not what it was",
-                    remedy="use an operation that is not in place, or leave these modules out with "
-                    "exclude=...",
-                )
 
-    def _owner(self, grad: Tensor) -> Tensor | None:
-        """Return the sample of each row; None where rows are samples."""
-        state, n, name = self.state, self.pass_.n, self.site.names[0]
-        fold, rows = state.verifier.fold(name), self.site.axes.rows_first([grad])
-        owner = owner_of_rows(state.tracked[name], self.site, rows, n, fold)
-        return None if owner is None else owner.to(grad.device)
+def check_unchanged(
+    shared: Iterable[Shared], versions: Sequence[int], names: Sequence[str]
+) -> None:
+    """Refuse shared values whose graph is another one than when they met the samples.
 
-    def _alone(self, grad: Tensor, owner: Tensor | None) -> Iterator[Tensor]:
-        """Yield the gradient with that of each sample alone."""
-        n, (axis,) = self.pass_.n, self.site.axes.outputs
-        owner = torch.arange(n, device=grad.device) if owner is None else owner
-        owner = owner.reshape([-1 if at == axis else 1 for at in range(grad.dim())])
-        for sample in range(n):
-            yield torch.where(owner == sample, grad, 0)
+    Args:
+        shared: The values.
+        versions: How often each of them had been written to.
+        names: The modules that computed them.
+    """
+    for each, before in zip(shared, versions, strict=True):
+        if version(each.value) != before and each.value.grad_fn is not None:
+            raise WrongSplitError(
+                f"gradients cannot be split by sample: what {', '.join(names)} "
+                "computed, the same for all samples, was written to after it had met them",
+                reason="the way back to its parameters is not what it was",
+                remedy="use an operation that is not in place, or leave these modules out with "
+                "exclude=...",
+            )
+
+
+def owner_at(state: CaptureState, pass_: Pass, site: Site, grad: Tensor) -> Tensor | None:
+    """Return the sample of each row of a gradient; None where rows are samples."""
+    name = site.names[0]
+    fold, rows = state.verifier.fold(name), site.axes.rows_first([grad])
+    owner = owner_of_rows(state.tracked[name], site, rows, pass_.n, fold)
+    return None if owner is None else owner.to(grad.device)
+
+
+def alone(grad: Tensor, owner: Tensor | None, site: Site, n: int) -> Iterator[Tensor]:
+    """Yield a gradient with that of each of n samples alone."""
+    (axis,) = site.axes.outputs
+    owner = torch.arange(n, device=grad.device) if owner is None else owner
+    owner = owner.reshape([-1 if at == axis else 1 for at in range(grad.dim())])
+    for sample in range(n):
+        yield torch.where(owner == sample, grad, 0)
 
 
 def give_up_costly(

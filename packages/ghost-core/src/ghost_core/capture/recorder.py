@@ -363,11 +363,10 @@ class Recorder:
         if self._own_run is not None:
             self._own_run.stop()  # the modes in the order in which they came
         self._modes.close()
-        following = self._following
+        following, self._following = self._following, None
         if following is not None:
             self._state.shares = bool(self._state.shared_names)
             self._state.sharing = None
-            self._following = None
         return following
 
     def _after_root(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -381,6 +380,7 @@ class Recorder:
         try:
             if following is not None and output is not None:
                 output = following.returned_by_model(output)
+                state.shares = bool(state.shared_names)
         finally:
             state.forget_pass()
         assert batch is not None

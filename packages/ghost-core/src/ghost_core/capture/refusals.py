@@ -68,6 +68,14 @@ def broken_off() -> CaptureError:
     )
 
 
+def arrived_late(label: str) -> CaptureError:
+    """Say that a gradient came after its batch."""
+    return CaptureError(
+        f"a gradient reached {label} after its batch was closed: run backward() inside "
+        "engine.batch()"
+    )
+
+
 def in_another_thread() -> CaptureError:
     """Say that the model was called beside a batch."""
     return CaptureError(
@@ -154,4 +162,36 @@ def declared_wrongly(label: str) -> WrongSplitError:
         "samples, by batch_dim, and was called on values that other parameters had computed",
         reason="under frozen(), what such a module returns begins a graph of its own",
         remedy="leave it out of batch_dim, or attach by `with engine:` instead of frozen()",
+    )
+
+
+def written_to_samples(operation: str, names: Sequence[str]) -> WrongSplitError:
+    """Say that a shared value was written into values of samples."""
+    return WrongSplitError(
+        f"gradients cannot be split by sample: {operation} writes a value that is the same for "
+        f"all samples, computed by {', '.join(names)}, into values of samples",
+        reason="what was written cannot be told apart by sample",
+        remedy="use an operation that is not in place, or leave these modules out with exclude=...",
+    )
+
+
+def hidden_in_function(function: str, names: Sequence[str], what: str) -> WrongSplitError:
+    """Say that a custom function does not tell what samples do to a parameter."""
+    return WrongSplitError(
+        f"{', '.join(names)}: used in a function with a backward pass of its own, {function}, "
+        f"which has {what}",
+        reason="per-sample gradients cannot be seen there",
+        remedy="let it return rows of samples, such as losses that are not added up, and measure a "
+        f"module before it; or leave parameters out with exclude={','.join(names)!r}",
+    )
+
+
+def not_repeatable(function: str, names: Sequence[str]) -> WrongSplitError:
+    """Say that the backward pass of a custom function may run only once."""
+    return WrongSplitError(
+        f"{', '.join(names)}: used in a function, {function}, whose backward pass gives something "
+        "else when it runs again",
+        reason="it is run again for each sample, and writes to what it keeps",
+        remedy="let it leave alone what it keeps, or leave parameters out with "
+        f"exclude={','.join(names)!r}",
     )

@@ -38,10 +38,18 @@ def site_of(state: CaptureState, value: Tensor, names: Sequence[str], operation:
         for axis in (told if owner is None and state.verifying and n else ())
         if value.shape[axis] not in (0, n) and not value.shape[axis] % n
     ]
+    flattened = [
+        RowAxes(0, (axis,), size, owner.repeat_interleave(size // count))
+        for axis, size in ((axis, value.shape[axis]) for axis in told)
+        if owner is not None and not plain and count and size and not size % count
+    ]
     # What was told goes first, there plain rows; folded ones are nowhere else.
-    alternatives = sorted([*plain, *folded], key=lambda axes: axes.outputs[0] not in told)
+    alternatives = sorted(
+        [*plain, *folded, *flattened], key=lambda axes: axes.outputs[0] not in told
+    )
     refusal = None if alternatives else _no_rows(value, names, operation, n)
-    routable = state.verifying and owner is None and operation and value.dim()
+    unowned = owner is None or not alternatives
+    routable = state.verifying and unowned and operation and value.dim()
     if refusal is not None and not routable:
         raise refusal
     site = Site(tuple(names), operation or "returned", alternatives, refusal)

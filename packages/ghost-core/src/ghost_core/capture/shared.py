@@ -27,17 +27,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ghost_core._modes import FunctionMode
 from ghost_core._torch import in_backward, in_checkpoint, in_transform, saves_elsewhere, version
 from ghost_core._trees import tensors_in, tree_map
-from ghost_core.algebra import full_precision
 from ghost_core.capture.closed_forms import closed_forms, is_expansion
 from ghost_core.capture.functions import QUESTIONS, is_attribute, is_in_place, named
-from ghost_core.capture.listener import Pass
 from ghost_core.capture.meeting import Meeting, give_up_costly, note_followed
+from ghost_core.capture.own_backward import custom_function, follow_function
+from ghost_core.capture.refusals import written_to_samples
 from ghost_core.capture.rows_met import site_of
 from ghost_core.capture.sources import CallSource, Form, ParameterSource, Shared, Source
 from ghost_core.capture.state import Audience, CaptureState, Sharing
 from ghost_core.capture.tap import tap
 from ghost_core.errors import WrongSplitError
-from ghost_core.split import Balance, Lift, RowAxes, describe
+from ghost_core.split import Balance, Lift
 from ghost_core.tracking import TrackedModule, TrackedParameter, parameter_of
 
 _ById = dict[int, Shared]
@@ -102,7 +102,8 @@ class SharedValues(FunctionMode, Sharing):
         self._state.shared_names |= {source.parameter.name for source in own.values()}
         form = None
         if len(outputs) == 1 and not tracked.sampler.replays:
-            form = self._form(tracked, args, kwargs, outputs[0], before, own)
+            call = args, kwargs, outputs[0], before
+            form = Form.of(self._state, tracked, call, own)
         return [self._follow(tracked, output, form, own.values()) for output in outputs]
 
     def is_followed(self, values: Any, lift: Lift) -> bool:
@@ -143,29 +144,6 @@ class SharedValues(FunctionMode, Sharing):
         self._shared[id(value)] = Shared(value, (source,))
         return value
 
-    def _form(
-        self,
-        tracked: TrackedModule,
-        args: Any,
-        kwargs: Any,
-        output: Tensor,
-        before: Any,
-        sources: Mapping[str, ParameterSource],
-    ) -> Form:
-        """Record a call as if it was one on a single sample."""
-        dim, value = tracked.batch_dim, output.detach()
-        axis = dim if output.dim() > dim and output.shape[dim] == 1 else None
-        if axis is None:
-            args, kwargs = tree_map(
-                lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
-            )
-        axes = RowAxes(axis or 0, (axis or 0,), 1)
-        rows = [value.unsqueeze(0)] if axis is None else axes.rows_first([value])
-        call = describe(tracked, rows, axes, args, kwargs, before)
-        with full_precision(output.device), self._state.silence(), tracked.blame:
-            records = dict(tracked.sampler.record(call))
-        return Form(tracked, call.past(), records, axis, sources, self._state)
-
     def _watch(self, account: str, leaf: Tensor) -> str:
         """Compare what arrives for a leaf with its gradient: a use may go unseen."""
         state = self._state
@@ -179,6 +157,8 @@ class SharedValues(FunctionMode, Sharing):
         if func in QUESTIONS or self._state.paused or in_backward() or is_attribute(func):
             return func(*args, **kwargs)
         given = tensors_in((args, kwargs))
+        if torch.is_grad_enabled():
+            self._meet_functions(given)
         if func is torch.autograd.grad:  # which a Tap lets pass once
             self._state.give_up(run.lift for run in self._state.running if run.lift is not None)
         shared = self._shared_among(given) if torch.is_grad_enabled() else {}
@@ -190,7 +170,8 @@ class SharedValues(FunctionMode, Sharing):
             return self._noted(func(*args, **kwargs), depends)
         with self._allowed(shared.values()) as used:
             if depends:
-                self._check_in_place(func, shared.values())
+                if is_in_place(func):
+                    raise written_to_samples(named(func), self._names(shared.values()))
                 values = {at: each.value.view_as(each.value) for at, each in shared.items()}
             else:
                 values = {at: each.value for at, each in shared.items()}
@@ -275,6 +256,41 @@ class SharedValues(FunctionMode, Sharing):
                 found[id(value)] = self._shared[id(value)]
         return found
 
+    def _meet_functions(self, given: Iterable[Tensor]) -> None:
+        """Follow what goes into custom functions, once their results are used."""
+        batch = self._state.batch
+        assert batch is not None
+        for value in given:
+            node = custom_function(value)
+            if node is None:
+                continue
+            if node not in batch.functions:
+                entering = self._entering(node)
+                batch.functions[node] = bool(entering)
+                if entering:
+                    uses = self._noted_uses(entering.values())
+                    follow_function(
+                        self._state, node, self._names(entering.values()), entering, uses
+                    )
+            if batch.functions[node]:  # inside of it, it was not seen to come from samples
+                self._constant.pop(id(value), None)
+
+    def _entering(self, node: Any) -> dict[int, Shared]:
+        """Return the shared values that go into a custom function, by position of its input.
+
+        What modules do with their own parameters, and what is tried to follow, is not among them.
+        """
+        found: dict[int, Shared] = {}
+        for at, (behind, number) in enumerate(node.next_functions):
+            variable: Any = getattr(behind, "variable", None)
+            if id(variable) in self._owners and self._is_lifted(variable):
+                source = self._source(variable, stand_in=False)
+                found[at] = Shared(source.tensor, (source,))
+            for shared in self._shared.values() if behind is not None else ():
+                if shared.value.grad_fn is behind and shared.value.output_nr == number:
+                    found[at] = shared
+        return {at: each for at, each in found.items() if each.live and not any(each.lifts())}
+
     def _give_up_hidden(self, value: Tensor) -> None:
         """Run calls again that use what is followed where a Tap would not be what it is elsewhere.
 
@@ -345,7 +361,7 @@ class SharedValues(FunctionMode, Sharing):
         state.told_apart = True
         versions = tuple(version(each.value) for _, each in met)
         note_followed(state.followed, site.operation, met, forms)
-        corrected = self._noted_uses(met, state.pass_)
+        corrected = self._noted_uses(each for _, each in met)
         meeting = Meeting(
             state, state.batch, state.pass_, result, site, met, forms, versions, corrected
         )
@@ -353,11 +369,12 @@ class SharedValues(FunctionMode, Sharing):
         (tapped,) = tap(meeting.deliver, state.seed, [result], parameters, (), ", ".join(names))
         return tapped
 
-    def _noted_uses(self, met: Met, pass_: Pass) -> tuple[ParameterSource, ...]:
+    def _noted_uses(self, met: Iterable[Shared]) -> tuple[ParameterSource, ...]:
         """Note the uses of parameters, and return those whose gradients need correction."""
-        sources = [source for _, each in met for source in each.reached()]
+        assert self._state.pass_ is not None
+        sources = [source for each in met for source in each.reached()]
         for source in sources:
-            pass_.use(source.parameter.name, shared=True)
+            self._state.pass_.use(source.parameter.name, shared=True)
         by_name = {source.parameter.name: source for source in sources}
         return tuple(by_name.values()) if self._state.reweights() else ()
 
@@ -367,6 +384,7 @@ class SharedValues(FunctionMode, Sharing):
         Raises:
             WrongSplitError: If one has no axis of samples.
         """
+        self._meet_functions(tensors_in(output))
 
         def meet(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or not leaf.dim() or id(leaf) not in self._shared:
@@ -380,16 +398,3 @@ class SharedValues(FunctionMode, Sharing):
         """Return the modules whose parameters shared values come from."""
         sources = [source for each in shared for source in each.sources]
         return tuple(dict.fromkeys(self._labels[source] for source in sources))
-
-    def _check_in_place(self, func: Any, shared: Iterable[Shared]) -> None:
-        """Refuse operations whose result is not what they return."""
-        if is_in_place(func):
-            names = ", ".join(self._names(shared))
-            raise WrongSplitError(
-                f"gradients cannot be split by sample: {named(func)} writes a value that is the "
-                f"same for all samples, computed by {names}, into values of "
-                "samples",
-                reason="what was written cannot be told apart by sample",
-                remedy="use an operation that is not in place, or leave these modules out with "
-                "exclude=...",
-            )

@@ -6,19 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ghost_core._torch import start_of_backward
-from ghost_core.algebra import Dense, PerSampleGradient, Record
+from ghost_core._trees import tree_map
+from ghost_core.algebra import Dense, PerSampleGradient, Record, full_precision
 from ghost_core.capture.at_once import all_at_once
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass
 from ghost_core.capture.state import CaptureState
 from ghost_core.differentiation import differentiated
 from ghost_core.sampler import PastCall
-from ghost_core.split import Lift
+from ghost_core.split import Lift, RowAxes, describe
 from ghost_core.tracking import TrackedModule, TrackedParameter
 
 
@@ -118,6 +120,36 @@ class Form:
     axis: int | None
     sources: Mapping[str, ParameterSource]
     state: CaptureState
+
+    @classmethod
+    def of(
+        cls,
+        state: CaptureState,
+        tracked: TrackedModule,
+        call: tuple[Any, Any, Tensor, object],
+        sources: Mapping[str, ParameterSource],
+    ) -> Form:
+        """Record a call as if it was one on a single sample.
+
+        Args:
+            state: What the hooks on the model share.
+            tracked: The module.
+            call: Its positional and keyword inputs, its output, and what its sampler kept before.
+            sources: The module's parameters by local name.
+        """
+        args, kwargs, output, before = call
+        dim, value = tracked.batch_dim, output.detach()
+        axis = dim if output.dim() > dim and output.shape[dim] == 1 else None
+        if axis is None:
+            args, kwargs = tree_map(
+                lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+            )
+        axes = RowAxes(axis or 0, (axis or 0,), 1)
+        rows = [value.unsqueeze(0)] if axis is None else axes.rows_first([value])
+        described = describe(tracked, rows, axes, args, kwargs, before)
+        with full_precision(output.device), state.silence(), tracked.blame:
+            records = dict(tracked.sampler.record(described))
+        return cls(tracked, described.past(), records, axis, sources, state)
 
     def spread(self, pass_: Pass, rows: Tensor, *, cut: bool) -> None:
         """Tell the engines, given the gradient of the output for each sample, `[N, *shape]`."""

@@ -15,7 +15,7 @@ class Lift:
 
         x * self.gamma               followed: each sample's part is a sum of products
         conv2d(x, standardised(w))   run again: a convolution for each sample costs more than that
-        Custom.apply(x, self.gamma)  run again: nobody sees what a function makes of gamma
+        Custom.apply(x, self.gamma)  run again: for all samples at once, where a module allows it
 
     Attributes:
         names: The parameters.

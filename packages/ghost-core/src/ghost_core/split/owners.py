@@ -69,7 +69,9 @@ class Hit:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether some of the rows cannot be the sample's."""
+        """Whether some of the rows cannot be the sample's; any can that are routed."""
+        if self.axes.routed:
+            return False
         if self.axes.owner is not None:
             return bool((self.axes.owner[self.rows] != self.sample).any())
         if self.axes.is_folded(self.n):

@@ -21,7 +21,7 @@ from ghost_core.split.axes import RowAxes
 from ghost_core.split.owners import Fold, Hit
 from ghost_core.split.reasons import no_samples, unclear_output
 from ghost_core.split.sites import Rows, Site
-from ghost_core.state import buffers_kept
+from ghost_core.state import buffers_kept, random_state_kept
 
 Kind = tuple[str, bool]
 """A module's name, and whether its rows are folded: what a verification holds for."""
@@ -262,6 +262,7 @@ class Prober:
             with (
                 # What is recomputed under checkpointing may write buffers.
                 buffers_kept(self._modules, by_copies=True),
+                random_state_kept({leaf.device for leaf in gradients}),  # functions may draw
                 torch.autograd.set_detect_anomaly(False),  # which takes NaN for a mistake
                 own_mode_left(),
             ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,6 +67,8 @@ class UsageMode(DispatchMode):
         self._alive: list[Tensor] = []  # so that their addresses are not given away
         self.outside: dict[str, str] = {}
         """Operation by name of the parameter that it used outside."""
+        self.inside: dict[str, str] = {}
+        """The same for operations inside of custom functions, until these are followed."""
         self.shared: dict[str, str] = {}
         """Operation by label of the module whose single row it used."""
 
@@ -110,10 +112,12 @@ class UsageMode(DispatchMode):
             for other, name in self._names.get(address(value), ())
             if extent.start < other.stop and other.start < extent.stop
         ]
-        if names and not differentiable and not _has_own_backward(func):
+        hidden = bool(names) and not differentiable
+        if hidden and not _has_own_backward(func):
             return
         if names and self._owned().isdisjoint(names):
-            self.outside.setdefault(names[0], str(func))
+            seen = self.inside if hidden and in_function() else self.outside
+            seen.setdefault(names[0], str(func))
         if names and func is _CAST:  # autocast uses a copy in place of the weight
             self._alive.append(result)
             for name in names:
@@ -156,9 +160,15 @@ class UsageMode(DispatchMode):
             if known & names:
                 self._names.pop(address(value), None)
         self._computed = [each for each in self._computed if not each[1] & names]
-        seen = names & self.outside.keys()
+        seen = names & (self.outside.keys() | self.inside.keys())
         self.outside = {name: at for name, at in self.outside.items() if name not in seen}
+        self.settle(seen)
         return bool(seen)
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Take note that the custom functions which parameters went into are followed."""
+        for name in names:
+            self.inside.pop(name, None)
 
     def check_returned(self, output: Any) -> None:
         """Note values of one row for all samples that the model returns."""
@@ -174,8 +184,8 @@ class UsageMode(DispatchMode):
         """
         if self.shared:
             raise misused_row(self.shared)
-        if self.outside:
-            raise used_outside(self.outside)
+        if self.outside or self.inside:
+            raise used_outside(self.inside | self.outside)
 
 
 def _has_own_backward(func: Any) -> bool:

@@ -167,6 +167,11 @@ class Verifier:
         """Tell whether parameters were used by what nobody followed, and forget it."""
         return self._usage is not None and self._usage.forget(names)
 
+    def settle(self, names: Iterable[str]) -> None:
+        """Take note that the custom functions which parameters went into are followed."""
+        if self._usage is not None:
+            self._usage.settle(names)
+
     def check_probed(self, site: Site) -> None:
         """Raise if a gradient arrives at an operation that no probe reached.
 

@@ -21,10 +21,9 @@ except ImportError as error:
 class GhostSFTTrainer(GhostMixin, SFTTrainer):  # type: ignore[misc] # has no types
     """TRL's `SFTTrainer` with in-run values: see `GhostCallback`.
 
-    Its fused head uses the head's weight in a function of its own, where per-sample gradients
-    cannot be seen: a head that is trained is refused. Give the trainer a `compute_loss_func`, which
-    has the model make logits, or leave the head out of what is measured. With LoRA there is nothing
-    to do.
+    Where its fused head is trained, the head's backward pass runs once more for each sample. That
+    is saved by a `compute_loss_func`, which has the model make logits, or by leaving the head out
+    of what is measured.
     """
 
     compute_loss_func: Any
@@ -52,8 +51,7 @@ class GhostDPOTrainer(GhostMixin, DPOTrainer):  # type: ignore[misc] # has no ty
     """TRL's `DPOTrainer` with in-run values: see `GhostCallback`.
 
     Each pair is a sample: the model runs on all that were chosen and then on all that were
-    rejected, and both rows are the pair's. A head that is trained is refused, as in
-    `GhostSFTTrainer`, and can be left out of what is measured.
+    rejected, and both rows are the pair's.
     """
 
     row_owner: ClassVar[Mapping[str, str]] = {"*": "pair"}
