@@ -27,12 +27,18 @@ from ghost_core.testing import (
 )
 from ghost_core.testing.examples import Inputs, losses
 from ghost_core.testing.oracle import norms, per_row
-from ghost_engines import DotProductEngine, ProjectionEngine
+from ghost_engines import DotProductEngine, ProjectionEngine, Scores
 
 FEW = ["linear", "conv2d", "embedding", "layer norm", "multi-head attention", "lstm"]
 EVERYWHERE = os.environ.get("GHOST_TEST_DEVICE", "cpu") != "cpu"
-NAMES = [*LAYERS] if EVERYWHERE else [name for name in LAYERS if name in FEW]
 EXACT = 1e-9  # relative to norms, in float64
+NAMES = [*LAYERS] if EVERYWHERE else [name for name in LAYERS if name in FEW]
+
+
+def is_divisible(name: str) -> bool:
+    """Tell whether an example has a sample to train on beside one of validation."""
+    return LAYERS[name].refusal is None and LAYERS[name].n > 1
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -101,15 +107,34 @@ def test_dots_and_norms_are_exact(name: str, mode: str, device: torch.device) ->
         key: torch.randn(each.shape[1:], dtype=each.dtype, generator=generator).to(device)
         for key, each in expected.items()
     }
+    engine = DotProductEngine(case.module, mode=mode, norms=True, **options)
+    engine.add_direction("random", direction)
+    check_scores(case, case.found(engine), expected, direction)
+
+
+@pytest.mark.parametrize("name", [each for each in NAMES if is_divisible(each)])
+def test_concatenated_dots_and_norms_are_exact(name: str, device: torch.device) -> None:
+    """The last sample is of validation."""
+    case = OnDevice.of(name, device)
+    expected, n = case.expected(), case.inputs.n - 1
+    train = {key: each[:n] for key, each in expected.items()}
+    direction = {key: each[n] for key, each in expected.items()}
+    engine = DotProductEngine(case.module, mode="concatenated", norms=True, **case.example.options)
+    engine.concatenate(torch.zeros(n, n, n), torch.zeros(1, 1, 1), pad=0)  # joined already
+    with engine, engine.batch(range(n)) as batch:
+        engine.backward(case.losses(case.module), train_weight=1, validation_weight=1)
+    check_scores(case, batch.result, train, direction)
+
+
+def check_scores(
+    case: OnDevice, found: Scores, expected: dict[str, Tensor], direction: dict[str, Tensor]
+) -> None:
+    """Assert that dots, norms and `.grad` are those of gradients `[N, *shape]` by name."""
     dots = sum(
         each.reshape(len(each), -1) @ direction[key].flatten() for key, each in expected.items()
     )
     sizes = torch.stack([norms(each) for each in expected.values()]).norm(dim=0)
     scale = sizes * torch.stack([each.norm() for each in direction.values()]).norm()
-
-    engine = DotProductEngine(case.module, mode=mode, norms=True, **options)
-    engine.add_direction("random", direction)
-    found = case.found(engine)
     assert_within(found.total[:, 0], dots, scale, EXACT, "dots")
     assert_within(found.norms, sizes, sizes, EXACT, "norms")
     for key, each in expected.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,7 @@ def named(case: Case) -> Iterator[tuple[str, torch.nn.Parameter]]:
 ENGINES: dict[str, Callable[[Case], Any]] = {
     "dots": dots,
     "fused": partial(dots, mode="fused", norms=True),
+    "concatenated": lambda case: DotProductEngine(case.model, mode="concatenated", norms=True),
     "norms": lambda case: NormEngine(case.model, loss_weights="sum"),
     "rows": lambda case: ProjectionEngine(case.model, dim=8),
 }
@@ -83,12 +85,27 @@ def test_nothing_waits_inside_a_batch(
 
     plain = waits(device, run)  # architectures look at their masks
     engine = ENGINES[kind](case)
+    step, n = (partial(run_joined, engine, case), 3) if kind == "concatenated" else (run, 4)
     with engine.frozen() if frozen else engine:
         for _ in range(2):  # what is looked at, and found, in the first batches
-            with engine.batch(range(4)):
-                run()
-        with engine.batch(range(4)):
-            assert waits(device, run) == plain
+            with opened(engine, n):
+                step()
+        with opened(engine, n):
+            assert waits(device, step) == plain
+
+
+@contextmanager
+def opened(engine: Any, n: int) -> Iterator[None]:
+    """Open a batch of n samples: all four, or three beside one of validation."""
+    if n < 4:
+        engine.concatenate(torch.zeros(n, 1), torch.zeros(1, 1))
+    with engine.batch(range(n)):
+        yield
+
+
+def run_joined(engine: DotProductEngine, case: Case) -> None:
+    """Run a batch whose last sample is of validation."""
+    engine.backward(case.losses(), train_weight=1, validation_weight=0.5)
 
 
 def test_what_waits_is_counted(device: torch.device) -> None:

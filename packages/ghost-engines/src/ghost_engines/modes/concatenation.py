@@ -213,6 +213,8 @@ def check_tracked(model: nn.Module, tracking: Tracking) -> None:
 
 def _weights(given: float | Tensor, count: int, losses: Tensor, name: str) -> Tensor:
     """Return one weight for each of some samples."""
+    if isinstance(given, int | float):  # copied from the host it would make the program wait
+        return losses.new_full((count,), given)
     weights = torch.as_tensor(given, dtype=losses.dtype, device=losses.device).detach()
     if weights.shape not in ((), (count,)):
         raise CaptureError(
