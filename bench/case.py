@@ -48,7 +48,7 @@ class Case:
         make: Makes the ways by name, for a setting. The first one is what others are compared
             with, a plain step as a rule. No two share a model: an engine leaves hooks on its own.
         goals: The most that ways may cost, as multiples of the first one.
-        needs: Packages that it cannot do without, and that are not ghost's own dependencies.
+        needs: Packages that it cannot do without, and that a plain checkout may lack.
         group: Name of the list of cases that it belongs to, whose medians are reported; or none.
     """
 

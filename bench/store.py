@@ -99,23 +99,29 @@ def opening(setting: Setting) -> Mapping[str, Way]:
     }
 
 
+HASHED = ("xxhash",)
+"""What a store's hashes need, and a plain checkout may lack."""
+
 CASES = [
     Case(
         "store_write",
         "134 MB of rows, 256 fp16, in units of 4096, to a file system in memory, with checksums",
         writing,
+        needs=HASHED,
         goals={"store": 1.95},
     ),
     Case(
         "store_search_1",
         "1 M rows of 256 fp16, exact top 10 of one query",
         lambda setting: searching(setting, 1),
+        needs=HASHED,
     ),
     Case(
         "store_search_100",
         "1 M rows of 256 fp16, exact top 10 of 100 queries",
         lambda setting: searching(setting, 100),
+        needs=HASHED,
         goals={"dot": 1.1},
     ),
-    Case("store_open", "a store of 2,000 shards is opened", opening),
+    Case("store_open", "a store of 2,000 shards is opened", opening, needs=HASHED),
 ]

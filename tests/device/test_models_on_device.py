@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,7 +20,14 @@ from ghost_core.testing.oracle import norms
 
 EVERYWHERE = os.environ.get("GHOST_TEST_DEVICE", "cpu") != "cpu"
 REFUSED = {"clip", "clip_logits"}
-NAMES = [name for name in FAMILIES if name not in REFUSED] if EVERYWHERE else ["gpt2", "llama"]
+LORA = pytest.param(
+    "llama_lora", marks=pytest.mark.skipif(find_spec("peft") is None, reason="peft is not there")
+)
+NAMES = (
+    [LORA if name == "llama_lora" else name for name in FAMILIES if name not in REFUSED]
+    if EVERYWHERE
+    else ["gpt2", "llama"]
+)
 SOME = ["gpt2", "llama", "bert", "vit"] if EVERYWHERE else ["gpt2"]
 UNSELECTED = {("mixtral_but_experts", "concatenated")}
 NO_WORSE = 1.2

@@ -7,13 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 FAST = "xxh3_128"
 """Hashes ten times as fast as sha256, and finds the same accidents; neither is signed."""
 
-HASHES: Mapping[str, Callable[[], Any]] = {FAST: xxhash.xxh3_128, "sha256": hashlib.sha256}
+
+def _xxh3() -> Any:
+    # Engines run from a plain checkout without it, as `tools/gpu.py` has them.
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
+HASHES: Mapping[str, Callable[[], Any]] = {FAST: _xxh3, "sha256": hashlib.sha256}
 """Hashes by the names that headers have for them."""
 
 
