@@ -56,7 +56,10 @@ class OnDevice:
         """Build an example, and move it."""
 
         def moved(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            # As leaves of a graph: where modules are computed again, torch asks for one.
+            return value.to(device).requires_grad_(value.is_floating_point())
 
         example = LAYERS[name]
         drawn = example.draw()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -149,6 +150,31 @@ def test_engines_keep_what_every_engine_promises(
         expected=subject.expected,
         values=subject.values,
         examples=examples,
+        steps=steps,
+    )
+
+
+@pytest.mark.parametrize(
+    ("examples", "steps"),
+    [
+        pytest.param({name: LAYERS[name] for name in A_FEW}, 3, id="a few"),
+        pytest.param(LAYERS, 20, id="all", marks=pytest.mark.stress),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_concatenated_mode_keeps_what_every_engine_promises(
+    examples: Mapping[str, LayerExample], steps: int
+) -> None:
+    def expected(train: Gradients, validation: Gradients) -> Tensor:
+        return rows(train) @ rows(validation).sum(0)
+
+    check_engine(
+        partial(DotProductEngine, mode="concatenated"),
+        expected=expected,
+        values=lambda scores: scores.total[:, 0],
+        examples=examples,
+        gradient_error=1e-6,
+        concatenated=True,
         steps=steps,
     )
 

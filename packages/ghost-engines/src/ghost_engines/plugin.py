@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ghost_core import Command, Engine, Policy, Projection, hookimpl
-from ghost_engines.cli import COMMANDS
 from ghost_engines.cosine import CosineEngine
 from ghost_engines.dot_product import DotProductEngine
 from ghost_engines.gram import GramEngine
@@ -50,4 +49,7 @@ def ghost_policies() -> dict[str, type[Policy]]:
 @hookimpl
 def ghost_commands() -> dict[str, type[Command]]:
     """Contribute the commands of this package."""
+    # Where what they need is not there, as in a plain checkout, engines and projections still are.
+    from ghost_engines.cli import COMMANDS
+
     return dict(COMMANDS)

@@ -15,8 +15,9 @@ from ghost_core import Batch, Engine
 from ghost_core.state import RandomState
 from ghost_core.testing.cases import LAYERS
 from ghost_core.testing.examples import LayerExample
+from ghost_core.testing.feeds import Alone, Feed, Joined, LossesOf
 from ghost_core.testing.oracle import assert_within
-from ghost_core.testing.results import EngineFactory, Expected, check_results
+from ghost_core.testing.results import EngineFactory, Expected, ExpectedOfBoth, check_results
 from ghost_core.testing.snapshots import (
     Watched,
     assert_untouched,
@@ -35,13 +36,14 @@ SHORT_BATCHES = 40
 def check_engine(
     make_engine: EngineFactory,
     *,
-    expected: Expected | None = None,
+    expected: Expected | ExpectedOfBoth | None = None,
     values: Callable[[Any], Tensor] | None = None,
     examples: Mapping[str, LayerExample] = LAYERS,
     tolerance: float = 1e-6,
     rows: Callable[[Any], int] | None = None,
     gradient_error: float | None = 0.0,
     result_holds_capture: bool = False,
+    concatenated: bool = False,
     steps: int = 20,
 ) -> None:
     """Assert that an engine keeps what every engine promises.
@@ -59,6 +61,13 @@ def check_engine(
     * `frozen()` makes no weight gradient and restores `requires_grad`;
     * an option that does not exist is a `TypeError`.
 
+    With `concatenated=True` each micro-batch is joined with samples of validation by
+    `engine.concatenate(train, validation)`, samples on axis `engine.tracking.batch_dim`, goes
+    through the model in a batch of its own, and is backpropagated by
+    `engine.backward(losses, train_weight=..., validation_weight=...)`, as in that mode of
+    `DotProductEngine`. `.grad` is to be that of the training samples alone, and the result to have
+    a row for each of them. Examples of one sample are left out.
+
     With `expected`, numbers are compared as well, in float64: for every example, and for a
     `TinyTransformer`, whose head is tied to its embedding, in one pass, in micro-batches, in two
     passes of the same samples, with `layers=...`, with a gradient scaler, which is to leave no
@@ -72,7 +81,8 @@ def check_engine(
             logits `[N, T, 19]`. With `expected`: for any model, with the options of `Engine` that
             it is given by keyword.
         expected: Computes the result, a tensor, from the gradients of the samples by autograd,
-            float64 `[N, *shape]` by the first name of each parameter selected.
+            float64 `[N, *shape]` by the first name of each parameter selected. With
+            `concatenated=True` it takes those of the training samples and those of validation.
         values: Picks from a result what `expected` computes; by default, the result is a tensor.
         examples: What numbers are compared for, by name.
         tolerance: Error allowed in them, relative to the largest number of the result.
@@ -83,30 +93,38 @@ def check_engine(
             model another gradient on purpose: then nothing is compared.
         result_holds_capture: Whether the engine's result consists of what was captured, as that of
             `GradientHolder` does: then memory is looked at after the engine is gone.
+        concatenated: Whether the engine takes training and validation samples in one batch.
         steps: Optimizer steps.
 
     Raises:
         AssertionError: Naming what changed, and when; or the number that is wrong.
-        ValueError: If a result is no tensor and `values` does not say what of it is expected.
+        ValueError: If a result is no tensor and `values` does not say what of it is expected, or
+            `gradient_error` is zero with `concatenated=True`.
     """
+    feed: Feed = Joined() if concatenated else Alone()
+    if concatenated and gradient_error == 0.0:
+        raise ValueError(
+            "an engine that takes validation samples in the batch has to make the gradients: say "
+            "how far they may be off with check_engine(gradient_error=...)"
+        )
     if expected is not None:
-        check_results(make_engine, expected, values, examples, tolerance)
+        check_results(make_engine, expected, values, examples, tolerance, concatenated)
     _check_unknown_option(make_engine)
     for autocast in (False, True):
         how = "under bfloat16 autocast" if autocast else "in float32"
-        plain = _train((), autocast, steps)
-        watched = _train((make_engine,), autocast, steps)
+        plain = _train((), autocast, steps, feed)
+        watched = _train((make_engine,), autocast, steps, feed)
         _compare(plain, watched, gradient_error, how)
         for batch in watched.batches:
             _check_rows(batch, rows)
         if gradient_error == 0.0:
-            both = _train((make_engine, make_engine), autocast, 3)
-            _compare(_train((), autocast, 3), both, gradient_error, f"{how}, two engines")
+            both = _train((make_engine, make_engine), autocast, 3, feed)
+            _compare(_train((), autocast, 3, feed), both, gradient_error, f"{how}, two engines")
             for batch in both.batches:
                 _check_rows(batch, rows)
-    _check_leaving(make_engine, result_holds_capture)
-    _check_many_batches(make_engine)
-    _check_frozen(make_engine, rows)
+    _check_leaving(make_engine, result_holds_capture, feed)
+    _check_many_batches(make_engine, feed)
+    _check_frozen(make_engine, rows, feed)
 
 
 @dataclass
@@ -117,7 +135,7 @@ class _Trained:
     batches: list[Batch[Any]]
 
 
-def _train(factories: Sequence[EngineFactory], autocast: bool, steps: int) -> _Trained:
+def _train(factories: Sequence[EngineFactory], autocast: bool, steps: int, feed: Feed) -> _Trained:
     model = _model()
     found = traces(model)
     engines = [factory(model) for factory in factories]
@@ -132,7 +150,7 @@ def _train(factories: Sequence[EngineFactory], autocast: bool, steps: int) -> _T
                 attached.enter_context(engine)
             for step in range(steps):
                 optimizer.zero_grad()
-                batches = _step(model, engines, autocast, step)
+                batches = _step(model, engines, autocast, step, feed)
                 first_grads = first_grads or _gradients(model)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -142,19 +160,22 @@ def _train(factories: Sequence[EngineFactory], autocast: bool, steps: int) -> _T
 
 
 def _step(
-    model: TinyTransformer, engines: Sequence[Engine[Any]], autocast: bool, step: int
+    model: TinyTransformer, engines: Sequence[Engine[Any]], autocast: bool, step: int, feed: Feed
 ) -> list[Batch[Any]]:
     """Run forward and backward of one step; the batches' ids tell steps apart."""
     n = MICRO_BATCHES * N
-    tokens = _tokens(n, seed=step)
     ids = torch.arange(n) + step * n
-    with ExitStack() as stack:
-        batches = [stack.enter_context(engine.batch(ids)) for engine in engines]
-        for part in tokens.split(N):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logits = model(part)
-            (next_token_losses(logits, part).mean() / MICRO_BATCHES).backward()
-    return batches
+    losses_of = _losses_of(model, autocast)
+    return feed.run(engines, _tokens(n, seed=step).split(N), ids, losses_of, 1 / n)
+
+
+def _losses_of(model: TinyTransformer, autocast: bool = False) -> LossesOf:
+    def losses_of(tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(tokens)
+        return next_token_losses(logits, tokens)
+
+    return losses_of
 
 
 def _compare(plain: _Trained, watched: _Trained, error: float | None, how: str) -> None:
@@ -194,7 +215,7 @@ class _InterruptionError(Exception):
     """Stands for whatever may happen inside a batch."""
 
 
-def _check_leaving(make_engine: EngineFactory, result_holds_capture: bool) -> None:
+def _check_leaving(make_engine: EngineFactory, result_holds_capture: bool, feed: Feed) -> None:
     for where in ("nowhere", "in the batch", "in the forward pass", "in the backward pass"):
         model = _model()
         found, when = traces(model), f"after an exception {where}"
@@ -202,8 +223,8 @@ def _check_leaving(make_engine: EngineFactory, result_holds_capture: bool) -> No
         engine: Engine[Any] | None = make_engine(model)
         assert engine is not None
         try:
-            with watched, engine, engine.batch(range(N)):
-                _interrupted(model, where)
+            with watched, engine:
+                _interrupted(engine, model, where, feed)
         except _InterruptionError:
             pass
         assert_untouched(found, model, when)
@@ -213,11 +234,11 @@ def _check_leaving(make_engine: EngineFactory, result_holds_capture: bool) -> No
             engine = None
         if alive := watched.alive():
             raise AssertionError(f"{when}: captured tensors are alive: {', '.join(alive)}")
-        _check_usable(make_engine, model)
+        _check_usable(make_engine, model, feed)
 
 
-def _interrupted(model: TinyTransformer, where: str) -> None:
-    """Run forward and backward, with an exception somewhere."""
+def _interrupted(engine: Engine[Any], model: TinyTransformer, where: str, feed: Feed) -> None:
+    """Run a batch, forward and backward, with an exception somewhere."""
 
     def interrupt(*_: Any) -> None:
         raise _InterruptionError
@@ -225,37 +246,40 @@ def _interrupted(model: TinyTransformer, where: str) -> None:
     def interrupt_backward(module: nn.Module, args: Any, output: Tensor) -> None:
         output.register_hook(interrupt)
 
-    tokens, handles = _tokens(N, seed=0), []
-    if where == "in the forward pass":
-        handles.append(model.narrow.register_forward_hook(interrupt))
-    if where == "in the backward pass":  # when half of the gradients have arrived
-        handles.append(model.leave.register_forward_hook(interrupt_backward))
-    try:
-        logits = model(tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if where == "in the batch":
-        raise _InterruptionError
-    next_token_losses(logits, tokens).sum().backward()
+    def losses_of(tokens: Tensor) -> Tensor:
+        handles = []
+        if where == "in the forward pass":
+            handles.append(model.narrow.register_forward_hook(interrupt))
+        if where == "in the backward pass":  # when half of the gradients have arrived
+            handles.append(model.leave.register_forward_hook(interrupt_backward))
+        try:
+            losses = _losses_of(model)(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if where == "in the batch":
+            raise _InterruptionError
+        return losses
+
+    feed.run([engine], [_tokens(N, seed=0)], torch.arange(N), losses_of, 1.0)
 
 
-def _check_usable(make_engine: EngineFactory, model: TinyTransformer) -> None:
+def _check_usable(make_engine: EngineFactory, model: TinyTransformer, feed: Feed) -> None:
     """Assert that the next batches work."""
     engine = make_engine(model)
     with engine:
         for step in range(2):
-            _step(model, [engine], False, step)
+            _step(model, [engine], False, step, feed)
 
 
-def _check_many_batches(make_engine: EngineFactory) -> None:
+def _check_many_batches(make_engine: EngineFactory, feed: Feed) -> None:
     model = _model()
     engine, tokens, counts = make_engine(model), _tokens(2, seed=0), []
+    losses_of, ids = _losses_of(model), torch.arange(2)
     with engine:
         for _ in range(2):
             for _ in range(SHORT_BATCHES):
-                with engine.batch(range(2)):
-                    next_token_losses(model(tokens), tokens).sum().backward()
+                feed.run([engine], [tokens], ids, losses_of, 1.0)
             counts.append(live_tensors())
     if counts[1] > counts[0]:
         raise AssertionError(
@@ -264,11 +288,13 @@ def _check_many_batches(make_engine: EngineFactory) -> None:
         )
 
 
-def _check_frozen(make_engine: EngineFactory, rows: Callable[[Any], int] | None) -> None:
+def _check_frozen(
+    make_engine: EngineFactory, rows: Callable[[Any], int] | None, feed: Feed
+) -> None:
     model = _model()
     found, engine, tokens = traces(model), make_engine(model), _tokens(N, seed=0)
-    with engine.frozen(), engine.batch(range(N)) as batch:
-        next_token_losses(model(tokens), tokens).sum().backward()
+    with engine.frozen():
+        (batch,) = feed.run([engine], [tokens], torch.arange(N), _losses_of(model), 1.0)
     assert_untouched(found, model, "after frozen()")
     _check_rows(batch, rows)
     if made := [name for name, p in model.named_parameters() if p.grad is not None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ghost_core import Engine
 from ghost_core.testing.examples import Inputs, LayerExample, N, indices
+from ghost_core.testing.feeds import Joined, join
 from ghost_core.testing.oracle import assert_within
 from ghost_core.testing.tiny import TinyTransformer
 from ghost_core.testing.trials import Trial
@@ -22,16 +23,20 @@ EngineFactory = Callable[..., Engine[Any]]
 Expected = Callable[[Mapping[str, Tensor]], Tensor]
 """Computes a result from the gradients, float64 `[N, *shape]`, by first name of the parameter."""
 
+ExpectedOfBoth = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+"""Computes a result from the gradients of training samples, and those of validation samples."""
+
 SCALE = 8.0
 """What a gradient scaler multiplies the loss with."""
 
 
 def check_results(
     make_engine: EngineFactory,
-    expected: Expected,
+    expected: Expected | ExpectedOfBoth,
     values: Callable[[Any], Tensor] | None,
     examples: Mapping[str, LayerExample],
     tolerance: float,
+    concatenated: bool = False,
 ) -> None:
     """Assert that an engine's results are those expected, for examples and in many ways of use.
 
@@ -41,17 +46,21 @@ def check_results(
         values: Picks from the engine's result what `expected` computes; by default all of it.
         examples: What it is run on, beside a `TinyTransformer`; those to be refused are left out.
         tolerance: Error allowed relative to the largest number of the result.
+        concatenated: Whether the last samples of a batch are of validation.
 
     Raises:
         AssertionError: Naming example, way of use, worst entry, error and bound; or that all that
             was expected is zero.
         ValueError: If a result is no tensor and `values` is not given.
     """
-    ways = [_Way(example) for example in examples.values() if example.refusal is None]
+    exact = [example for example in examples.values() if example.refusal is None]
+    ways = [*map(_Way, exact), *_ways()]
+    if concatenated:  # one sample has to be of validation
+        ways = [*(_JoinedWay(each) for each in exact if each.n > 1), *_joined_ways()]
     anything = False
-    for way in [*ways, *_ways()]:
+    for way in ways:
         result, gradients = way.run(make_engine)
-        wanted, found = expected(gradients), _picked(result, values)
+        wanted, found = expected(*gradients), _picked(result, values)
         largest = float(wanted.abs().max()) if wanted.numel() else 0.0
         anything = anything or largest > 0
         assert_within(found, wanted, largest, tolerance, way.what)
@@ -86,15 +95,14 @@ class _Way:
         """The example and the way, for messages."""
         return f"{self.example.name}, {self.label}" if self.label else self.example.name
 
-    def run(self, make_engine: EngineFactory) -> tuple[Any, dict[str, Tensor]]:
-        """Return an engine's result and the gradients by autograd."""
+    def run(self, make_engine: EngineFactory) -> tuple[Any, Sequence[dict[str, Tensor]]]:
+        """Return an engine's result and the gradients by autograd, which it is to be made of."""
         trial, n = Trial(self.example), self.example.n
         module, options = trial.module(), dict(self.example.options)
         before = copy.deepcopy(module)
         if self.layers:
             options["layers"] = list(self.layers)
-        scaler = torch.amp.GradScaler("cpu", init_scale=SCALE) if self.scaled else None
-        if scaler is not None:
+        if (scaler := self._scaler()) is not None:
             options["grad_scaler"] = scaler
         engine = make_engine(module, **options)
         batches = list(self._inputs(n))
@@ -102,7 +110,10 @@ class _Way:
             for inputs in batches:
                 loss = trial.losses(module, inputs).sum()
                 (loss if scaler is None else scaler.scale(loss)).backward()
-        return batch.result, self._gradients(trial, before, batches)
+        return batch.result, [self._gradients(trial, before, batches)]
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return torch.amp.GradScaler("cpu", init_scale=SCALE) if self.scaled else None
 
     def _inputs(self, n: int) -> Iterator[Inputs]:
         """Yield the inputs of each pass."""
@@ -125,9 +136,54 @@ class _Way:
         return {name: together([each[name] for each in found]) for name in names}
 
 
+@dataclass(frozen=True)
+class _JoinedWay(_Way):
+    """How an engine is used on an example whose last samples are of validation.
+
+    Attributes:
+        validation: How many.
+    """
+
+    validation: int = 1
+
+    def run(self, make_engine: EngineFactory) -> tuple[Any, Sequence[dict[str, Tensor]]]:
+        """Return an engine's result, and the gradients of both by autograd, times their weights."""
+        trial, inputs = Trial(self.example), self.example.draw()
+        module, options = trial.module(), dict(self.example.options)
+        if (scaler := self._scaler()) is not None:
+            options["grad_scaler"] = scaler
+        engine = make_engine(module, **options)
+        gradients = trial.expected(copy.deepcopy(module), inputs)
+        feed, n = Joined(self.validation), inputs.n - self.validation
+        dim = engine.tracking.batch_dim
+        train, others = (torch.zeros(*(1,) * dim, size) for size in (n, self.validation))
+        with engine.frozen() if self.frozen else engine:
+            # The inputs are joined already: the engine learns how many samples are of which kind.
+            join(engine, train, others, dim)
+            with engine.batch(range(n)) as batch:
+                feed.backward(engine, trial.losses(module, inputs))
+        weight = feed.validation_weight
+        return batch.result, [
+            {name: each[:n] for name, each in gradients.items()},
+            {name: weight * each[n:] for name, each in gradients.items()},
+        ]
+
+
+def _joined_ways() -> Iterator[_JoinedWay]:
+    """Yield the ways to use an engine whose batches are joined."""
+    yield _JoinedWay(_transformer(), "with one validation sample")
+    yield _JoinedWay(_transformer(), "with two validation samples", validation=2)
+    yield _JoinedWay(_transformer(), "with a gradient scaler", scaled=True, validation=2)
+    yield _JoinedWay(_transformer(), "in a frozen() pass", frozen=True, validation=2)
+
+
+def _transformer() -> LayerExample:
+    return LayerExample("tiny transformer", lambda: TinyTransformer().eval(), (indices(N, 6),))
+
+
 def _ways() -> Iterator[_Way]:
     """Yield the ways to use an engine, on a model with a tied head and shared positions."""
-    model = LayerExample("tiny transformer", lambda: TinyTransformer().eval(), (indices(N, 6),))
+    model = _transformer()
     chosen = ("tokens.weight", "attend.bias")
     yield _Way(model, "in one pass")
     yield _Way(model, "in micro-batches", micro=True)
