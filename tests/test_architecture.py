@@ -60,8 +60,11 @@ IMPORTED_WHERE_USED = {
     },
     "ghost_engines.corpus.records": {"datasets", "pyarrow", "pyarrow.parquet"},
     "ghost_engines.plots": {"matplotlib.figure"},
+    # A plain checkout may lack what hashes and the command line need, and has engines all the same.
+    "ghost_engines.plugin": {"ghost_engines.cli"},
     "ghost_engines.runs.config": {"yaml"},
     "ghost_engines.search.approximate": {"faiss"},
+    "ghost_engines.store.hashes": {"xxhash"},
     "ghost_engines.tables": {"pandas", "pyarrow", "pyarrow.parquet"},
 }
 
