@@ -60,11 +60,14 @@ class TestWithFaiss:
             found = ApproximateIndex.of(store, cells=2).search(queries, 5)
             assert torch.equal(found.ids, store.search(queries, 5).ids)
 
-    def test_whitened_queries_that_overflow_are_refused(self, tmp_path):
+    def test_whitened_queries_beyond_float32_find_scores_within(self, tmp_path):
         store = stored(tmp_path / "g", torch.randn(100, K) * 1e-25)
-        index = ApproximateIndex.of(store, cells=2)
-        with pytest.raises(StoreError, match=r"whitened queries overflow torch\.float32"):
-            index.search(torch.randn(1, K), 5, Whitening.of(store))
+        index, by = ApproximateIndex.of(store, cells=2), Whitening.of(store)
+        queries = torch.randn(3, K)  # times 1e50, when whitened
+        found = index.search(queries, 5, by, probes=2)
+        assert torch.equal(found.ids, store.search(queries, 5, by).ids)
+        with pytest.raises(StoreError, match=r"scores overflow torch\.float32"):
+            index.search(queries * 1e20, 5, by)
 
     def test_with_few_cells_it_finds_most(self, tmp_path):
         centres = torch.randn(20, K) * 4

@@ -25,6 +25,9 @@ from ghost_engines.store import (
     StoreError,
     check_store,
     columns_of,
+    in_range,
+    powers_for,
+    times,
     unit_length,
 )
 
@@ -153,22 +156,17 @@ class ApproximateIndex:
             )
         k = min(whole("k", k, least=1, error=StoreError), len(self._store))
         probes = min(whole("probes", probes, least=1, error=StoreError), self.cells)
-        asked = Scorer(self._store, queries, by or self._by, 1.0, self._parameters, "cpu").queries
-        if not asked.isfinite().all():
-            raise StoreError(f"whitened queries overflow {asked.dtype}: give them as float64")
-        powers = -asked.abs().amax(1, keepdim=True).double().frexp().exponent
+        scorer = Scorer(self._store, queries, by or self._by, 1.0, self._parameters, "cpu")
+        powers = powers_for(scorer.queries, torch.float32)
         self._index.nprobe = probes
-        scores, found = self._index.search(_floats(_times(asked.double(), powers)), k)
+        scores, found = self._index.search(_floats(times(scorer.queries, powers)), k)
         ordinals = torch.from_numpy(found)
         if (ordinals < 0).any():
             raise StoreError(
                 f"{probes} cells hold fewer than {k} rows for some queries", remedy="raise probes"
             )
-        back = -powers - self._power
-        unscaled = _times(torch.from_numpy(scores).double(), back).to(asked.dtype)
-        if not unscaled.isfinite().all():
-            raise StoreError(f"scores overflow {asked.dtype}: give the queries as float64")
-        return Neighbours(unscaled, self._ids[ordinals], ordinals)
+        back = in_range(torch.from_numpy(scores), -powers - self._power, scorer.dtype)
+        return Neighbours(back, self._ids[ordinals], ordinals)
 
 
 def _scaled(rows: Tensor, power: int) -> npt.NDArray[np.float32]:
@@ -177,7 +175,7 @@ def _scaled(rows: Tensor, power: int) -> npt.NDArray[np.float32]:
     Raises:
         StoreError: If some are too short for it.
     """
-    scaled = _times(rows.double(), torch.tensor(power))
+    scaled = times(rows.double(), torch.tensor(power))
     short = (scaled.abs().amax(1) < _LEAST) & (rows != 0).any(1)
     if short.any():
         raise StoreError(
@@ -191,12 +189,6 @@ def _scaled(rows: Tensor, power: int) -> npt.NDArray[np.float32]:
 def _floats(numbers: Tensor) -> npt.NDArray[np.float32]:
     found: npt.NDArray[np.float32] = np.ascontiguousarray(numbers.float().numpy())
     return found
-
-
-def _times(numbers: Tensor, powers: Tensor) -> Tensor:
-    """Multiply float64 with powers of two, which may lie outside of float64 themselves."""
-    half = powers // 2
-    return numbers * half.double().exp2() * (powers - half).double().exp2()
 
 
 def _faiss() -> Any:

@@ -85,6 +85,7 @@ def group_scores(
     sums = torch.zeros(comparison.q, len(known), dtype=torch.float64, device=comparison.device)
     for start, ids, scores in comparison.scores("scores by group", progress):
         sums.index_add_(1, inverse[start : start + len(ids)], scores.double())
+    sums = comparison.unscaled(sums)
     names = None
     if isinstance(groups, Labels):
         names = tuple(groups.names[number] for number in known.tolist())

@@ -14,6 +14,7 @@ from ghost_engines.store import (
     Scorer,
     StoreError,
     check_store,
+    overflow,
     parameter_columns,
     unit_length,
 )
@@ -67,7 +68,10 @@ def score_parts(
                 place = places[name]
                 here = (taken >= place.start) & (taken < place.stop)
                 part[at] = products[:, here.to(products.device)].sum(1)
-    return found
+    parts = {name: part.to(scorer.device, scorer.dtype) for name, part in found.items()}
+    if not all(part.isfinite().all() for part in parts.values()):
+        raise overflow(scorer.dtype)
+    return parts
 
 
 def _check_ordinals(ordinals: Tensor, q: int) -> None:

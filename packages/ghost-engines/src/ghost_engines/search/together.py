@@ -147,5 +147,5 @@ def scores(
     )
     for start, those, found in comparison.scores("scores", progress):
         ids[start : start + len(those)] = those
-        table[:, start : start + len(those)] = found
+        table[:, start : start + len(those)] = comparison.unscaled(found)
     return RowScores(ids, table)

@@ -137,7 +137,7 @@ class Whitening:
             columns: Which columns of a row these are: C is that of these columns.
 
         Returns:
-            `[Q, c]`, in the queries' dtype.
+            Float64 `[Q, c]`.
 
         Raises:
             StoreError: If its rows are of another kind, or C cannot be inverted.
@@ -147,7 +147,7 @@ class Whitening:
         for here, factor in self._parts(store.manifest, columns):
             part = queries[:, here].double().mT
             found[:, here] = torch.cholesky_solve(part, factor.to(queries.device)).mT
-        return found.to(queries.dtype)
+        return found
 
     def self_influence(
         self,

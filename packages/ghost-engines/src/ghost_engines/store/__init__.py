@@ -30,6 +30,7 @@ from ghost_engines.store.manifest import MANIFEST, Manifest
 from ghost_engines.store.merging import merge
 from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.origin import OtherRowsError, check_alike
+from ghost_engines.store.powers import in_range, overflow, powers_for, times
 from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.seen import SeenIds
 from ghost_engines.store.shards import check_contents
@@ -73,11 +74,15 @@ __all__ = [
     "export",
     "has_shards",
     "header",
+    "in_range",
     "listed_units",
     "merge",
     "number",
+    "overflow",
     "parameter_columns",
+    "powers_for",
     "shard_path",
+    "times",
     "unit_length",
     "write_tensors",
 ]

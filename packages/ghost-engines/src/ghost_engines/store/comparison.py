@@ -20,6 +20,7 @@ from ghost_engines.store.errors import StoreError
 from ghost_engines.store.given import check_store, device_of, number
 from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.origin import query_rows
+from ghost_engines.store.powers import in_range, overflow, powers_for, times
 from ghost_engines.store.rows import RowBatch, StoredRows
 
 METRICS = ("cosine", "dot")
@@ -67,11 +68,11 @@ class Metric(Protocol):
 
         Args:
             store: What the rows are in.
-            queries: The columns that are compared, `[Q, c]`, finite.
+            queries: The columns that are compared, float64 `[Q, c]`, finite.
             columns: Which columns of a row these are.
 
         Returns:
-            `[Q, c]`, in the queries' dtype.
+            `[Q, c]`.
 
         Raises:
             StoreError: If it is not made for the rows of that store.
@@ -98,7 +99,9 @@ class Scorer:
 
     Attributes:
         columns: Which columns of a row are compared.
-        queries: What dot products are taken with, `[Q, c]`.
+        queries: What dot products are to be taken with, float64 `[Q, c]` on the CPU.
+        dtype: What they are taken in.
+        device: Where.
 
     Raises:
         UnknownNameError: If a metric or a parameter does not exist.
@@ -129,20 +132,25 @@ class Scorer:
         self.dtype = _check_queries(store, rows)
         self.columns = columns_of(store.manifest, parameters)
         self._cosine = by == "cosine"
-        place = rows.device if device is None else device_of(device)
-        with full_precision(place):
-            asked = rows.detach().to(place, self.dtype)[:, self.columns]
+        self.device = rows.device if device is None else device_of(device)
+        with full_precision(torch.device("cpu")):
+            asked = rows.detach().to("cpu", torch.float64)[:, self.columns]
             if not isinstance(by, str):
-                asked = by.transform(store, asked, self.columns)
+                asked = by.transform(store, asked, self.columns).double()
             elif self._cosine:
                 asked = unit_length(_without_zeros(asked))
             self.queries = asked * weight
-        self._room = asked.new_empty(0, count(self.columns))
+        self.scale(torch.zeros(1, dtype=torch.int32, device="cpu"))
+        self._room = self._asked.new_empty(0, count(self.columns))
+
+    def scale(self, powers: Tensor) -> None:
+        """Take products with queries times two to these powers `[Q, 1]` from now on."""
+        self._asked = times(self.queries, powers).to(self.device, self.dtype)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the scores `[Q, B]` of rows `[B, k_total]`."""
-        scores = self.queries.new_empty(len(self.queries), len(rows))
-        tiled = self.queries.device.type == "cpu" and len(self.queries) > _FEW
+        scores = self._asked.new_empty(len(self._asked), len(rows))
+        tiled = self.device.type == "cpu" and len(scores) > _FEW
         size = _IN_CACHE if tiled else max(len(rows), 1)
         if len(self._room) < min(size, len(rows)):  # made once, as new memory costs as much again
             self._room = self._room.new_empty(min(size, len(rows)), self._room.shape[1])
@@ -155,7 +163,7 @@ class Scorer:
         lengths = torch.linalg.vector_norm(rows, dim=1) if self._cosine else None
         if lengths is not None and not _SHORTEST < lengths.min() <= lengths.max() < 1 / _SHORTEST:
             rows, lengths = unit_length(rows), None
-        torch.mm(self.queries, rows.mT, out=out)
+        torch.mm(self._asked, rows.mT, out=out)
         if lengths is not None:
             out.div_(lengths)
 
@@ -221,6 +229,16 @@ class Comparison:
             self._row_weights = _checked_row_weights(row_weights, self.n).to(
                 self.device, self.dtype
             )
+        self._scale()
+
+    def _scale(self) -> None:
+        """Have all scorers scale queries alike, so that scores can be compared and added up."""
+        dtypes = {scorer.dtype for scorer in self._scorers}
+        least = torch.float32 if torch.float32 in dtypes else torch.float64
+        together = torch.cat([scorer.queries for scorer in self._scorers], dim=1)
+        self._powers = powers_for(together, least)
+        for scorer in self._scorers:
+            scorer.scale(self._powers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -230,10 +248,13 @@ class Comparison:
     @property
     def device(self) -> torch.device:
         """Where the scores are."""
-        return self._scorers[0].queries.device
+        return self._scorers[0].device
 
     def scores(self, title: str, progress: bool | None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the first ordinal, the ids `[B]` and the scores `[Q, B]` of blocks of rows.
+
+        Each query's scores are times a power of two, which `unscaled` takes out again: they can be
+        compared and added up.
 
         Args:
             title: What is going on, for the progress bar.
@@ -258,6 +279,14 @@ class Comparison:
                 yield start, found[0].ids, scores
                 start += len(found[0])
                 bar.advance(len(found[0]))
+
+    def unscaled(self, scores: Tensor) -> Tensor:
+        """Return scores `[Q, n]` that were yielded, or sums of such, as what they are.
+
+        Raises:
+            StoreError: If their dtype cannot hold them.
+        """
+        return in_range(scores, -self._powers.to(scores.device), scores.dtype)
 
 
 def aligned(scans: Sequence[Iterator[StoredRows]]) -> Iterator[list[StoredRows]]:
@@ -332,10 +361,7 @@ def _check_queries(store: RowReader, queries: Tensor) -> torch.dtype:
 
 def _check_scores(scores: Tensor) -> None:
     if scores.numel() and not isfinite(scores.sum().item()) and not scores.isfinite().all():
-        raise StoreError(
-            f"scores overflow {scores.dtype}: scale the queries, give them as float64, or choose "
-            'by="cosine"'
-        )
+        raise overflow(scores.dtype)
 
 
 def _without_zeros(queries: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def best(
 
     Raises:
         CaptureError: If `largest` is no switch.
-        StoreError: If `k` is not positive or a score is not finite.
+        StoreError: If `k` is not positive or a score overflows or underflows.
     """
     k = whole("k", k, least=1, error=StoreError)
     smallest = not switch("largest", largest)
@@ -54,7 +54,7 @@ def best(
         _update(found, scores.neg_() if smallest else scores, ids, start)
     if smallest:
         found.scores.neg_().add_(0)  # no zero keeps its sign
-    return found
+    return replace(found, scores=comparison.unscaled(found.scores))
 
 
 def _nothing(q: int, k: int, dtype: torch.dtype, device: torch.device) -> Neighbours:
