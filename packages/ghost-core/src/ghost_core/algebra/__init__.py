@@ -19,6 +19,7 @@ from ghost_core.algebra.outer import Outer
 from ghost_core.algebra.owned import Owned
 from ghost_core.algebra.precision import INSIDE, PRECISIONS, Precision, floating_dtypes
 from ghost_core.algebra.reduced import Reduced
+from ghost_core.algebra.weighing import weighed, weight_of
 
 __all__ = [
     "INSIDE",
@@ -42,4 +43,6 @@ __all__ = [
     "gram_of_uses",
     "matrix_shape",
     "paired_of_uses",
+    "weighed",
+    "weight_of",
 ]

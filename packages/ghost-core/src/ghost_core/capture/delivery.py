@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghost_core.algebra import Owned, PerSampleGradient, Record, full_precision
+from ghost_core.algebra import Owned, PerSampleGradient, Record, full_precision, weighed
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.refusals import arrived_late
@@ -96,12 +96,14 @@ class Delivery:
         with full_precision(_device(grads)):
             for at, kept in enumerate(self.kept):
                 gradients = self._gradients(pass_, kept, saved, grads)
+                if not at:
+                    gradients = self._weighed(gradients)
                 with self.batch.told():
-                    if self.state.balance is not None and not at:
-                        self._weigh(kept, gradients)
                     for local, parameter, result in self._heard(kept, pass_, gradients):
                         if local in self.made:
                             made[local] = self._returned(parameter, gradients[local], result)
+                    if not at:
+                        self._weigh(kept, gradients)
         if missing := set(self.made) - set(made):
             raise CaptureError(f"no engine made the gradient of {self._name(missing.pop())}")
         return [made[local] for local in self.made]
@@ -127,9 +129,22 @@ class Delivery:
             raise arrived_late(self.tracked.label)
         return self.pass_
 
+    def _weighed(
+        self, gradients: Mapping[str, PerSampleGradient]
+    ) -> Mapping[str, PerSampleGradient]:
+        """Let what is compared be taken along where engines reduce gradients."""
+        balance = self.state.balance
+        if balance is None:
+            return gradients
+        return {
+            local: weighed(each) if balance.compares(self._name(local)) else each
+            for local, each in gradients.items()
+        }
+
     def _weigh(self, kept: Kept, gradients: Mapping[str, PerSampleGradient]) -> None:
         """Let gradients be compared with those that autograd makes."""
-        assert self.state.balance is not None
+        if self.state.balance is None:
+            return
         for local, gradient in gradients.items():
             name, autocast = self._name(local), self.call.autocast
             self.state.balance.add(name, gradient, autocast, kept.whole)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ghost_core._torch import start_of_backward
 from ghost_core._trees import tree_map
-from ghost_core.algebra import Dense, PerSampleGradient, Record, full_precision
+from ghost_core.algebra import Dense, PerSampleGradient, Record, full_precision, weighed
 from ghost_core.capture.at_once import all_at_once
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass
@@ -90,15 +90,18 @@ class ParameterSource(Source):
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
         """Tell the engines."""
+        balance = None if cut else self.state.balance
+        if balance is not None and balance.compares(self.account):
+            gradient = weighed(gradient)
         with self.batch.told():
-            if self.state.balance is not None and not cut:
-                self.state.balance.add(self.account, gradient, None, True)
             for listener in self.batch.listeners:
                 if self.parameter.name in listener.tracking.names:
                     made = listener.on_gradient(pass_, self.parameter, gradient)
                     if made is not None and self.state.reweights():
                         name = self.parameter.name
                         self.state.correct(self.account, name, made - gradient.sum())
+            if balance is not None:
+                balance.add(self.account, gradient, None, True)
 
 
 @dataclass(frozen=True)

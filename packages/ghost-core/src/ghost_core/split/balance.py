@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ghost_core._distributed import in_use, is_in_parts, shards
 from ghost_core._torch import gradient_hooks, tidy_gradient_hooks
-from ghost_core.algebra import INSIDE, Owned, PerSampleGradient, Precision, floating_dtypes
+from ghost_core.algebra import INSIDE, PerSampleGradient, Precision, floating_dtypes, weight_of
 from ghost_core.errors import UnbalancedError
 from ghost_core.hooks import Hook
 
@@ -120,6 +120,10 @@ class Balance:
         for name in names:
             self._parameters.pop(name, None)
 
+    def compares(self, name: str) -> bool:
+        """Tell whether contributions to a parameter are compared."""
+        return name in self._parameters
+
     def add(
         self, name: str, gradient: PerSampleGradient, autocast: torch.dtype | None, whole: bool
     ) -> None:
@@ -139,8 +143,7 @@ class Balance:
             return
         account = self._accounts[name]
         # A sample that owns several rows has several contributions, which nobody needs to add up.
-        each = gradient.rows if isinstance(gradient, Owned) else gradient
-        reduced = each.reduce(norms=True, total=True)
+        reduced = weight_of(gradient)
         total, squared = reduced.total, reduced.squared_norms
         assert total is not None
         assert squared is not None

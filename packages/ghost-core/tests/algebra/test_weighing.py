@@ -1,0 +1,70 @@
+"""What is taken along where gradients are reduced, against the gradients themselves."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from ghost_core.algebra import Dense, Outer, Owned, PerSampleGradient, Tokens, weighed, weight_of
+
+
+def outer(tokens: int) -> Outer:
+    """Gradients `[4, 5, 3]` of a linear layer, built alone or contracted."""
+    inputs, grads = torch.randn(4, tokens, 1, 3).double(), torch.randn(4, tokens, 1, 5).double()
+    return Outer(Tokens(inputs, False), grads, torch.Size([5, 3]))
+
+
+def dense() -> Dense:
+    """Gradients `[4, 5, 3]`, each of two terms."""
+    return Dense(torch.randn(4, 2, 5, 3).double())
+
+
+def owned() -> Owned:
+    """Those of two samples with two rows each."""
+    return Owned(outer(7), torch.tensor([0, 1, 1, 0]), 2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(outer, 1), partial(outer, 40), dense, owned],
+    ids=["contracted", "built", "dense", "owned"],
+)
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("total", [False, True])
+def test_sum_and_norms_come_along_with_what_is_asked_for(make, norms, total):
+    gradient: PerSampleGradient = make()
+    taken, directions = weighed(gradient), torch.randn(2, 5, 3).double()
+    found = taken.reduce(directions, norms=norms, total=total)
+    expected = gradient.reduce(directions, norms=norms, total=total)
+    for name in ("dots", "squared_norms", "total"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+    if found.total is not None:
+        found.total.zero_()  # as a hook of the user's may; what was taken along is its own
+    weight = weight_of(taken)
+    each = gradient.rows if isinstance(gradient, Owned) else gradient
+    built = each.materialize()
+    torch.testing.assert_close(weight.total, built.sum(0))
+    torch.testing.assert_close(weight.squared_norms, built.square().flatten(1).sum(1))
+
+
+def test_what_was_taken_along_is_not_kept(monkeypatch):
+    gradient = weighed(dense())
+    gradient.reduce(torch.randn(1, 5, 3).double())
+    times: list[int] = []
+    materialize = Dense.materialize
+    monkeypatch.setattr(Dense, "materialize", lambda self: times.append(1) or materialize(self))
+    weight_of(gradient)
+    assert not times
+    weight_of(gradient)
+    assert times
+
+
+def test_a_type_of_someone_else_stays_as_it_is():
+    class Other(Dense):
+        pass
+
+    gradient = Other(torch.randn(2, 1, 3))
+    assert weighed(gradient) is gradient
