@@ -125,6 +125,23 @@ def test_chunks_do_not_change_results(case: str, monkeypatch: pytest.MonkeyPatch
     check_operations(of(make(N)), of(make(M)), what=case)
 
 
+@pytest.mark.parametrize("case", ["few tokens", "channels first", "rows with padding"])
+def test_long_rows_are_multiplied_each_with_its_own(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ghost_core.algebra.outer, "ALONE", 1)
+    gradient = CASES[case](N)
+    direction = random(1, *gradient.shape)
+    each = built(gradient).flatten(1)
+    expected, scale = each @ direction.flatten(), each.norm(dim=1) * direction.norm()
+    assert_within(gradient.dot(direction)[:, 0], expected, scale)
+
+
+@pytest.mark.parametrize("make", [transposed, tokens])
+def test_a_sum_lies_in_memory_as_the_parameter(make: Callable[..., Outer]) -> None:
+    assert make(N, 3, 5, 6).sum().is_contiguous()
+
+
 def test_no_samples_have_no_dots_however_long_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ghost_core.algebra.outer, "ALONE", 1)
     assert tokens(0, 2, 5, 6).dot(random(1, 6, 5)).shape == (0, 1)

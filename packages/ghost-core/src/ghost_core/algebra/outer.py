@@ -110,6 +110,11 @@ class Outer(PerSampleGradient):
         if weights is not None:
             dtype = accumulation_dtype(grad, weights)
             grad = grad.to(dtype) * weights.to(dtype)[:, None, None, None]
+        if self.groups == 1 and isinstance(self.factor, Tokens):
+            # In the order of the parameter: a transposed copy takes a quarter of the product.
+            inputs, grads = self.factor.x.to(grad.dtype).flatten(0, 2), grad.flatten(0, 2)
+            left, right = (inputs, grads) if self.factor.transposed else (grads, inputs)
+            return (left.mT @ right).reshape(self.shape)
         return self._as_parameter(self.factor.sum_outer(grad).unsqueeze(0))[0]
 
     def materialize(self) -> Tensor:
