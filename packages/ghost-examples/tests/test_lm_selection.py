@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from ghost_core import CaptureError
-from ghost_examples import lm_selection
+from ghost_examples import choosing, lm_selection
 from ghost_examples.language_models import (
     Cut,
     new_gpt2,
@@ -46,7 +47,7 @@ def test_it_prints_a_row_for_each_way_and_draws_them(
     assert found[0] == found[1]
     header, *rows, path = capsys.readouterr().out.splitlines()[:7]
     assert "loss on python" in header
-    assert [row[:14].strip() for row in rows] == [*lm_selection.WAYS]
+    assert [row[:14].strip() for row in rows] == [*choosing.WAYS]
     assert Path(path).stat().st_size > 10_000
     with pytest.raises(CaptureError, match="and 1 \\+ 900 are asked for"):
         lm_selection.run(lm_selection.Options(**{**vars(small), "test": 900}))
@@ -61,8 +62,9 @@ def test_each_way_chooses_as_many_and_by_what_it_says(small: lm_selection.Option
     engine = lm_selection.DotProductEngine(model)
     engine.add_direction("known", lambda: per_sample_loss(model, tokens[2:3]).mean())
     with engine:
-        step = lm_selection.Step(engine, tokens, ids, small, 0.1, torch.Generator())
-        chosen = {name: way(step).tolist() for name, way in lm_selection.WAYS.items()}
+        own = partial(per_sample_loss, model, tokens)
+        step = choosing.Step(engine, own, ids, small.chosen, 0.1, torch.Generator())
+        chosen = {name: way(step).tolist() for name, way in choosing.WAYS.items()}
     assert all(len(set(each)) == 2 for each in chosen.values())
     order = per_sample_loss(model, tokens).argsort().tolist()
     assert chosen["lowest loss"] == order[:2]

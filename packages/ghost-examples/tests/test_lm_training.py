@@ -74,7 +74,7 @@ def test_it_ends_with_tables_plots_and_passages(
     launch.run(replace(small, check_domains=True, shown=12))
     out = capsys.readouterr().out
     assert "step 4/4  loss " in out
-    assert "tokens/s  0:00 left" in out
+    assert "tokens/s  00:00 left" in out
     assert "Most valuable passages, for all of them:" in out
     names = {path.name for path in small.results_dir.iterdir()}
     assert names == {

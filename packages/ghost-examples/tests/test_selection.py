@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from ghost_examples import selection
+from ghost_examples import choosing, selection
 
 SMALL = selection.Options(seeds=2, steps=2, candidates=12, chosen=3, clean=10)
 
@@ -16,7 +18,7 @@ def test_it_prints_a_row_for_each_way(capsys: pytest.CaptureFixture[str]) -> Non
     )
     header, *rows = capsys.readouterr().out.splitlines()
     assert "wrong labels" in header
-    assert [row[:14].strip() for row in rows] == [*selection.WAYS, selection.CLEAN]
+    assert [row[:14].strip() for row in rows] == [*choosing.WAYS, selection.CLEAN]
     assert all(row.count("%") == 2 for row in rows)
 
 
@@ -34,7 +36,7 @@ def test_wrong_labels_are_as_many_as_asked_for_and_no_image_is_in_two_parts() ->
     assert len(parts) == 1797
 
 
-@pytest.mark.parametrize("name", selection.WAYS)
+@pytest.mark.parametrize("name", choosing.WAYS)
 def test_each_way_chooses_as_many_candidates_once_each(name: str) -> None:
     found, model = selection.task(SMALL, 0), selection.convnet(0)
     engine = selection.DotProductEngine(model)
@@ -42,8 +44,9 @@ def test_each_way_chooses_as_many_candidates_once_each(name: str) -> None:
     ids = torch.arange(12)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with engine:
-        step = selection.Step(engine, found.train[ids], ids, SMALL, torch.Generator())
-        chosen = selection.WAYS[name](step).tolist()
+        own = partial(selection.losses, model, found.train[ids])
+        step = choosing.Step(engine, own, ids, 3, SMALL.lr, torch.Generator())
+        chosen = choosing.WAYS[name](step).tolist()
     assert len(chosen) == len(set(chosen)) == 3
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -51,7 +54,8 @@ def test_each_way_chooses_as_many_candidates_once_each(name: str) -> None:
 def test_losses_are_chosen_by_their_size() -> None:
     found, model = selection.task(SMALL, 0), selection.convnet(0)
     engine = selection.DotProductEngine(model)
-    step = selection.Step(engine, found.train[:12], torch.arange(12), SMALL, torch.Generator())
-    order = selection.losses(model, found.train[:12]).argsort().tolist()
-    assert selection.by_loss(step, highest=False).tolist() == order[:3]
-    assert selection.by_loss(step, highest=True).tolist() == order[:-4:-1]
+    own = partial(selection.losses, model, found.train[:12])
+    step = choosing.Step(engine, own, torch.arange(12), 3, SMALL.lr, torch.Generator())
+    order = own().argsort().tolist()
+    assert choosing.by_loss(step, highest=False).tolist() == order[:3]
+    assert choosing.by_loss(step, highest=True).tolist() == order[:-4:-1]

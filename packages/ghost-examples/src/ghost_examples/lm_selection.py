@@ -11,7 +11,7 @@ passages, and the loss is measured on other passages of the domain:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ghost_core import CaptureError, Policy
-from ghost_engines import DotProductEngine, Greedy, TopK
+from ghost_core import CaptureError
+from ghost_engines import DotProductEngine
+from ghost_examples.choosing import WAYS, Step
 from ghost_examples.language_models import (
     EMBEDDED,
     Corpora,
@@ -75,69 +76,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a way to choose is told.
-
-    Attributes:
-        engine: Has the loss of the known passages as its direction; attached.
-        candidates: Their tokens, `[N, T]`.
-        ids: Their ids, `[N]`.
-        options: How many to choose.
-        rate: What a gradient was multiplied with in the last step: how far that went, over the norm
-            of its gradient. AdamW's own learning rate says nothing of it.
-        chance: For those who choose at random.
-    """
-
-    engine: DotProductEngine
-    candidates: Tensor
-    ids: Tensor
-    options: Options
-    rate: float
-    chance: torch.Generator
-
-
-Way = Callable[[Step], Tensor]
-"""Returns the positions of the candidates to train on."""
-
-
-def at_random(step: Step) -> Tensor:
-    """Choose at random."""
-    return torch.randperm(len(step.ids), generator=step.chance)[: step.options.chosen]
-
-
-def by_loss(step: Step, *, highest: bool) -> Tensor:
-    """Choose the candidates with the highest loss, or the lowest."""
-    with torch.no_grad():
-        losses = per_sample_loss(step.engine.model, step.candidates)
-    return losses.argsort(descending=highest)[: step.options.chosen]
-
-
-def by_policy(step: Step, policy: Callable[[Step], Policy]) -> Tensor:
-    """Choose by what a step on a candidate would do to the loss of the known passages."""
-    made = policy(step)
-    with step.engine.scoring():
-        scores = step.engine.score(
-            lambda: per_sample_loss(step.engine.model, step.candidates),
-            step.ids,
-            gram=made.needs_gram,
-        )
-    return scores.choose(made).indices
-
-
-WAYS: Mapping[str, Way] = {
-    "at random": at_random,
-    "highest loss": partial(by_loss, highest=True),
-    "lowest loss": partial(by_loss, highest=False),
-    "TopK": partial(by_policy, policy=lambda step: TopK(step.options.chosen)),
-    "Greedy": partial(
-        by_policy,
-        policy=lambda step: Greedy(step.options.chosen, step.rate / step.options.chosen),
-    ),
-}
-"""Ways to choose, by name."""
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What training one way came to.
 
@@ -172,7 +110,9 @@ def train(name: str, corpora: Corpora, asked: Options, seed: int) -> Outcome:
             samples = [corpus[each] for each in at]
             ids = torch.tensor([each["sample_id"] for each in samples])
             tokens = torch.stack([each["input_ids"] for each in samples])
-            step = Step(engine, tokens, ids, asked, rate, chance)
+            step = Step(
+                engine, partial(per_sample_loss, model, tokens), ids, asked.chosen, rate, chance
+            )
             chosen = WAYS[name](step)
             own += [corpus.domain_of(each) == asked.target for each in ids[chosen].tolist()]
             optimizer.zero_grad()
@@ -181,6 +121,7 @@ def train(name: str, corpora: Corpora, asked: Options, seed: int) -> Outcome:
             before = nn.utils.parameters_to_vector(model.parameters()).detach()
             optimizer.step()
             after = nn.utils.parameters_to_vector(model.parameters()).detach()
+            # How far the step went, over the norm of its gradient: AdamW's rate says nothing of it.
             rate = float((after - before).norm() / gradient)
             if number % max(1, asked.steps // 6) == 0 or number == asked.steps:
                 losses[number] = _loss(model, test)

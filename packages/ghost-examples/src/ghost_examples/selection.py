@@ -7,7 +7,6 @@ candidates' own loss; one trains on the clean images alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, stdev
@@ -17,9 +16,9 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ghost_core import Policy
-from ghost_engines import DotProductEngine, Greedy, TopK
+from ghost_engines import DotProductEngine
 from ghost_examples import mlp
+from ghost_examples.choosing import WAYS, Step
 from ghost_examples.mlp import Digits, loss_of
 
 
@@ -95,61 +94,6 @@ def losses(model: nn.Module, digits: Digits) -> Tensor:
     return cross_entropy(model(digits.inputs), digits.labels, reduction="none")
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a way to choose is told.
-
-    Attributes:
-        engine: Has the loss of the clean images as its direction; attached.
-        candidates: The candidates.
-        ids: Their ids.
-        options: How many to choose, and the learning rate.
-        generator: For those who choose at random.
-    """
-
-    engine: DotProductEngine
-    candidates: Digits
-    ids: Tensor
-    options: Options
-    generator: torch.Generator
-
-
-Way = Callable[[Step], Tensor]
-"""Returns the positions of the candidates to train on."""
-
-
-def at_random(step: Step) -> Tensor:
-    """Choose at random."""
-    order = torch.randperm(len(step.candidates), generator=step.generator)
-    return order[: step.options.chosen]
-
-
-def by_loss(step: Step, *, highest: bool) -> Tensor:
-    """Choose the candidates with the highest loss, as one does for hard ones, or the lowest."""
-    with torch.no_grad():
-        found = losses(step.engine.model, step.candidates)
-    return found.argsort(descending=highest)[: step.options.chosen]
-
-
-def by_policy(step: Step, policy: Callable[[Options], Policy]) -> Tensor:
-    """Choose by what a step on a candidate would do to the loss of the clean images."""
-    made = policy(step.options)
-    with step.engine.scoring():
-        scores = step.engine.score(
-            lambda: losses(step.engine.model, step.candidates), step.ids, gram=made.needs_gram
-        )
-    return scores.choose(made).indices
-
-
-WAYS: Mapping[str, Way] = {
-    "at random": at_random,
-    "highest loss": partial(by_loss, highest=True),
-    "lowest loss": partial(by_loss, highest=False),
-    "TopK": partial(by_policy, policy=lambda o: TopK(o.chosen)),
-    "Greedy": partial(by_policy, policy=lambda o: Greedy(o.chosen, o.lr / o.chosen)),
-}
-"""Ways to choose, by name."""
-
 CLEAN = "clean alone"
 """Trains on as many clean images in each step, and on no candidate."""
 
@@ -183,7 +127,8 @@ def train(name: str, found: Task, options: Options, seed: int) -> Outcome:
                 batch = found.clean[order[: options.chosen]]
                 wrong.append(0.0)
             else:
-                step = Step(engine, found.train[ids], ids, options, chance)
+                own = partial(losses, model, found.train[ids])
+                step = Step(engine, own, ids, options.chosen, options.lr, chance)
                 chosen = ids[WAYS[name](step)]
                 batch = found.train[chosen]
                 wrong.append(float(found.is_wrong[chosen].float().mean()))

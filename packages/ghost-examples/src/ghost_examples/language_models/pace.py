@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from torch import Tensor
+from tqdm import tqdm
 
 Say = Callable[[str], None]
 
@@ -32,13 +33,6 @@ class Pace:
             return
         found = loss.item()
         each = (time.perf_counter() - self._began) / (step - self._first)
-        left = duration(each * (self._last - step))
+        left = tqdm.format_interval(each * (self._last - step))
         speed = self._tokens / each
         self._say(f"step {step}/{self._last}  loss {found:.3f}  {speed:,.0f} tokens/s  {left} left")
-
-
-def duration(seconds: float) -> str:
-    """Return a time as hours, minutes and seconds."""
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas
 from matplotlib.figure import Figure
 
 from ghost_engines import GroupValues, ValueTable
@@ -23,14 +24,9 @@ def as_table(corner: str, rows: Sequence[str], columns: Sequence[str], numbers: 
         columns: Names of the C columns.
         numbers: `[R, C]`.
     """
-    first = max(map(len, (corner, *rows)))
-    widths = [max(len(name), 9) for name in columns]
-    heads = "  ".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
-    lines = [f"{corner:<{first}}  {heads}"]
-    for name, row in zip(rows, numbers, strict=True):
-        cells = "  ".join(f"{cell:>{width}.4f}" for cell, width in zip(row, widths, strict=True))
-        lines.append(f"{name:<{first}}  {cells}")
-    return "\n".join(lines)
+    frame = pandas.DataFrame(numbers, list(rows), pandas.Index(columns, name=corner))
+    text: str = frame.to_string(float_format="{:.4f}".format, col_space=9)
+    return text
 
 
 def report_losses(curves: Curves, folder: Path) -> str:
