@@ -49,15 +49,6 @@ IMPORTED_WHERE_USED = {
     },
     "ghost_engines.cli.config": {"ghost_core", "ghost_engines.cli.errors", "yaml"},
     "ghost_engines.cli.models": {"transformers"},
-    "ghost_engines.cli.own": {
-        "ghost_engines.cli.plugins",
-        "ghost_engines.cli.project",
-        "ghost_engines.cli.query",
-        "ghost_engines.cli.score",
-        "ghost_engines.cli.store",
-        "ghost_engines.cli.values",
-        "ghost_engines.cli.verify",
-    },
     "ghost_engines.corpus.records": {"datasets", "pyarrow", "pyarrow.parquet"},
     "ghost_engines.plots": {"matplotlib.figure"},
     # A plain checkout may lack what hashes and the command line need, and has engines all the same.

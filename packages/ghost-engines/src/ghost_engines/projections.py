@@ -7,6 +7,7 @@ from typing import Any
 
 from ghost_core import CaptureError, Projection, UnknownNameError
 from ghost_core.plugins import installed
+from ghost_core.tracking import dotted_name
 
 
 def resolve(given: str | Projection | type[Projection]) -> tuple[str, Projection]:
@@ -28,7 +29,7 @@ def resolve(given: str | Projection | type[Projection]) -> tuple[str, Projection
         raise UnknownNameError("projection", given, offered.projections, hint)
     kind = type(made)
     names = [name for name, each in offered.projections.items() if each is kind]
-    return (names[0] if names else f"{kind.__module__}.{kind.__qualname__}"), made
+    return (names[0] if names else dotted_name(kind)), made
 
 
 def described(name: str, projection: Projection) -> dict[str, Any]:

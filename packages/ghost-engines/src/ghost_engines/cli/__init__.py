@@ -1,6 +1,6 @@
 """The command `ghost`."""
 
 from ghost_engines.cli.commands import main
-from ghost_engines.cli.own import COMMANDS
+from ghost_engines.cli.options import COMMANDS
 
 __all__ = ["COMMANDS", "main"]

@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from ghost_engines.cli.config import config_of, defaults_from
-from ghost_engines.cli.own import COMMANDS
+from ghost_engines.cli.options import COMMANDS
 from ghost_engines.cli.tables import one_line, open_streams, stop_printing
 from ghost_engines.versions import version
 

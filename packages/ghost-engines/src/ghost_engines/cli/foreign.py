@@ -13,7 +13,7 @@ from ghost_core import Command, GhostError
 from ghost_core.errors import told
 from ghost_core.plugins import installed
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.own import COMMANDS
+from ghost_engines.cli.options import COMMANDS
 from ghost_engines.cli.tables import one_line
 
 

@@ -1,8 +1,13 @@
-"""What each command can be told, and its help."""
+"""Ghost's own commands: what each can be told, and its help.
+
+Nothing here imports torch, which takes seconds: what a command does is imported when it runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,8 +18,18 @@ Named = tyro.conf.arg
 Count = Annotated[int | None, Named(metavar="INT")]
 
 
+class _Own:
+    """What it does is the function `run` of the module beside this one that has its name."""
+
+    def run(self) -> int:
+        """Do it, and return the exit status."""
+        module = import_module(f"ghost_engines.cli.{type(self).__name__.lower()}")
+        status: int = module.run(self)
+        return status
+
+
 @dataclass(frozen=True, kw_only=True)
-class Verify:
+class Verify(_Own):
     """Compare ghost's per-sample gradients with one autograd call each, on a model of yours.
 
     Exits with 0 if all are exact; 1 if one is wrong, or ghost refuses the model; 2 if it could not
@@ -57,7 +72,7 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class Score(_Own):
     """Score every sample of a data set against targets: which would help, and which would hurt?
 
     A score is the dot product of the gradient of the sample's own loss with that of the target's
@@ -112,7 +127,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Project:
+class Project(_Own):
     """Project the gradient of every sample's own loss into a store, which can be searched then.
 
     Goes on where a store has some of the samples. Ctrl-C keeps what is computed.
@@ -194,7 +209,7 @@ class Project:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query:
+class Query(_Own):
     """Find the samples in a store that a model learns most alike from as from a text.
 
     Projects the gradient of the query's loss as the rows of the store were projected, and compares
@@ -254,7 +269,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Plugins:
+class Plugins(_Own):
     """List the installed plugins, what they offer, and whether they work.
 
     Into a pipe, each offer is one line with fields separated by tabs, below a line of titles. At a
@@ -263,7 +278,7 @@ class Plugins:
 
 
 @dataclass(frozen=True)
-class Values:
+class Values(_Own):
     """Add up a score log: the most helpful and the most harmful samples of a training run.
 
     Exits with 0; 1 if --verify finds damage; 2 if there is no log, or a file cannot be written.
@@ -347,7 +362,7 @@ class StoreExport:
 
 
 @dataclass(frozen=True)
-class Store:
+class Store(_Own):
     """Describe, verify, merge or export stores of gradients."""
 
     what: Annotated[
@@ -357,3 +372,9 @@ class Store:
         | Annotated[StoreExport, tyro.conf.subcommand("export", prefix_name=False)],
         Named(name=""),
     ]
+
+
+COMMANDS: Mapping[str, type[_Own]] = {
+    kind.__name__.lower(): kind for kind in (Verify, Score, Project, Query, Plugins, Store, Values)
+}
+"""The commands by name."""

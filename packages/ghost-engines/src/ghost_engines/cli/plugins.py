@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from ghost_core.plugins import installed, plural
+from ghost_engines.cli.options import Plugins
 from ghost_engines.cli.tables import print_table
 
 
-def show() -> int:
+def run(options: Plugins) -> int:
     """Print a table of the installed plugins, and return the exit status."""
     alone = sys.stdout.isatty()
     print_table(

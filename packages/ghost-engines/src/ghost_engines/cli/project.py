@@ -32,7 +32,7 @@ _SHOWN = 6
 """Differences between a store and what would be appended that an error names."""
 
 
-def project(options: Project) -> int:
+def run(options: Project) -> int:
     """Project, print what was done, and return the exit status."""
     seed(options.seed)
     projection = _projection(options)

@@ -42,7 +42,7 @@ Shown = Callable[[int], str | None]
 _WITH_TEXTS = (".txt", ".jsonl")
 
 
-def query(options: Query) -> int:
+def run(options: Query) -> int:
     """Search, write and print what was found, and return the exit status."""
     seed(options.seed)
     _check(options)

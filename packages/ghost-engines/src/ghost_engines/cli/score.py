@@ -20,7 +20,7 @@ from ghost_engines.cli.tables import plain, print_table, while_read
 from ghost_engines.dataset import ScoreTable, score_dataset
 
 
-def score(options: Score) -> int:
+def run(options: Score) -> int:
     """Score, write and print what was found, and return the exit status."""
     seed(options.seed)
     targets = _named(options.targets)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ghost_engines.cli.given import given, is_config
-from ghost_engines.cli.options import StoreExport, StoreInfo, StoreMerge, StoreVerify
+from ghost_engines.cli.options import Store, StoreExport, StoreInfo, StoreMerge, StoreVerify
 from ghost_engines.cli.tables import plain, print_table
 from ghost_engines.store import DamagedStoreError, GradientStore, export, merge
 
 
-def run(what: StoreInfo | StoreVerify | StoreMerge | StoreExport) -> int:
+def run(options: Store) -> int:
     """Do what is asked of stores, and return the exit status."""
-    match what:
+    match options.what:
         case StoreInfo(path):
             return _describe(path)
         case StoreVerify(path):

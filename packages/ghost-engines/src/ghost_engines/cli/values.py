@@ -10,7 +10,7 @@ from ghost_engines.log import open_log
 from ghost_engines.store import MANIFEST, DamagedStoreError, MissingLogError
 
 
-def values(options: Values) -> int:
+def run(options: Values) -> int:
     """Add up a log, write and print what is in it, and return the exit status."""
     check_outputs(options.top, options.out, options.plot)
     try:

@@ -26,7 +26,7 @@ from ghost_engines.cli.tables import plain, print_table, while_read
 _SHOWN = 20  # rows of a table at a terminal
 
 
-def verify(options: Verify) -> int:
+def run(options: Verify) -> int:
     """Compare, print what was found, and return the exit status."""
     seed(options.seed)
     subject = _load(options)
