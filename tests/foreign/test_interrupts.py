@@ -171,8 +171,7 @@ def open_modes() -> str:
 def settings() -> tuple[object, ...]:
     """Return what ghost sets in the whole process for a while."""
     backends: Any = torch.backends
-    newer = hasattr(backends, "fp32_precision")
-    products = backends.mkldnn.matmul.fp32_precision if newer else backends.cudnn.allow_tf32
+    products = backends.mkldnn.matmul.fp32_precision
     return products, backends.mha.get_fastpath_enabled(), parametrize._cache_enabled
 
 

@@ -16,13 +16,13 @@ from ghost_core.restoring import restored, undo
 
 
 def calling_wrapper() -> DistributedDataParallel | None:
-    """Return the wrapper for several processes whose call is on its way. Torch 2.5."""
+    """Return the wrapper for several processes whose call is on its way. Torch 2.11."""
     return DistributedDataParallel._active_ddp_module
 
 
 @contextmanager
 def unreduced(wrapper: DistributedDataParallel) -> Iterator[None]:
-    """Let a wrapper be called meanwhile without gradients being averaged afterwards. Torch 2.5.
+    """Let a wrapper be called meanwhile without gradients being averaged afterwards. Torch 2.11.
 
     Beyond `no_sync()`, with `static_graph=True` it does not take the call for its first iteration;
     and buffers, which are not spread after a call without gradients to average, are as always.
@@ -39,7 +39,7 @@ def unreduced(wrapper: DistributedDataParallel) -> Iterator[None]:
 
 
 def is_joining(wrapper: DistributedDataParallel) -> bool:
-    """Tell whether a wrapper is called inside its `join()`. Torch 2.5."""
+    """Tell whether a wrapper is called inside its `join()`. Torch 2.11."""
     return bool(wrapper._join_config.enable)
 
 
@@ -47,7 +47,7 @@ def is_joining(wrapper: DistributedDataParallel) -> bool:
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:
-    """Return the modules inside that `fully_shard` was called on. Public; torch 2.5 has it inside.
+    """Return the modules inside that `fully_shard` was called on. Public; torch 2.11 has it inside.
 
     They are known by name, since to import what makes them takes long.
     """
@@ -59,23 +59,23 @@ def sharded_modules(model: nn.Module) -> list[Any]:
 
 
 def shards(model: nn.Module) -> dict[nn.Parameter, Any]:
-    """Return what `fully_shard` keeps of each parameter, by what is in its place. Torch 2.5."""
+    """Return what `fully_shard` keeps of each parameter, by what is in its place. Torch 2.11."""
     return {shard.sharded_param: shard for group in _groups(model) for shard in group.fsdp_params}
 
 
 def is_plain_shard(shard: Any) -> bool:
-    """Tell whether a parameter was whole before it was sharded, over one axis. Torch 2.5."""
+    """Tell whether a parameter was whole before it was sharded, over one axis. Torch 2.11."""
     return not shard.is_dtensor and shard.sharded_param.device_mesh.ndim == 1
 
 
 def in_use(shard: Any) -> nn.Parameter | None:
-    """Return the whole parameter that modules compute with; None before the first. Torch 2.5."""
+    """Return the whole parameter that modules compute with; None before the first. Torch 2.11."""
     found: nn.Parameter | None = getattr(shard, "_unsharded_param", None)
     return found
 
 
 def is_waiting(shard: Any) -> bool:
-    """Tell whether a parameter has a gradient that was not averaged yet. Torch 2.5."""
+    """Tell whether a parameter has a gradient that was not averaged yet. Torch 2.11."""
     whole = in_use(shard)
     return shard.unsharded_accumulated_grad is not None or (
         whole is not None and whole.grad is not None
@@ -83,7 +83,7 @@ def is_waiting(shard: Any) -> bool:
 
 
 def averages(model: nn.Module) -> bool:
-    """Tell whether gradients are divided by the number of processes, and at once. Torch 2.5."""
+    """Tell whether gradients are divided by the number of processes, and at once. Torch 2.11."""
     return all(
         group.reduce_grads and getattr(group, "gradient_divide_factor", None) is None
         for group in _groups(model)
@@ -103,7 +103,7 @@ def _groups(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def kept_whole(model: nn.Module) -> Iterator[None]:
-    """Let all parameters be whole meanwhile, whatever backward passes run. Torch 2.5.
+    """Let all parameters be whole meanwhile, whatever backward passes run. Torch 2.11.
 
     All processes ask for it, and need nothing of each other inside.
     """
@@ -119,12 +119,12 @@ def kept_whole(model: nn.Module) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor whose parts are in several processes, which all ask for it. Torch 2.5."""
+    """Return a tensor whose parts are in several processes, which all ask for it. Torch 2.11."""
     return cast(Any, tensor).full_tensor() if is_in_parts(tensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """Return what this process has of a tensor. Torch 2.5."""
+    """Return what this process has of a tensor. Torch 2.11."""
     return cast(Any, tensor).to_local() if is_in_parts(tensor) else tensor
 
 

@@ -25,7 +25,7 @@ _Result = TypeVar("_Result")
 
 
 def uncompiled(function: _Function) -> _Function:
-    """Make a function one that torch's compiler leaves alone, whatever runs it. Torch 2.5.
+    """Make a function one that torch's compiler leaves alone, whatever runs it. Torch 2.11.
 
     `torch.compiler.disable` imports the compiler, which takes seconds; this waits for others to.
     """
@@ -72,9 +72,9 @@ def caller_of(frame: FrameType | None) -> str:
 class DispatchMode(TorchDispatchMode):
     """A mode that sees every operation and does not import torch's compiler to do so.
 
-    `TorchDispatchMode` is in torch 2.5. From about 2.8 on it wraps `__torch_dispatch__` to keep the
-    compiler from compiling it, which imports all of the compiler, for seconds, at the first
-    operation; unless `_should_skip_dynamo` says no. A compiled model runs uncompiled under a mode.
+    `TorchDispatchMode` wraps `__torch_dispatch__` to keep the compiler from compiling it, which
+    imports all of the compiler, for seconds, at the first operation; unless `_should_skip_dynamo`
+    says no, in torch 2.11. A compiled model runs uncompiled under a mode.
     """
 
     def __init_subclass__(cls) -> None:
@@ -87,7 +87,7 @@ class DispatchMode(TorchDispatchMode):
 
 
 def only_own_modes() -> bool:
-    """Tell whether there are no dispatch modes but ghost's. Torch 2.5."""
+    """Tell whether there are no dispatch modes but ghost's. Torch 2.11."""
     modes: list[Any] = _python_dispatch._get_current_dispatch_mode_stack()
     return not modes or all(isinstance(mode, DispatchMode) for mode in modes)
 
@@ -96,7 +96,7 @@ def only_own_modes() -> bool:
 def foreign_modes_left() -> Iterator[None]:
     """Leave dispatch modes that are not ghost's: what a checkpoint keeps is not ghost's to change.
 
-    Modes of torch's own machinery, which stand in for tensors or trace, stay. Torch 2.5.
+    Modes of torch's own machinery, which stand in for tensors or trace, stay. Torch 2.11.
     """
     modes: list[Any] = _python_dispatch._get_current_dispatch_mode_stack()
     if only_own_modes() or any(mode.is_infra_mode() for mode in modes):
@@ -108,7 +108,7 @@ def foreign_modes_left() -> Iterator[None]:
 
 @contextmanager
 def own_mode_left() -> Iterator[None]:
-    """Leave a dispatch mode of ghost's that is on top: it watches the user's passes. Torch 2.5."""
+    """Leave a dispatch mode of ghost's that is on top: it watches the user's passes. Torch 2.11."""
     mode = _python_dispatch._get_current_dispatch_mode()
     if not isinstance(mode, DispatchMode):
         yield
@@ -134,13 +134,13 @@ class FunctionMode(TorchFunctionMode):
 
 
 def function_modes() -> list[Any]:
-    """Return the modes that see functions of torch, the innermost last. Torch 2.5."""
+    """Return the modes that see functions of torch, the innermost last. Torch 2.11."""
     modes: list[Any] = _get_current_function_mode_stack()
     return modes
 
 
 def unseen(function: Callable[..., _Result], *args: Any) -> _Result:
-    """Call a function of ghost's own, of which no mode of ghost's sees anything. Torch 2.5.
+    """Call a function of ghost's own, of which no mode of ghost's sees anything. Torch 2.11.
 
     Modes of others stay on, and then ghost's too. Put back twice, since an interrupt may end the
     first; see `ghost_core.restoring`.

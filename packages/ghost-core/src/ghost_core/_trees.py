@@ -1,7 +1,7 @@
 """Trees and vmap as torch has them, without its reference cycles.
 
 The helpers of torch's own know themselves: what they hold waits for the collector, and so does
-memory. Private names of torch, all of them in torch 2.5.
+memory. Private names of torch, all of them in torch 2.11.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ghost_core.restoring import restored
 def tree_flatten(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[Any], _pytree.TreeSpec]:
-    """Return the leaves of a tree and its structure, for torch's `tree_unflatten`. Torch 2.5."""
+    """Return the leaves of a tree and its structure, for torch's `tree_unflatten`. Torch 2.11."""
     leaves: list[Any] = []
     return leaves, _structure(tree, leaves, is_leaf)
 
@@ -74,7 +74,7 @@ def _collect(nodes: Iterable[Any], found: list[Tensor]) -> None:
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return a tree with other leaves. Torch 2.5."""
+    """Return a tree with other leaves. Torch 2.11."""
     if isinstance(tree, Tensor):
         return function(tree)
     leaves, structure = tree_flatten(tree)
@@ -96,7 +96,7 @@ def _structure(
 def vmap(
     function: Callable[[list[Tensor]], Sequence[Tensor]], given: Sequence[Tensor], randomness: str
 ) -> list[Tensor]:
-    """Run a function of a row of each tensor on all rows at once, as `torch.vmap` does. Torch 2.5.
+    """Run a function of a row of each tensor on all rows at once, as `torch.vmap` does. Torch 2.11.
 
     Args:
         function: Takes a list of tensors, and returns tensors.

@@ -1,6 +1,6 @@
 """What ghost sets in the whole process for a while, whatever other threads do meanwhile.
 
-Some of the names of torch are private; what torch 2.5 has is there in all versions up to 2.13.
+Some of the names of torch are private: they are there from torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
@@ -22,15 +21,6 @@ from ghost_core.switches import Switch, Switches
 
 
 def _exact_products() -> Iterator[Switch]:
-    if not hasattr(torch.backends.cudnn, "conv"):  # before torch 2.9
-        cudnn: Any = torch.backends.cudnn
-        yield Switch(
-            torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
-        )
-        yield Switch(
-            partial(getattr, cudnn, "allow_tf32"), partial(setattr, cudnn, "allow_tf32"), False
-        )
-        return
     # Reading the older settings is an error once the newer ones were used; this way both work.
     # `torch.backends` calls these functions, at six times the time, and they are called often.
     read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
@@ -48,7 +38,7 @@ def products_are_exact(kind: str) -> bool:
 
     Not while other threads see to it, which will put back what was before.
     """
-    if kind != "cpu" or _EXACT.in_use or not hasattr(torch.backends.cudnn, "conv"):
+    if kind != "cpu" or _EXACT.in_use:
         return False
     read = torch._C._get_fp32_precision_getter  # what an operation does not have set, it inherits
     return all(read("mkldnn", each) in ("ieee", "none") for each in ("matmul", "conv", "rnn"))
@@ -92,11 +82,11 @@ _EAGER = Switches(Switch.of(lambda: torch.compiler.set_stance("force_eager")))
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Let nothing compiled run meanwhile, where torch is 2.6 or newer.
+    """Let nothing compiled run meanwhile.
 
     What is compiled and first runs under a mode would never be used again, mode or not.
     """
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+    if "torch._dynamo" not in sys.modules:
         yield
         return
     with _EAGER.thrown():

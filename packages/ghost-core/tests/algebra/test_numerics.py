@@ -127,7 +127,6 @@ def test_chunks_cover_all_samples_in_order(
     assert [(part.start, part.stop) for part in chunks(n, per_sample, limit)] == expected
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="settings before torch 2.9")
 @pytest.mark.usefixtures("restored")
 def test_what_a_user_chose_for_all_products_is_left_alone_and_overruled() -> None:
     """An operation inherits what is chosen for all of them; what is exact is not set again."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 from torch.nn import functional
-from torch.torch_version import TorchVersion
 
 from ghost_core import (
     Call,
@@ -22,9 +21,6 @@ from ghost_core import (
 from ghost_core.algebra import accumulation_dtype
 from ghost_layers.affine import AffineSampler
 from ghost_layers.shapes import channels_last, check_samples, only_input
-
-_EPSILON_OF_INPUT = TorchVersion(torch.__version__) < "2.7"
-"""Whether `RMSNorm(eps=None)` means the epsilon of the input's dtype; later it is float32's."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ class RMSNormSampler(ScaleSampler):
         x: Tensor = only_input(call)
         shape, eps = module.normalized_shape, module.eps
         if eps is None:
-            eps = torch.finfo(x.dtype if _EPSILON_OF_INPUT else accumulation_dtype(x)).eps
+            eps = torch.finfo(accumulation_dtype(x)).eps
         return Normalized(x, lambda x: functional.rms_norm(_widened(x), shape, eps=eps))
 
 
