@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,8 @@ def test_the_passage_itself_helps_more_than_others(sizes: Sizes, tmp_path: Path)
     kept, _ = passages.split(sizes.plan)
     tokens = passages.as_tokens(kept, "cpu")
     model = passages.new_model(sizes.plan, "cpu")
-    engine = passages.ProjectionEngine(model, total_dim=256, layers=passages.LAYERS)
-    passages.store_gradients(tmp_path / "g", engine, tokens, sizes.plan)
-    store = GradientStore.open(tmp_path / "g")
+    plan = replace(sizes.plan, dim=256, dtype="float32")
+    store = passages.projected(tmp_path / "g", model, tokens, plan)
     chosen = once_more.choose(store, store.rows(0, 6), kept, kept[:6])
     assert chosen["ghost, cosine"] == chosen["TF-IDF"] == list(range(6))
     assert {kept[at].domain for at in chosen["random, same domain"]} == {kept[0].domain}
@@ -91,11 +91,10 @@ def test_a_stored_passage_is_its_own_nearest(sizes: Sizes, tmp_path: Path) -> No
     kept, _ = passages.split(sizes.plan)
     tokens = passages.as_tokens(kept, "cpu")
     model = passages.new_model(sizes.plan, "cpu")
-    engine = passages.ProjectionEngine(model, total_dim=256, layers=passages.LAYERS)
-    passages.store_gradients(tmp_path / "g", engine, tokens, sizes.plan)
-    for ids, _ in passages.projected(engine, tokens[:4], sizes.plan, "again"):
-        near = GradientStore.open(tmp_path / "g").search(engine.collect().rows, 1, "cosine")
-        assert torch.equal(near.ids[:, 0], ids)
+    plan = replace(sizes.plan, dim=256, dtype="float32")
+    store = passages.projected(tmp_path / "g", model, tokens, plan)
+    again = passages.projected(tmp_path / "h", model, tokens[:4], plan)
+    assert torch.equal(store.search(again.rows(), 1, "cosine").ids[:, 0], torch.arange(4))
 
 
 def test_shares_count_the_nearest_passage_alone(findings: Findings) -> None:

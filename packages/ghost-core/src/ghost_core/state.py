@@ -119,10 +119,6 @@ def buffers_kept(modules: Iterable[nn.Module], *, by_copies: bool = False) -> It
             table |= buffers
 
 
-def _copy(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.clone()
-
-
 @contextmanager
 def modes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put modules back into training or evaluation mode afterwards, each as it was."""

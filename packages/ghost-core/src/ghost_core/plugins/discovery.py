@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 from types import MappingProxyType, SimpleNamespace
+from typing import TypeVar
 
 import pluggy
 
@@ -30,6 +31,8 @@ from ghost_core.sampler import GradientSampler
 from ghost_core.tracking import Blame, Claim, Patterns, SamplerRegistry, Selection
 
 logger = logging.getLogger(__name__)
+
+OfferT = TypeVar("OfferT")
 
 NAMELESS = "(nameless)"
 """Stands for the name of a distribution whose metadata has none."""
@@ -70,9 +73,7 @@ class Contributions:
         Raises:
             UnknownNameError: If no plugin offers it.
         """
-        if name not in self.engines:
-            raise UnknownNameError("engine", name, self.engines, failure_note(self.plugins))
-        return self.engines[name]
+        return self._named("engine", name, self.engines)
 
     def projection(self, name: str) -> type[Projection]:
         """Return a projection class by name.
@@ -80,9 +81,7 @@ class Contributions:
         Raises:
             UnknownNameError: If no plugin offers it.
         """
-        if name not in self.projections:
-            raise UnknownNameError("projection", name, self.projections, failure_note(self.plugins))
-        return self.projections[name]
+        return self._named("projection", name, self.projections)
 
     def policy(self, name: str) -> type[Policy]:
         """Return a policy class by name.
@@ -90,9 +89,12 @@ class Contributions:
         Raises:
             UnknownNameError: If no plugin offers it.
         """
-        if name not in self.policies:
-            raise UnknownNameError("policy", name, self.policies, failure_note(self.plugins))
-        return self.policies[name]
+        return self._named("policy", name, self.policies)
+
+    def _named(self, kind: str, name: str, offers: Mapping[str, OfferT]) -> OfferT:
+        if name not in offers:
+            raise UnknownNameError(kind, name, offers, failure_note(self.plugins))
+        return offers[name]
 
 
 def select(

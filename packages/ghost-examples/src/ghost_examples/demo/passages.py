@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ghost_engines import GradientStore, ProjectionEngine
+from ghost_engines import GradientStore, project_dataset
 from ghost_examples.demo import once_more
 from ghost_examples.demo.once_more import OnceMore
 from ghost_examples.texts import DOMAINS, Passage, build_vocabulary, passages
@@ -195,31 +196,19 @@ def train(model: nn.Module, tokens: Tensor, plan: Plan) -> float:
     return losses[0]
 
 
-def projected(
-    engine: ProjectionEngine, tokens: Tensor, plan: Plan, title: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the ids and losses of batches whose rows `engine.collect()` then returns."""
-    starts = tqdm(range(0, len(tokens), plan.batch), desc=title, disable=None)
-    with engine.frozen():
-        for start in starts:
-            ids = torch.arange(start, min(start + plan.batch, len(tokens)))
-            with engine.batch(ids):
-                losses = per_sample_loss(engine.model, tokens[ids])
-                losses.sum().backward()
-            yield ids, losses.detach()
-
-
-def store_gradients(folder: Path, engine: ProjectionEngine, tokens: Tensor, plan: Plan) -> None:
-    """Store the projected gradient of every passage; a store that is there is replaced."""
+def projected(folder: Path, model: nn.Module, tokens: Tensor, plan: Plan) -> GradientStore:
+    """Return a store of the projected gradients of passages; one that is there is replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         fresh = Path(scratch) / "new"
-        with GradientStore.create(fresh, engine) as store:
-            for _, losses in projected(engine, tokens, plan, "projecting passages"):
-                store.append(engine.collect(), loss=losses)
+        project_dataset(
+            model, per_sample_loss, tokens, fresh, batch_size=plan.batch, total_dim=plan.dim,
+            dtype=plan.dtype, layers=LAYERS,
+        )  # fmt: skip
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         fresh.rename(folder)
+    return GradientStore.open(folder)
 
 
 def run(folder: Path, device: str, plan: Plan | None = None) -> PassagesResult:
@@ -235,13 +224,11 @@ def run(folder: Path, device: str, plan: Plan | None = None) -> PassagesResult:
     tokens, queries = as_tokens(kept, device), as_tokens(held_out, device)
     model = new_model(plan, device)
     first_loss = train(model, tokens, plan)
-    engine = ProjectionEngine(model, total_dim=plan.dim, dtype=plan.dtype, layers=LAYERS)
-    store_gradients(folder, engine, tokens, plan)
-    rows, losses = [], []
-    for _, loss in projected(engine, queries, plan, "projecting queries"):
-        rows.append(engine.collect().rows)
-        losses.append(loss)
-    store, asked = GradientStore.open(folder), torch.cat(rows)
+    store = projected(folder, model, tokens, plan)
+    with tempfile.TemporaryDirectory() as scratch:
+        of_queries = projected(Path(scratch) / "queries", model, queries, plan)
+        asked, losses = of_queries.rows().clone(), of_queries.losses
+    assert losses is not None
     near = store.search(asked, k=plan.neighbours, by="cosine", progress=False)
     some = torch.linspace(0, len(asked) - 1, min(plan.judged, len(asked))).long()
     chosen = once_more.choose(store, asked[some], kept, [held_out[at] for at in some.tolist()])
@@ -254,10 +241,10 @@ def run(folder: Path, device: str, plan: Plan | None = None) -> PassagesResult:
     return PassagesResult(
         plan=plan,
         first_loss=first_loss,
-        final_loss=torch.cat(losses).mean().item(),
+        final_loss=losses.mean().item(),
         stored=Counter(passage.domain for passage in kept),
         columns=store.k_total,
-        parameters=sum(parameter.shape.numel() for parameter in engine.parameters),
+        parameters=sum(math.prod(each["shape"]) for each in store.manifest.engine["layers"]),
         looked=looked,
         once_more=once_more.judge(model, per_sample_loss, tokens, queries[some], chosen),
     )
