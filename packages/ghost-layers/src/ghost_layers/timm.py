@@ -174,10 +174,16 @@ class Activated(WithShared):
         with torch.enable_grad(), torch.autocast(kind, autocast, enabled=autocast is not None):
             statistics = self.mean, self.variance, self.weight, self.bias
             made = functional.batch_norm(self.x.detach(), *statistics, eps=self.eps).detach()
+            if self._rectifies():
+                return torch.where(made <= 0, 0, grad)  # where it is NaN, as autograd does
             activated = self.activation.forward(made.requires_grad_().clone())
             start = start_of_backward([activated], [grad])
         (found,) = torch.autograd.grad(start, [made])
         return found
+
+    def _rectifies(self) -> bool:
+        """Tell whether the activation is a plain ReLU, whose slopes nobody needs autograd for."""
+        return type(self.activation) is nn.ReLU and "forward" not in vars(self.activation)
 
 
 class BatchNormActivationSampler(TimmSampler, BatchNormSampler):
