@@ -31,6 +31,7 @@ def _exact_products() -> Iterator[Switch]:
 
 
 _EXACT = Switches(*_exact_products())
+_AS_THEY_ARE = ("ieee", "none")
 
 
 def products_are_exact(kind: str) -> bool:
@@ -41,7 +42,11 @@ def products_are_exact(kind: str) -> bool:
     if kind != "cpu" or _EXACT.in_use:
         return False
     read = torch._C._get_fp32_precision_getter  # what an operation does not have set, it inherits
-    return all(read("mkldnn", each) in ("ieee", "none") for each in ("matmul", "conv", "rnn"))
+    return (
+        read("mkldnn", "matmul") in _AS_THEY_ARE
+        and read("mkldnn", "conv") in _AS_THEY_ARE
+        and read("mkldnn", "rnn") in _AS_THEY_ARE
+    )
 
 
 def exact_products() -> AbstractContextManager[None]:

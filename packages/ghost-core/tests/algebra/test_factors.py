@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -108,3 +109,17 @@ def test_a_record_lists_its_tensors_and_keeps_the_rest() -> None:
     assert changed.size == 7
     assert rows.index.sum() == 0
     assert Record().tensors() == {}
+    with pytest.raises(TypeError):
+        rows.replace(indices=rows.index)
+
+
+def test_a_record_that_computes_a_field_computes_it_anew() -> None:
+    @dataclass(frozen=True)
+    class Counted(Record):
+        x: Tensor
+        count: int = field(init=False)
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "count", len(self.x))
+
+    assert Counted(torch.zeros(2)).replace(x=torch.zeros(5)).count == 5

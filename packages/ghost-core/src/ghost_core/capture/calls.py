@@ -298,7 +298,7 @@ class CallHooks:
             routes=state.verifier.routes or self._is_lone_row(args, kwargs, pass_.n),
         )
         site = Site((tracked.name,), "", [axes], refusal)
-        state.told_apart |= axes.tell_apart(outputs)
+        state.told_apart = state.told_apart or axes.tell_apart(outputs)
         call = describe(tracked, outputs, axes, args, kwargs, before)
         given, outputs = outputs, self._expanded(outputs, axes)
         kept, saved = without_gradients(self._kept, call, axes, outputs[0], given[0])

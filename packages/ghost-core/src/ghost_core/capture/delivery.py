@@ -224,26 +224,26 @@ def keep(
             ways.append((chosen, [listener]))
     saved: list[Tensor] = []
     positions: dict[int, int] = {}
-    kept = [
-        Kept(
-            sharing,
-            {
-                local: record.replace(**dict.fromkeys(record.tensors()))
-                for local, record in chosen.items()
-            },
-            {local: _placed(record, positions, saved) for local, record in chosen.items()},
-            whole=all(chosen[local] is records[local] for local in chosen),
-        )
-        for chosen, sharing in ways
-    ]
+    kept: list[Kept] = []
+    for chosen, sharing in ways:
+        bare: dict[str, Record] = {}
+        places: dict[str, dict[str, int]] = {}
+        for local, record in chosen.items():
+            tensors = record.tensors()
+            bare[local] = record.replace(**dict.fromkeys(tensors))
+            places[local] = _placed(tensors, positions, saved)
+        whole = all(chosen[local] is records[local] for local in chosen)
+        kept.append(Kept(sharing, bare, places, whole))
     return kept, saved
 
 
-def _placed(record: Record, positions: dict[int, int], saved: list[Tensor]) -> dict[str, int]:
+def _placed(
+    tensors: Mapping[str, Tensor], positions: dict[int, int], saved: list[Tensor]
+) -> dict[str, int]:
     """Save the tensors of a record, each of them once, and return their places."""
-    for tensor in record.tensors().values():
+    for tensor in tensors.values():
         if id(tensor) not in positions:
             positions[id(tensor)] = len(saved)
             # Detached: the Tap is no user of the value, and shares its version counter.
             saved.append(tensor.detach())
-    return {key: positions[id(tensor)] for key, tensor in record.tensors().items()}
+    return {key: positions[id(tensor)] for key, tensor in tensors.items()}

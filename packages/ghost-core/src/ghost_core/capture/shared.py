@@ -146,8 +146,7 @@ class SharedValues(FunctionMode, Sharing):
 
     def _watch(self, account: str, leaf: Tensor) -> str:
         """Compare what arrives for a leaf with its gradient: a use may go unseen."""
-        state = self._state
-        if state.balance is None:
+        if (state := self._state).balance is None:
             state.balance = Balance({}, lambda: state.audience is Audience.ENGINES)
         return state.balance.watch(account, leaf)
 
@@ -243,16 +242,18 @@ class SharedValues(FunctionMode, Sharing):
         """Return shared values by the identity of what was given."""
         found: _ById = {}
         for value in given:
-            if id(value) not in self._owners and id(value) not in self._shared:
+            owned = self._owners.get(id(value))
+            plain = owned is None or self._state.uses_own(owned[1])
+            if plain and id(value) not in self._shared:
                 continue
             self._give_up_hidden(value)
-            if id(value) in self._owners:
+            if owned is not None:
                 if self._is_lifted(value):
                     if self._state.flags and in_checkpoint():
-                        self._state.recomputed.add(self._owners[id(value)][2].name)
+                        self._state.recomputed.add(owned[2].name)
                     source = self._source(value, stand_in=bool(self._state.flags))
                     found[id(value)] = Shared(source.tensor, (source,))
-            elif id(value) in self._shared and self._shared[id(value)].live:
+            elif self._shared[id(value)].live:
                 found[id(value)] = self._shared[id(value)]
         return found
 
@@ -296,9 +297,8 @@ class SharedValues(FunctionMode, Sharing):
 
         That is in parts of tensors, and where a checkpoint keeps nothing.
         """
-        lift = None
-        if id(value) in self._owners:
-            lift = self._state.lift_of(self._owners[id(value)][2].name)
+        owned = self._owners.get(id(value))
+        lift = None if owned is None else self._state.lift_of(owned[2].name)
         lifts = [lift] if lift is not None else []
         if id(value) in self._shared:
             lifts += self._shared[id(value)].lifts()

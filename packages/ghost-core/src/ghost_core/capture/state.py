@@ -320,6 +320,15 @@ class CaptureState:
             for parameter in running.tracked.parameters.values()
         )
 
+    def uses_own(self, tracked: TrackedModule) -> bool:
+        """Tell whether a parameter of a module is its own to use now, as nearly all are.
+
+        It is where nothing is tried, so that the use is none of what is followed.
+        """
+        if not self.running or any(running.lift is not None for running in self.running):
+            return False
+        return self.running[-1].tracked is tracked and not self.running[-1].lifted
+
     def lift_of(self, name: str) -> Lift | None:
         """Return the call in which it is being tried whether a parameter can be followed."""
         lifts = (running.lift for running in reversed(self.running) if running.lifted)
