@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from store_kit import batch, make
+from store_kit import FakeEngine, batch, make
 
 from ghost_engines.store import GradientStore, StoreError
 from ghost_engines.store.ahead import ahead
@@ -52,8 +52,16 @@ def test_a_search_that_breaks_off_stops_reading(tmp_path):
     assert readers() == []
 
 
-def test_scanned_rows_stay_until_the_next_but_one(tmp_path):
-    make(tmp_path, 40, unit=10)
-    blocks = list(zip(range(4), GradientStore.open(tmp_path).scan(10), strict=True))
-    for number, block in blocks[-2:]:
-        assert torch.equal(block.rows, batch(10 * number, 10 * number + 10).rows)
+@pytest.mark.parametrize("replaced", [[], [2, 3], [4, 5, 6, 7], list(range(4, 16))])
+def test_scanned_rows_stay_until_the_next_but_one(tmp_path, replaced):
+    with GradientStore.create(tmp_path, FakeEngine(), unit=4, duplicates="replace") as store:
+        store.append(batch(0, 20))
+        store.append(batch(0, 20)[torch.tensor(replaced, dtype=torch.int64)])
+    kept, before = [at for at in range(20) if at not in replaced] + replaced, None
+    for block in GradientStore.open(tmp_path).scan(4):
+        expected, kept = batch(0, 20)[torch.tensor(kept[: len(block)])], kept[len(block) :]
+        for found, wanted in filter(None, [before, (block, expected)]):
+            assert torch.equal(found.ids, wanted.ids)
+            assert torch.equal(found.rows, wanted.rows)
+        before = block, expected
+    assert kept == []

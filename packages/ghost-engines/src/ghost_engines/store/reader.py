@@ -187,7 +187,6 @@ class StoreReader(Pieces):
                 ids = file.read_tensor("ids")[: slot.size]
                 for start in range(0, len(ids), size):
                     found = ids[start : start + size]
-                    here, there = there, here
                     if len(here) < len(found):
                         here = here.new_empty(min(size, len(ids)), self.k_total)
                     file.read_rows("g", start, here[: len(found)])
@@ -197,6 +196,7 @@ class StoreReader(Pieces):
                         block = block[kept]
                     if len(block):
                         yield block
+                        here, there = there, here
 
     def search(
         self,
