@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from ghost_core import CaptureError
+from ghost_engines.runs import checkpoint
 from ghost_engines.runs.checkpoint import last_common, read_state, write_state
 from ghost_engines.runs.folder import RunFolder
 
@@ -46,6 +52,60 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     ) as caught:
         read_state(path)
     assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("fails", ["here", "there"])
+def test_all_processes_hear_that_one_cannot_go_on(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None waits for what another one does not say."""
+    told: list[object] = []
+
+    def gather(found: list[object], mine: object) -> None:
+        told.append(mine)
+        found[:] = [mine, None if fails == "there" else []]
+
+    monkeypatch.setattr(checkpoint, "several", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    (tmp_path / "checkpoint.pt").write_text("junk")
+    if fails == "there":
+        (tmp_path / "checkpoint.pt").unlink()
+    message = "damaged" if fails == "here" else "another process cannot go on"
+    with pytest.raises(CaptureError, match=message):
+        checkpoint.read_checkpoint(tmp_path, lambda: None)
+    assert told == [None if fails == "here" else []]
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 25, 40])
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_last_one(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch makes others of some."""
+    real, calls = os.fdopen, count(1)
+
+    class Full:
+        def __init__(self, *arguments: Any) -> None:
+            self._file = real(*arguments)
+
+        def write(self, data: bytes) -> int:
+            if next(calls) == at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self._file.write(data)
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._file.close()
+
+    path = tmp_path / "checkpoint.pt"
+    write_state(path, {"numbers": torch.arange(3)})
+    monkeypatch.setattr(os, "fdopen", Full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        write_state(path, {"numbers": torch.arange(100_000), "more": torch.ones(3)})
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert read_state(path)["numbers"].tolist() == [0, 1, 2]
 
 
 def test_a_file_is_no_folder_of_a_run(tmp_path: Path) -> None:

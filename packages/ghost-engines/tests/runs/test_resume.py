@@ -173,6 +173,23 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
             resumed(tmp_path)
 
 
+def test_a_checkpoint_is_not_read_while_another_process_writes(tmp_path):
+    """What it is going to write is not there yet."""
+    checkpoint = tmp_path / "checkpoint.pt"
+    with Run(*make(), {"folder": tmp_path, "method": "none"}) as one:
+        one.save()
+        checkpoint.rename(tmp_path / "aside.pt")
+        checkpoint.write_text("half of it")
+        with pytest.raises(StoreError, match=f"another writer has {tmp_path} open"):
+            resumed(tmp_path)
+        with pytest.raises(CaptureError, match="the run has begun"):
+            one.resume()
+    with pytest.raises(CaptureError, match="is no checkpoint, or damaged"):
+        resumed(tmp_path)
+    (tmp_path / "aside.pt").replace(checkpoint)
+    resumed(tmp_path)  # what was refused has let go of the folder
+
+
 def resumed(folder):
     with Run(*make(), {"folder": folder, "method": "none"}) as run:
         run.resume()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import distributed
 
 from ghost_core import CaptureError
-from ghost_engines.files import write_atomically
+from ghost_engines.files import written_atomically
 
 CHECKPOINT = "checkpoint.pt"
 BEFORE = "checkpoint-before.pt"
@@ -30,12 +30,36 @@ def several() -> bool:
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write a state of tensors and numbers into a folder that is there, or replace it.
 
+    It is written bit by bit: memory is taken for one tensor at a time.
+
     Raises:
         OSError: If that fails; then the file, or its absence, is as it was.
     """
-    data = io.BytesIO()
-    torch.save(dict(state), data)
-    write_atomically(path, [data.getbuffer()], path.parent)
+    with written_atomically(path) as file:
+        sink = _Sink(file)
+        try:
+            torch.save(dict(state), sink)  # type: ignore[arg-type] # it is all that torch asks for
+        except RuntimeError as error:
+            if sink.failure is None:
+                raise
+            raise sink.failure from error
+
+
+class _Sink(io.RawIOBase):
+    """A file for torch to write to, which makes other errors of those that writing raises."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write, and remember what goes wrong."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 def read_state(path: Path) -> State:
@@ -75,21 +99,50 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     write_state(folder / CHECKPOINT, state)
 
 
-def read_checkpoint(folder: Path) -> State | None:
+def read_checkpoint(folder: Path, lock: Callable[[], object]) -> State | None:
     """Return the last checkpoint that each process has, on the CPU, or None if there is none.
 
+    Where a process fails, all others hear of it before they wait for it.
+
+    Args:
+        folder: The folder of this process.
+        lock: Locks it, so that nobody writes meanwhile.
+
     Raises:
-        CaptureError: If processes have checkpoints, and no step is among all of them.
+        CaptureError: If processes have checkpoints, and no step is among all of them, or another
+            process fails.
+        StoreError: If another writer has the folder open.
     """
-    files = [folder / name for name in (CHECKPOINT, BEFORE) if (folder / name).exists()]
-    found = [read_state(file) for file in files]
-    by_step: dict[int, State] = {state["run"]["steps"]: state for state in reversed(found)}
-    steps: list[Sequence[int]] = [sorted(by_step)]
+    by_step: dict[int, State] = {}
+    failure: Exception | None = None
+    try:
+        lock()
+        by_step = _by_step(folder)
+    except Exception as error:  # raised below, once it was told
+        failure = error
+    steps: list[Sequence[int] | None] = [sorted(by_step)]
     if several():
-        steps = [[]] * distributed.get_world_size()
-        distributed.all_gather_object(steps, sorted(by_step))
-    step = last_common(steps)
+        steps *= distributed.get_world_size()
+        distributed.all_gather_object(steps, None if failure else sorted(by_step))
+    if failure is not None:
+        raise failure
+    known = [each for each in steps if each is not None]
+    if len(known) < len(steps):
+        raise CaptureError(
+            "another process cannot go on from its checkpoint",
+            reason="it has raised what is wrong",
+            remedy="see its log",
+        )
+    step = last_common(known)
     return None if step is None else by_step[step]
+
+
+def _by_step(folder: Path) -> dict[int, State]:
+    """Return the checkpoints of a folder by the number of their step."""
+    files = [folder / name for name in (CHECKPOINT, BEFORE) if (folder / name).exists()]
+    return {
+        state["run"]["steps"]: state for state in reversed([read_state(each) for each in files])
+    }
 
 
 def last_common(steps: Sequence[Sequence[int]]) -> int | None:

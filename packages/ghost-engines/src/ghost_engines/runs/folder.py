@@ -27,6 +27,20 @@ def place_of(folder: str | Path) -> Path:
     return root / f"{RANK}{distributed.get_rank()}" if several() else root
 
 
+def lock_folder(path: Path) -> WriterLock:
+    """Make the folder of a process, if it is not there, and lock it.
+
+    Raises:
+        CaptureError: If the path is a file.
+        StoreError: If another run has it open.
+        OSError: If it cannot be made.
+    """
+    if path.is_file():
+        raise CaptureError(f"{path} is a file; a run writes a folder")
+    make_root(path)
+    return WriterLock(path)
+
+
 class RunFolder:
     """Writes the folder of a run; a context manager, which commits when it is left.
 
@@ -53,7 +67,15 @@ class RunFolder:
         self._stack.callback(metrics.write)
 
     @classmethod
-    def open(cls, path: Path, now: Description, *, after: int | None, logs: bool) -> Self:
+    def open(
+        cls,
+        path: Path,
+        now: Description,
+        *,
+        after: int | None,
+        logs: bool,
+        lock: WriterLock | None = None,
+    ) -> Self:
         """Begin a folder, or go on with one.
 
         Args:
@@ -61,6 +83,7 @@ class RunFolder:
             now: What the run is.
             after: The last step to keep; None for a run that begins.
             logs: Whether steps are logged.
+            lock: The lock on the folder, where there is one already.
 
         Raises:
             CaptureError: If there is a run already, and this one begins, or it was another, or the
@@ -69,11 +92,8 @@ class RunFolder:
             DamagedStoreError: If the log is damaged.
             OSError: If it cannot be written.
         """
-        if path.is_file():
-            raise CaptureError(f"{path} is a file; a run writes a folder")
-        make_root(path)
         with ExitStack() as stack:
-            lock = WriterLock(path)
+            lock = lock or lock_folder(path)
             stack.callback(lock.release)
             _describe(path, now, begins=after is None)
             log = None

@@ -21,7 +21,8 @@ from ghost_engines.runs.checkpoint import read_checkpoint
 from ghost_engines.runs.config import RunConfig
 from ghost_engines.runs.description import check_same, describe
 from ghost_engines.runs.engines import GivenDirections, add_directions, make_engines, scorer_of
-from ghost_engines.runs.folder import RunFolder, place_of
+from ghost_engines.runs.folder import RunFolder, lock_folder, place_of
+from ghost_engines.store import WriterLock
 from ghost_engines.values import CreditedStep, InRunValues, skipped, stepping
 from ghost_engines.weighing import WeighingEngine
 
@@ -282,12 +283,12 @@ class Run:
                 the field.
             StoreError: If the log in the folder ends before that state.
         """
-        if self._folder is not None:
-            raise CaptureError(
-                "the run has begun", remedy="load its state right after it is entered"
-            )
+        self._check_entered(begins=True)
+        self._load(state, None)
+
+    def _load(self, state: Mapping[str, Any], lock: WriterLock | None) -> None:
         check_same(state["description"], self._is, "the state")
-        self._writer(after=state["steps"])
+        self._writer(after=state["steps"], lock=lock)
         if self._values is not None:
             self._values.load_state_dict(state["values"])
         self.steps = state["steps"]
@@ -332,9 +333,21 @@ class Run:
                 `load_state_dict`.
             StoreError: If the log in the folder ends before the checkpoint.
         """
-        state = read_checkpoint(self.folder)
+        self._check_entered(begins=True)
+        locks: list[WriterLock] = []
+        try:
+            state = read_checkpoint(self.folder, lambda: locks.append(lock_folder(self.folder)))
+            return self._go_on(state, locks[0], objects)
+        finally:
+            for lock in locks if self._folder is None else ():
+                lock.release()
+
+    def _go_on(
+        self, state: dict[str, Any] | None, lock: WriterLock, objects: Mapping[str, Stateful]
+    ) -> int:
+        """Go on from a checkpoint, in a folder that is locked, and return the number of steps."""
         if state is None:
-            self._writer(after=0)
+            self._writer(after=0, lock=lock)
             return 0
         if objects.keys() != state["objects"].keys():
             raise CaptureError(
@@ -342,7 +355,7 @@ class Run:
                 f"{', '.join(objects) or 'nothing'} is to be resumed",
                 remedy="give run.resume(...) what run.save(...) was given",
             )
-        self.load_state_dict(state["run"])
+        self._load(state["run"], lock)
         for name, each in objects.items():
             each.load_state_dict(state["objects"][name])
         torch.set_rng_state(state["random"]["cpu"])
@@ -350,13 +363,20 @@ class Run:
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
         return self.steps
 
-    def _writer(self, after: int | None = None) -> RunFolder:
+    def _check_entered(self, *, begins: bool = False) -> None:
+        if not self._entered:
+            raise CaptureError("the run is not entered", remedy="with Run(...) as run: ...")
+        if begins and self._folder is not None:
+            raise CaptureError(
+                "the run has begun", remedy="load its state right after it is entered"
+            )
+
+    def _writer(self, after: int | None = None, lock: WriterLock | None = None) -> RunFolder:
         """Return the folder, which is begun where it is first asked for."""
         if self._folder is None:
-            if not self._entered:
-                raise CaptureError("the run is not entered", remedy="with Run(...) as run: ...")
+            self._check_entered()
             logs = self._values is not None
-            folder = RunFolder.open(self.folder, self._is, after=after, logs=logs)
+            folder = RunFolder.open(self.folder, self._is, after=after, logs=logs, lock=lock)
             self._folder = self._attached.enter_context(folder)
         return self._folder
 
