@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -33,11 +33,10 @@ def uncompiled(function: _Function) -> _Function:
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        compiler = sys.modules.get("torch._dynamo")
-        if compiler is None or not _compiles():
+        if not compiles():
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(compiler.disable(function))
+            disabled.append(sys.modules["torch._dynamo"].disable(function))
         return disabled[0](*args, **kwargs)
 
     return cast(_Function, run)
@@ -46,13 +45,15 @@ def uncompiled(function: _Function) -> _Function:
 _CALLBACK_IS_KNOWN = TorchVersion(torch.__version__) >= "2.13"
 
 
-def _compiles() -> bool:
+def compiles() -> bool:
     """Tell whether torch's compiler looks at the functions that are called now. Torch 2.13.
 
     What keeps it from one takes as long as a small operation. Where it looks, it finds that it
     does and nothing private. Older versions than those that were looked at may count references to
     what this reads wrongly; there it always may.
     """
+    if "torch._dynamo" not in sys.modules:
+        return False
     if not _CALLBACK_IS_KNOWN or torch.compiler.is_compiling():
         return True
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
@@ -106,13 +107,14 @@ def foreign_modes_left() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def own_mode_left() -> Iterator[None]:
+def own_mode_left() -> AbstractContextManager[None]:
     """Leave a dispatch mode of ghost's that is on top: it watches the user's passes. Torch 2.11."""
     mode = _python_dispatch._get_current_dispatch_mode()
-    if not isinstance(mode, DispatchMode):
-        yield
-        return
+    return _left(mode) if isinstance(mode, DispatchMode) else nullcontext()
+
+
+@contextmanager
+def _left(mode: DispatchMode) -> Iterator[None]:
     with restored() as stack:
         undo(stack, _enter_again, mode)
         _python_dispatch._pop_mode()

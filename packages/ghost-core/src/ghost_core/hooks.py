@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
-from ghost_core._modes import uncompiled
+from ghost_core._modes import compiles, uncompiled
 
 
 class Hook:
@@ -22,7 +22,9 @@ class Hook:
 
     def __call__(self, *args: Any) -> Any:
         """Do what the hook does, out of reach of torch's compiler."""
-        return _run(self._function, args)
+        if compiles():
+            return _run(self._function, args)
+        return self._function(*args)
 
     def __deepcopy__(self, memo: object) -> Callable[..., None]:
         return nullcontext().__exit__

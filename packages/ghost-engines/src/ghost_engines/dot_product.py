@@ -176,6 +176,8 @@ class DotProductEngine(ScoringEngine[Scores]):
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
         """Score the training samples, and tell the observers of them."""
+        if self._memory_budget is None:
+            return self._scored(pass_, parameter, gradient)
         with self._budgeted():
             return self._scored(pass_, parameter, gradient)
 

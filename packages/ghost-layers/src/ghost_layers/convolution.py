@@ -92,7 +92,8 @@ class Patches(InputFactor):
     def mix(self, weight: Tensor) -> Tensor:
         """Convolve with the weight as the kernel: `[G, k, d]` to `[N, T, G, k]`."""
         geometry = self.geometry
-        kernel = weight.flatten(0, 1).unflatten(1, (-1, *geometry.kernel))
+        channels = self.x.shape[1] // self.groups
+        kernel = weight.reshape(-1, channels, *geometry.kernel)
         outputs = _CONVOLUTIONS[len(geometry.kernel)](
             self.x.to(weight.dtype),
             kernel,
@@ -176,8 +177,9 @@ class ConvolutionSampler(AffineSampler):
 
 def _by_group(values: Tensor, groups: int) -> Tensor:
     """Split channels into groups: `[N, G·p, *spatial]` to `[N, T, G, p]`."""
-    grouped: Tensor = channels_last(values).unflatten(2, (groups, -1))
-    return grouped
+    positions = channels_last(values)
+    n, tokens, channels = positions.shape
+    return positions.view(n, tokens, groups, channels // groups)
 
 
 def _padded(

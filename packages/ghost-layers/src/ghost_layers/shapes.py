@@ -11,7 +11,7 @@ from ghost_core import Call, WrongSplitError
 
 def channels_last(values: Tensor) -> Tensor:
     """Fold all axes behind the channels into positions: `[N, C, ...]` to `[N, T, C]`, a view."""
-    return values.reshape(*values.shape[:2], values.shape[2:].numel()).mT
+    return (values.flatten(2) if values.dim() > 2 else values.unsqueeze(2)).mT
 
 
 def only_input(call: Call) -> Any:

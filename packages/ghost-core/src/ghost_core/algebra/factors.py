@@ -28,8 +28,11 @@ class Record:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensor fields by name."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {
+            name: value
+            for name in self.__dataclass_fields__
+            if isinstance(value := getattr(self, name), Tensor)
+        }
 
     def replace(self, **changes: object) -> Self:
         """Return a copy with some fields changed."""

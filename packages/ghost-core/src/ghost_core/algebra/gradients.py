@@ -112,7 +112,7 @@ def matrix_shape(shape: Size) -> tuple[int, int]:
 
 def as_rows(values: Tensor) -> Tensor:
     """Flatten all axes but the first: `[N, *shape]` to `[N, prod(shape)]`."""
-    return values.reshape(values.shape[0], values.shape[1:].numel())
+    return values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)
 
 
 def gram_of_uses(uses: Sequence[PerSampleGradient], others: Sequence[PerSampleGradient]) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock, get_ident
@@ -174,16 +174,14 @@ class BatchCapture:
             )
         return covered
 
-    @contextmanager
-    def told(self) -> Iterator[None]:
+    def told(self) -> AbstractContextManager[object]:
         """Let engines be told of a gradient: in one thread at a time, and autograd has several."""
-        with self._lock:
-            self.arrived = True
-            number = backward_id()
-            if number not in self.unfinished:
-                self.unfinished.add(number)
-                after_backward(partial(self.unfinished.discard, number))
-            yield
+        self.arrived = True
+        number = backward_id()
+        if number not in self.unfinished:
+            self.unfinished.add(number)
+            after_backward(partial(self.unfinished.discard, number))
+        return self._lock
 
     def check_complete(self) -> None:
         """Raise if the passes do not make up the batch, or a backward pass broke off."""

@@ -70,13 +70,13 @@ class CallHooks:
         self._first = handles[-1]
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.state.listens(module, self.tracked.module, begins=True):
-            with self.state.silence():
-                begin = self._begin
-                if self._prepares:
-                    begin(module, args, kwargs)
-                else:
-                    unseen(begin, module, args, kwargs)
+        if not self.state.listens(module, self.tracked.module, begins=True):
+            return
+        if not self._prepares:  # no module runs
+            unseen(self._begin, module, args, kwargs)
+            return
+        with self.state.silence():
+            self._begin(module, args, kwargs)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._guard(module)

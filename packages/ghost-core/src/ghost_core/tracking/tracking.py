@@ -279,6 +279,8 @@ def _find_owners(
 
 def owner_of(module: nn.Module, local: str) -> tuple[nn.Module, str]:
     """Return the module inside that owns a parameter, and its name there."""
+    if "." not in local:
+        return module, local
     path, _, name = local.rpartition(".")
     return module.get_submodule(path), name
 
