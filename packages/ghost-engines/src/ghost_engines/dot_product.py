@@ -208,9 +208,9 @@ class DotProductEngine(ScoringEngine[Scores]):
             super().multiply(pass_, parameter, gradient)
             directions = None
         elif self._both is not None and directions is not None:
-            if alone:
+            if alone and self._takes_norms:
                 self._of_directions[name] = directions.square().sum().unsqueeze(0)
-            else:
+            if not alone:
                 self._both.keep(name, directions)
                 directions = None
         # What is built for the sum anyway has its norm for little; products of terms come later.
@@ -267,7 +267,7 @@ class DotProductEngine(ScoringEngine[Scores]):
 
     def _unscaled(self, values: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
         scale = self.scale**times
-        return {name: each / scale for name, each in values.items()}
+        return {name: each / scale if scale != 1 else each for name, each in values.items()}
 
     def _concatenation(self) -> Concatenation:
         if self._both is None:
