@@ -1,5 +1,7 @@
 """How much memory searches take, in a process of their own."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -43,3 +45,78 @@ def test_memory_does_not_grow_with_the_store(tmp_path, request):
     small = megabytes(tmp_path / "small", kit, 8 * 4096)
     large = megabytes(tmp_path / "large", kit, 256 * 4096)  # 1 GiB more
     assert large < small + 150
+
+
+LIMITED = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from search_kit import Rows
+from ghost_engines.search import Whitening, group_scores, near_duplicates
+from ghost_engines.store import GradientStore, StoredRows, merge
+
+root, (columns, n, unit, megabytes) = Path(sys.argv[1]), map(int, sys.argv[2:])
+torch.ones(300, 300) @ torch.ones(300, 300)
+held = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
+limit = int(held.split()[1]) * 2**10 + megabytes * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+queries, there = torch.randn(5, columns), [7, n // 2, n - 3]
+with GradientStore.create(root / "one", Rows(torch.float16, columns), unit=unit) as store:
+    for start in range(0, n, unit):
+        rows = torch.randn(unit, columns)
+        for at in there:
+            if start <= at < start + unit:
+                rows[at - start] = 2 * queries[0]
+        store.append(StoredRows(torch.arange(start, start + unit), rows.half()))
+store = GradientStore.open(root / "one")
+try:
+    store.rows()
+except RuntimeError as error:
+    assert "can't allocate memory" in str(error), error
+else:
+    raise AssertionError("all rows fit into memory: nothing is shown")
+found = {"bytes": store.size_on_disk, "limit": megabytes * 2**20}
+if columns > 10_000:
+    found["twins"] = near_duplicates(store, 0.99, block=unit).ids.tolist()
+    ways = ("dot", "cosine")
+else:
+    whitening = Whitening.of(store, blocks="all")
+    whitening.self_influence(store)
+    group_scores(store, queries, torch.arange(n) % 7)
+    ways = ("dot", "cosine", whitening)
+for by in ways:
+    near = store.search(queries, k=3, by=by, block=unit)
+    found[str(by)[:10]] = near.ids[0].sort().values.tolist()
+merged = merge([root / "one"], root / "merged")
+found["merged"] = merged.search(queries, k=3, block=unit).ids[0].sort().values.tolist()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.stress
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit what is held")
+@pytest.mark.parametrize(
+    ("columns", "n", "unit", "megabytes"),
+    [(512, 370 * 4096, 4096, 300), (2**18, 24 * 64, 64, 400)],
+    ids=["many rows", "long rows and near-duplicates"],
+)
+def test_a_store_that_does_not_fit_into_memory_is_searched(
+    tmp_path, request, columns, n, unit, megabytes
+):
+    kit = request.path.parents[1] / "kit"
+    given = [str(tmp_path / "stores"), *map(str, (columns, n, unit, megabytes))]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", LIMITED, *given], capture_output=True, text=True, cwd=kit
+        )
+    finally:
+        shutil.rmtree(tmp_path / "stores")  # pytest would keep gigabytes
+    assert not done.returncode, done.stderr
+    found = json.loads(done.stdout)
+    assert found.pop("bytes") > 1.9 * found.pop("limit")
+    planted = [7, n // 2, n - 3]
+    if "twins" in found:
+        assert found.pop("twins") == [planted[:2], [planted[0], planted[2]], planted[1:]]
+    assert set(map(tuple, found.values())) == {tuple(planted)}
+    assert len(found) >= 3
