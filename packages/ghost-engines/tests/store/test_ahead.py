@@ -52,13 +52,13 @@ def test_a_search_that_breaks_off_stops_reading(tmp_path):
     assert readers() == []
 
 
-@pytest.mark.parametrize("replaced", [[], [2, 3], [4, 5, 6, 7], list(range(4, 16))])
+@pytest.mark.parametrize("replaced", [[], [2, 3], list(range(8)), list(range(8, 14))])
 def test_scanned_rows_stay_until_the_next_but_one(tmp_path, replaced):
-    with GradientStore.create(tmp_path, FakeEngine(), unit=4, duplicates="replace") as store:
+    with GradientStore.create(tmp_path, FakeEngine(), unit=8, duplicates="replace") as store:
         store.append(batch(0, 20))
         store.append(batch(0, 20)[torch.tensor(replaced, dtype=torch.int64)])
     kept, before = [at for at in range(20) if at not in replaced] + replaced, None
-    for block in GradientStore.open(tmp_path).scan(4):
+    for block in GradientStore.open(tmp_path).scan(2):
         expected, kept = batch(0, 20)[torch.tensor(kept[: len(block)])], kept[len(block) :]
         for found, wanted in filter(None, [before, (block, expected)]):
             assert torch.equal(found.ids, wanted.ids)
