@@ -8,7 +8,7 @@ from fork_kit import run_script
 from store_kit import FakeEngine, assert_holds, batch, files, fill, make
 
 from ghost_core import UnknownNameError
-from ghost_engines.store import DataFile, GradientStore, StoredRows, StoreError, merge
+from ghost_engines.store import Column, DataFile, GradientStore, StoredRows, StoreError, merge
 from ghost_engines.store.listing import shard_path
 
 COLUMNS = {"n": "int64", "group": "category"}
@@ -95,6 +95,29 @@ def test_a_merge_does_not_go_on_with_what_others_wrote(tmp_path):
     for into, named in (("rows", {}), ("row", {"unit": 7}), ("row", {"duplicates": "replace"})):
         with pytest.raises(StoreError, match="what merging these stores begins with"):
             merge(given, tmp_path / into, **named)
+
+
+@pytest.mark.parametrize("change", ["loss", "n", "group"])
+def test_a_merge_does_not_go_on_with_the_same_rows_beside_other_values(tmp_path, change):
+    given = {"loss": batch(0, 6).ids / 7, "n": torch.arange(6), "group": ["g"] * 6}
+    other = {**given, change: ["h"] * 6 if change == "group" else given[change] + 1}
+    for name, columns in (("a", other), ("m", given)):
+        with GradientStore.create(tmp_path / name, FakeEngine(), unit=4, columns=COLUMNS) as store:
+            for part in (slice(0, 3), slice(3, 6))[: 2 if name == "a" else 1]:
+                some = {name: values[part] for name, values in columns.items()}
+                loss = some.pop("loss")
+                store.append(batch(0, 6)[part], loss, columns=some)
+    with pytest.raises(StoreError, match="what merging these stores begins with"):
+        merge([tmp_path / "a"], tmp_path / "m")
+    assert len(GradientStore.open(tmp_path / "m")) == 3
+
+
+def test_a_merge_goes_on_with_numbers_that_are_none(tmp_path):
+    columns = {"f": Column("float32", finite=False)}
+    for name, n in (("a", 6), ("m", 3)):
+        with GradientStore.create(tmp_path / name, FakeEngine(), unit=4, columns=columns) as store:
+            store.append(batch(0, n), columns={"f": torch.full((n,), torch.nan)})
+    assert_holds(merge([tmp_path / "a"], tmp_path / "m"), 6)
 
 
 def test_samples_that_several_stores_have_are_refused_or_replaced(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from ghost_engines.progress import Progress
+from ghost_engines.store.beside import LOSS
 from ghost_engines.store.errors import SeveralRowsError, StoreError
+from ghost_engines.store.hashes import bytes_of
+from ghost_engines.store.labels import Labels
 from ghost_engines.store.lookup import several_times
 from ghost_engines.store.manifest import MANIFEST, Manifest, differences
 from ghost_engines.store.origin import listed
@@ -69,13 +72,14 @@ def merge(
         )
     total = sum(map(len, stores))
     with _target(stores[0].manifest, into, unit, duplicates) as target:
-        done = target.ids  # by a call before this one, if there are any
-        if len(done) > total:
+        done = len(target)  # by a call before this one, if there are any
+        beside = {"ids": target.ids, **target.columns}
+        if done > total:
             raise _other(target)
         with Progress(total, "merge", progress) as bar:
             for start, block in _blocks(stores):
-                there = min(max(len(done) - start, 0), len(block))
-                _check_done(target, start, block[:there], done[start : start + there])
+                there = min(max(done - start, 0), len(block))
+                _check_done(target, start, block[:there], beside)
                 rest = block[there:]
                 target.append(rest, rest.loss, columns=rest.columns)
                 bar.advance(len(block))
@@ -166,13 +170,33 @@ def _blocks(stores: Sequence[GradientStore]) -> Iterator[tuple[int, StoredRows]]
         start += len(block)
 
 
-def _check_done(target: GradientStore, start: int, block: StoredRows, ids: Tensor) -> None:
-    """Raise if rows that are in the new store already are others than those that belong there."""
-    if len(block) and not (
-        torch.equal(ids, block.ids)
-        and torch.equal(target.rows(start, start + len(block)), block.rows)
-    ):
+def _check_done(
+    target: GradientStore, start: int, block: StoredRows, beside: Mapping[str, Tensor | Labels]
+) -> None:
+    """Raise if what is in the new store already is other than what belongs there, in any byte."""
+    if not len(block):
+        return
+    stop = start + len(block)
+    losses = {} if block.loss is None else {LOSS: block.loss}
+    given = {"ids": block.ids, **losses, **block.columns}
+    same = given.keys() == beside.keys() and _same(target.rows(start, stop), block.rows)
+    if not same or not all(_same(_part(beside[name], start, stop), given[name]) for name in given):
         raise _other(target)
+
+
+def _part(values: Tensor | Labels, start: int, stop: int) -> Tensor | Labels:
+    if isinstance(values, Labels):
+        return Labels(values.codes[start:stop], values.names)
+    return values[start:stop]
+
+
+def _same(there: Tensor | Labels, given: Tensor | Labels) -> bool:
+    if isinstance(there, Labels) or isinstance(given, Labels):
+        return list(there) == list(given)
+    # Numbers that are not finite may stand in a column, and are not equal to themselves.
+    return there.dtype == given.dtype and bytes_of(there.contiguous()) == bytes_of(
+        given.contiguous()
+    )
 
 
 def _other(target: GradientStore) -> StoreError:
