@@ -1,5 +1,6 @@
 """Logs and tables of several processes, read as those of one."""
 
+import json
 import logging
 from dataclasses import replace
 
@@ -103,3 +104,41 @@ def test_what_does_not_belong_together_is_refused(root, tmp_path):
     tables = [ScoreLog.open(root / name).totals() for name in "03"]
     with pytest.raises(CaptureError, match="tables to unite must be of the same directions"):
         ValueTable.union(tables)
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Let torch say that there are two."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"), [("0", "1"), ("1", "0"), ("rank-0/log", "rank-1"), ("first", "1 log")]
+)
+def test_a_log_that_is_missing_is_named(there, missing, tmp_path, two_processes):
+    """Also that of the highest rank, which no gap tells of: each log knows how many there are."""
+    with ScoreLog.create(tmp_path / there) as log:
+        log.append(of(0, 1))
+    with pytest.raises(StoreError, match=f"has no log of {missing}|lacks {missing}"):
+        JoinedLog.open(tmp_path)
+    assert cli.main(["values", str(tmp_path)]) == 2
+    with ScoreLog.open(tmp_path / there) as alone:  # each can be read by itself
+        assert len(alone) == 1
+
+
+def test_a_log_that_does_not_say_of_how_many_it_is_is_read(root):
+    """As one of an older version."""
+    for name in "01":
+        manifest = json.loads((root / name / "log.json").read_text())
+        assert manifest.pop("processes") == 1
+        (root / name / "log.json").write_text(json.dumps(manifest))
+    assert len(JoinedLog.open(root)) == LAST
+
+
+@pytest.mark.parametrize("processes", [0, -1, "2", 1.5, True])
+def test_a_number_of_processes_that_is_none_is_damage(processes, root):
+    path = root / "0" / "log.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": processes}))
+    with pytest.raises(DamagedStoreError, match="was altered: it has processes="):
+        ScoreLog.open(root / "0")

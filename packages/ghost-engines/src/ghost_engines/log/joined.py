@@ -78,7 +78,9 @@ class JoinedLog:
                 f"there is no score log at {root}, and none in the folders inside",
                 remedy="make one with ScoreLog.create(path)",
             )
-        joined = cls(root, [ScoreLog.open(each) for each in folders])
+        logs = [ScoreLog.open(each) for each in folders]
+        _check_all_there(root, folders, max(each.processes for each in logs))
+        joined = cls(root, logs)
         joined._say_what_is_left_out()
         return joined
 
@@ -198,9 +200,26 @@ def _folders(root: Path) -> list[Path]:
         f"{RANK}{r}" for r in range(len(ranks))
     }
     if of_run and ranks != known:
-        raise StoreError(
-            f"{root} has no log of {', '.join(sorted(known - ranks))}",
-            reason="sums over the logs of the other processes would lack its samples",
-            remedy="keep what each process of the run wrote in that folder",
-        )
+        raise _incomplete(f"{root} has no log of {', '.join(sorted(known - ranks))}")
     return of_run
+
+
+def _check_all_there(root: Path, folders: Sequence[Path], processes: int) -> None:
+    """Raise if there are fewer logs than processes that have trained, as these say."""
+    missing = processes - len(folders)
+    if missing <= 0:
+        return
+    there = {each.name if each.parent == root else each.parent.name for each in folders}
+    for names in ([f"{RANK}{rank}" for rank in range(processes)], list(map(str, range(processes)))):
+        if there < set(names):
+            lacking = ", ".join(name for name in names if name not in there)
+            raise _incomplete(f"{root} has no log of {lacking}")
+    raise _incomplete(f"{root} lacks {missing} log{'s' * (missing > 1)} of {processes}")
+
+
+def _incomplete(what: str) -> StoreError:
+    return StoreError(
+        what,
+        reason="sums over the logs of the other processes would lack its samples",
+        remedy="keep what each process of the run wrote in that folder",
+    )

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from torch import distributed
+
 from ghost_engines.files import read_regular, write_json
 from ghost_engines.store import DamagedStoreError, MissingLogError, StoreError, has_shards
 
@@ -23,17 +25,21 @@ class Manifest:
     Attributes:
         name: Tells this log from all others.
         unit: Rows of a full shard, at least.
+        processes: Number of processes that train together, each with a log of its own; None in a
+            log that does not say.
         schema: Version of the format.
     """
 
     name: str
     unit: int
+    processes: int | None = None
     schema: int = SCHEMA
 
     @classmethod
     def new(cls, unit: int) -> Self:
         """Return that of a new log."""
-        return cls(uuid.uuid4().hex, unit)
+        several = distributed.is_available() and distributed.is_initialized()
+        return cls(uuid.uuid4().hex, unit, distributed.get_world_size() if several else 1)
 
     @classmethod
     def read(cls, root: Path) -> Self:
@@ -63,6 +69,9 @@ class Manifest:
             )
         if not isinstance(found.unit, int) or found.unit < 1:
             raise DamagedStoreError(f"{path} was altered: its unit is {found.unit!r}")
+        known = found.processes
+        if known is not None and (type(known) is not int or known < 1):
+            raise DamagedStoreError(f"{path} was altered: it has processes={found.processes!r}")
         return found
 
     def write(self, root: Path) -> None:

@@ -53,6 +53,11 @@ class LogReader:
         return directions_of(shards) or tail.directions
 
     @property
+    def processes(self) -> int:
+        """Number of processes that trained together, as far as it is known: 1 where it is not."""
+        return self._manifest.processes or 1
+
+    @property
     def first(self) -> int | None:
         """Number of the first step."""
         shards, tail = self._contents
