@@ -47,16 +47,14 @@ IMPORTED_WHERE_USED = {
         "ghost_engines.cli.foreign",
         "ghost_engines.cli.remedies",
     },
-    "ghost_engines.cli.config": {"ghost_core", "ghost_engines.cli.errors", "yaml"},
-    "ghost_engines.cli.models": {"transformers"},
-    "ghost_engines.corpus.records": {"datasets", "pyarrow", "pyarrow.parquet"},
-    "ghost_engines.plots": {"matplotlib.figure"},
+    "ghost_engines.cli.config": {
+        "ghost_core",
+        "ghost_engines.cli.errors",
+        "ghost_engines.extras",
+    },
     # A plain checkout may lack what hashes and the command line need, and has engines all the same.
     "ghost_engines.plugin": {"ghost_engines.cli"},
-    "ghost_engines.runs.config": {"yaml"},
-    "ghost_engines.search.approximate": {"faiss"},
     "ghost_engines.store.hashes": {"xxhash"},
-    "ghost_engines.tables": {"pandas", "pyarrow", "pyarrow.parquet"},
 }
 
 Graph = dict[str, set[str]]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ghost_core import MissingExtraError, UnknownNameError
+from ghost_core import UnknownNameError
+from ghost_engines.extras import needed
 from ghost_engines.files import write_atomically
 from ghost_engines.tables import check_folder, extremes
 
@@ -154,8 +155,4 @@ def _draw_extremes(
 
 def _figure(purpose: str, **options: Any) -> Any:
     """Make a figure that no window and no global state knows of."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "ghost-engines[plot]", purpose) from error
-    return Figure(layout="constrained", **options)
+    return needed("matplotlib.figure", "plot", purpose).Figure(layout="constrained", **options)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ghost_core import MissingExtraError, UnknownNameError
+from ghost_core import UnknownNameError
+from ghost_engines.extras import needed
 from ghost_engines.files import write_atomically
 
 if TYPE_CHECKING:
@@ -166,11 +167,7 @@ _WRITERS = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
 
 
 def _pandas(purpose: str) -> Any:
-    try:
-        import pandas
-    except ImportError as error:
-        raise MissingExtraError("pandas", "ghost-engines[pandas]", purpose) from error
-    return pandas
+    return needed("pandas", "pandas", purpose)
 
 
 def pyarrow_for(purpose: str) -> tuple[Any, Any]:
@@ -182,9 +179,4 @@ def pyarrow_for(purpose: str) -> tuple[Any, Any]:
     Raises:
         MissingExtraError: If it is not installed.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError("pyarrow", "ghost-engines[parquet]", purpose) from error
-    return pyarrow, pyarrow.parquet
+    return needed("pyarrow", "parquet", purpose), needed("pyarrow.parquet", "parquet", purpose)

@@ -37,17 +37,11 @@ def defaults_from(path: Path, kind: type[OptionsT]) -> OptionsT:
         UnknownOptionError: If there is no such option.
         OSError: If it cannot be read.
     """
-    from ghost_core import MissingExtraError, UnknownOptionError
+    from ghost_core import UnknownOptionError
     from ghost_engines.cli.errors import CommandError
+    from ghost_engines.extras import read_yaml
 
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingExtraError("pyyaml", "ghost-engines[yaml]", "--config") from error
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise CommandError(f"--config: {path} is no YAML: {error}") from error
+    given = read_yaml(path, "--config", f"--config: {path}", CommandError)
     if not isinstance(given, Mapping):
         raise CommandError(f"--config: {path} has no options by name")
     known = {entry.name: entry for entry in fields(kind) if entry.name != "config"}  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from ghost_core import MissingExtraError
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import find_function, raised
+from ghost_engines.extras import needed
 
 
 def load_model(text: str) -> nn.Module:
@@ -43,7 +43,7 @@ def load_tokenizer(folder: Path) -> Any:
         CommandError: If there is none, or it has no token to pad with.
         MissingExtraError: If transformers is not installed.
     """
-    transformers = _transformers("a tokenizer")
+    transformers = needed("transformers", "transformers", "a tokenizer")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -72,7 +72,7 @@ def is_folder(text: str) -> bool:
 
 def _load_checkpoint(folder: Path) -> nn.Module:
     config, name = _configuration(folder)
-    transformers = _transformers("a checkpoint")
+    transformers = needed("transformers", "transformers", "a checkpoint")
     try:
         kind: Any = getattr(transformers, name, None)
     except Exception as error:  # of what it is made with, which may not be installed
@@ -111,14 +111,6 @@ def _configuration(folder: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise CommandError(f"MODEL: {path} does not name one class in 'architectures'")
     return config, names[0]
-
-
-def _transformers(purpose: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "ghost-engines[transformers]", purpose) from error
-    return transformers
 
 
 @contextmanager

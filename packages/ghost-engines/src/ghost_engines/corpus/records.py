@@ -10,9 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from ghost_core import MissingExtraError
 from ghost_core.errors import told
 from ghost_engines.corpus.errors import CorpusError
+from ghost_engines.extras import needed
+from ghost_engines.tables import pyarrow_for
 
 TEXT: Final = "text"
 """The field that a line of a text file is under."""
@@ -147,15 +148,11 @@ class ParquetRows(Records):
     """The rows of a Parquet file; one group of rows is held in memory at a time."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            from pyarrow import ArrowException
-            from pyarrow.parquet import ParquetFile
-        except ImportError as error:
-            raise MissingExtraError("pyarrow", "ghost-engines[parquet]", str(path)) from error
+        pyarrow, parquet = pyarrow_for(str(path))
         self.path = path
         try:
-            self._file: Any = ParquetFile(path, memory_map=True)
-        except ArrowException as error:
+            self._file: Any = parquet.ParquetFile(path, memory_map=True)
+        except pyarrow.ArrowException as error:
             raise CorpusError(f"{path} is no Parquet file: {told(error)}") from error
         groups = range(self._file.num_row_groups)
         sizes = [self._file.metadata.row_group(group).num_rows for group in groups]
@@ -180,10 +177,7 @@ class SavedItems(Records):
     """The items of a data set that Hugging Face's `save_to_disk` wrote."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise MissingExtraError("datasets", "ghost-engines[datasets]", str(path)) from error
+        datasets = needed("datasets", "datasets", str(path))
         self.path = path
         try:
             self._items: Any = datasets.load_from_disk(str(path))

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from ghost_core import CaptureError, Engine, MissingExtraError, UnknownNameError, UnknownOptionError
+from ghost_core import CaptureError, Engine, UnknownNameError, UnknownOptionError
 from ghost_core.arguments import switch, whole
 from ghost_core.plugins import installed
+from ghost_engines.extras import read_yaml
 from ghost_engines.modes import as_mode
 
 NONE = "none"
@@ -131,15 +132,7 @@ class RunConfig:
             UnknownNameError: As in `of`.
             OSError: If it cannot be read.
         """
-        try:
-            import yaml
-        except ImportError as error:
-            raise MissingExtraError("pyyaml", "ghost-engines[yaml]", "a config in YAML") from error
-        try:
-            given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CaptureError(f"{path} is no YAML: {error}") from error
-        return cls.of(given)
+        return cls.of(read_yaml(Path(path), "a config in YAML", str(path), CaptureError))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field, defaults included, as JSON and YAML can say it."""

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ghost_core import MissingExtraError, UnknownNameError
+from ghost_core import UnknownNameError
 from ghost_core.algebra import accumulation_dtype, full_precision
 from ghost_core.arguments import whole
 from ghost_core.tracking import Patterns
+from ghost_engines.extras import needed
 from ghost_engines.progress import Progress
 from ghost_engines.store import (
     METRICS,
@@ -92,7 +93,8 @@ class ApproximateIndex:
         check_store(store)
         if by not in METRICS:
             raise UnknownNameError("metric", by, METRICS)
-        faiss, columns, n = _faiss(), columns_of(store.manifest, parameters), len(store)
+        faiss = needed("faiss", "faiss", "approximate search")
+        columns, n = columns_of(store.manifest, parameters), len(store)
         cells = max(1, round(sqrt(n))) if cells is None else whole("cells", cells, least=1)
         if cells > n:
             raise StoreError(f"there are {n} rows for {cells} cells")
@@ -189,11 +191,3 @@ def _scaled(rows: Tensor, power: int) -> npt.NDArray[np.float32]:
 def _floats(numbers: Tensor) -> npt.NDArray[np.float32]:
     found: npt.NDArray[np.float32] = np.ascontiguousarray(numbers.float().numpy())
     return found
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingExtraError("faiss", "ghost-engines[faiss]", "approximate search") from error
-    return faiss

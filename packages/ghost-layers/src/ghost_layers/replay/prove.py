@@ -48,16 +48,6 @@ class Search:
     axes: tuple[int | None, ...]
     _expected: dict[str, Tensor] = field(default_factory=dict, init=False)
 
-    def known(self, plan: Plan) -> bool:
-        """Tell whether a plan that was found for a call like this holds for this one."""
-        try:
-            outputs = self.trial.run(plan)
-        except (WrongSplitError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # no batching rule, control flow by value, a batch of one
-            return False
-        return self.trial.same_outputs(plan, outputs)
-
     def find(self) -> Plan:
         """Return a plan that is proven.
 
@@ -141,9 +131,12 @@ class Search:
     def _holds(self, plan: Plan) -> bool:
         """Tell whether a way returns what the call did, as far as it can be run at all."""
         try:
-            return self.known(plan)
-        except WrongSplitError:
+            outputs = self.trial.run(plan)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # no batching rule, control flow by value, a batch of one, a refusal
             return False
+        return self.trial.same_outputs(plan, outputs)
 
     def _shares_gradients(self, plan: Plan, other: Plan) -> bool:
         """Tell whether samples share rows that may be those of samples, and have a gradient."""
