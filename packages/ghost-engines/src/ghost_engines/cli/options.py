@@ -72,6 +72,25 @@ class Verify(_Own):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Coverage(_Own):
+    """List which sampler handles which module of a model; no data are needed.
+
+    Exits with 0; 1 if a module has no sampler; 2 if it could not be tried.
+
+    Args:
+        model: Folder of a checkpoint of transformers, or module:function that returns a module.
+        layers: Globs over names of modules or parameters, separated by commas: what to track.
+        exclude: Globs, separated by commas: what to leave out of it.
+        seed: Seed of the random number generators.
+    """
+
+    model: Annotated[tyro.conf.Positional[str], Named(metavar="MODEL")]
+    layers: Annotated[str, Named(metavar="GLOBS")] = "*"
+    exclude: Annotated[str, Named(metavar="GLOBS")] = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score(_Own):
     """Score every sample of a data set against targets: which would help, and which would hurt?
 
@@ -375,6 +394,7 @@ class Store(_Own):
 
 
 COMMANDS: Mapping[str, type[_Own]] = {
-    kind.__name__.lower(): kind for kind in (Verify, Score, Project, Query, Plugins, Store, Values)
+    kind.__name__.lower(): kind
+    for kind in (Verify, Coverage, Score, Project, Query, Plugins, Store, Values)
 }
 """The commands by name."""
