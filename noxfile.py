@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2025.2.9"
 # pip honours constraints.txt, which pins a build of torch without CUDA packages.
@@ -21,13 +23,25 @@ DIST = ROOT / "dist"
 SITE = ROOT / "site"
 PACKAGES = ["ghost-core", "ghost-layers", "ghost-engines", "ghost-examples"]
 PROJECT = nox.project.load_toml("pyproject.toml")
+# Registries break off downloads, now and then more often than pip would go on with one.
+PIP = {"PIP_RESUME_RETRIES": "20"}
+PAUSES = [20, 60, 180]  # seconds before pip is run again
 
 
 def install(session: nox.Session, *requirements: str, groups: Sequence[str] = ()) -> None:
     """Install requirements under the workspace constraints."""
     extra = nox.project.dependency_groups(PROJECT, *groups) if groups else ()
     # --no-compile: byte-compiling all of torch takes longer than installing it.
-    session.install("--no-compile", "-c", str(ROOT / "constraints.txt"), *requirements, *extra)
+    arguments = ("--no-compile", "-c", str(ROOT / "constraints.txt"), *requirements, *extra)
+    for pause in PAUSES:
+        try:
+            session.install(*arguments, env=PIP)
+        except CommandFailed:
+            session.warn(f"pip failed; once more in {pause} s, what it has downloaded is kept")
+            time.sleep(pause)
+        else:
+            return
+    session.install(*arguments, env=PIP)
 
 
 def install_in_place(session: nox.Session, *groups: str) -> None:
