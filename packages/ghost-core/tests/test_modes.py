@@ -1,10 +1,13 @@
 """What is switched off while ghost's own code runs, and is on again whatever happens there."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ghost_core._modes import FunctionMode, unseen
+from ghost_core import _modes
+from ghost_core._modes import FunctionMode, uncompiled, unseen
 from ghost_core._torch import without_gradients
 
 
@@ -53,3 +56,14 @@ def test_gradients_are_off_for_a_while_only(enabled):
         with pytest.raises(KeyboardInterrupt):
             without_gradients(fail)
         assert torch.is_grad_enabled() is enabled
+
+
+def test_the_compiler_reads_no_table_of_all_modules(monkeypatch):
+    """It would guard every name there is in it, at each hook that it meets."""
+    compiles = SimpleNamespace(
+        compiler=SimpleNamespace(is_compiling=lambda: True),
+        _dynamo=SimpleNamespace(disable=lambda function: lambda *_: "left alone"),
+    )
+    monkeypatch.setattr(_modes, "torch", compiles)
+    monkeypatch.setattr(_modes, "sys", SimpleNamespace())
+    assert uncompiled(abs)(-1) == "left alone"

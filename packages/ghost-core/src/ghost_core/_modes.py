@@ -36,7 +36,7 @@ def uncompiled(function: _Function) -> _Function:
         if not compiles():
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(sys.modules["torch._dynamo"].disable(function))
+            disabled.append(torch._dynamo.disable(function))
         return disabled[0](*args, **kwargs)
 
     return cast(_Function, run)
@@ -49,12 +49,15 @@ def compiles() -> bool:
     """Tell whether torch's compiler looks at the functions that are called now. Torch 2.13.
 
     What keeps it from one takes as long as a small operation. Where it looks, it finds that it
-    does and nothing private. Older versions than those that were looked at may count references to
-    what this reads wrongly; there it always may.
+    does and nothing private, nor `sys.modules`, of which it would guard every name. Older versions
+    than those that were looked at may count references to what this reads wrongly; there it always
+    may.
     """
+    if torch.compiler.is_compiling():
+        return True
     if "torch._dynamo" not in sys.modules:
         return False
-    if not _CALLBACK_IS_KNOWN or torch.compiler.is_compiling():
+    if not _CALLBACK_IS_KNOWN:
         return True
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
