@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ghost_core import CaptureError
 from ghost_engines import DotProductEngine, ProjectionEngine
 
-STEPS, MICRO_BATCHES, N, TOKENS, VOCABULARY = 20, 2, 32, 6, 23
+STEPS, MICRO_BATCHES, N, TOKENS, VOCABULARY = 10, 2, 32, 6, 23
 KINDS = ("dots", "rows")
 
 

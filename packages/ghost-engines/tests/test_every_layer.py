@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -26,8 +27,14 @@ EXACT = {n: example for n, example in (LAYERS | VARIANTS).items() if example.ref
 
 
 def marked(name: str) -> object:
-    """Leave what is replayed to the stress tests: engines get it in one form, and it takes long."""
-    return pytest.param(name, marks=pytest.mark.stress if EXACT[name].generic else ())
+    """Leave to the stress tests what engines get in a form that they get from others, too.
+
+    What is replayed, and takes long; what is there in another size; and convolutions along one or
+    three axes, where those along two are there.
+    """
+    along_two = re.sub("conv[13]d", "conv2d", name)
+    again = EXACT[name].generic or name in VARIANTS or (along_two != name and along_two in EXACT)
+    return pytest.param(name, marks=pytest.mark.stress if again else ())
 
 
 @pytest.fixture(params=map(marked, EXACT))

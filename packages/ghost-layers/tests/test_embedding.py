@@ -51,7 +51,7 @@ BAGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", BAGS)
-@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("uses", [pytest.param(1, marks=pytest.mark.stress), 2])
 def test_embedding_bag(options: dict[str, Any], uses: int) -> None:
     index = torch.tensor([[0, 2, 6, 6], [6, 6, 6, 2], [6, 6, 6, 6], [2, 2, 2, 2], [1, 1, 2, 3]])
     check_sampler(EmbeddingBagSampler, nn.EmbeddingBag(7, 3, **options), index, uses=uses)

@@ -113,7 +113,7 @@ KILLER = """
 
 
 def test_no_acknowledged_step_is_lost_or_doubled_whatever_step_a_writer_is_killed_at(tmp_path):
-    run_script(KILLER, tmp_path / "log", 101, 4)
+    run_script(KILLER, tmp_path / "log", 151, 4)
 
 
 @pytest.mark.stress

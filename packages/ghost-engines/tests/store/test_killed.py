@@ -131,24 +131,21 @@ KILLER = """
         time.sleep(60)
 
 
-    {"steps": at_every_step, "random": at_random, "child": with_a_child}[sys.argv[1]](
+    def often(root, stride, wanted):
+        at_every_step(root / "steps", stride)
+        at_random(root / "random", wanted)
+
+
+    {"often": often, "child": with_a_child}[sys.argv[1]](
         Path(sys.argv[2]), *map(int, sys.argv[3:])
     )
 """
 
 
-def test_no_acknowledged_row_is_lost_or_doubled_whatever_step_a_writer_is_killed_at(tmp_path):
-    run_script(KILLER, "steps", tmp_path / "g", 3)
-
-
-def test_no_acknowledged_row_is_lost_or_doubled_whenever_a_writer_is_killed(tmp_path):
-    run_script(KILLER, "random", tmp_path / "g", 4)
-
-
-@pytest.mark.stress
-def test_no_acknowledged_row_is_lost_or_doubled_in_many_kills(tmp_path):
-    run_script(KILLER, "steps", tmp_path / "steps", 1)
-    run_script(KILLER, "random", tmp_path / "random", 500)
+# The arguments: how many steps there are between kills, and how many kills come at random.
+@pytest.mark.parametrize("kills", [(7, 4), pytest.param((1, 500), marks=pytest.mark.stress)])
+def test_no_acknowledged_row_is_lost_or_doubled_whenever_a_writer_is_killed(tmp_path, kills):
+    run_script(KILLER, "often", tmp_path, *kills)
 
 
 def test_a_forked_child_neither_writes_nor_keeps_the_next_writer_out(tmp_path):

@@ -81,6 +81,17 @@ def test_every_listed_class(name: str) -> None:
 def test_one_of_each_formula(name: str, tolerance: float) -> None:
     module, sampler = make(dotted(name)), TRANSFORMERS_NORMS[dotted(name)]
     check_sampler(sampler, module, torch.randn(3, 2, 6), tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        *ONE_OF_EACH[:1],
+        *(pytest.param(*each, marks=pytest.mark.stress) for each in ONE_OF_EACH[1:]),
+    ],
+)
+def test_without_tokens_and_used_twice(name: str, tolerance: float) -> None:
+    module, sampler = make(dotted(name)), TRANSFORMERS_NORMS[dotted(name)]
     check_sampler(sampler, module, torch.randn(3, 6), uses=2, tolerance=tolerance)
 
 

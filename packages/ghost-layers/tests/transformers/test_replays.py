@@ -155,7 +155,7 @@ def shaken(module: nn.Module) -> nn.Module:
     return module.double()
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.stress), True])
 @pytest.mark.parametrize("model", STACKS)
 def test_biases_of_encoders_and_decoders(model: str, training: bool, ways: list[Way]) -> None:
     kind = f"{model}ForConditionalGeneration"
@@ -205,7 +205,7 @@ class Mixes(nn.Module):
         return output if isinstance(output, Tensor) else output[0]
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.stress), True])
 @pytest.mark.parametrize("name", MIXERS)
 def test_mixers(name: str, training: bool) -> None:
     file, _, kind = name.partition(".")

@@ -30,7 +30,7 @@ from ghost_core.testing.tiny import TinyTransformer, next_token_losses
 N = 32
 MICRO_BATCHES = 2
 TOKENS = 6
-SHORT_BATCHES = 40
+SHORT_BATCHES = 20
 
 
 def check_engine(
@@ -55,7 +55,7 @@ def check_engine(
       Python afterwards;
     * after leaving, also by an exception in the batch, in the forward or in the backward pass:
       hooks, attributes and `requires_grad` are as found, and no captured tensor lives;
-    * eighty short batches leave no more tensors behind than forty;
+    * forty short batches leave no more tensors behind than twenty;
     * the result has one row per sample;
     * two engines at once change nothing either, where one alone leaves training bit-identical;
     * `frozen()` makes no weight gradient and restores `requires_grad`;
