@@ -108,5 +108,8 @@ def test_groups_that_do_not_fit_are_refused(tmp_path):
                           ([0] * 4, "list")]:  # fmt: skip
         with pytest.raises(StoreError, match=rf"int64 \[4\], one for each row, not .*{found}"):
             group_scores(store, query, groups)
+    for codes, names in [([0, 0, 1, 2], "ab"), ([0, -1, 0, 0], "ab"), ([0, 1, 0, 1], "aa")]:
+        with pytest.raises(StoreError, match="names of groups do not fit their numbers"):
+            group_scores(store, query, Labels(torch.tensor(codes).int(), tuple(names)))
     with pytest.raises(UnknownNameError, match="mean, sum"):
         group_scores(store, query, torch.ones(4).long(), reduce="max")

@@ -262,3 +262,21 @@ def test_unknown_options_are_refused(tmp_path, given, error, message):
 def test_a_store_without_rows_has_no_second_moments(tmp_path):
     with pytest.raises(StoreError, match="without rows"):
         Whitening.of(stored(tmp_path / "g", torch.empty(0, K)))
+
+
+def test_what_a_whitening_knows_nothing_of_adds_nothing_or_is_refused(tmp_path):
+    known, rows, queries = torch.randn(40, K), torch.randn(40, K), torch.randn(2, K)
+    known[:, columns_of("b.0.weight")] = 0
+    own, other = stored(tmp_path / "own", known), stored(tmp_path / "other", rows)
+    by, here = Whitening.of(own), [columns_of(name) for name in BLOCKS if name != "b.0.weight"]
+    found = scores(own, queries, by=by).scores.double()
+    torch.testing.assert_close(found, whitened(known, queries, 0.1, here), rtol=1e-4, atol=1e-4)
+    for ask in (lambda: other.search(queries, by=by), lambda: by.self_influence(other)):
+        with pytest.raises(StoreError, match=r"only zeros in b\.0\.weight"):
+            ask()
+    queries[:, columns_of("b.0.weight")] = 0  # so that no row adds anything there
+    found = scores(other, queries, by=by).scores.double()
+    expected = whitened(known, queries, 0.1, here, searched=rows)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    again = stored(tmp_path / "again", torch.cat([known, known]))
+    assert torch.equal(by.self_influence(again)[:40], by.self_influence(own))

@@ -77,7 +77,7 @@ def group_scores(
     comparison = compare(
         stores, queries, by=by, weights=weights, parameters=parameters, device=device, block=block
     )
-    numbers = groups.codes.long() if isinstance(groups, Labels) else groups
+    numbers = _numbers(groups) if isinstance(groups, Labels) else groups
     _check_groups(numbers, comparison.n)
     known, inverse, counts = numbers.to(comparison.device).unique(
         return_inverse=True, return_counts=True
@@ -90,6 +90,18 @@ def group_scores(
     if isinstance(groups, Labels):
         names = tuple(groups.names[number] for number in known.tolist())
     return GroupScores(known, counts, sums / counts if reduce == "mean" else sums, names)
+
+
+def _numbers(groups: Labels) -> Tensor:
+    """Return the numbers of groups, of which each has one name, and no two the same."""
+    numbers, n = groups.codes.long(), len(groups.names)
+    if len(set(groups.names)) < n or (len(numbers) and not 0 <= numbers.min() <= numbers.max() < n):
+        raise StoreError(
+            f"the {n} names of groups do not fit their numbers",
+            reason="a number has no name, or two of them have the same",
+            remedy="take store.groups, or give numbers without names, int64",
+        )
+    return numbers
 
 
 def _check_groups(groups: Tensor, n: int) -> None:

@@ -64,12 +64,14 @@ class Whitening:
             `[k_total, k_total]`.
         moments: C by parameter, float64 `[c, c]`; under `*` if there is one.
         manifest: What the store's rows are.
+        rows: What tells these rows from others: the store's digest.
     """
 
     damping: float
     blocks: str
     moments: Mapping[str, Tensor]
     manifest: Manifest
+    rows: str
     _factors: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -115,11 +117,11 @@ class Whitening:
         path = _path(store, blocks)
         header = {"rows": store.digest(), "blocks": blocks, "n": str(len(store))}
         if path.exists() and not renew:
-            return cls(damping, blocks, _read(path, header), store.manifest)
+            return cls(damping, blocks, _read(path, header), store.manifest, header["rows"])
         moments = _second_moments(store, blocks, device, progress)
         if save:
             write_tensors(path, moments, {"format": _FORMAT, **header}, store.path)
-        return cls(damping, blocks, moments, store.manifest)
+        return cls(damping, blocks, moments, store.manifest, header["rows"])
 
     def __repr__(self) -> str:
         """Say what it is of."""
@@ -140,13 +142,17 @@ class Whitening:
             Float64 `[Q, c]`.
 
         Raises:
-            StoreError: If its rows are of another kind, or C cannot be inverted.
+            StoreError: If its rows are of another kind, C cannot be inverted, or it is of rows that
+                have only zeros where others may have more.
         """
         check_alike(store.manifest, self.manifest, "whitening")
         found = torch.zeros_like(queries, dtype=torch.float64)
-        for here, factor in self._parts(store.manifest, columns):
+        for name, here, factor in self._parts(store.manifest, columns):
             part = queries[:, here].double().mT
-            found[:, here] = torch.cholesky_solve(part, factor.to(queries.device)).mT
+            if factor is not None:
+                found[:, here] = torch.cholesky_solve(part, factor.to(queries.device)).mT
+            elif part.any() and store.digest() != self.rows:
+                raise _only_zeros(name)
         return found
 
     def self_influence(
@@ -170,7 +176,8 @@ class Whitening:
 
         Raises:
             UnknownNameError: If a glob matches nothing.
-            StoreError: If its rows are of another kind, or C cannot be inverted.
+            StoreError: If its rows are of another kind, C cannot be inverted, or it is of rows that
+                have only zeros where these have more.
             DamagedStoreError: If a file went missing or was altered.
         """
         check_alike(store.manifest, self.manifest, "whitening")
@@ -181,32 +188,42 @@ class Whitening:
         with full_precision(influence.device), Progress(len(store), "influence", progress) as bar:
             for found in store.scan(block):
                 rows = found.rows[:, columns].double()
-                for here, factor in parts:
+                for name, here, factor in parts:
+                    if factor is None:
+                        if rows[:, here].any():
+                            raise _only_zeros(name)
+                        continue
                     white = torch.linalg.solve_triangular(factor, rows[:, here].mT, upper=False)
                     influence[start : start + len(found)] += white.square().sum(0)
                 start += len(found)
                 bar.advance(len(found))
         return influence
 
-    def _parts(self, manifest: Manifest, columns: Columns) -> list[tuple[Tensor, Tensor]]:
-        """Return, block by block, which of some columns are in it, and the Cholesky factor."""
+    def _parts(
+        self, manifest: Manifest, columns: Columns
+    ) -> list[tuple[str, Tensor, Tensor | None]]:
+        """Return, block by block, which of some columns are in it, and the Cholesky factor.
+
+        There is none where all rows are zero, whatever the damping: they add nothing to a score.
+        """
         taken = torch.arange(manifest.k_total, device="cpu")[columns]
         parts = []
         for name, place in _places(manifest, self.blocks).items():
             here = ((taken >= place.start) & (taken < place.stop)).nonzero().flatten()
             if len(here):
-                parts.append((here, self._factor(name, taken[here] - place.start)))
+                parts.append((name, here, self._factor(name, taken[here] - place.start)))
         return parts
 
-    def _factor(self, name: str, columns: Tensor) -> Tensor:
+    def _factor(self, name: str, columns: Tensor) -> Tensor | None:
         """Return the Cholesky factor of C + λI for some columns of a block, all of them or not."""
         whole = len(columns) == len(self.moments[name])
         if whole and name in self._factors:
             return self._factors[name]
         moments = self.moments[name][columns][:, columns]
         mean = moments.diagonal().mean().item()
-        # A block that is zero in all rows adds nothing to any score, whatever is put in its place.
-        moments.diagonal().add_(self.damping * mean if mean > 0 else 1.0)
+        if not mean:
+            return None
+        moments.diagonal().add_(self.damping * mean)
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(moments)
         # What is left of a column when those before it are taken out, against what rounding leaves.
@@ -221,6 +238,15 @@ class Whitening:
         if whole:
             self._factors[name] = factor
         return factor
+
+
+def _only_zeros(name: str) -> StoreError:
+    return StoreError(
+        f"the rows that the whitening was made of have only zeros in {_said(name)}, and others "
+        "have not",
+        reason="what is long or short there is not known, and these columns would not count",
+        remedy='make one of rows that have it, or leave it out with parameters="..."',
+    )
 
 
 def _path(store: GradientStore, blocks: str) -> Path:

@@ -59,6 +59,9 @@ class RowReader(Protocol):
     def scan(self, size: int = 4096) -> Generator[StoredRows, None, None]:
         """Yield all rows in order, each block in place of the last but one."""
 
+    def digest(self) -> str:
+        """Return what tells the rows from others."""
+
 
 class Metric(Protocol):
     """A way to compare rows that changes the queries, and then takes dot products with these."""
