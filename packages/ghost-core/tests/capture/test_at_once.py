@@ -22,6 +22,9 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "entry by entry": lambda p: (1 - p.exp() / (2 + p.sin()) - p.cos() * 3).tanh() + p.sigmoid(),
     "more of these": lambda p: -(p.relu() + 1).log() + functional.gelu(p) + functional.silu(p),
     "powers and sums": lambda p: p.pow(3) * p.sum() + p.sum(1, keepdim=True) - p.cumsum(0) + 1 / p,
+    "in bounds": lambda p: p.clamp(0.2, 0.8) + p.clamp(max=0.5).clamp_min(0.3) + p.clamp_max(0.7),
+    "roots and parts": lambda p: (p.sqrt() + p.abs().rsqrt()).softmax(1) + functional.softplus(p),
+    "where, on average": lambda p: torch.where(p > 0.5, p, -p) - p.mean(1, keepdim=True),
     "products": lambda p: functional.linear(p @ p.mT, p.mT, p[:, 0].neg()[:4]),
     "products by batch": lambda p: p.unsqueeze(0) @ p.mT.unsqueeze(0).clone(),
 }

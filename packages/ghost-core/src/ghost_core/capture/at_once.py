@@ -11,9 +11,11 @@ from ghost_core._trees import vmap
 
 _KNOWN = {
     *("torch::autograd::AccumulateGrad", "AddBackward0", "AddmmBackward0", "BmmBackward0"),
-    *("CatBackward0", "CloneBackward0", "CosBackward0", "CumsumBackward0", "DivBackward0"),
+    *("CatBackward0", "ClampBackward1", "ClampMaxBackward0", "ClampMinBackward0", "CloneBackward0"),
+    *("AbsBackward0", "CosBackward0", "CumsumBackward0", "DivBackward0", "MeanBackward1"),
     *("ExpBackward0", "ExpandBackward0", "GeluBackward0", "IndexBackward0", "LogBackward0"),
     *("MmBackward0", "MulBackward0", "NegBackward0", "PermuteBackward0", "PowBackward0"),
+    *("RsqrtBackward0", "SoftmaxBackward0", "SoftplusBackward0", "SqrtBackward0", "WhereBackward0"),
     *("ReluBackward0", "RepeatBackward0", "ReshapeAliasBackward0", "SelectBackward0"),
     *("SigmoidBackward0", "SiluBackward0", "SinBackward0", "SliceBackward0", "SqueezeBackward1"),
     *("ReciprocalBackward0", "RsubBackward1", "StackBackward0", "SubBackward0", "SumBackward0"),
