@@ -148,13 +148,16 @@ class CallHooks:
         assert batch is not None
         assert pass_ is not None
         given, axis = (*args, *kwargs.values()), self.tracked.batch_dim
+        if any(isinstance(value, PackedSequence) for value in given):
+            return True
+        if not batch.joined:
+            return False
         sizes = {
             value.shape[axis]
             for value in tree_leaves(given)
             if isinstance(value, Tensor) and value.dim() > axis
         }
-        joined = batch.joined and pass_.n not in sizes
-        return joined or any(isinstance(value, PackedSequence) for value in given)
+        return pass_.n not in sizes
 
     def _guard(self, module: nn.Module) -> None:
         """Refuse calls that the hooks would not see as they are."""
