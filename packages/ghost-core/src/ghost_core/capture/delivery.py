@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ghost_core._modes import unseen
 from ghost_core.algebra import Owned, PerSampleGradient, Record, full_precision, weighed
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Listener, Pass
@@ -78,7 +79,7 @@ class Delivery:
             return self._to_engines(saved, grads)
         if audience is Audience.PROBE:
             assert self.state.verifier.probe is not None
-            self.state.verifier.probe.see(self.site, grads)
+            unseen(self.state.verifier.probe.see, self.site, grads)
         return [None] * len(self.made)
 
     def _to_engines(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ghost_core._modes import unseen
 from ghost_core._torch import version
 from ghost_core.algebra import Owned, full_precision
 from ghost_core.capture.batch import BatchCapture
@@ -60,7 +61,7 @@ class Meeting:
         if audience is Audience.PROBE:
             probe = self.state.verifier.probe
             assert probe is not None
-            probe.see(self.site, [grad])
+            unseen(probe.see, self.site, [grad])
         elif audience is Audience.ENGINES:
             self._to_engines(grad)
             return [self._correction(source.parameter) for source in self.corrected]

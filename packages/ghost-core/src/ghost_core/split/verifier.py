@@ -32,9 +32,17 @@ from ghost_core.tracking import TrackedModule
 def _any_nan(values: Iterable[Any]) -> bool:
     """Tell whether there is NaN in any tensor; infinity is what masks are made of."""
     return any(
-        isinstance(each, Tensor) and each.is_floating_point() and bool(each.isnan().any())
-        for each in values
+        isinstance(each, Tensor) and each.is_floating_point() and _is_nan(each) for each in values
     )
+
+
+def _is_nan(value: Tensor) -> bool:
+    """Tell whether there is NaN in a tensor: its largest entry is then, whatever else there is."""
+    return bool(value.numel()) and bool(value.amax().isnan())
+
+
+def _is_finite(value: Tensor) -> bool:
+    return not value.numel() or bool(value.abs().amax().isfinite())
 
 
 class Verifier:
@@ -195,7 +203,7 @@ class Verifier:
             return
         if _any_nan(saved):
             self.doubt = f"there is NaN in the inputs of {name}"
-        elif not all(bool(grad.isfinite().all()) for grad in grads if grad is not None):
+        elif not all(_is_finite(grad) for grad in grads if grad is not None):
             self.doubt = f"gradients that are not finite arrived at {name}"
 
     def finish(self) -> None:
