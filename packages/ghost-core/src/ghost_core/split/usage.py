@@ -81,7 +81,8 @@ class UsageMode(DispatchMode):
         """Run an operation and look at what it touched."""
         kwargs = kwargs or {}
         backward = in_backward()  # where operations are many, and nothing is noted
-        given = [] if backward else [each for each in tensors_in((args, kwargs)) if address(each)]
+        found = [] if backward else tensors_in((args, kwargs))
+        given = [(each, at) for each in found if (at := address(each))]
         try:
             result = func(*args, **kwargs)
         except RuntimeError as error:
@@ -92,13 +93,16 @@ class UsageMode(DispatchMode):
                 raise misused_row(self.shared) from error
             raise
         differentiable = torch.is_grad_enabled()
-        for value in given:
-            self._see_parameter(value, func, result, differentiable)
-            if differentiable:
-                self._see_expanded(value, func, given, result)
+        for value, at in given:
+            if at in self._names:
+                self._see_parameter(value, at, func, result, differentiable)
+            if differentiable and at in self._expanded:
+                self._see_expanded(at, func, [each for each, _ in given], result)
         return result
 
-    def _see_parameter(self, value: Tensor, func: Any, result: Any, differentiable: bool) -> None:
+    def _see_parameter(
+        self, value: Tensor, at: int, func: Any, result: Any, differentiable: bool
+    ) -> None:
         """Note an operation on a parameter, or a part of one, outside of its modules.
 
         Without gradients, nothing is missed, unless a function makes them in its own way.
@@ -109,7 +113,7 @@ class UsageMode(DispatchMode):
         extent = _extent(value)  # parameters may be parts of one buffer
         names = [
             name
-            for other, name in self._names.get(address(value), ())
+            for other, name in self._names[at]
             if extent.start < other.stop and other.start < extent.stop
         ]
         hidden = bool(names) and not differentiable
@@ -123,11 +127,9 @@ class UsageMode(DispatchMode):
             for name in names:
                 self._know(result, name)
 
-    def _see_expanded(self, value: Tensor, func: Any, given: list[Tensor], result: Any) -> None:
+    def _see_expanded(self, at: int, func: Any, given: list[Tensor], result: Any) -> None:
         """Note an operation on an expanded row that would differ without the expansion."""
-        at = address(value)
-        if (tracked := self._expanded.get(at)) is None:
-            return
+        tracked = self._expanded[at]
         first = at not in self._used
         self._used.add(at)
         if first and func is _CAST:
