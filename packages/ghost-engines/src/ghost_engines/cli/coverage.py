@@ -6,7 +6,8 @@ from ghost_core import UnsupportedLayerError
 from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Coverage
 from ghost_engines.cli.places import seed
-from ghost_engines.cli.tables import plain, print_table, while_read
+from ghost_engines.cli.subject import refused, tracked_of
+from ghost_engines.cli.tables import print_table, while_read
 from ghost_engines.dot_product import DotProductEngine
 
 
@@ -17,11 +18,7 @@ def run(options: Coverage) -> int:
     try:
         engine = DotProductEngine(model, layers=options.layers, exclude=options.exclude)
     except UnsupportedLayerError as error:
-        with while_read():
-            print(plain(f"refused: {error}"))
-        return 1
-    trainable = [each for each in model.parameters() if each.requires_grad]
-    frozen = sum(not each.requires_grad for each in model.parameters())
+        return refused(error)
     with while_read():
         print_table(
             ("module", "class", "sampler", "parameters", "numbers"),
@@ -36,8 +33,5 @@ def run(options: Coverage) -> int:
                 for tracked in engine.tracking.modules
             ),
         )
-        print(
-            f"\ntracked: {len(engine.parameters)} of {len(trainable)} trainable parameters"
-            f"{f', besides {frozen} frozen' if frozen else ''}"
-        )
+        print(f"\n{tracked_of(model, len(engine.parameters))}")
     return 0

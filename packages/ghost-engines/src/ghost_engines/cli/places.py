@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,15 +74,3 @@ def seed(number: int) -> None:
     random.seed(number)
     np.random.seed(number)
     torch.manual_seed(number)
-
-
-def described_parameters(model: nn.Module) -> Iterable[tuple[str, str]]:
-    """Yield what a model's parameters are, and where."""
-    parameters = list(model.parameters())
-    yield "parameters", str(sum(map(Tensor.numel, parameters)))
-    yield "dtype", _listed(str(each.dtype).removeprefix("torch.") for each in parameters)
-    yield "device", _listed(str(each.device) for each in parameters)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(names)) or "-"

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ghost_core import UnsupportedLayerError, WrongSplitError
 from ghost_engines.cli.corpora import Corpus, CorpusOptions, load_corpus
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import in_one_line, reporting
+from ghost_engines.cli.functions import in_one_line
 from ghost_engines.cli.given import changed
-from ghost_engines.cli.losses import load_loss
-from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Project
-from ghost_engines.cli.places import Place, described_parameters, seed
 from ghost_engines.cli.ranks import Ranks
-from ghost_engines.cli.tables import plain, print_table, while_read
+from ghost_engines.cli.subject import Subject, refused
+from ghost_engines.cli.tables import print_table, while_read
 from ghost_engines.dataset import ProjectedData, project_dataset
 from ghost_engines.files import write_json
 from ghost_engines.store import GradientStore, OtherRowsError
@@ -34,40 +32,27 @@ _SHOWN = 6
 
 def run(options: Project) -> int:
     """Project, print what was done, and return the exit status."""
-    seed(options.seed)
-    projection = _projection(options)
-    loss, loss_name = load_loss(options.loss)
-    model = load_model(options.model)
-    ranks = Ranks.now()
-    place = Place(ranks.device(options.device), options.dtype)
-    place.model(model)
+    projection, ranks = _projection(options), Ranks.now()
+    subject = Subject.load(options, options.loss, ranks.device(options.device))
     named = {entry.name for entry in fields(CorpusOptions)}
     given = {name: value for name, value in asdict(options).items() if name in named}
-    corpus = load_corpus(CorpusOptions(**given), model)
-
-    def moved(model: nn.Module, batch: Any) -> Tensor:
-        losses: Tensor = loss(model, place.batch(batch))
-        return losses
-
+    corpus = load_corpus(CorpusOptions(**given), subject.model)
     try:
-        done = _projected(options, projection, corpus, model, moved, ranks)
+        done = _projected(options, projection, corpus, subject, ranks)
     except (UnsupportedLayerError, WrongSplitError) as error:
-        with while_read():
-            print(plain(f"refused: {error}"))
-        return 1
+        return refused(error)
     groups = list(_groups(done.store))
     _report(options, done, groups, ranks)
     if ranks.rank:
         return 0
-    described = reporting(lambda: [*described_parameters(model)], "MODEL: looking at it")()
+    described = subject.described(options.model)
     with while_read():
         print_table(
             ("property", "value"),
             [
-                ("model", f"{options.model} ({type(model).__name__})"),
                 *described,
                 ("data", options.data),
-                ("loss", loss_name),
+                ("loss", subject.loss_name),
                 ("store", str(done.store.path)),
                 ("dimensions", str(done.store.k_total)),
                 ("samples", str(len(done.store))),
@@ -132,8 +117,7 @@ def _projected(
     options: Project,
     projection: dict[str, Any],
     corpus: Corpus,
-    model: Any,
-    loss: Any,
+    subject: Subject,
     ranks: Ranks,
 ) -> ProjectedData:
     batch_size = options.batch_size
@@ -142,8 +126,8 @@ def _projected(
     try:
         with in_one_line("projecting", OSError):
             return project_dataset(
-                model,
-                loss,
+                subject.model,
+                subject.losses,
                 corpus.samples,
                 options.store,
                 ids=options.ids,

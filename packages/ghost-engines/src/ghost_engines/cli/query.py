@@ -22,12 +22,10 @@ from ghost_engines.cli.batches import check_field, find_data
 from ghost_engines.cli.corpora import corpus_of
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import in_one_line
-from ghost_engines.cli.losses import load_loss
-from ghost_engines.cli.models import load_model
 from ghost_engines.cli.options import Query
-from ghost_engines.cli.places import Place, seed
 from ghost_engines.cli.query_page import write_page
 from ghost_engines.cli.sources import FileOptions, Source, given_texts, open_source
+from ghost_engines.cli.subject import Subject
 from ghost_engines.cli.tables import one_line, while_read
 from ghost_engines.digest import model_digest
 from ghost_engines.results import layers
@@ -44,20 +42,18 @@ _WITH_TEXTS = (".txt", ".jsonl")
 
 def run(options: Query) -> int:
     """Search, write and print what was found, and return the exit status."""
-    seed(options.seed)
     _check(options)
     store = GradientStore.open(options.store)
-    loss, loss_name = load_loss(options.loss or _known_loss(store))
-    model = load_model(options.model)
-    place = Place(options.device, options.dtype)
-    place.model(model)
+    subject = Subject.load(options, options.loss or _known_loss(store), options.device)
+    model = subject.model
     _check_model(model, options, store)
     batch, texts = _batch(options, model)
-    rows = _projected(model, store, loss, place.batch(batch))
+    rows = _projected(model, store, subject.losses, batch)
     stored = _stored_texts(options, store, model)
     by: By = Whitening.of(store, options.damping) if options.by == "whitened" else options.by
     asked = Asked(
-        store=str(options.store), model=f"{options.model} ({type(model).__name__})", loss=loss_name,
+        store=str(options.store), model=f"{options.model} ({type(model).__name__})",
+        loss=subject.loss_name,
         rows=len(store), by=options.by, parameters=options.parameters, smallest=options.smallest,
     )  # fmt: skip
     answers = _answers(options, store, rows, by, texts, stored)

@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from torch import Tensor, nn
 
 from ghost_core import UnsupportedLayerError, WrongSplitError
 from ghost_engines.cli.batches import check_field, load_data
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import in_one_line, reporting
-from ghost_engines.cli.losses import load_loss
-from ghost_engines.cli.models import load_model
+from ghost_engines.cli.functions import in_one_line
 from ghost_engines.cli.options import Score
 from ghost_engines.cli.outputs import check_outputs, print_extremes, write_outputs
-from ghost_engines.cli.places import Place, described_parameters, seed
-from ghost_engines.cli.tables import plain, print_table, while_read
+from ghost_engines.cli.subject import Subject, refused
+from ghost_engines.cli.tables import print_table, while_read
 from ghost_engines.dataset import ScoreTable, score_dataset
 
 
 def run(options: Score) -> int:
     """Score, write and print what was found, and return the exit status."""
-    seed(options.seed)
     targets = _named(options.targets)
     if not targets and options.engine == "dot_product":
         raise CommandError("--targets: give at least one, as NAME=DATA")
     check_field(options.field, [options.data, *targets.values()])
     check_outputs(options.top, options.out, options.plot)
-    loss, loss_name = load_loss(options.loss)
-    model = load_model(options.model)
+    subject = Subject.load(options, options.loss, options.device)
     try:
-        table = _scored(options, targets, model, loss)
+        table = _scored(options, targets, subject)
     except (UnsupportedLayerError, WrongSplitError) as error:
-        with while_read():
-            print(plain(f"refused: {error}"))
-        return 1
-    described = reporting(lambda: [*described_parameters(model)], "MODEL: looking at it")()
+        return refused(error)
+    described = subject.described(options.model)
     write_outputs(table, table.plot, options.out, options.plot)
     summary = [
-        ("model", f"{options.model} ({type(model).__name__})"),
         *described,
         ("data", options.data),
         *((f"target {name}", data) for name, data in targets.items()),
-        ("loss", loss_name),
+        ("loss", subject.loss_name),
         ("samples", str(len(table))),
         ("verified", "yes" if table.verified else "no"),
     ]
@@ -57,19 +48,12 @@ def run(options: Score) -> int:
     return 0
 
 
-def _scored(
-    options: Score,
-    targets: dict[str, str],
-    model: nn.Module,
-    loss: Callable[[nn.Module, Any], Tensor],
-) -> ScoreTable:
+def _scored(options: Score, targets: dict[str, str], subject: Subject) -> ScoreTable:
     """Load the data and score them."""
-    place = Place(options.device, options.dtype)
-    place.model(model)
 
     def load(data: str, option: str) -> Any:
         return load_data(
-            data, option, options.model, model,
+            data, option, options.model, subject.model,
             field=options.field, batch_size=options.batch_size, truncate=options.truncate,
         )  # fmt: skip
 
@@ -77,8 +61,8 @@ def _scored(
     loaded = {name: load(data, f"--targets {name}") for name, data in targets.items()}
     with in_one_line("scoring"):
         return score_dataset(
-            model,
-            lambda model, batch: loss(model, place.batch(batch)),
+            subject.model,
+            subject.losses,
             train,
             loaded,
             norms=not options.no_norms,
