@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from ghost_engines.digest import model_digest
     from ghost_engines.directions import (
+        FactoredDirection,
         adam_aware,
         load_direction,
         save_direction,
@@ -57,6 +58,7 @@ __all__ = [
     "CreditedStep",
     "DamagedStoreError",
     "DotProductEngine",
+    "FactoredDirection",
     "GradientStore",
     "Gram",
     "GramEngine",

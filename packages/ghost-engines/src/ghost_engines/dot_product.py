@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from ghost_core import (
@@ -17,6 +18,7 @@ from ghost_core import (
     TrackedParameter,
 )
 from ghost_core.algebra import building_at_most
+from ghost_engines.directions import Factors, Uses, dots_with, squared_norm_of
 from ghost_engines.modes import (
     Concatenation,
     InBatch,
@@ -85,6 +87,8 @@ class DotProductEngine(ScoringEngine[Scores]):
         self.plain_sums = chosen is not Mode.CONCATENATED
         self._takes_norms = norms
         self._terms: Terms | None = None
+        self._takes_factors = not per_token
+        self._uses: dict[str, dict[int, Uses]] = {}
         self._of_directions: dict[str, Tensor] = {}
         self._both: Concatenation | None = None
         if chosen is Mode.CONCATENATED:
@@ -166,11 +170,25 @@ class DotProductEngine(ScoringEngine[Scores]):
         if self._both is not None:
             check_tracked(self.model, self.tracking)
             self._both.sizes(batch.n)
+        else:
+            self._capture_factors()
         super().on_start(batch)
+        if self._both is None:
+            found = {each.name: self._directions.uses(each.name) for each in self.parameters}
+            self._uses = {name: uses for name, uses in found.items() if uses}
         if self._takes_norms or self._both is not None:
             known = "the norm of their sum" if self._both is None else "their product"
             other = "CosineEngine" if self._both is None else "mode='exact' or mode='fused'"
             self._terms = Terms(self.parameters, known, f"use {other}")
+
+    def _capture_factors(self) -> None:
+        for each in self._directions.factored:
+            assert each.factored is not None
+            assert each.source is not None
+            assert self._recorder is not None
+            factors = Factors(self.tracking, self.verifies, each.source, each.factored)
+            factors.capture(self._recorder)
+            each.keep(factors)
 
     def on_gradient(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
@@ -213,16 +231,42 @@ class DotProductEngine(ScoringEngine[Scores]):
             if not alone:
                 self._both.keep(name, directions)
                 directions = None
+        if directions is not None and not len(directions):
+            directions = None
         # What is built for the sum anyway has its norm for little; products of terms come later.
         norms = self._takes_norms and (alone or self.makes_gradients)
         found = gradient.reduce(directions, norms=norms, total=self.makes_gradients)
-        if found.dots is not None:
-            self._dots[name][pass_.samples].add_(found.dots)
+        self._add_dots(pass_, name, gradient, found.dots)
         if terms is not None and not alone:
             terms.held.add(pass_, parameter, gradient, found.squared_norms)
         elif terms is not None and found.squared_norms is not None:
             terms.add_norms(pass_, name, found.squared_norms)
         return found.total
+
+    def _add_dots(
+        self, pass_: Pass, name: str, gradient: PerSampleGradient, built: Tensor | None
+    ) -> None:
+        """Add dots with the directions that are built, and with those that are factors."""
+        dots, uses = self._dots[name][pass_.samples], self._uses.get(name, {})
+        if built is not None and not uses:
+            dots.add_(built)
+        elif built is not None:
+            dots[:, [at for at in range(dots.shape[1]) if at not in uses]] += built
+        for at, each in uses.items():
+            dots[:, at] += dots_with(each, gradient)
+
+    def squared_direction_norms(self) -> dict[str, Tensor]:
+        """Return the squared norms of the directions by parameter name, `[K]`."""
+        found = super().squared_direction_norms()
+        for name, uses in self._uses.items():
+            built = iter(found[name])
+            found[name] = torch.stack(
+                [
+                    squared_norm_of(uses[at]).to(found[name]) if at in uses else next(built)
+                    for at in range(len(self.directions))
+                ]
+            )
+        return found
 
     def make_scores(
         self, batch: Batch[Scores], dots: Mapping[str, Tensor], token_dots: Tensor | None
@@ -251,7 +295,7 @@ class DotProductEngine(ScoringEngine[Scores]):
     def on_close(self) -> None:
         """Let go of the sums, and of the batch."""
         super().on_close()
-        self._terms, self._of_directions = None, {}
+        self._terms, self._of_directions, self._uses = None, {}, {}
         if self._both is not None:
             self._stacked = {}
             self._both.close()

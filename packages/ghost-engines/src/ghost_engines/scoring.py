@@ -25,7 +25,7 @@ from ghost_core.algebra import accumulation_dtype, as_rows
 from ghost_core.arguments import switch
 from ghost_core.capture import Recorder, not_attached, open_already
 from ghost_core.restoring import restored, undo
-from ghost_engines.directions import Closure, Directions, Transform
+from ghost_engines.directions import Closure, Directions, FactoredDirection, Transform
 from ghost_engines.scores import Scores
 from ghost_engines.selection import Candidates, CandidateScores, Losses
 from ghost_engines.tokens import TokenSum
@@ -86,6 +86,7 @@ class ScoringEngine(Engine[ScoresT]):
         if per_token:
             self._check_positions()
         self._per_token = per_token
+        self._takes_factors = False  # directions are built
         self._directions = Directions(self.model, self.parameters, self.ranks)
         self._stacked: dict[str, Tensor] = {}
         self._dots: dict[str, Tensor] = {}
@@ -110,7 +111,7 @@ class ScoringEngine(Engine[ScoresT]):
     def add_direction(
         self,
         name: str,
-        direction: Closure | Mapping[str, Tensor],
+        direction: Closure | FactoredDirection | Mapping[str, Tensor],
         *,
         refresh: int | None = None,
         transform: Transform | None = None,
@@ -122,8 +123,8 @@ class ScoringEngine(Engine[ScoresT]):
             name: Its name.
             direction: A closure that returns the scalar loss whose gradient is the direction, or
                 one that returns the direction itself, a tensor for each tracked parameter by name;
-                or these tensors. The closure runs in evaluation mode and leaves no trace; a
-                single direction can be linear in many validation samples.
+                these tensors; or a `FactoredDirection`. The closure runs in evaluation mode and
+                leaves no trace; a single direction can be linear in many validation samples.
             refresh: Batches after which it is made anew; by default 1, so that the direction always
                 belongs to the current parameters. Tensors without a transform stay as they are.
             transform: What to make of it: `adam_aware(optimizer)`, `second_order(step)`,
@@ -138,7 +139,12 @@ class ScoringEngine(Engine[ScoresT]):
                 takes arguments, `refresh` is not positive, or an option goes with a closure only.
         """
         self._directions.add(
-            name, direction, refresh=refresh, transform=transform, training=training
+            name,
+            direction,
+            refresh=refresh,
+            transform=transform,
+            training=training,
+            factors=self._takes_factors,
         )
 
     def direction(self, name: str) -> dict[str, Tensor]:

@@ -2,6 +2,13 @@
 
 from ghost_engines.directions.closures import Closure, Source
 from ghost_engines.directions.collection import Directions
+from ghost_engines.directions.factored import (
+    FactoredDirection,
+    Factors,
+    Uses,
+    dots_with,
+    squared_norm_of,
+)
 from ghost_engines.directions.files import load_direction, save_direction
 from ghost_engines.directions.transforms import (
     Gradient,
@@ -14,12 +21,17 @@ from ghost_engines.directions.transforms import (
 __all__ = [
     "Closure",
     "Directions",
+    "FactoredDirection",
+    "Factors",
     "Gradient",
     "Source",
     "Transform",
+    "Uses",
     "adam_aware",
+    "dots_with",
     "load_direction",
     "save_direction",
     "second_order",
+    "squared_norm_of",
     "unit_norm",
 ]

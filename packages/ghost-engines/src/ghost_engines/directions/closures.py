@@ -78,16 +78,16 @@ class Source:
         return self._averaged(self._own_tensors)
 
     def _own_tensors(self) -> dict[str, Tensor]:
-        with self._called() as result:
+        with self.called() as result:
             if isinstance(result, Mapping):
                 named = self.ranks.inside(result)
                 return given(self.name, named, self.model, self.parameters)
             if self.ranks.sharded is None:
-                gradients = self._differentiated(self._loss(result))
+                gradients = self._differentiated(self.loss_of(result))
             else:
                 # None begins what all take part in before each has a loss.
                 what = f"direction {self.name!r}"
-                loss = self.ranks.all_or_none(what, lambda: self._loss(result), lambda _: what)
+                loss = self.ranks.all_or_none(what, lambda: self.loss_of(result), lambda _: what)
                 gradients = self._backpropagated(loss)
         return finite(self.name, {key: widened(each) for key, each in gradients.items()})
 
@@ -105,14 +105,14 @@ class Source:
 
     def _own_curvature(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Torch's plain formula for attention is the one whose second derivative is known.
-        with sdpa_kernel(SDPBackend.MATH), self._called() as result:
+        with sdpa_kernel(SDPBackend.MATH), self.called() as result:
             if isinstance(result, Mapping):
                 raise CaptureError(
                     f"direction {self.name!r} has no second order",
                     reason="its closure returns tensors, and no loss that has a Hessian",
                     remedy="return the scalar loss, or use the first order",
                 )
-            gradients = self._differentiated(self._loss(result), create_graph=True)
+            gradients = self._differentiated(self.loss_of(result), create_graph=True)
             slope = sum((gradients[key] * step[key].to(gradients[key])).sum() for key in gradients)
             assert isinstance(slope, Tensor)
             leaves = self.leaves()
@@ -132,21 +132,21 @@ class Source:
         return self.ranks.average(self.ranks.all_or_none(what, make, lambda _: what))
 
     @contextmanager
-    def _called(self) -> Iterator[object]:
+    def called(self) -> Iterator[object]:
         """Call the closure, and undo afterwards what that did."""
         with torch.enable_grad(), self.ranks.apart(), untouched(self.model):
             if not self.training:
                 self.model.eval()
             yield self.closure()
 
-    def _loss(self, result: object) -> Tensor:
-        """Return what the closure gave as a scalar loss."""
+    def loss_of(self, result: object) -> Tensor:
+        """Return what the closure gave as a scalar loss.
+
+        Raises:
+            CaptureError: If it is none, or is not finite, or was backpropagated.
+        """
         if any(leaf.grad is not None for leaf in self.leaves().values()):  # they were set aside
-            raise CaptureError(
-                f"direction {self.name!r}: the closure called backward()",
-                reason="its gradients are computed where the loss that it returns is",
-                remedy="return the loss without calling backward()",
-            )
+            raise self.backpropagated()
         if not isinstance(result, Tensor) or result.numel() != 1 or not result.requires_grad:
             raise CaptureError(
                 f"direction {self.name!r}: the closure must return a scalar loss that depends on "
@@ -173,7 +173,7 @@ class Source:
         loss.backward()
         leaves = self.leaves()
         if all(leaf.grad is None for leaf in leaves.values()):
-            raise self._independent()
+            raise self.independent()
         return {
             name: torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
             if leaf.grad is None
@@ -181,7 +181,16 @@ class Source:
             for name, leaf in leaves.items()
         }
 
-    def _independent(self) -> CaptureError:
+    def backpropagated(self) -> CaptureError:
+        """Return the error about a closure that computed gradients itself."""
+        return CaptureError(
+            f"direction {self.name!r}: the closure called backward()",
+            reason="its gradients are computed where the loss that it returns is",
+            remedy="return the loss without calling backward()",
+        )
+
+    def independent(self) -> CaptureError:
+        """Return the error about a loss that depends on nothing that is tracked."""
         return CaptureError(
             f"direction {self.name!r}: the closure's loss depends on none of the selected "
             "parameters; does it call another model?"
@@ -203,7 +212,7 @@ class Source:
                 remedy="compute the loss in the closure, and return it without calling backward()",
             ) from error
         if all(gradient is None for gradient in gradients):
-            raise self._independent()
+            raise self.independent()
         return _filled(leaves, gradients)
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import CaptureError, TrackedParameter, UnknownNameError
+from ghost_core.algebra import accumulation_dtype
 from ghost_core.ranks import ALONE, Ranks
 from ghost_engines.directions.closures import Closure
 from ghost_engines.directions.direction import Direction, direction_of
+from ghost_engines.directions.factored import FactoredDirection, Uses
 from ghost_engines.directions.transforms import Transform
 
 
@@ -46,13 +48,23 @@ class Directions:
     def add(
         self,
         name: str,
-        direction: Closure | Mapping[str, Tensor],
+        direction: Closure | FactoredDirection | Mapping[str, Tensor],
         *,
         refresh: int | None,
         transform: Transform | None,
         training: bool,
+        factors: bool,
     ) -> None:
-        """Add a direction, or replace the one of this name: see `ScoringEngine.add_direction`."""
+        """Add a direction, or replace the one of this name: see `ScoringEngine.add_direction`.
+
+        Args:
+            name: Its name.
+            direction: What it is given as.
+            refresh: Batches after which it is made anew.
+            transform: What to make of it.
+            training: Whether a closure runs with the model as it is.
+            factors: Whether the engine can multiply with factors.
+        """
         self._by_name[name] = direction_of(
             name,
             direction,
@@ -62,6 +74,7 @@ class Directions:
             transform=transform,
             training=training,
             ranks=self._ranks,
+            factors=factors,
         )
         self._stacked = {}
 
@@ -78,7 +91,7 @@ class Directions:
         """Renew the directions that are due, and count the batch.
 
         Returns:
-            All directions by parameter name, `[K, *shape]`.
+            All directions by parameter name, `[K, *shape]`, but for those that have factors there.
 
         Raises:
             CaptureError: If there is no direction.
@@ -90,6 +103,16 @@ class Directions:
         if any(changed) or not self._stacked:
             self._stacked = {each.name: self._stack(each.name) for each in self._parameters}
         return self._stacked
+
+    @property
+    def factored(self) -> tuple[Direction, ...]:
+        """Those of which factors are to be captured before each batch."""
+        return tuple(each for each in self._by_name.values() if each.factored is not None)
+
+    def uses(self, parameter: str) -> dict[int, Uses]:
+        """Return the factors for a parameter by column of the direction that they are of."""
+        directions = enumerate(self._by_name.values())
+        return {at: each.uses[parameter] for at, each in directions if parameter in each.uses}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what another process needs to go on as this one would."""
@@ -112,8 +135,13 @@ class Directions:
 
     def _stack(self, parameter: str) -> Tensor:
         """Return all directions for a parameter, and let each have its part of that memory."""
-        rows = [each.tensors[parameter] for each in self._by_name.values()]
+        built = [each for each in self._by_name.values() if parameter not in each.uses]
+        if not built:
+            (one,) = [each for each in self._parameters if each.name == parameter]
+            dtype = accumulation_dtype(one.dtype)
+            return torch.empty(0, *one.shape, dtype=dtype, device=one.device)
+        rows = [each.tensors[parameter] for each in built]
         stacked = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
-        for each, row in zip(self._by_name.values(), stacked.unbind(), strict=True):
+        for each, row in zip(built, stacked.unbind(), strict=True):
             each.tensors[parameter] = row
         return stacked

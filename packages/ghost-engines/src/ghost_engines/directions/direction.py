@@ -13,6 +13,7 @@ from ghost_core import CaptureError, TrackedParameter
 from ghost_core.arguments import whole
 from ghost_core.ranks import ALONE, Ranks
 from ghost_engines.directions.closures import Closure, Source, check_closure
+from ghost_engines.directions.factored import FactoredDirection, Factors, Uses, sum_of
 from ghost_engines.directions.given import finite, given, widened
 from ghost_engines.directions.transforms import Gradient, Transform
 
@@ -30,6 +31,8 @@ class Direction:
         refresh: Batches after which it is renewed; None for never.
         tensors: The direction by parameter name; empty before it was made.
         age: Batches since it was made.
+        factored: How it was given, if factors of it are to be captured before each batch.
+        uses: Those factors by name of the parameters that `tensors` lacks.
     """
 
     name: str
@@ -40,6 +43,13 @@ class Direction:
     ranks: Ranks = ALONE
     tensors: dict[str, Tensor] = field(default_factory=dict)
     age: int = 0
+    factored: FactoredDirection | None = None
+    uses: dict[str, Uses] = field(default_factory=dict)
+    _arrived: Factors | None = None
+
+    def keep(self, factors: Factors) -> None:
+        """Take the factors that were captured for the coming batch."""
+        self._arrived = factors
 
     def renew(self) -> bool:
         """Make it anew if it is time to, and count the batch.
@@ -49,7 +59,9 @@ class Direction:
         """
         due = not self.tensors or (self.refresh is not None and self.age >= self.refresh)
         if due:
-            self.tensors = self._made()
+            arrived, self._arrived = self._arrived, None
+            self.uses = {} if arrived is None else dict(arrived.uses)
+            self.tensors = self._made() if arrived is None else self._built(arrived)
             self.age = 0
         self.age += 1
         return due
@@ -70,7 +82,23 @@ class Direction:
 
     def current(self) -> dict[str, Tensor]:
         """Return it as it is, or would be."""
-        return dict(self.tensors or self._made())
+        if not self.tensors and not self.uses:
+            return self._made()
+        built = self.tensors | {name: sum_of(uses) for name, uses in self.uses.items()}
+        return {name: built[name] for name in self.fixed.leaves}
+
+    def _built(self, factors: Factors) -> dict[str, Tensor]:
+        """Return what was built, and refuse what is not finite, of factors too."""
+        finite(
+            self.name,
+            {
+                f"{name} ({at})": each
+                for name, uses in factors.uses.items()
+                for use in uses
+                for at, each in (*use.factor.tensors().items(), ("gradient", use.grad))
+            },
+        )
+        return finite(self.name, {key: widened(each) for key, each in factors.sums.items()})
 
     def _made(self) -> dict[str, Tensor]:
         raw = self.fixed
@@ -120,7 +148,7 @@ class Direction:
 
 def direction_of(
     name: str,
-    given_as: Closure | Mapping[str, Tensor],
+    given_as: Closure | FactoredDirection | Mapping[str, Tensor],
     model: nn.Module,
     parameters: Iterable[TrackedParameter],
     *,
@@ -128,6 +156,7 @@ def direction_of(
     transform: Transform | None,
     training: bool,
     ranks: Ranks = ALONE,
+    factors: bool = False,
 ) -> Direction:
     """Return a direction; see `ScoringEngine.add_direction`.
 
@@ -152,14 +181,57 @@ def direction_of(
         fixed = Gradient(given(name, ranks.inside(given_as), model, parameters), None, leaves)
         renewed = (every or 1) if transform else None
         return Direction(name, None, fixed, transform, renewed, ranks)
-    if callable(given_as):
-        check_closure(name, given_as)
-        source = Source(name, given_as, model, parameters, training, ranks)
-        return Direction(name, source, Gradient({}, source, leaves), transform, every or 1, ranks)
+    factored = given_as if isinstance(given_as, FactoredDirection) else None
+    closure = given_as if factored is None else factored.loss
+    if callable(closure):
+        check_closure(name, closure)
+        if factored is not None:
+            factored = _kept(name, factored, every, transform, ranks, factors)
+        source = Source(name, closure, model, parameters, training, ranks)
+        fixed = Gradient({}, source, leaves)
+        return Direction(name, source, fixed, transform, every or 1, ranks, factored=factored)
     raise CaptureError(
         f"direction {name!r} must be a closure or a mapping of tensors, not "
         f"{type(given_as).__name__}"
     )
+
+
+def _kept(
+    name: str,
+    factored: FactoredDirection,
+    refresh: int | None,
+    transform: Transform | None,
+    ranks: Ranks,
+    factors: bool,
+) -> FactoredDirection | None:
+    """Return how factors are to be kept; None if the direction is to be built.
+
+    Raises:
+        CaptureError: If factors are asked for where there can be none.
+    """
+    if refresh not in (None, 1) and factored.keep != "built":
+        raise CaptureError(
+            f"direction {name!r}: factors are captured before each batch, and refresh={refresh} "
+            "would keep them for longer",
+            reason="they are no tensors by parameter name, which a state could be saved with",
+            remedy="give the loss itself as a closure, or leave refresh out",
+        )
+    why = [
+        reason
+        for hindered, reason in (
+            (transform is not None, "a transform needs the direction itself"),
+            (ranks.several, "each process would have factors of its own, and they average"),
+            (not factors, "this engine needs the direction itself"),
+        )
+        if hindered
+    ]
+    if why and factored.keep == "factors":
+        raise CaptureError(
+            f"direction {name!r} cannot be kept as factors",
+            reason=why[0],
+            remedy="use keep='cheaper', which builds it here, or a DotProductEngine by sample",
+        )
+    return None if why or factored.keep == "built" else factored
 
 
 def _described(tensors: Mapping[str, Tensor]) -> list[tuple[str, float]]:
