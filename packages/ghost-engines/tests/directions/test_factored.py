@@ -18,7 +18,6 @@ from ghost_core import CaptureError, UnknownNameError
 from ghost_core.testing import (
     LayerExample,
     TinyTransformer,
-    check_engine,
     dense,
     losses,
     next_token_losses,
@@ -210,22 +209,6 @@ def test_training_random_numbers_and_modes_are_left_alone() -> None:
     assert torch.equal(drawn, again)
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.stress
-def test_it_keeps_what_every_engine_promises() -> None:
-    """But that two such engines go together: the second would have to run in the first's batch."""
-
-    def make(model: nn.Module, **options: Any) -> DotProductEngine:
-        engine = DotProductEngine(model, mode="fused", **options)
-        ids = torch.arange(12).reshape(2, 6)
-        keep = FactoredDirection(
-            lambda: next_token_losses(model(ids), ids).sum(), 2, keep="factors"
-        )
-        engine.add_direction("val", keep)
-        return engine
-
-    check_engine(make, gradient_error=1e-6, steps=5)
 
 
 def test_a_frozen_pass(mlp: nn.Module, inputs: Tensor, assert_scores: CheckScores) -> None:

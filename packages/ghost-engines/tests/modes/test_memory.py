@@ -15,12 +15,13 @@ WIDTH, LAYERS, N, M, T = 1536, 6, 8, 2, 64
 PARAMETERS = LAYERS * WIDTH**2 * 4
 LARGEST = WIDTH**2 * 4
 ACTIVATIONS = (LAYERS + 1) * M * T * WIDTH * 4
+FACTORS = LAYERS * M * T * 2 * WIDTH * 4
 
 STEPS = f"""
 import resource, sys
 import torch
 from torch import nn
-from ghost_engines import DotProductEngine
+from ghost_engines import DotProductEngine, FactoredDirection
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -49,6 +50,16 @@ elif mode == "concatenated":
             with engine.batch(range({N})):
                 losses = model(both).square().mean((1, 2))
                 engine.backward(losses, train_weight=1 / {N}, validation_weight=1 / {M})
+elif mode in ("closure", "factors"):
+    engine = DotProductEngine(model, verify=False)
+    others = torch.randn({M}, {T}, {WIDTH})
+    loss = lambda: model(others).square().mean()
+    engine.add_direction("val", loss if mode == "closure" else FactoredDirection(loss, {M}))
+    with engine:
+        for _ in range(3):
+            model.zero_grad()
+            with engine.batch(range({N})):
+                step()
 else:
     engine = DotProductEngine(model, mode=mode, verify=False)
     direction = {{name: torch.ones(1).expand_as(p) for name, p in model.named_parameters()}}
@@ -78,6 +89,14 @@ def test_what_modes_add_to_plain_training():
     assert fused - plain <= PARAMETERS + 3 * LARGEST  # and the samples in flight
     # The direction of one layer, the samples in flight, and what belongs to validation samples.
     assert peak("concatenated") - plain <= 3 * LARGEST + 2 * ACTIVATIONS
+
+
+@pytest.mark.stress
+def test_factors_take_the_place_of_a_direction():
+    """Two validation samples, whose factors are a sixth of their gradient."""
+    plain = peak("plain")
+    assert peak("factors") - plain <= FACTORS + 2 * ACTIVATIONS + LARGEST
+    assert peak("closure") - plain >= 0.9 * PARAMETERS
 
 
 @pytest.mark.parametrize("mode", ["exact", "fused"])
