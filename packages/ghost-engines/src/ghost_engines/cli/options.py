@@ -189,7 +189,7 @@ class Project(_Own):
             a batch.
         unit: Rows per file of the store.
         dtype: What to cast model and batches to; by default nothing is cast.
-        layers: Globs over names of modules or parameters, separated by commas: what to track.
+        layers: Globs over names of modules or parameters, separated by commas: what to project.
         exclude: Globs, separated by commas: what to leave out of it.
         seed: Seed of the maps, and of the random number generators.
         device: Where to compute: cpu, cuda, cuda:1, ...
@@ -247,9 +247,9 @@ class Query(_Own):
         data: File of texts that the store was made of, to print what is found: the sample with id 0
             is the first one. By default the file that the store names, where it is one of texts.
         k: How many samples to find for each query.
-        by: dot, cosine or whitened, which takes out in which directions all gradients are long.
-        damping: Of whitened: what is added to the second moments, relative to their mean
-            eigenvalue.
+        by: dot, of gradients as they are; cosine; or whitened, where directions count less in which
+            all gradients are long: their second moments are kept in the store's folder.
+        damping: Of whitened: what to add to these moments, relative to their mean eigenvalue.
         parameters: Globs over names of modules or parameters, separated by commas: what to compare.
         smallest: Find the smallest scores instead of the largest.
         by_layer: Say what each layer adds to a score.
