@@ -2,11 +2,17 @@
 
 import gc
 import os
+import sys
+
+import pytest
 
 # One thread of arithmetic: the tensors of the tests are tiny, and other processes run beside, so
 # that more threads would only wait for each other. Set before torch and numpy are imported, and
 # for the programs that tests start.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
+SPARED = pytest.StashKey[int]()
+"""How many modules there were when the garbage collector was last spared what stays."""
 
 
 def pytest_collectstart() -> None:
@@ -14,11 +20,24 @@ def pytest_collectstart() -> None:
     gc.disable()
 
 
-def pytest_collection_finish() -> None:
-    """Spare the garbage collector what stays: modules, and thousands of collected tests.
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spare the garbage collector modules and thousands of collected tests."""
+    spare(session)
+    gc.enable()
 
-    Tests that look for leaks collect hundreds of times, which took a second each.
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Spare it what a test has imported, such as torch's compiler."""
+    if len(sys.modules) > item.session.stash[SPARED] + 200:
+        spare(item.session)
+
+
+def spare(session: pytest.Session) -> None:
+    """Hide from the garbage collector what is there and no garbage.
+
+    Tests that look for leaks collect hundreds of times, which took up to a second each.
     """
     gc.collect()
     gc.freeze()
-    gc.enable()
+    session.stash[SPARED] = len(sys.modules)
