@@ -110,7 +110,9 @@ def test_texts_are_looked_up_in_a_store_and_shown(checkpoint, texts, tmp_path, c
     assert [each["text"] for each in said["queries"]] == ["the cat sat on the mat", "the dog"]
     assert [each["found"][0]["id"] for each in said["queries"]] == [0, 2]
     texts.write_text("one line\n")
-    assert cli.main([*asked, "--text", "the dog"]) == 2
+    assert cli.main([*asked, "--text", "the dog"]) == 0
+    assert "has changed since" in capsys.readouterr().err
+    assert cli.main([*asked, "--text", "the dog", "--data", str(texts)]) == 2
     assert "--data has 1 samples" in capsys.readouterr().err
 
 
@@ -353,6 +355,28 @@ def test_samples_of_other_fields_are_shown_and_those_that_changed_are_not(
     said = capsys.readouterr().err
     assert said.startswith(f"{told}--data: {path} cannot be read: ")
     assert said.count("\n") == 1
+
+
+def test_texts_of_a_file_that_has_changed_are_not_taken_for_the_samples(
+    checkpoint, tmp_path, capsys, caplog
+):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("the cat sat", "a dog ran")))
+    given = ("--data", path, "--store", "g", "--dim", 8, "--min-dim", 1)
+    assert project(checkpoint, *given) == 0
+    manifest = json.loads((tmp_path / "g/manifest.json").read_text())
+    (tmp_path / "g/manifest.json").write_text(json.dumps({**manifest, "notes": {}}))  # as python's
+    assert _asked("g", checkpoint, capsys) == {0: "the cat sat", 1: "a dog ran"}
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[::-1]))
+    assert _asked("g", checkpoint, capsys) == {0: None, 1: None}
+    asked = ("query", "g", str(checkpoint), "--text", "the cat sat")
+    assert cli.main([*asked]) == 0
+    said = f"cannot be shown: {path} has changed since the store was made\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert "not the file" not in caplog.text
+    assert cli.main([*asked, "--data", str(path)]) == 0
+    assert f"{path} is not the file that the store was made of" in caplog.text
 
 
 def test_blocks_of_tokens_are_shown_as_texts(checkpoint, tmp_path, capsys):

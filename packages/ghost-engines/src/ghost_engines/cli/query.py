@@ -30,7 +30,7 @@ from ghost_engines.cli.tables import one_line, while_read
 from ghost_engines.digest import model_digest
 from ghost_engines.results import layers
 from ghost_engines.search import Whitening, score_parts
-from ghost_engines.store import By, GradientStore
+from ghost_engines.store import By, DataFile, GradientStore
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +142,7 @@ def _stored_texts(options: Query, store: GradientStore, model: nn.Module) -> Sho
         try:
             corpus = corpus_of(store, options.model, model)
         except CommandError as error:
-            said = one_line(f"the texts of the store's samples cannot be shown: {error}")
-            print(f"ghost: {said}", file=sys.stderr)
+            _say_why_not_shown(str(error))
             return None
         if corpus is not None:
             return corpus.shown
@@ -152,6 +151,14 @@ def _stored_texts(options: Query, store: GradientStore, model: nn.Module) -> Sho
         if known or len(named) != 1 or named[0].suffix not in _WITH_TEXTS or not named[0].is_file():
             return None
         (path,) = named
+        if not _is_data_of(store, path):
+            _say_why_not_shown(f"{path} has changed since the store was made")
+            return None
+    elif path.is_file() and not _is_data_of(store, path):
+        logger.warning(
+            "%s is not the file that the store was made of, or has changed since: what is shown "
+            "may be others than the samples that were found", path,
+        )  # fmt: skip
     source = _source(path, "--data", options, model)
 
     def shown(id_: int) -> str:
@@ -163,6 +170,17 @@ def _stored_texts(options: Query, store: GradientStore, model: nn.Module) -> Sho
         return str(source.text(id_))
 
     return shown
+
+
+def _is_data_of(store: GradientStore, path: Path) -> bool:
+    """Return whether a file is one that a store was made of, as it was then, if that is known."""
+    known = [file.digest for file in store.manifest.data_files]
+    return not known or DataFile.of(path).digest in known
+
+
+def _say_why_not_shown(reason: str) -> None:
+    said = one_line(f"the texts of the store's samples cannot be shown: {reason}")
+    print(f"ghost: {said}", file=sys.stderr)
 
 
 def _answers(
