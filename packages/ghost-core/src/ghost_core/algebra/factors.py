@@ -211,12 +211,13 @@ class Lookups(InputFactor):
                 product = product * _tokens_right(other.weight.double(), paired)
         else:
             dense = other.dense() if isinstance(other, InputFactor) else other
-            table = dense[:, :, 0].double()  # [M, S, size]
+            table = dense[:, :, 0]  # [M, S, size], of which few columns are looked up
             if paired:
                 index = self.index.unsqueeze(1).expand(-1, table.shape[1], -1)
                 product = table.gather(2, index).mT  # [N, T, S]
             else:
                 product = table[:, :, self.index].permute(2, 0, 3, 1)  # [N, M, T, S]
+            product = product.double()
         if self.weight is not None:
             product = product * _tokens_left(self.weight.double(), paired)
         return product.unsqueeze(-3)
