@@ -280,3 +280,17 @@ def test_what_a_whitening_knows_nothing_of_adds_nothing_or_is_refused(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     again = stored(tmp_path / "again", torch.cat([known, known]))
     assert torch.equal(by.self_influence(again)[:40], by.self_influence(own))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("a.weight", "a.weighs"), ("[3,3]", "[9,1]"), ("F64", "I64")]
+)
+def test_moments_under_another_name_or_of_another_kind_are_damaged(tmp_path, old, new):
+    store = stored(tmp_path, torch.randn(20, K))
+    Whitening.of(store)
+    path = tmp_path / "whitening/parameter.safetensors"
+    content = path.read_bytes()
+    assert old.encode() in content
+    path.write_bytes(content.replace(old.encode(), new.encode()))
+    with pytest.raises(DamagedStoreError, match="it has no moments of a"):
+        Whitening.of(store)

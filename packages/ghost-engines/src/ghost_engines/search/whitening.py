@@ -17,6 +17,7 @@ from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
 from ghost_engines.store import (
     Columns,
+    DamagedStoreError,
     GradientStore,
     Manifest,
     RowReader,
@@ -27,6 +28,7 @@ from ghost_engines.store import (
     check_store,
     columns_of,
     device_of,
+    header,
     number,
     parameter_columns,
     write_tensors,
@@ -115,13 +117,14 @@ class Whitening:
         if not isfinite(damping) or damping < 0:
             raise StoreError(f"damping must be 0 or more, not {damping}")
         path = _path(store, blocks)
-        header = {"rows": store.digest(), "blocks": blocks, "n": str(len(store))}
+        of = {"rows": store.digest(), "blocks": blocks, "n": str(len(store))}
         if path.exists() and not renew:
-            return cls(damping, blocks, _read(path, header), store.manifest, header["rows"])
+            found = _read(path, of, _places(store.manifest, blocks))
+            return cls(damping, blocks, found, store.manifest, of["rows"])
         moments = _second_moments(store, blocks, device, progress)
         if save:
-            write_tensors(path, moments, {"format": _FORMAT, **header}, store.path)
-        return cls(damping, blocks, moments, store.manifest, header["rows"])
+            write_tensors(path, moments, {"format": _FORMAT, **of}, store.path)
+        return cls(damping, blocks, moments, store.manifest, of["rows"])
 
     def __repr__(self) -> str:
         """Say what it is of."""
@@ -259,7 +262,9 @@ def _places(manifest: Manifest, blocks: str) -> dict[str, slice]:
     return parameter_columns(manifest)
 
 
-def _read(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
+def _read(
+    path: Path, expected: Mapping[str, str], places: Mapping[str, slice]
+) -> dict[str, Tensor]:
     """Read what is kept beside a store, if it is of its rows, and of those blocks."""
     with TensorFile(path) as file:
         if (found := file.metadata.get("format")) != _FORMAT:
@@ -275,6 +280,13 @@ def _read(path: Path, expected: Mapping[str, str]) -> dict[str, Tensor]:
                 f"{path} is of other rows than those that the store has now",
                 reason=f"it is of {file.metadata.get('n')} rows, as they were then",
                 remedy=f"make it anew: Whitening.of(store, renew=True), or remove {path}",
+            )
+        sizes = {name: place.stop - place.start for name, place in places.items()}
+        if header(file)[1] != {name: ([n, n], "F64") for name, n in sizes.items()}:
+            raise DamagedStoreError(
+                f"{path} was altered: it has no moments of {', '.join(map(_said, places))}",
+                reason="its hash is of its numbers, and not of how they are called",
+                remedy="make it anew: Whitening.of(store, renew=True)",
             )
         check_contents(file)
         return {name: file.read_tensor(name) for name in file.keys()}  # noqa: SIM118 # no mapping
