@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ from ghost_engines import (
     save_direction,
     unit_norm,
 )
+from ghost_engines.directions.direction import direction_of
 
 CheckScores = Callable[..., None]
 
@@ -246,6 +249,18 @@ def test_where_there_can_be_no_factors_it_is_built(mlp: nn.Module, inputs: Tenso
         assert torch.equal(total(kind(mlp), FactoredDirection(loss, 4), **options), expected)
         with pytest.raises(CaptureError, match="cannot be kept as factors"):
             kind(mlp).add_direction("val", FactoredDirection(loss, 4, keep="factors"), **options)
+
+
+def test_several_processes_average_what_is_built(mlp: nn.Module, inputs: Tensor) -> None:
+    engine, ranks = DotProductEngine(mlp), SimpleNamespace(several=True)
+    add = partial(
+        direction_of, model=mlp, parameters=engine.parameters,
+        refresh=None, transform=None, training=False, ranks=ranks, factors=True,
+    )  # fmt: skip
+    keep = FactoredDirection(lambda: squares(mlp(inputs)).sum(), 4)
+    assert add("val", keep).factored is None
+    with pytest.raises(CaptureError, match="each process would have factors of its own"):
+        add("val", replace(keep, keep="factors"))
 
 
 def test_candidates_and_second_order_use_the_same_loss(mlp: nn.Module, inputs: Tensor) -> None:
