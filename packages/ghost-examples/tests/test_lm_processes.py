@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -130,26 +132,57 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, arguments: list[str])
         assert row == pytest.approx(tables[1][sample], abs=1e-2 * largest)
 
 
-def test_the_script_for_slurm_trains(tmp_path: Path, arguments: list[str]) -> None:
-    """With programs in the place of SLURM's that do what these do on one machine."""
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
+    SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
+    started+=($!)
+done
+for each in "${started[@]}"; do wait "$each" || failed=1; done
+exit ${failed:-0}
+"""
+"""Starts a task on each node, all of which are this machine, and waits for all."""
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), [(1, 2), (2, 1)])
+def test_the_script_for_slurm_trains(
+    nodes: int, per_node: int, tmp_path: Path, arguments: list[str]
+) -> None:
+    """With programs in the place of SLURM's that do what these do, on one machine."""
     programs = tmp_path / "bin"
     programs.mkdir()
     fakes = {
-        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"',
+        "srun": SRUN,
         "scontrol": "echo localhost",
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
     }
     for name, body in fakes.items():
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_GPUS_ON_NODE": str(per_node),
+        "GHOST_PORT": str(free_port()),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }
     results = tmp_path / "results"
     options = [*arguments, "--corpus", "embedded", "--length", "64"]
     command = ["bash", str(SCRIPT), *options, "--results-dir", str(results)]
     done = subprocess.run(
-        command, env={**os.environ, **job, "PATH": path}, check=True, capture_output=True, text=True
+        command, env={**os.environ, **job}, check=False, capture_output=True, text=True
     )
-    assert "step 24/24" in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 24/24") == 1  # of the first process alone
     assert {"rank-0", "rank-1"} <= {each.name for each in (results / "run").iterdir()}
     assert (results / "values.csv").exists()
+
+
+def free_port() -> int:
+    """Return a port below those that the system gives out, so that nobody else gets it."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("", port))
+            return port
+    raise AssertionError("no port is free")
