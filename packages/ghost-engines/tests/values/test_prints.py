@@ -20,3 +20,22 @@ def test_small_gradients_have_the_prints_that_they_have_alone(dtype, monkeypatch
         assert found == pytest.approx(alone[name], rel=1e-12)
         assert found == alone[name] or module.ratio(alone[name], found, dtype) == 1
     assert together["(7,)"].filled
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (96, 384)], ids=["small", "large"])
+@pytest.mark.parametrize("factor", [0.633, -0.633])
+def test_the_sign_is_told_of_a_gradient_whose_columns_add_up_to_nothing(shape, factor):
+    """As behind a norm; every third element lies in the same columns."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
+    gradient -= gradient.mean(0)
+    assert abs(float(gradient.sum())) < 1e-12 > abs(float(gradient.flatten()[::3].sum()))
+    before, after = module.read(
+        module.prints({"g": gradient}), module.prints({"g": gradient * factor})
+    )
+    assert module.ratio(before["g"], after["g"], torch.float64) == pytest.approx(factor)
+
+
+def test_the_sign_is_not_that_of_rounding():
+    before, after = module.Print(1.0, 0.1, 1e-17), module.Print(0.5, 0.05, -2e-17)
+    assert module.ratio(before, after, torch.float64) == 0.5

@@ -29,8 +29,8 @@ class Print(NamedTuple):
     Attributes:
         magnitude: Sum of the magnitudes of its elements.
         norm: Root of the sum of their squares.
-        weighted: Sum of them, every third one doubled: what is symmetric otherwise is not by
-            threes.
+        weighted: Sum of them, every third one doubled, and the first ones counted once more: what
+            is symmetric otherwise is not by threes, nor up to somewhere inside.
     """
 
     magnitude: float
@@ -74,7 +74,13 @@ def _weights(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     weights = torch.ones(sum(lengths), dtype=torch.float64)
     for part in weights.split(lengths):
         part[::3] = 2
+        part[: _first(len(part))] += 1
     return weights.to(device)
+
+
+def _first(count: int) -> int:
+    """Return how many elements count once more: inside of a row, where there are rows."""
+    return int(0.382 * count)
 
 
 def _of_large(elements: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,7 +90,12 @@ def _of_large(elements: Mapping[str, Tensor]) -> dict[str, Tensor]:
     f64 = torch.float64
     split = [each.split(_PIECE) for each in elements.values()]
     pieces = [piece for parts in split for piece in parts]
-    weighted = [piece.sum(dtype=f64) + piece[::3].sum(dtype=f64) for piece in pieces]
+    weighted = [
+        piece.sum(dtype=f64)
+        + piece[::3].sum(dtype=f64)
+        + piece[: _first(len(piece))].sum(dtype=f64)
+        for piece in pieces
+    ]
     numbers = [*norms(pieces, 1), *norms(pieces, 2), *weighted]
     device = numbers[0].device
     rows = torch.stack([each.to(device, non_blocking=True) for each in numbers]).view(3, -1)
@@ -137,8 +148,10 @@ def ratio(before: Print, after: Print, dtype: torch.dtype) -> float | None:
     if not before.filled:
         return None
     size = after.norm / before.norm
+    # Where the elements add up to nothing, as behind a norm, the sign of the sum is rounding's.
+    told = abs(before.weighted) > max(8 * torch.finfo(dtype).eps, _ROUNDING) * before.norm
     turned = abs(after.weighted + size * before.weighted)
-    sign = -1.0 if turned < abs(after.weighted - size * before.weighted) else 1.0
+    sign = -1.0 if told and turned < abs(after.weighted - size * before.weighted) else 1.0
     off = max(
         abs(after.magnitude - size * before.magnitude),
         abs(after.weighted - sign * size * before.weighted),
