@@ -160,5 +160,5 @@ def test_mistakes_say_what_to_do(lightning, tmp_path):
         with pytest.raises(CaptureError, match=message):
             trainer.fit(given, rows, loader(VALIDATION))
         assert not given._forward_hooks
-    with pytest.raises(CaptureError, match="before trainer"):
+    with pytest.raises(CaptureError, match="before training begins"):
         ghost(tmp_path, model, True).values.to_dict()

@@ -221,5 +221,5 @@ def test_mistakes_say_what_to_do(tmp_path):
     searching.hp_search_backend = "some"
     with pytest.raises(CaptureError, match="hyperparameter_search"):
         searching.train()
-    with pytest.raises(CaptureError, match="before trainer"):
+    with pytest.raises(CaptureError, match="before training begins"):
         ghost(tmp_path / "run").values.to_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ghost_core import CaptureError, MissingExtraError
 from ghost_core.state import random_state_kept
+from ghost_engines.frameworks.holder import RunHolder
 from ghost_engines.ids import ID_FIELD, with_ids
 from ghost_engines.runs import Run, RunConfig, read_state, write_state
-from ghost_engines.values import CreditedStep, InRunValues
 
 try:
     from transformers import TrainerCallback
@@ -25,7 +25,7 @@ except ImportError as error:
     raise MissingExtraError("transformers", "ghost-engines[hf]", "GhostCallback") from error
 
 
-class GhostCallback(TrainerCallback):
+class GhostCallback(RunHolder, TrainerCallback):
     """Holds the run of a `GhostTrainer`, and writes it into every checkpoint.
 
     Give it to the trainer in `callbacks`. The run is made when training begins, since there is no
@@ -37,6 +37,7 @@ class GhostCallback(TrainerCallback):
             taken in one batch, made by the trainer's collator; or closures that return a loss.
 
     Attributes:
+        config: The config.
         run: The run, once training began.
     """
 
@@ -45,24 +46,10 @@ class GhostCallback(TrainerCallback):
         config: RunConfig | Mapping[str, Any],
         directions: Mapping[str, Sized | Callable[[], Tensor]] = MappingProxyType({}),
     ) -> None:
-        self.config = config if isinstance(config, RunConfig) else RunConfig.of(config)
+        super().__init__(config)
         self.directions = directions
-        self.run: Run | None = None
         self._trainer: Any = None
         self._checkpoint: Path | None = None
-        self._stack = ExitStack()
-        self._credited: dict[str, float] = {}
-
-    @property
-    def values(self) -> InRunValues:
-        """The values so far; they stay when training ends.
-
-        Raises:
-            CaptureError: If training did not begin, or the run has none.
-        """
-        if self.run is None:
-            raise CaptureError("there are no values before trainer.train() is called")
-        return self.run.values
 
     # Called by the trainer of ghost's
 
@@ -74,15 +61,10 @@ class GhostCallback(TrainerCallback):
         self._checkpoint = Path(found) if found else None
         self._trainer = trainer
         try:
-            with self._stack:
+            with self._inside:
                 yield
         finally:
             self._trainer = None
-
-    def credited(self) -> dict[str, float]:
-        """Return what was credited since the last call, to all samples, by direction."""
-        found, self._credited = self._credited, {}
-        return {f"ghost_value_{name}": value for name, value in found.items()}
 
     # Called by the trainer of transformers
 
@@ -103,21 +85,14 @@ class GhostCallback(TrainerCallback):
             _owning(self.config, trainer),
         )
         run = Run(model, optimizer, config, directions=directions, grad_scaler=scaler)
-        self.run = self._stack.enter_context(run)
-        if self._checkpoint is not None:
-            run.load_state_dict(read_state(_file(self._checkpoint, args)))
-        if run.adds_up:
-            run.values.on_credit(self._on_credit)
+        found = self._checkpoint
+        self.begin(run, None if found is None else read_state(_file(found, args)))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the run's state into the checkpoint that was just saved."""
         if self.run is not None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_state(_file(folder, args), self.run.state_dict())
-
-    def _on_credit(self, step: CreditedStep) -> None:
-        for name, value in zip(step.directions, step.values.sum(0).tolist(), strict=True):
-            self._credited[name] = self._credited.get(name, 0.0) + value
 
 
 def _check_one_training(trainer: Any) -> None:

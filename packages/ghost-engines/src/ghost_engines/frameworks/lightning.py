@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ghost_core import CaptureError, MissingExtraError
+from ghost_engines.frameworks.holder import RunHolder
 from ghost_engines.ids import take_ids
 from ghost_engines.runs import GivenDirections, Run, RunConfig
-from ghost_engines.values import CreditedStep, InRunValues
 
 try:
     from lightning.pytorch import Callback
@@ -18,7 +18,7 @@ except ImportError as error:
     raise MissingExtraError("lightning", "ghost-engines[lightning]", "GhostLightning") from error
 
 
-class GhostLightning(Callback):  # type: ignore[misc] # has no types
+class GhostLightning(RunHolder, Callback):  # type: ignore[misc] # has no types
     """Measures what a Lightning `Trainer` fits: a callback for automatic optimization.
 
     Batches are dictionaries with ids (see `with_ids` and `IdCollator`), which are taken out before
@@ -41,25 +41,11 @@ class GhostLightning(Callback):  # type: ignore[misc] # has no types
         *,
         module: str = "",
     ) -> None:
-        self.config = config if isinstance(config, RunConfig) else RunConfig.of(config)
+        super().__init__(config)
         self.directions = directions
         self.module = module
-        self.run: Run | None = None
-        self._run = ExitStack()
         self._batch = ExitStack()
         self._loaded: dict[str, Any] | None = None
-        self._credited: dict[str, float] = {}
-
-    @property
-    def values(self) -> InRunValues:
-        """The values so far; they stay when training ends.
-
-        Raises:
-            CaptureError: If training did not begin, or the run has none.
-        """
-        if self.run is None:
-            raise CaptureError("there are no values before trainer.fit() is called")
-        return self.run.values
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the run, when optimizers are there and a checkpoint was loaded.
@@ -84,12 +70,8 @@ class GhostLightning(Callback):  # type: ignore[misc] # has no types
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         (optimizer,) = trainer.optimizers
         run = Run(model, optimizer, self.config, directions=self.directions, grad_scaler=scaler)
-        self.run = self._run.enter_context(run)
-        if self._loaded is not None:
-            run.load_state_dict(self._loaded)
-            self._loaded = None
-        if run.adds_up:
-            run.values.on_credit(self._on_credit)
+        loaded, self._loaded = self._loaded, None
+        self.begin(run, loaded)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -113,16 +95,15 @@ class GhostLightning(Callback):  # type: ignore[misc] # has no types
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log what the step credited, by direction, to the trainer's loggers."""
-        credited, self._credited = self._credited, {}
-        pl_module.log_dict({f"ghost_value_{name}": each for name, each in credited.items()})
+        pl_module.log_dict(self.credited())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the run."""
-        self._run.close()
+        self._inside.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the batch and the run, which end as where an exception comes out of a `with`."""
-        for each in (self._batch, self._run):
+        for each in (self._batch, self._inside):
             each.__exit__(type(exception), exception, exception.__traceback__)
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,6 +113,3 @@ class GhostLightning(Callback):  # type: ignore[misc] # has no types
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the run is made."""
         self._loaded = state_dict or None
-
-    def _on_credit(self, step: CreditedStep) -> None:
-        self._credited = dict(zip(step.directions, step.values.sum(0).tolist(), strict=True))
