@@ -133,12 +133,14 @@ class Delivery:
     def _weighed(
         self, gradients: Mapping[str, PerSampleGradient]
     ) -> Mapping[str, PerSampleGradient]:
-        """Let what is compared be taken along where engines reduce gradients."""
-        balance = self.state.balance
-        if balance is None:
+        """Let what is compared in every batch be taken along where engines reduce gradients."""
+        state, tracked = self.state, self.tracked
+        if state.balance is None:
             return gradients
         return {
-            local: weighed(each) if balance.compares(self._name(local)) else each
+            local: weighed(each)
+            if state.balance.compares(self._name(local)) and state.compares_always(tracked, local)
+            else each
             for local, each in gradients.items()
         }
 

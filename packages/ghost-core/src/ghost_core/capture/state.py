@@ -288,13 +288,19 @@ class CaptureState:
             parameter.name
             for tracked in self.tracked.values()
             for local, parameter in tracked.parameters.items()
-            if self.verifier.watching
-            or tracked.sampler.generic
-            or "." in local
-            or parameter.name in self.shared_names
+            if self.verifier.watching or self.compares_always(tracked, local)
         }
         parameters = dict(self.model.named_parameters()) if names else {}
         return {name: parameters[name] for name in names if name in parameters}
+
+    def compares_always(self, tracked: TrackedModule, local: str) -> bool:
+        """Tell whether a parameter is compared in every batch, where autograd makes its gradient.
+
+        Only there may the comparison share the engines' work: dots are rounded in one way, then,
+        in a batch that is watched and in later ones, so that a run that is resumed is as it was.
+        """
+        shared = tracked.parameters[local].name in self.shared_names
+        return tracked.sampler.generic or "." in local or shared
 
     def called_on_samples(self, inputs: Any) -> bool:
         """Tell whether the model is called on samples, given its inputs.
