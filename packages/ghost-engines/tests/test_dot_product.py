@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from engine_kit import gradient, squares, train
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from ghost_core import CaptureError, UnknownNameError
+from ghost_core import CaptureError, UnbalancedError, UnknownNameError
 from ghost_core.testing import assert_within, next_token_losses, per_sample_gradients
 from ghost_engines import DotProductEngine
 
@@ -366,3 +366,30 @@ def test_overflow_gives_scores_that_are_not_finite(mlp, inputs, draw_directions)
     scaler.step(optimizer)
     assert torch.equal(mlp[0].weight, before)
     assert not batch.result.total.isfinite().any()
+
+
+class Scaled(nn.Module):
+    """A linear layer and a bare scale, whose gradients are compared with autograd's always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(3, 4), nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+def test_what_is_missing_is_found_where_dots_are_taken():
+    model, x = Scaled(), torch.randn(5, 3)
+    engine = DotProductEngine(model)
+    engine.add_direction("one", {name: torch.randn_like(p) for name, p in model.named_parameters()})
+
+    def step(*penalties: Tensor) -> None:
+        with engine.batch(range(5)):
+            (model(x).square().sum() + sum(penalties)).backward()
+
+    with engine:
+        step()
+        step()
+        with pytest.raises(UnbalancedError, match="scale"):
+            step(model.scale.sum())
