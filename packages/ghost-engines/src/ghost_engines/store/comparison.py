@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from math import isfinite
 from typing import Protocol, TypeVar
@@ -14,7 +14,6 @@ from ghost_core import UnknownNameError
 from ghost_core.algebra import accumulation_dtype, full_precision
 from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
-from ghost_engines.store.ahead import ahead
 from ghost_engines.store.columns import Columns, columns_of, count
 from ghost_engines.store.errors import StoreError
 from ghost_engines.store.given import check_store, device_of, number
@@ -56,8 +55,8 @@ class RowReader(Protocol):
     def __len__(self) -> int:
         """Return the number of rows."""
 
-    def scan(self, size: int = 4096) -> Generator[StoredRows, None, None]:
-        """Yield all rows in order, each block in place of the last but one."""
+    def scan(self, size: int = 4096) -> Iterator[StoredRows]:
+        """Yield all rows in order, each block in place of the one before."""
 
     def digest(self) -> str:
         """Return what tells the rows from others."""
@@ -268,7 +267,7 @@ class Comparison:
             DamagedStoreError: If a file went missing or was altered.
         """
         start = 0
-        scans = [ahead(store.scan(self._block)) for store in self._stores]
+        scans = [store.scan(self._block) for store in self._stores]
         with Progress(self.n, title, progress) as bar:
             for found in aligned(scans):
                 # Not held while nobody computes: a generator may be left at any yield.

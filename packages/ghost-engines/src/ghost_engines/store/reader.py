@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -163,8 +163,8 @@ class StoreReader(Pieces):
             for start in range(0, len(piece), size):
                 yield piece[start : start + size]
 
-    def scan(self, size: int = 4096) -> Generator[StoredRows, None, None]:
-        """Yield all rows in order, without their losses, in memory that the next but one take over.
+    def scan(self, size: int = 4096) -> Iterator[StoredRows]:
+        """Yield all rows in order, without their losses, in memory that the next ones take over.
 
         They are read and not mapped: a disk that fails is an error then, and no signal.
 
@@ -176,7 +176,7 @@ class StoreReader(Pieces):
             DamagedStoreError: If a file went missing or was altered.
         """
         size = whole("the rows of a block", size, least=1, error=StoreError)
-        here = there = torch.empty(0, self.k_total, dtype=self.dtype, device="cpu")
+        room = torch.empty(0, self.k_total, dtype=self.dtype, device="cpu")
         for slot, part in self._parts(0, len(self)):
             if (piece := self._in_memory(slot, part)) is not None:
                 for start in range(0, len(piece), size):
@@ -185,18 +185,17 @@ class StoreReader(Pieces):
             with self._opened(slot) as file:
                 self._check_once(slot, file)
                 ids = file.read_tensor("ids")[: slot.size]
+                if len(room) < min(size, len(ids)):
+                    room = room.new_empty(min(size, len(ids)), self.k_total)
                 for start in range(0, len(ids), size):
                     found = ids[start : start + size]
-                    if len(here) < len(found):
-                        here = here.new_empty(min(size, len(ids)), self.k_total)
-                    file.read_rows("g", start, here[: len(found)])
-                    block = StoredRows(found, here[: len(found)])
+                    file.read_rows("g", start, room[: len(found)])
+                    block = StoredRows(found, room[: len(found)])
                     if slot.kept is not None:
                         kept = slot.kept[(slot.kept >= start) & (slot.kept < start + size)] - start
                         block = block[kept]
                     if len(block):
                         yield block
-                        here, there = there, here
 
     def search(
         self,
