@@ -273,7 +273,7 @@ WORKS = (Joining, Merging, Exporting, ExportingTable, Indexing, Whitened, Loggin
 
 
 def cases():
-    quick = {(Merging, "write"), (Exporting, "fsync"), (Joining, "replace"), (Logging, "fsync")}
+    quick = {(Merging, "replace"), (Exporting, "fsync"), (Joining, "write"), (Logging, "replace")}
     return [
         pytest.param(
             work,
