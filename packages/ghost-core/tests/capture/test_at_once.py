@@ -65,3 +65,11 @@ def test_graphs_are_looked_at_up_to_what_is_asked_for() -> None:
     gradients = torch.randn(3, 6, 4)
     (found,) = all_at_once(value, [between], gradients) or [None]
     torch.testing.assert_close(found, each(value, between, gradients))
+
+
+def test_a_hook_that_reads_numbers_is_given_one_sample_after_the_other() -> None:
+    p, read = torch.rand(6, 4, requires_grad=True), []
+    value = p.tanh()
+    value.register_hook(lambda gradient: read.append(float(gradient.sum())))
+    assert all_at_once(value.exp(), [p], torch.randn(3, 6, 4)) is None
+    assert not read

@@ -39,6 +39,12 @@ def hooked(model: Model, x: Tensor, places: Tensor) -> Tensor:
     return x + places
 
 
+def read(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    bent = places.tanh()
+    bent.register_hook(lambda grad: None if grad.sum().isfinite() else grad)
+    return x + bent.exp()
+
+
 def changed_in_place(model: Model, x: Tensor, places: Tensor) -> Tensor:
     return x + places.mul_(2).add_(1)
 
@@ -57,7 +63,7 @@ def scaled(model: Model, x: Tensor, places: Tensor) -> Tensor:
     ("use", "frozen"),
     [
         (scaled, False), (scaled, True), (called_twice, False), (called_twice, True),
-        (hooked, True), (changed_in_place, True),
+        (hooked, True), (read, False), (changed_in_place, True),
     ],
 )  # fmt: skip
 def test_exact(hold: Hold, assert_held: Callable[..., None], use: Use, frozen: bool) -> None:

@@ -38,7 +38,7 @@ def all_at_once(
 
     Returns:
         `[N, *shape]` for each tensor, None for those that the value does not depend on; or None, if
-        anything in the graph is not known to allow it.
+        anything in the graph is not known to allow it, or a hook of the user's in it does not.
     """
     if len(gradients) < 2 or not tensors or not _is_known(value, tensors):
         return None
@@ -49,7 +49,12 @@ def all_at_once(
         reached[:] = [each is not None for each in found]
         return [each for each in found if each is not None]
 
-    made = iter(vmap(one, [gradients], "error"))
+    try:
+        made = iter(vmap(one, [gradients], "error"))
+    except RuntimeError:
+        # Nodes do not show the hooks on tensors, which may read what has no numbers here. One
+        # sample after the other, what is wrong with a hook of its own shows as it is.
+        return None
     return [next(made) if hit else None for hit in reached]
 
 
