@@ -20,6 +20,8 @@ from ghost_core.ranks import Ranks
 from ghost_engines import InRunValues, NormEngine, ProjectionEngine
 
 WORDS, LENGTH, DIM = 11, 4, 8
+RESHARDS = {"resharded": True, "sharded": False}
+"""Whether parameters are in parts again after the forward pass of their module."""
 
 
 class Language(nn.Module):
@@ -64,7 +66,16 @@ def direction(model: nn.Module) -> dict[str, Tensor]:
 
 def others(rank: int) -> dict[str, Any]:
     """Return what other engines find in this process, and what is found of a language model."""
-    ids, model = MINE[rank], shard(net())
+    return {
+        **{name: _rows_and_norms(rank, reshards) for name, reshards in RESHARDS.items()},
+        "language": _language(rank),
+        "half": _half(rank),
+    }
+
+
+def _rows_and_norms(rank: int, reshards: bool) -> dict[str, Any]:
+    """Return those of the second of two passes: the first may have found whole parameters."""
+    ids, model = MINE[rank], shard(net(), reshards)
     projection = ProjectionEngine(model, dim=4, min_dim=2)
     norms = NormEngine(model, loss_weights="sum")
     with projection, norms:
@@ -74,8 +85,6 @@ def others(rank: int) -> dict[str, Any]:
     return {
         "rows": projection.collect().rows.tolist(),
         "norms": norms.collect().total.tolist(),
-        "language": _language(rank),
-        "half": _half(rank),
     }
 
 
@@ -107,10 +116,10 @@ def _half(rank: int) -> list[float]:
     return found
 
 
-def shard(model: Net) -> Net:
-    """Return a model whose parameters are in parts."""
-    fully_shard(model.trunk)
-    return fully_shard(model)
+def shard(model: Net, reshards: bool = True) -> Net:
+    """Return a model whose parameters are in parts: see `Case.reshards`."""
+    fully_shard(model.trunk, reshard_after_forward=reshards)
+    return fully_shard(model, reshard_after_forward=reshards)
 
 
 # Mistakes

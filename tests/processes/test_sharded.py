@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.processes.oracle import WORLD
-from tests.processes.sharded import FAULTS, MISTAKES, direction, language, texts
+from tests.processes.sharded import FAULTS, MISTAKES, RESHARDS, direction, language, texts
 from tests.processes.test_two_processes import check, close
 from tests.processes.training import FSDP, losses, net, samples
 from tests.processes.wrapped import MINE
@@ -31,8 +31,9 @@ def wanted(model: nn.Module, inputs: Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_rows_and_norms_are_those_of_one_process(found: Found, rank: int) -> None:
-    got, ids, model = found[rank]["sharded"]["others"], MINE[rank], net()
+@pytest.mark.parametrize("name", RESHARDS)
+def test_rows_and_norms_are_those_of_one_process(found: Found, name: str, rank: int) -> None:
+    got, ids, model = found[rank]["sharded"]["others"][name], MINE[rank], net()
     projection = ProjectionEngine(model, dim=4, min_dim=2)
     norms = NormEngine(model, loss_weights="sum")
     with projection, norms, projection.batch(ids), norms.batch(ids):
