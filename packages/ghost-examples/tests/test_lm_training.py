@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from itertools import chain
@@ -191,6 +192,52 @@ def test_data_that_are_not_there_are_named(
         open_corpora(str(corpus), ("pyton",), 16, tmp_path)
     with pytest.raises(CorpusError, match="a step takes 900 blocks, and there are"):
         Batches(60, 900, range(1), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "vit"}'),
+        ("config.json", b'{"model_type": "gpt2", "n_layer": "x"}'),
+        ("config.json", b'{"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}'),
+        ("model.safetensors", b"abc"),
+        ("model.safetensors", None),
+    ],
+)
+def test_a_broken_model_is_named_in_a_line(
+    name: str, content: bytes | None, small: Options, tmp_path: Path
+) -> None:
+    new_gpt2("tiny", vocabulary=64, length=16).save_pretrained(tmp_path)  # type: ignore[operator]
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match="cannot be read: ") as refused:
+        models.load_causal(tmp_path, vocabulary=64, length=16)
+    said = str(refused.value)
+    assert said.startswith(f"the model in {tmp_path} ")
+    assert "\n" not in said
+
+
+def test_what_cannot_be_read_or_written_ends_with_a_line(
+    small: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, taken = tmp_path / "model", tmp_path / "taken"
+    model.mkdir()
+    (model / "config.json").write_text("{")
+    taken.touch()
+    common = ["--corpus", small.corpus, "--device", "cpu"]
+    results = str(tmp_path / "results")
+    for arguments, said in (
+        (["--model", str(model), "--results-dir", results], f"the model in {model} cannot be read"),
+        (["--results-dir", str(taken)], f"nothing can be written to --results-dir: .*'{taken}'"),
+        (["--results-dir", str(taken / "in")], f"nothing can be written .*'{taken}/in'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            lm_training.main([*common, *arguments])
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.match(said, line)
 
 
 def test_each_epoch_is_another_permutation_and_a_step_depends_on_its_number_alone() -> None:

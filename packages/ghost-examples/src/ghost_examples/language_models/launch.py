@@ -105,8 +105,11 @@ def _check_options(asked: Options, folder: Path) -> None:
                     remedy=f"go on with the same {name}, or choose another --results-dir",
                 )
     elif rank() == 0:
-        make_root(folder)
-        write_json(path, content, folder)
+        try:
+            make_root(folder)
+            write_json(path, content, folder)
+        except OSError as error:
+            raise CaptureError(f"nothing can be written to --results-dir: {error}") from error
 
 
 def _plain(value: object) -> object:

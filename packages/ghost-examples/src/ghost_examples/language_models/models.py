@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -68,7 +70,8 @@ def load_causal(folder: Path, *, vocabulary: int, length: int) -> nn.Module:
     """Return the causal language model in a folder. Nothing is downloaded.
 
     Raises:
-        CorpusError: If there is none, or its vocabulary or positions do not suffice for the data.
+        CorpusError: If there is none, it cannot be read, or its vocabulary or positions do not
+            suffice for the data.
     """
     if not (folder / "config.json").is_file():
         names = sorted(each.name for each in folder.iterdir())[:20] if folder.is_dir() else []
@@ -77,8 +80,7 @@ def load_causal(folder: Path, *, vocabulary: int, length: int) -> nn.Module:
             reason=f"the folder has {', '.join(names) or 'nothing'}, and no config.json",
             remedy="give a folder that save_pretrained has written",
         )
-    load: Any = AutoModelForCausalLM.from_pretrained
-    model: Any = load(folder, local_files_only=True)
+    model = _read(folder)
     config = model.config.get_text_config()
     if config.vocab_size < vocabulary:
         raise CorpusError(
@@ -96,6 +98,16 @@ def load_causal(folder: Path, *, vocabulary: int, length: int) -> nn.Module:
     config.use_cache = False
     found: nn.Module = model
     return found
+
+
+def _read(folder: Path) -> Any:
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        return load(folder, local_files_only=True)
+    # The last one is raised where tensors have other shapes than the config says.
+    except (OSError, ValueError, SafetensorError, StrictDataclassError, RuntimeError) as error:
+        said = " ".join(str(error).split("\n\n")[0].split())
+        raise CorpusError(f"the model in {folder} cannot be read: {said}") from error
 
 
 def per_sample_loss(model: nn.Module, tokens: Tensor) -> Tensor:
