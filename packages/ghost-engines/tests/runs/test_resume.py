@@ -151,7 +151,11 @@ def test_other_versions_are_told(tmp_path, caplog):
     assert "'torch': '1.0'" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": {}, "versions": 1}'])
+@pytest.mark.parametrize("text", [
+    "{", "[]", "{}", '{"config": {}, "versions": 1}',
+    '{"config": {}, "versions": {}, "effective": {}}',
+    '{"config": {}, "versions": {}, "effective": {"options": {"norm": []}}}',
+])  # fmt: skip
 def test_a_damaged_description_is_named(text, tmp_path):
     train(tmp_path)
     (tmp_path / "run.json").write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -136,7 +137,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field, defaults included, as JSON and YAML can say it."""
-        options = {name: _plain(given) for name, given in self.options.items()}
+        options = {name: plain(given) for name, given in self.options.items()}
         method = list(self.engines) or NONE
         given = {each.name: getattr(self, each.name) for each in fields(self)}
         return given | {"folder": str(self.folder), "method": method, "options": options}
@@ -163,7 +164,7 @@ class RunConfig:
                 )
             if issubclass(kind := installed().engine(name), Engine):
                 _check_known(given, kind)
-            _plain(given, name)
+            plain(given, name)
 
 
 def _check_known(given: Iterable[object], kind: type[Engine[Any]]) -> None:
@@ -174,7 +175,16 @@ def _check_known(given: Iterable[object], kind: type[Engine[Any]]) -> None:
             raise UnknownOptionError(f"option of {kind.__name__}", name, known)
 
 
-def _plain(value: Any, where: str = "options") -> Any:
+def is_plain(value: Any) -> bool:
+    """Tell whether `plain` can say a value, and JSON can."""
+    try:
+        json.dumps(plain(value), allow_nan=False)
+    except (CaptureError, ValueError):
+        return False
+    return True
+
+
+def plain(value: Any, where: str = "options") -> Any:
     """Return a value as lists, dictionaries, texts and numbers.
 
     Raises:
@@ -183,9 +193,9 @@ def _plain(value: Any, where: str = "options") -> Any:
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {name: _plain(each, f"{where}.{name}") for name, each in value.items()}
+        return {name: plain(each, f"{where}.{name}") for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each, where) for each in value]
+        return [plain(each, where) for each in value]
     raise CaptureError(
         f"{where} cannot be written to a file: {value!r}",
         reason="the config of a run is saved in its folder, and compared where it is resumed",

@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import nn
 
 from ghost_core import CaptureError
 from ghost_core.tracking import dotted_name
-from ghost_engines.runs.config import RunConfig
+from ghost_engines.runs.config import RunConfig, is_plain, plain
+from ghost_engines.runs.engines import Engines, effective_options, scorer_of
 from ghost_engines.values import stepping
 from ghost_engines.versions import version
 
@@ -31,7 +32,8 @@ def describe(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
-    directions: Iterable[str],
+    engines: Engines,
+    credits: bool,
 ) -> Description:
     """Return what a run is, as JSON can say it.
 
@@ -40,16 +42,20 @@ def describe(
         model: The model, of which class and dtypes are described.
         optimizer: The optimizer, of which the class is.
         scaler: The gradient scaler, of which the class is.
-        directions: Names of the directions.
+        engines: The engines, of which all options are described, and the scorer's directions.
+        credits: Whether values are added up, which the config may leave open.
     """
     dtypes = Counter(str(each.dtype).removeprefix("torch.") for each in model.parameters())
+    scorer = scorer_of(engines)
+    options = _written(effective_options(config, engines))
     return {
         "config": config.to_dict(),
         "model": dotted_name(type(model)),
         "dtypes": dict(sorted(dtypes.items())),
         "optimizer": dotted_name(type(stepping(optimizer))),
         "scaler": None if scaler is None else dotted_name(type(scaler)),
-        "directions": list(directions),
+        "directions": list(scorer.directions) if scorer else [],
+        "effective": {"values": credits, "scales": _scales(scaler), **options},
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),  # it is a str of its own kind
@@ -58,6 +64,29 @@ def describe(
             "ghost-layers": version("ghost-layers"),
         },
     }
+
+
+def _scales(scaler: torch.amp.GradScaler | None) -> bool:
+    """Tell whether losses are scaled: a scaler that is disabled leaves them."""
+    if scaler is None:
+        return False
+    return scaler.is_enabled() if hasattr(scaler, "is_enabled") else True
+
+
+def _written(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return options as JSON can say them, and the names of those that it cannot say."""
+    said: dict[str, dict[str, Any]] = {}
+    unsaid: dict[str, list[str]] = {}
+    for engine, given in options.items():
+        said[engine] = {}
+        for name, value in given.items():
+            if isinstance(value, torch.dtype):  # a config names it
+                said[engine][name] = str(value).removeprefix("torch.")
+            elif is_plain(value):
+                said[engine][name] = plain(value)
+            else:
+                unsaid.setdefault(engine, []).append(name)
+    return {"options": said, "not_written": unsaid}
 
 
 def check_same(found: Description, now: Description, where: str) -> None:
@@ -71,16 +100,18 @@ def check_same(found: Description, now: Description, where: str) -> None:
     Raises:
         CaptureError: If they differ, naming the field, or nothing of a run was saved.
     """
-    if not isinstance(found, dict) or not all(
-        isinstance(found.get(name), dict) for name in ("config", "versions")
-    ):
+    if not _is_whole(found):
         raise CaptureError(
             f"{where} does not say what a run was",
             reason="it is damaged, or of something else",
             remedy="restore it from a copy, or begin a run in another folder",
         )
-    before, after = _fields(found), _fields(json.loads(json.dumps(now)))
-    for name in [*after, *(before.keys() - after.keys())]:
+    now = json.loads(json.dumps(now))
+    before, after = _fields(found), _fields(now)
+    names = [*after, *(before.keys() - after.keys())]
+    # Another version may have other options, and an older one did not write any.
+    before, after = before | (old := _effective(found)), after | (new := _effective(now))
+    for name in [*names, *(name for name in new if name in old)]:
         if before.get(name) != after.get(name):
             raise CaptureError(
                 f"{where} is of a run with {name}={before.get(name)!r}, and this one has "
@@ -92,7 +123,32 @@ def check_same(found: Description, now: Description, where: str) -> None:
         logger.warning("%s was written with other versions: %s", where, found["versions"])
 
 
+def _is_whole(found: object) -> bool:
+    """Tell whether this is a description, whatever it says."""
+    if not isinstance(found, dict):
+        return False
+    effective = found.get("effective", {"options": {}})
+    parts = [found.get("config"), found.get("versions"), effective]
+    if not all(isinstance(each, dict) for each in parts):
+        return False
+    options = effective.get("options")
+    return isinstance(options, dict) and all(isinstance(each, dict) for each in options.values())
+
+
+def _effective(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what has come of a config: options by `engine.option`."""
+    found = description.get("effective", {"options": {}})
+    options = {
+        f"{engine}.{name}": value
+        for engine, given in found["options"].items()
+        for name, value in given.items()
+    }
+    known = {f"effective {name}": found[name] for name in ("values", "scales") if name in found}
+    return known | options
+
+
 def _fields(description: Mapping[str, Any]) -> dict[str, Any]:
-    rest = {name: each for name, each in description.items() if name not in ("config", "versions")}
+    apart = ("config", "versions", "effective")
+    rest = {name: each for name, each in description.items() if name not in apart}
     config = {name: each for name, each in description["config"].items() if name != _MOVES}
     return config | rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -29,14 +30,35 @@ def make_engines(
     """
     engines: Engines = {}
     for name in config.engines:
-        options: dict[str, Any] = dict(config.options.get(name, {}))
-        if name == DOTS:
-            options["mode"] = config.mode
+        options = _given(config, name)
         if scaler is not None:
             options["grad_scaler"] = scaler
         kind: Any = installed().engine(name)
         engines[name] = kind(model, **options)
     return engines
+
+
+def _given(config: RunConfig, name: str) -> dict[str, Any]:
+    """Return the options of one engine that a config gives."""
+    mode = {"mode": config.mode} if name == DOTS else {}
+    return {**config.options.get(name, {}), **mode}
+
+
+def effective_options(config: RunConfig, engines: Engines) -> dict[str, dict[str, Any]]:
+    """Return all options of each engine, defaults included, but for the model and the scaler."""
+    return {
+        name: {
+            option: value
+            for option, value in (_defaults(engine) | _given(config, name)).items()
+            if value is not Parameter.empty and option != "grad_scaler"
+        }
+        for name, engine in engines.items()
+    }
+
+
+def _defaults(engine: object) -> dict[str, Any]:
+    """Return none for what is no `Engine`, and does not tell its options."""
+    return type(engine).options() if isinstance(engine, Engine) else {}
 
 
 def scorer_of(engines: Engines) -> ScoringEngine[Any] | None:

@@ -99,8 +99,7 @@ class Run:
                 "values=True, and no method scores batches",
                 remedy="add dot_product to the methods, or leave values out",
             )
-        names = self._scorer.directions if self._scorer else ()
-        self._is = describe(self.config, model, optimizer, self._scaler, names)
+        self._is = describe(self.config, model, optimizer, self._scaler, engines, self.adds_up)
         self.steps = 0
         self._values: InRunValues | None = None
         self._folder: RunFolder | None = None
