@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,30 @@ class Streamed(IterableDataset[Any]):
         worker = torch.utils.data.get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         yield from ROWS[first::step]
+
+
+class Sized(Streamed):
+    def __len__(self) -> int:
+        return len(ROWS)
+
+
+class Shuffled(IterableDataset[Any]):
+    """Comes in another order each time, as a Hugging Face stream that is shuffled does."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.epoch += 1
+        yield from ROWS[self.epoch :] + ROWS[: self.epoch]
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch say that there are two."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)  # loaders ask for both
 
 
 def loaded(data: Any, **options: Any) -> dict[int, float]:
@@ -46,6 +71,78 @@ def test_ids_may_come_from_the_samples() -> None:
     by_key = {10 * i: float(i) for i in range(5)}
     assert loaded(with_ids(ROWS, key=lambda row: row["key"])) == by_key
     assert loaded(with_ids(Streamed(), key=lambda row: row["key"])) == by_key
+
+
+def test_a_stream_may_know_its_length() -> None:
+    data: Any = with_ids(Sized())
+    assert isinstance(data, IterableDataset)
+    assert len(data) == 5
+    assert len(DataLoader(data, batch_size=2)) == 3
+    assert loaded(data) == {i: i for i in range(5)}
+    assert not hasattr(with_ids(Streamed()), "__len__")
+
+
+def test_positions_in_a_stream_are_those_of_this_time_and_keys_stay() -> None:
+    by_position, by_key = with_ids(Shuffled()), with_ids(Shuffled(), key=lambda row: row["key"])
+    assert loaded(by_position) == {0: 1, 1: 2, 2: 3, 3: 4, 4: 0}
+    assert loaded(by_position) == {0: 2, 1: 3, 2: 4, 3: 0, 4: 1}
+    assert loaded(by_key) == loaded(by_key) == {10 * i: i for i in range(5)}
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_several_processes_need_a_key_for_a_stream() -> None:
+    """Positions in all of a data set with items are the same in each of them."""
+    with pytest.raises(
+        CaptureError, match=r"one of 2 processes\nReason: .*\nRemedy: .*key="
+    ) as caught:
+        with_ids(Streamed())
+    assert caught.value.reason
+    assert caught.value.remedy
+    by_key = {10 * i: float(i) for i in range(5)}
+    assert loaded(with_ids(Streamed(), key=lambda row: row["key"])) == by_key
+    assert loaded(with_ids(ROWS)) == {i: i for i in range(5)}
+
+
+@pytest.mark.parametrize("away", [lambda data: next(iter(data)), pickle.dumps])
+def test_processes_may_join_after_the_ids(
+    away: Callable[[Any], Any], request: pytest.FixtureRequest
+) -> None:
+    """Workers that are no forks do not know of them: they are sent the data instead."""
+    data = with_ids(Streamed())
+    away(data)
+    request.getfixturevalue("two_processes")
+    with pytest.raises(CaptureError, match="one of 2 processes"):
+        away(data)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("form", [None, "torch"])
+def test_hugging_face_data_sets(form: str | None) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([{"x": float(i), "key": 10 * i} for i in range(5)])
+    data = data.with_format(form)
+    generator = torch.Generator().manual_seed(3)
+    by_position, by_key = with_ids(data), with_ids(data, key=lambda row: row["key"])
+    assert loaded(by_position, shuffle=True, generator=generator) == {i: i for i in range(5)}
+    assert loaded(by_key) == {10 * i: i for i in range(5)}
+    assert isinstance(by_position[0]["x"], torch.Tensor if form else float)
+
+
+@pytest.mark.stress
+def test_hugging_face_streams() -> None:
+    """Two workers read two shards: of three samples, and of two."""
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([{"x": float(i), "key": 10 * i} for i in range(5)])
+    stream = data.to_iterable_dataset(num_shards=2)
+    assert loaded(with_ids(stream), num_workers=2) == {0: 0, 2: 1, 4: 2, 1: 3, 3: 4}
+    shuffled = stream.shuffle(seed=1, buffer_size=5)
+    by_position, by_key = with_ids(shuffled), with_ids(shuffled, key=lambda row: row["key"])
+    orders = []
+    for epoch in range(2):
+        shuffled.set_epoch(epoch)
+        assert loaded(by_key, num_workers=2) == {10 * i: i for i in range(5)}
+        orders.append(loaded(by_position))
+    assert orders[0] != orders[1]
 
 
 def test_workers_give_no_id_twice() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from ghost_core import CaptureError
+from ghost_engines.processes import process_count
 
 ID_FIELD: Final = "sample_id"
 """The name of the ids in samples that are dictionaries, and in batches of these."""
@@ -36,23 +37,29 @@ def with_ids(
     Args:
         data: A data set: with a length and items (map-style, a list, a Hugging Face `Dataset`, a
             memory-mapped array of rows), or one that is iterated over (streaming).
-        key: Returns a sample's id. By default it is its position. Of data that is iterated over in
-            several workers of a `DataLoader` that is the position in the worker's own part, times
-            the number of workers, plus the worker's number: no two have the same, but another
-            number of workers gives other ids. Give a key for ids that stay.
+        key: Returns a sample's id. By default it is its position. Of data that is iterated over
+            that is the position of this time: it names a sample only as long as the order stays,
+            which that of a shuffled stream does not. In several workers of a `DataLoader` it is the
+            position in the worker's own part, times the number of workers, plus the worker's
+            number: no two have the same, but another number of workers gives other ids. Give a key
+            for ids that stay.
         field: The name of the entry.
 
     Returns:
         A data set of the same kind.
 
     Raises:
-        CaptureError: If there is nothing to iterate over, and, when a sample is asked for, if it
+        CaptureError: If there is nothing to iterate over, or if it is iterated over in one of
+            several processes of torch.distributed without a key; when a sample is asked for, if it
             has an entry of this name already, or the key is no integer.
     """
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    # torch's streams have a __getitem__ that cannot be called: they inherit it from Dataset.
+    items = hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
+    sized = hasattr(data, "__len__")
+    if items and sized:
         return _Items(data, key, field)
     if isinstance(data, Iterable):
-        return _Stream(data, key, field)
+        return (_SizedStream if sized else _Stream)(data, key, field)
     raise CaptureError(
         f"with_ids takes a data set, with items or to iterate over, not a {type(data).__name__}"
     )
@@ -75,12 +82,33 @@ class _Items(Dataset[Any]):
 class _Stream(IterableDataset[Any]):
     def __init__(self, data: Iterable[Any], key: Key | None, field: str) -> None:
         self._data, self._key, self._field = data, key, field
+        self._check_processes()
 
     def __iter__(self) -> Iterator[Any]:
+        self._check_processes()  # they may have joined meanwhile
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for count, sample in enumerate(self._data):
             yield _identified(sample, first + count * step, self._key, self._field)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_processes()  # a loader's worker that is no fork does not know of them
+        return vars(self)
+
+    def _check_processes(self) -> None:
+        if self._key is None and (processes := process_count()) > 1:
+            raise CaptureError(
+                f"samples of a stream have no ids in one of {processes} processes",
+                reason="by default an id is the position in what this process reads; the others "
+                "count from 0 as well, and the same id would mean different samples",
+                remedy="give with_ids a key=... that returns a sample's own id, or a data set "
+                "with items",
+            )
+
+
+class _SizedStream(_Stream):
+    def __len__(self) -> int:
+        return len(self._data)  # type: ignore[arg-type] # with_ids looked
 
 
 def _identified(sample: Any, position: int, key: Key | None, field: str) -> Any:

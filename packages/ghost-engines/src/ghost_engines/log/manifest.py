@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from torch import distributed
-
 from ghost_engines.files import read_regular, write_json
+from ghost_engines.processes import process_count
 from ghost_engines.store import DamagedStoreError, MissingLogError, StoreError, has_shards
 
 SCHEMA = 1
@@ -38,8 +37,7 @@ class Manifest:
     @classmethod
     def new(cls, unit: int) -> Self:
         """Return that of a new log."""
-        several = distributed.is_available() and distributed.is_initialized()
-        return cls(uuid.uuid4().hex, unit, distributed.get_world_size() if several else 1)
+        return cls(uuid.uuid4().hex, unit, process_count())
 
     @classmethod
     def read(cls, root: Path) -> Self:

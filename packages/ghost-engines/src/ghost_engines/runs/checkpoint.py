@@ -13,6 +13,7 @@ from torch import distributed
 
 from ghost_core import CaptureError
 from ghost_engines.files import written_atomically
+from ghost_engines.processes import process_count
 
 CHECKPOINT = "checkpoint.pt"
 BEFORE = "checkpoint-before.pt"
@@ -23,8 +24,7 @@ State = dict[str, Any]
 
 def several() -> bool:
     """Tell whether this is one of several processes that train together."""
-    known = distributed.is_available() and distributed.is_initialized()
-    return known and distributed.get_world_size() > 1
+    return process_count() > 1
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
