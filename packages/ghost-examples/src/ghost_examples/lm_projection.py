@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ghost_engines import ProjectionEngine, project_dataset, project_queries, quality
 from ghost_examples import demo as lm
+from ghost_examples.command_line import read_options
 from ghost_examples.texts import Passage
 
 
@@ -160,8 +160,7 @@ def show(statistics: Mapping[str, object]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the example."""
-    name = "ghost_examples.lm_projection"
-    run(tyro.cli(Options, args=arguments, prog=name, description=__doc__))
+    run(read_options(Options, arguments, name="lm_projection", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ghost_core import CaptureError
 from ghost_engines import DotProductEngine
 from ghost_examples.choosing import WAYS, Step
+from ghost_examples.command_line import read_options
 from ghost_examples.language_models import (
     EMBEDDED,
     Corpora,
@@ -173,7 +173,7 @@ def _loss(model: nn.Module, tokens: Tensor) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    run(tyro.cli(Options, args=arguments, prog="ghost_examples.lm_selection", description=__doc__))
+    run(read_options(Options, arguments, name="lm_selection", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ from __future__ import annotations
 import logging
 import sys
 
-import tyro
-
 from ghost_core import GhostError
+from ghost_examples.command_line import read_options
 from ghost_examples.language_models import Options, run
 
 
@@ -28,11 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run from the command line; exits with 2 where options or data do not fit."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        run(
-            tyro.cli(
-                Options, args=arguments, prog="ghost_examples.lm_training", description=__doc__
-            )
-        )
+        run(read_options(Options, arguments, name="lm_training", description=__doc__))
     except GhostError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

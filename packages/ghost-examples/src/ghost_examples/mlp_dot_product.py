@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import tyro
 from torch import Tensor
 
 from ghost_engines import DotProductEngine, Scores
+from ghost_examples.command_line import read_options
 from ghost_examples.mlp import Options, Step, build, load, loss_of, train
 
 
@@ -54,11 +54,7 @@ def _cells(dots: Tensor) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
-    run(
-        tyro.cli(
-            Options, args=arguments, prog="ghost_examples.mlp_dot_product", description=__doc__
-        )
-    )
+    run(read_options(Options, arguments, name="mlp_dot_product", description=__doc__))
 
 
 if __name__ == "__main__":

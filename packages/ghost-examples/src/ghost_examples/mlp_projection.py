@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from ghost_engines import ProjectionEngine
 from ghost_examples import mlp
+from ghost_examples.command_line import read_options
 
 Mode = Literal["project", "non_interference", "naive_check"]
 
@@ -152,9 +152,7 @@ MODES: Mapping[Mode, Callable[[Options], bool]] = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line; a check that fails exits with 1."""
-    options = tyro.cli(
-        Options, args=arguments, prog="ghost_examples.mlp_projection", description=__doc__
-    )
+    options = read_options(Options, arguments, name="mlp_projection", description=__doc__)
     print(f"{options.mode}: {options.steps} steps of {options.train_batch} samples")
     sys.exit(0 if MODES[options.mode](options) else 1)
 

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ghost_engines import Block, ProjectionEngine
 from ghost_examples import mlp
+from ghost_examples.command_line import read_options
 
 KINDS = ("gaussian", "rademacher", "orthonormal")
 """Kinds of maps that are compared."""
@@ -175,7 +175,7 @@ def write(rows: Sequence[Row], options: Options, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write."""
-    options = tyro.cli(Options, description=__doc__, args=arguments)
+    options = read_options(Options, arguments, name="projection_error", description=__doc__)
     rows = measure(options)
     show(rows)
     if options.output is not None:

@@ -12,13 +12,13 @@ from functools import partial
 from statistics import fmean, stdev
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ghost_engines import DotProductEngine
 from ghost_examples import mlp
 from ghost_examples.choosing import WAYS, Step
+from ghost_examples.command_line import read_options
 from ghost_examples.mlp import Digits, loss_of
 
 
@@ -156,7 +156,7 @@ def run(options: Options) -> dict[str, list[Outcome]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
-    run(tyro.cli(Options, args=arguments, prog="ghost_examples.selection", description=__doc__))
+    run(read_options(Options, arguments, name="selection", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ghost_core import GhostError
 from ghost_engines import CorpusError
+from ghost_examples.command_line import read_options
 from ghost_examples.language_models import (
     EMBEDDED,
     Cut,
@@ -81,8 +82,7 @@ def _shown(source: Source, field: str) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line; exits with 2 where options or files do not fit."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    name = "ghost_examples.tokenize"
-    asked = tyro.cli(Options, args=arguments, prog=name, description=__doc__)
+    asked = read_options(Options, arguments, name="tokenize", description=__doc__)
     try:
         run(asked)
     except (GhostError, OSError) as error:

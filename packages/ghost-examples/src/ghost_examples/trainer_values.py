@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, default
 
 from ghost_engines import GroupValues, IdCollator, RunConfig, with_ids
 from ghost_engines.frameworks import GhostCallback, GhostTrainer
+from ghost_examples.command_line import read_options
 from ghost_examples.texts import Passage, build_vocabulary, passages
 
 TARGETS = ("scripture", "python")
@@ -77,9 +78,7 @@ def as_row(passage: Passage) -> dict[str, list[int]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
-    options = tyro.cli(
-        Options, args=arguments, prog="ghost_examples.trainer_values", description=__doc__
-    )
+    options = read_options(Options, arguments, name="trainer_values", description=__doc__)
     print(run(options).to_pandas().to_string(index=False))
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -25,6 +24,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from ghost_core import CaptureError
 from ghost_core.testing import per_sample_gradients
 from ghost_engines import DotProductEngine, GroupValues, InRunValues
+from ghost_examples.command_line import read_options
 
 MOST = 3
 """Images of a sample, at most."""
@@ -257,8 +257,7 @@ def run(asked: Options) -> dict[str, Outcome]:
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    name = "ghost_examples.vision_language"
-    run(tyro.cli(Options, args=arguments, prog=name, description=__doc__))
+    run(read_options(Options, arguments, name="vision_language", description=__doc__))
 
 
 if __name__ == "__main__":

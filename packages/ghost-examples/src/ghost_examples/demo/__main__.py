@@ -20,8 +20,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
-
+from ghost_examples.command_line import read_options
 from ghost_examples.demo import claims, digits, passages, receipt, report
 from ghost_examples.demo.annotator import PER_DIGIT
 from ghost_examples.demo.convnet import Recipe
@@ -86,7 +85,7 @@ def run(options: Options, sizes: Sizes) -> report.Findings:
 def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None:
     """Run from the command line; exits with 1 if the demo fails."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    options = tyro.cli(Options, args=arguments, prog="ghost_examples.demo", description=__doc__)
+    options = read_options(Options, arguments, name="demo", description=__doc__)
     with one_thread():
         findings = run(options, sizes or Sizes())
         path = report.write(options.output, findings)
