@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from trainer_kit import LENGTH, RATE, brute_force, recording, rows, tiny
+from trainer_kit import (
+    LENGTH,
+    RATE,
+    assert_goes_on,
+    breaking,
+    brute_force,
+    equal,
+    recording,
+    rows,
+    tiny,
+)
 
 from ghost_core import CaptureError
 from ghost_engines import IdCollator, RunConfig, ScoreLog, with_ids
@@ -17,7 +27,10 @@ def _installed():
     pytest.importorskip("transformers")
 
 
-def make(trainer_class, folder, model=None, callbacks=(), data=TRAIN, collate=None, **changes):
+def make(
+    trainer_class, folder, model=None, callbacks=(), data=TRAIN, collate=None, optimizer=None,
+    **changes,
+):  # fmt: skip
     """Return a trainer: four steps of two micro-batches an epoch, the last of them uneven."""
     from transformers import TrainingArguments, default_data_collator
 
@@ -35,6 +48,7 @@ def make(trainer_class, folder, model=None, callbacks=(), data=TRAIN, collate=No
         eval_dataset=with_ids(VALIDATION),
         data_collator=IdCollator(collate or default_data_collator),
         callbacks=list(callbacks),
+        optimizers=(optimizer, None),
     )
 
 
@@ -70,11 +84,6 @@ def losses(model, parts):
 def validation(model):
     tokens = torch.stack([each["input_ids"] for each in VALIDATION])
     return model(input_ids=tokens, labels=tokens).loss
-
-
-def equal(one, other):
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return all(torch.equal(*pair) for pair in pairs)
 
 
 def test_values_and_parameters_with_accumulation_clipping_and_evaluation(tmp_path):
@@ -128,6 +137,21 @@ def test_a_run_is_resumed_from_a_checkpoint(tmp_path):
     (checkpoint / "ghost.pt").unlink()
     with pytest.raises(CaptureError, match="was saved without ghost"):
         ghost_trainer(tmp_path / "b", ghost(tmp_path / "run"), **saved).train(str(checkpoint))
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("inside", ["loss", "model"])
+def test_training_goes_on_after_a_step_that_broke(inside, tmp_path):
+    from transformers import Trainer
+
+    from ghost_engines.frameworks import GhostTrainer
+
+    changes = {"eval_strategy": "no", "num_train_epochs": 1}
+    plain = make(breaking(Trainer, inside), tmp_path / "plain", **changes)
+    callbacks = [ghost(tmp_path / "run")]
+    broken = breaking(GhostTrainer, inside)
+    trainer = make(broken, tmp_path / "out", callbacks=callbacks, **changes)
+    assert_goes_on(plain, trainer, ghost(tmp_path / "again"))
 
 
 @pytest.mark.stress
@@ -217,6 +241,9 @@ def test_mistakes_say_what_to_do(tmp_path):
         make(type(trainer), tmp_path / "out").train()
     with pytest.raises(CaptureError, match="auto_find_batch_size=False"):
         ghost_trainer(tmp_path, ghost(tmp_path / "run"), auto_find_batch_size=True).train()
+    other = torch.optim.SGD(tiny().parameters(), lr=RATE)
+    with pytest.raises(CaptureError, match="the optimizer"):
+        ghost_trainer(tmp_path, ghost(tmp_path / "run"), optimizer=other).train()
     searching = ghost_trainer(tmp_path, ghost(tmp_path / "run"))
     searching.hp_search_backend = "some"
     with pytest.raises(CaptureError, match="hyperparameter_search"):

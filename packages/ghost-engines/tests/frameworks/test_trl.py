@@ -5,8 +5,9 @@ import functools
 
 import pytest
 import torch
-from trainer_kit import brute_force, recording
+from trainer_kit import assert_goes_on, breaking, brute_force, equal, recording
 
+from ghost_core import CaptureError
 from ghost_engines import IdCollator, RunConfig
 
 pytestmark = [
@@ -17,6 +18,7 @@ pytestmark = [
 WORDS = "abcdefghijklmnop"
 RATE = 0.1
 HEAD = "lm_head*"
+EVALUATES = {"eval_strategy": "steps", "eval_steps": 1}
 
 
 @pytest.fixture
@@ -83,43 +85,46 @@ def lora():
     return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
-def sft(trl, trainer_class, folder, peft=None, callbacks=(), evaluates=False, loss=None, **changes):
-    from datasets import Dataset
+def sft(trl, trainer_class, folder, loss=None, given=None, **changes):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    rows = [{"text": text(4 + at % 3, at), "sample_id": at} for at in range(12)]
+    rows = [{"text": text(4 + at % 3, at)} for at in range(12)]
     return trainer_class(
         model=model(),
         args=trl.SFTConfig(**arguments(folder, **changes)),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows[:3]) if evaluates else None,
-        processing_class=tokenizer(),
         data_collator=IdCollator(DataCollatorForLanguageModeling(pad_token_id=0)),
-        peft_config=peft,
-        callbacks=list(callbacks),
         compute_loss_func=loss,
+        **shared(rows, **given or {}),
     )
 
 
-def dpo(trl, trainer_class, folder, peft=None, callbacks=(), loss=None, **changes):
-    from datasets import Dataset
+def dpo(trl, trainer_class, folder, loss=None, given=None, **changes):
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+    given = given or {}
     rows = [
         {"prompt": "a b", "chosen": f" {text(3, at)}", "rejected": f" {text(2 + at % 3, 99 + at)}"}
-        | {"sample_id": at}
         for at in range(12)
     ]
     return trainer_class(
         model=model(),
-        ref_model=None if peft else model(),
+        ref_model=None if given.get("peft") else model(),
         args=trl.DPOConfig(**arguments(folder, **changes)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
         data_collator=IdCollator(DataCollatorForPreference(pad_token_id=0)),
-        peft_config=peft,
-        callbacks=list(callbacks),
+        **shared(rows, **given),
     )
+
+
+def shared(rows, peft=None, callbacks=(), optimizer=None):
+    """Return what both trainers are given alike."""
+    from datasets import Dataset
+
+    data = Dataset.from_list([row | {"sample_id": at} for at, row in enumerate(rows)])
+    return {
+        "train_dataset": data, "eval_dataset": data.select(range(3)), "peft_config": peft,
+        "processing_class": tokenizer(), "callbacks": list(callbacks),
+        "optimizers": (optimizer, None),
+    }  # fmt: skip
 
 
 def sft_losses(trainer):
@@ -155,33 +160,53 @@ def dpo_losses(trainer):
     return losses
 
 
-def traced(trl, make, folder, tuned, loss, options):
-    """Train with ghost and without; return values, the brute force, and both models."""
+def classes(trl, make):
+    """Return TRL's own trainer, and ghost's."""
     from ghost_engines import frameworks
 
-    is_sft = make is sft
-    classes = (trl.SFTTrainer, trl.DPOTrainer)
-    before = make(
-        trl, recording(classes[not is_sft]), folder / "a", peft=lora() if tuned else None, loss=loss
-    )
+    if make is sft:
+        return trl.SFTTrainer, frameworks.GhostSFTTrainer
+    return trl.DPOTrainer, frameworks.GhostDPOTrainer
+
+
+def ghost(trl, make, folder, run, wraps=None, given=None, options=None, **changes):
+    """Return ghost's trainer, whose callback has a run in that folder."""
+    trainer_class = classes(trl, make)[1]
+    callback = watching(folder / run, lambda: validation(trainer.model), options)
+    trainer = make(
+        trl, trainer_class if wraps is None else wraps(trainer_class), folder / "out",
+        given=(given or {}) | {"callbacks": [callback]}, **changes,
+    )  # fmt: skip
+    return trainer
+
+
+def watching(folder, closure, options=None):
+    from ghost_engines.frameworks import GhostCallback
+
+    config = RunConfig(folder=folder, options={"dot_product": options or {}})
+    return GhostCallback(config, {"val": closure})
+
+
+def traced(trl, make, folder, tuned, loss, options, evaluates=False):
+    """Train with ghost and without; return the values and those of brute force.
+
+    Evaluation between is on ghost's side alone.
+    """
+    given = {"peft": lora() if tuned else None}
+    before = make(trl, recording(classes(trl, make)[0]), folder / "a", loss=loss, given=given)
     before.seen = []
     before.train()
-    config = RunConfig(folder=folder / "run", options={"dot_product": options})
-    callback = frameworks.GhostCallback(config, {"val": lambda: validation(trainer.model)})
-    ghosts = (frameworks.GhostSFTTrainer, frameworks.GhostDPOTrainer)
-    trainer = make(
-        trl, ghosts[not is_sft], folder / "b", peft=lora() if tuned else None, loss=loss,
-        callbacks=[callback],
-    )  # fmt: skip
+    changes = {"loss": loss} | (EVALUATES if evaluates else {})
+    trainer = ghost(trl, make, folder, "run", given=given, options=options, **changes)
     trainer.train()
-    pairs = zip(before.model.parameters(), trainer.model.parameters(), strict=True)
-    assert all(torch.equal(*pair) for pair in pairs)
-    losses = (sft_losses if is_sft else dpo_losses)(before)
+    assert any("eval_loss" in each for each in trainer.state.log_history) == evaluates
+    assert equal(before.model, trainer.model)
+    losses = (sft_losses if make is sft else dpo_losses)(before)
     expected = brute_force(
         before.model, before.seen, losses, validation, rate=RATE,
         measured=lambda name: "exclude" not in options or "lm_head" not in name,
     )  # fmt: skip
-    return callback.values, expected
+    return trainer.ghost.values, expected
 
 
 @pytest.mark.parametrize("make", [sft, dpo])
@@ -221,24 +246,44 @@ def test_the_head_is_measured_where_the_model_makes_logits(trl, tmp_path):
     check(*traced(trl, sft, tmp_path, False, full_logits, {}))
 
 
-def test_a_run_is_resumed_with_evaluation_between(trl, tmp_path):
-    from ghost_engines.frameworks import GhostCallback, GhostSFTTrainer
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_evaluation_between_changes_nothing(make, trl, tmp_path):
+    check(*traced(trl, make, tmp_path, False, None, {}, evaluates=True))
 
-    def trainer(folder, run):
-        config = RunConfig(folder=tmp_path / run)
-        callback = GhostCallback(config, {"val": lambda: validation(made.model)})
-        made = sft(
-            trl, GhostSFTTrainer, tmp_path / folder, peft=lora(), callbacks=[callback],
-            evaluates=True, eval_strategy="steps", eval_steps=1, save_strategy="steps",
-            save_steps=1, num_train_epochs=2,
-        )  # fmt: skip
-        return made, callback
 
-    whole, expected = trainer("a", "whole")
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_a_run_is_resumed_with_evaluation_between(make, trl, tmp_path):
+    changes = EVALUATES | {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+    whole, again = (
+        ghost(trl, make, tmp_path, run, given={"peft": lora()}, **changes)
+        for run in ("whole", "again")
+    )
     whole.train()
-    again, values = trainer("a", "again")
-    again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
-    pairs = zip(whole.model.parameters(), again.model.parameters(), strict=True)
-    assert all(torch.equal(*pair) for pair in pairs)
-    assert values.values.to_dict() == expected.values.to_dict()
-    assert values.values.steps == 4
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert equal(whole.model, again.model)
+    values = again.ghost.values
+    assert values.to_dict() == whole.ghost.values.to_dict()
+    assert any(values.to_dict().values())
+    assert values.steps == 4
+
+
+@pytest.mark.parametrize("inside", ["loss", "model"])
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_training_goes_on_after_a_step_that_broke(make, inside, trl, tmp_path):
+    wraps = functools.partial(breaking, inside=inside)
+    plain = make(trl, wraps(classes(trl, make)[0]), tmp_path / "plain")
+    trainer = ghost(trl, make, tmp_path, "run", wraps=wraps)
+    again = watching(tmp_path / "again", lambda: validation(trainer.model))
+    assert_goes_on(plain, trainer, again)
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_mistakes_say_what_to_do(make, trl, tmp_path):
+    removed = ghost(trl, make, tmp_path, "removed", remove_unused_columns=True)
+    with pytest.raises(CaptureError, match="remove_unused_columns=False") as raised:
+        removed.train()
+    assert "a sample has no 'sample_id'" in str(raised.value)
+    optimizer = torch.optim.SGD(model().parameters(), lr=RATE)
+    other = ghost(trl, make, tmp_path, "other", given={"optimizer": optimizer})
+    with pytest.raises(CaptureError, match="the optimizer"):
+        other.train()

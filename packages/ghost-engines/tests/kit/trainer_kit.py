@@ -1,8 +1,12 @@
 """A tiny language model, what trainers train it on, and what its values are without ghost."""
 
 import copy
+from unittest import mock
 
+import pytest
 import torch
+
+from ghost_core.testing.snapshots import traces
 
 VOCABULARY, LENGTH = 19, 6
 RATE = 0.5
@@ -53,6 +57,61 @@ def recording(trainer_class):
             return super().training_step(model, inputs, *args, **kwargs)
 
     return Recording
+
+
+def equal(one, other):
+    """Tell whether two models have the same parameters, bit for bit."""
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+class BrokenError(Exception):
+    """What ends a step."""
+
+
+def breaking(trainer_class, inside):
+    """Return a trainer that breaks once, in its fourth batch: inside the model, or behind it."""
+
+    class Breaking(trainer_class):
+        batches = 0
+
+        def compute_loss(self, model, *args, **kwargs):
+            self.batches += 1
+            if self.batches != 4:
+                return super().compute_loss(model, *args, **kwargs)
+            if inside == "loss":
+                super().compute_loss(model, *args, **kwargs)
+                raise BrokenError
+            layer = next(each for name, each in model.named_modules() if name.endswith("mlp"))
+            with mock.patch.object(layer, "forward", side_effect=BrokenError):
+                return super().compute_loss(model, *args, **kwargs)
+
+    return Breaking
+
+
+def assert_goes_on(plain, trainer, callback):
+    """Assert that training breaks with ghost as it does without, and goes on as it does.
+
+    Args:
+        plain: A trainer made by `breaking`.
+        trainer: Another, with ghost inside.
+        callback: What it goes on with.
+    """
+    for each in (plain, trainer):
+        with pytest.raises(BrokenError):
+            each.train()
+    assert equal(trainer.model, plain.model)
+    assert traces(trainer.model) == traces(plain.model)
+    assert trainer.ghost.run.steps == 1
+    assert not trainer.ghost.run.is_open
+    trainer.remove_callback(trainer.ghost)
+    trainer.add_callback(callback)
+    for each in (plain, trainer):
+        each.train()
+    assert equal(trainer.model, plain.model)
+    assert traces(trainer.model) == traces(plain.model)
+    assert callback.run.steps == trainer.state.global_step == plain.state.global_step
+    assert any(callback.values.to_dict().values())
 
 
 def brute_force(
