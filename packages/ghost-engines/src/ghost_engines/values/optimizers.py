@@ -46,8 +46,10 @@ def rates(leaves: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) 
         group = held.get(leaf)
         if group is None:
             raise CaptureError(
-                f"the optimizer does not hold {name}: leave it out with exclude=..., "
-                "since no step changes it"
+                f"the optimizer does not hold {name}",
+                reason="no step of it changes that parameter",
+                remedy="give the optimizer of this model, or leave the parameter out with "
+                "exclude=...",
             )
         found[name] = float(group["lr"]) * (-1 if group.get("maximize") else 1)
     return found
