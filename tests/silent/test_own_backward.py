@@ -116,6 +116,44 @@ class Mean(Product):
         return Product.backward(ctx, each)
 
 
+class Typed(torch.autograd.Function):
+    """Products in half of the bits, and their squared sums in all; gradients are to be alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        made = x @ weight.T
+        return made.float(), made.square().sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, to_squares: Tensor) -> tuple[Tensor, Tensor]:
+        assert (grad.dtype, to_squares.dtype) == (torch.float32, torch.float64)
+        x, weight = ctx.saved_tensors
+        inner = grad.double() + 2 * to_squares[..., None] * (x @ weight.T)
+        return Product.backward(ctx, inner)
+
+
+class Nothing(Product):
+    """One whose gradient of the weight is none at all."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.saved_tensors[1], None
+
+
+class Halved(Product):
+    """One that computes in bfloat16, whatever the weight is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return Product.forward(ctx, x.bfloat16(), weight.bfloat16()).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        to_x, to_weight = Product.backward(ctx, grad.bfloat16())
+        return to_x.float(), to_weight.float()
+
+
 Head = Callable[[Tensor, nn.Linear, Tensor], Tensor]
 """From hidden values `[N, T, D]`, the head and targets `[N, T]` to one number per sample."""
 
@@ -160,6 +198,16 @@ def drawing(x: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     return squares(Dropped.apply(x, head.weight))
 
 
+def of_two_dtypes(x: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    return Typed.apply(x, head.weight)[1].sum(1)
+
+
+def behind_positions(x: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    rows = torch.cat([x, x.sin()], 1).transpose(0, 1)
+    joined = torch.cat([rows, rows.cos()])
+    return Product.apply(joined, head.weight).transpose(0, 1).square().sum((1, 2))
+
+
 class Model(nn.Module):
     def __init__(self, head: Head, *, tied: bool = False) -> None:
         super().__init__()
@@ -173,7 +221,17 @@ class Model(nn.Module):
         return self.use(self.body(self.embedding(ids)).tanh(), self.head, ids.roll(1, 1))
 
 
-HEADS = [by_token, with_entropy, valid_only, twice, of_a_copy, filled, checkpointed]
+HEADS = [
+    by_token,
+    with_entropy,
+    valid_only,
+    twice,
+    of_a_copy,
+    filled,
+    checkpointed,
+    of_two_dtypes,
+    behind_positions,
+]
 
 
 def expected_of(model: nn.Module, ids: Tensor = IDS) -> dict[str, Tensor]:
@@ -219,6 +277,72 @@ def test_rows_are_asked_for_in_every_batch() -> None:
             with engine.batch(range(N)) as batch:
                 model(ids).sum().backward()
             assert_same(batch.result.materialize(), expected)
+
+
+def joined(x: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """Take as many tokens of each sample as its first one says."""
+    lengths = targets.roll(-1, 1)[:, 0].tolist()
+    rows = torch.cat([each[:length] for each, length in zip(x, lengths, strict=True)])
+    losses = Product.apply(rows, head.weight).square().sum(1)
+    return torch.stack([each.sum() for each in losses.split(lengths)])
+
+
+def written(x: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """Write samples into another place, and into another one in each batch."""
+    order = targets.roll(-1, 1)[:, 0].argsort()
+    rows = torch.zeros_like(x)
+    rows[order] = x
+    return squares(Product.apply(rows, head.weight))[order]
+
+
+@pytest.mark.parametrize("head", [joined, written])
+def test_rows_that_were_in_order_are_asked_for_too(head: Head) -> None:
+    model = Model(head).double()
+    engine = GradientHolder(model)
+    with engine:
+        for first in ([2, 2, 2], [1, 4, 1], [4, 1, 1]):
+            ids = IDS.clone()
+            ids[:, 0] = torch.tensor(first)
+            expected = expected_of(model, ids)
+            model.zero_grad()
+            with engine.batch(range(N)) as batch:
+                model(ids).sum().backward()
+            assert_same(batch.result.materialize(), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["own dtype", "autocast"])
+def test_what_is_computed_in_bfloat16_is_compared_as_that(autocast: bool) -> None:
+    """However each sample's part is rounded, beside the sum."""
+
+    def head(x: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+        if autocast:
+            return squares(Product.apply(x, head.weight.to(x.dtype)).float())
+        return squares(Halved.apply(x, head.weight))
+
+    model, ids = Model(head), IDS.repeat(9, 1)
+    engine = GradientHolder(model)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(ids)
+
+    expected = per_sample_gradients(model, run())
+    with engine, engine.batch(range(len(ids))) as batch:
+        run().sum().backward()
+    found = batch.result.materialize()["head.weight"].float()
+    torch.testing.assert_close(found, expected["head.weight"], rtol=0.03, atol=0.03)
+
+
+def test_a_function_that_makes_no_gradient_of_a_weight() -> None:
+    def head(x: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+        return squares(Nothing.apply(x, head.weight))
+
+    model = Model(head).double()
+    engine = GradientHolder(model)
+    with engine, engine.batch(range(N)) as batch:
+        model(IDS).sum().backward()
+    assert model.head.weight.grad is None
+    assert batch.verified
 
 
 def test_what_is_written_to_afterwards_is_refused() -> None:

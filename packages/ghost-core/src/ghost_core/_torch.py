@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -142,9 +142,36 @@ def custom_function(value: Tensor) -> Any:
     return node if isinstance(node, torch.autograd.function.BackwardCFunction) else None
 
 
-def output_shapes(node: Any) -> list[torch.Size]:
-    """Return the shapes of a node's outputs; that of none where one is no result. Torch 2.11."""
-    return [torch.Size(each.shape) for each in node._input_metadata]
+class Made(NamedTuple):
+    """What is known of a node's output; it has no axes where it is no result, or one number.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        device: Where it is.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def outputs_of(node: Any) -> list[Made]:
+    """Return what is known of a node's outputs. Torch 2.11."""
+    kinds = node._input_metadata
+    return [Made(torch.Size(each.shape), each.dtype, each.device) for each in kinds]
+
+
+def dtypes_into(node: Any) -> list[torch.dtype]:
+    """Return the dtypes of a node's inputs that gradients go to. Torch 2.11."""
+    return [each._input_metadata[at].dtype for each, at in node.next_functions if each is not None]
+
+
+def axis_of(node: Any) -> int:
+    """Return the axis along which a node of an operation with one result works. Torch 2.11."""
+    axis: int = node._saved_dim
+    axes = len(outputs_of(node)[0].shape)
+    return (axis - 2**64 if axis >= 2**63 else axis) % axes  # it is kept as an unsigned number
 
 
 def will_reach(node: torch.autograd.graph.Node) -> bool:

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from ghost_core import _torch
 from ghost_core._modes import own_mode_left
-from ghost_core._torch import output_shapes, run_apart, version, without_gradients
+from ghost_core._torch import (
+    axis_of,
+    dtypes_into,
+    outputs_of,
+    run_apart,
+    version,
+    without_gradients,
+)
 from ghost_core.algebra import Dense, Owned, Precision, chunks, full_precision
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass
@@ -40,8 +47,18 @@ from ghost_core.state import random_state_kept
 Gradients = Mapping[int, Tensor]
 """Gradients that arrive at a function, by position of its output."""
 
-_PICKING = {"IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "GatherBackward0"}
-"""Nodes of operations that choose rows, in each batch others."""
+_PICKING = {
+    f"{operation}Backward0"
+    for operation in (
+        *("Index", "IndexSelect", "MaskedSelect", "Gather", "Take", "Sort", "Topk"),
+        *("IndexPut", "IndexCopy", "IndexAdd", "Scatter", "ScatterAdd", "MaskedScatter"),
+        *("Flip", "Roll"),
+    )
+}
+"""Nodes of operations that choose rows, or where they go, in each batch others."""
+
+_JOINING = {"CatBackward0", "StackBackward0"}
+"""Nodes of operations that choose rows if they join what lies one behind the other."""
 
 
 def custom_function(value: Tensor) -> Any:
@@ -81,6 +98,7 @@ def follow_function(
         entering,
         tuple(version(each.value) for each in entering.values()),
         {direct[source]: source for source in corrected if source in direct},
+        _dtypes(node),
         repeats=state.verifier.watching,
     )
     if not meeting.sites:
@@ -106,18 +124,30 @@ def _sites(state: CaptureState, node: Any, names: tuple[str, ...]) -> dict[int, 
     """Return where a function has its rows, by position of the output, where it has some."""
     sites: dict[int, Site] = {}
     picks = _picks_rows(node)
-    for at, shape in enumerate(output_shapes(node)):
+    for at, (shape, _, _) in enumerate(outputs_of(node)):
         if not shape:
             continue
         if picks:  # their number may be as before, and owners others
-            axes = RowAxes(0, (0,), shape[0], routed=True)
-            sites[at] = Site(names, node.name(), [axes])
+            anywhere = [RowAxes(0, (a,), size, routed=True) for a, size in enumerate(shape)]
+            sites[at] = Site(names, node.name(), anywhere)
             continue
         try:
             sites[at] = site_of(state, torch.empty(shape, device="meta"), names, node.name())
         except WrongSplitError:
             continue
     return sites
+
+
+def _dtypes(node: Any) -> frozenset[torch.dtype]:
+    """Return the floating dtypes of what goes into a function and comes out, and of autocast."""
+    made = outputs_of(node)
+    met = {*dtypes_into(node), *(each.dtype for each in made)}
+    autocast = {
+        torch.get_autocast_dtype(device)
+        for device in {each.device.type for each in made}
+        if torch.is_autocast_enabled(device)
+    }
+    return frozenset(dtype for dtype in met | autocast if dtype.is_floating_point)
 
 
 def _behind(node: Any) -> Iterator[Any]:
@@ -144,7 +174,12 @@ def _is_behind_tap(node: Any) -> bool:
 
 def _picks_rows(node: Any) -> bool:
     """Tell whether rows are chosen on the way to a node, from where they are told apart."""
-    return any(each.name() in _PICKING for each in _behind(node))
+    return any(each.name() in _PICKING or _joins_rows(each) for each in _behind(node))
+
+
+def _joins_rows(node: Any) -> bool:
+    """Tell whether a node puts rows one behind the other, in each batch as many others."""
+    return node.name() in _JOINING and axis_of(node) == 0
 
 
 @dataclass(eq=False)
@@ -160,6 +195,7 @@ class FunctionMeeting:
         shared: The shared values by position of the input.
         versions: How often each of them had been written to.
         corrected: The parameters whose gradients by autograd need correction, by the same.
+        dtypes: The floating dtypes that it may compute in.
         repeats: Whether it is looked at whether the backward pass can run again.
     """
 
@@ -171,6 +207,7 @@ class FunctionMeeting:
     shared: Mapping[int, Shared]
     versions: tuple[int, ...]
     corrected: Mapping[int, ParameterSource]
+    dtypes: frozenset[torch.dtype]
     repeats: bool
     _corrections: dict[int, Tensor] = field(default_factory=dict)
 
@@ -243,9 +280,16 @@ class FunctionMeeting:
                     continue
                 dense = [torch.zeros_like(shared.value) if row is None else row for row in column]
                 gradient = Dense(torch.stack(dense).unsqueeze(1))
+                self._note_rounding(shared)
                 owner = torch.arange(part.start, part.stop, device=dense[0].device)
                 whole = len(dense) == n
                 shared.spread(self.pass_, gradient if whole else Owned(gradient, owner, n))
+
+    def _note_rounding(self, shared: Shared) -> None:
+        """Let sums be compared as those of numbers that were rounded to what it computes in."""
+        if self.state.balance is not None:
+            for source in shared.reached():
+                self.state.balance.round(source.account, self.dtypes)
 
     def _alone(self, at: int, grad: Tensor) -> Iterator[Tensor]:
         site = self.sites[at]
@@ -270,9 +314,12 @@ class FunctionMeeting:
         return found if isinstance(found, tuple) else (found,)
 
     def _applied(self, arrived: Gradients) -> Any:
-        node, like = self.node(), next(iter(arrived.values()))
+        node = self.node()
         # As autograd does, but for what is no result, or a number.
-        given = [like.new_zeros(shape) if shape else None for shape in output_shapes(node)]
+        given = [
+            torch.zeros(made.shape, dtype=made.dtype, device=made.device) if made.shape else None
+            for made in outputs_of(node)
+        ]
         for at, grad in arrived.items():
             given[at] = grad
         try:

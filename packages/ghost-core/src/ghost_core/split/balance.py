@@ -152,6 +152,11 @@ class Balance:
         account.norms = norms if account.norms is None else account.norms + norms
         account.dtypes.update(floating_dtypes(gradient), () if autocast is None else (autocast,))
 
+    def round(self, name: str, dtypes: Iterable[torch.dtype]) -> None:
+        """Note dtypes that contributions to a parameter were rounded to on their way."""
+        if name in self._parameters:
+            self._accounts[name].dtypes.update(dtypes)
+
     def correct(self, name: str, correction: Tensor) -> None:
         """Note what an engine adds to the sum of what arrived for a parameter."""
         if name in self._parameters:
@@ -202,8 +207,8 @@ class Balance:
         self._handles.clear()
         self._accounts.clear()
 
-    def _see(self, name: str, grad: Tensor) -> None:
-        if self._counts():
+    def _see(self, name: str, grad: Tensor | None) -> None:
+        if grad is not None and self._counts():  # a custom function may make none
             account = self._accounts[name]
             made = grad.detach().to_dense() if grad.layout is not torch.strided else grad.detach()
             account.made = made.clone() if account.made is None else account.made + made
