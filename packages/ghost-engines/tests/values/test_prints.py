@@ -39,3 +39,14 @@ def test_the_sign_is_told_of_a_gradient_whose_columns_add_up_to_nothing(shape, f
 def test_the_sign_is_not_that_of_rounding():
     before, after = module.Print(1.0, 0.1, 1e-17), module.Print(0.5, 0.05, -2e-17)
     assert module.ratio(before, after, torch.float64) == 0.5
+
+
+@pytest.mark.parametrize("factor", [-1.0, -0.25, 0.25])
+@pytest.mark.parametrize("first", [-0.6796875, -0.6640625], ids=["in a sum", "in each"])
+def test_the_sign_is_told_where_nothing_is_rounded(first, factor):
+    """Gradients of few bits add up to less than their rounding now and then."""
+    gradient = torch.tensor([first, 1.421875], dtype=torch.bfloat16)
+    before, after = module.read(
+        module.prints({"g": gradient}), module.prints({"g": gradient * factor})
+    )
+    assert module.ratio(before["g"], after["g"], torch.bfloat16) == factor

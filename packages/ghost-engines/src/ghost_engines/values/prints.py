@@ -151,16 +151,25 @@ def ratio(before: Print, after: Print, dtype: torch.dtype) -> float | None:
     # Where the elements add up to nothing, as behind a norm, the sign of the sum is rounding's.
     told = abs(before.weighted) > max(8 * torch.finfo(dtype).eps, _ROUNDING) * before.norm
     turned = abs(after.weighted + size * before.weighted)
-    sign = -1.0 if told and turned < abs(after.weighted - size * before.weighted) else 1.0
+    straight = abs(after.weighted - size * before.weighted)
+    # But no element is rounded where all are multiplied with a power of two.
+    told |= _is_power_of_two(size) and turned <= _ROUNDING * after.magnitude < straight
+    sign = -1.0 if told and turned < straight else 1.0
     off = max(
         abs(after.magnitude - size * before.magnitude),
-        abs(after.weighted - sign * size * before.weighted),
+        turned if sign < 0 else straight,
     )
     tolerance = max(8 * torch.finfo(dtype).eps, 1e-9)
     if off > tolerance * after.magnitude:
         return None
     # Sums depend on where a tensor lies in memory, by rounding.
     return 1.0 if abs(sign * size - 1) <= _ROUNDING else sign * size
+
+
+def _is_power_of_two(size: float) -> bool:
+    """Tell whether a number is a power of two, but for how sums are rounded."""
+    mantissa, _ = math.frexp(size)
+    return min(2 * mantissa - 1, 1 - mantissa) <= _ROUNDING
 
 
 def _elements(gradient: Tensor) -> Tensor:
