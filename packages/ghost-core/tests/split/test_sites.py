@@ -52,3 +52,11 @@ def test_nan_and_infinity_are_told_apart(name):
     assert _is_finite(values) == bool(values.isfinite().all())
     assert not _is_nan(values[:0])
     assert _is_finite(values[:0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nan_is_found_among_numbers_of_eight_bits(dtype):
+    """Of which torch finds no largest one; a model may return such."""
+    values = torch.tensor([0.0, -1.0]).to(dtype)
+    assert not _is_nan(values)
+    assert _is_nan(torch.tensor([0.0, NAN]).to(dtype))

@@ -38,6 +38,8 @@ def _any_nan(values: Iterable[Any]) -> bool:
 
 def _is_nan(value: Tensor) -> bool:
     """Tell whether there is NaN in a tensor: its largest entry is then, whatever else there is."""
+    if value.itemsize == 1:  # of which torch finds no largest
+        return bool(value.isnan().any())
     return bool(value.numel()) and bool(value.amax().isnan())
 
 
