@@ -155,12 +155,12 @@ def ratio(before: Print, after: Print, dtype: torch.dtype) -> float | None:
     # But no element is rounded where all are multiplied with a power of two.
     told |= _is_power_of_two(size) and turned <= _ROUNDING * after.magnitude < straight
     sign = -1.0 if told and turned < straight else 1.0
-    off = max(
-        abs(after.magnitude - size * before.magnitude),
-        turned if sign < 0 else straight,
-    )
     tolerance = max(8 * torch.finfo(dtype).eps, 1e-9)
-    if off > tolerance * after.magnitude:
+    # What elements are rounded by adds up where all are alike, and is a walk where they differ.
+    walked = abs(after.weighted) + math.sqrt(after.magnitude * after.norm)
+    if abs(after.magnitude - size * before.magnitude) > tolerance * after.magnitude or (
+        turned if sign < 0 else straight
+    ) > tolerance * min(after.magnitude, walked):
         return None
     # Sums depend on where a tensor lies in memory, by rounding.
     return 1.0 if abs(sign * size - 1) <= _ROUNDING else sign * size
