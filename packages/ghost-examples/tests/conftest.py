@@ -1,8 +1,9 @@
-"""What the tests of the demo share."""
+"""What tests share: small sizes, a corpus, findings of a demo."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pandas
 import pytest
@@ -17,13 +18,24 @@ from ghost_examples.demo.passages import Looked, Neighbour, PassagesResult, Plan
 from ghost_examples.demo.receipt import Receipt
 from ghost_examples.demo.report import Findings
 from ghost_examples.demo.threads import one_thread
-from ghost_examples.texts import Passage
+from ghost_examples.language_models import Cut, open_tokenizer, write_domain
+from ghost_examples.texts import Passage, load_domain
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of forty blocks of 16 tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in ("python", "scripture"):
+        text = load_domain(name)[:2200]
+        write_domain(folder, name, [text], open_tokenizer("embedded"), Cut(16, 4, by_block=True))
+    return folder
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def test_two_processes_that_are_killed_go_on(tmp_path: Path, arguments: list[str
 
 def test_torchrun_restarts_what_was_killed(tmp_path: Path, arguments: list[str]) -> None:
     """One of two processes is killed; torchrun ends the other, and starts both anew."""
+    arguments = [*arguments, "--corpus", "embedded", "--length", "64"]
     whole, found = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(together(whole, arguments), check=True, stdout=subprocess.DEVNULL)
     worker = tmp_path / "worker.py"

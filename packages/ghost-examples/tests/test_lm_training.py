@@ -17,7 +17,6 @@ from ghost_core import CaptureError, UnknownNameError
 from ghost_engines import CorpusError, GroupValues
 from ghost_examples import lm_training
 from ghost_examples.language_models import (
-    Cut,
     Options,
     launch,
     meaning,
@@ -25,24 +24,11 @@ from ghost_examples.language_models import (
     models,
     new_gpt2,
     open_corpora,
-    open_tokenizer,
     training,
-    write_domain,
 )
 from ghost_examples.language_models.data import Batches
-from ghost_examples.texts import load_domain
 
 DOMAINS = ("python", "scripture")
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two domains of forty blocks of 16 tokens."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for name in DOMAINS:
-        text = load_domain(name)[:2200]
-        write_domain(folder, name, [text], open_tokenizer("embedded"), Cut(16, 4, by_block=True))
-    return folder
 
 
 @pytest.fixture
