@@ -240,9 +240,11 @@ def test_the_optimizer_of_another_model_is_named(accelerate, tmp_path):
     message = said(loop.measured(tmp_path).__enter__)
     assert message == said(lambda: InRunValues(engine, other.optimizer))
     assert message == (
-        "the optimizer does not hold 0.bias\n"
-        "Reason: no step of it changes that parameter.\n"
-        "Remedy: give the optimizer of this model, or leave the parameter out with exclude=..."
+        "the optimizer holds none of the parameters that the engine tracks, 0.bias among them\n"
+        "Reason: it is that of another model, or was made before the model's parameters were "
+        "replaced, as wrapping, moving or loading a model may do.\n"
+        "Remedy: make it of the model that is trained, with model.parameters(), once that is "
+        "loaded, moved and wrapped, and the engine of the same model"
     )
     assert_untouched(before, loop.model, "a refusal")
 

@@ -1,5 +1,6 @@
 """In-run values against values computed step by step by autograd."""
 
+import copy
 import sys
 
 import pytest
@@ -282,6 +283,16 @@ def test_optimizer_without_a_tracked_parameter_is_refused(mlp):
         InRunValues(engine, torch.optim.SGD([*mlp[0].parameters(), mlp[2].weight], lr=0.1))
     selected = DotProductEngine(mlp, exclude="2.bias")
     InRunValues(selected, torch.optim.SGD([*mlp[0].parameters(), mlp[2].weight], lr=0.1)).close()
+
+
+def test_optimizer_of_another_model_is_refused(mlp):
+    """To leave its parameters out would leave nothing."""
+    other = torch.optim.SGD(copy.deepcopy(mlp).parameters(), lr=0.1)
+    with pytest.raises(CaptureError, match=r"holds none of .* tracks, 0\.bias among") as caught:
+        InRunValues(DotProductEngine(mlp), other)
+    assert "another model" in caught.value.reason
+    assert "exclude" not in str(caught.value)
+    assert "model.parameters()" in caught.value.remedy
 
 
 def test_refused_values_leave_nothing_behind(mlp):

@@ -38,21 +38,32 @@ def rates(leaves: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) 
         optimizer: The optimizer that makes the steps.
 
     Raises:
-        CaptureError: If the optimizer does not hold one of them.
+        CaptureError: If the optimizer does not hold one of them, or none at all.
     """
     held = {leaf: group for group in optimizer.param_groups for leaf in group["params"]}
     found = {}
     for name, leaf in leaves.items():
         group = held.get(leaf)
         if group is None:
-            raise CaptureError(
-                f"the optimizer does not hold {name}",
-                reason="no step of it changes that parameter",
-                remedy="give the optimizer of this model, or leave the parameter out with "
-                "exclude=...",
-            )
+            raise _not_held(name, none=held.keys().isdisjoint(leaves.values()))
         found[name] = float(group["lr"]) * (-1 if group.get("maximize") else 1)
     return found
+
+
+def _not_held(name: str, *, none: bool) -> CaptureError:
+    if none:
+        return CaptureError(
+            f"the optimizer holds none of the parameters that the engine tracks, {name} among them",
+            reason="it is that of another model, or was made before the model's parameters were "
+            "replaced, as wrapping, moving or loading a model may do",
+            remedy="make it of the model that is trained, with model.parameters(), once that is "
+            "loaded, moved and wrapped, and the engine of the same model",
+        )
+    return CaptureError(
+        f"the optimizer does not hold {name}",
+        reason="no step of it changes that parameter",
+        remedy="give the optimizer of this model, or leave the parameter out with exclude=...",
+    )
 
 
 def skipped(optimizer: torch.optim.Optimizer) -> bool:
