@@ -162,3 +162,35 @@ def test_mistakes_say_what_to_do(lightning, tmp_path):
         assert not given._forward_hooks
     with pytest.raises(CaptureError, match="before training begins"):
         ghost(tmp_path, model, True).values.to_dict()
+
+
+def test_an_optimizer_of_another_model_is_named(lightning, tmp_path):
+    model = module(lightning, True)
+    model.configure_optimizers = lambda: torch.optim.SGD(net().parameters(), lr=RATE)
+    with pytest.raises(
+        CaptureError, match=r"the optimizer holds none of .* net\.0\.bias"
+    ) as caught:
+        fit(lightning, tmp_path, model, [ghost(tmp_path / "run", model, True)])
+    assert "another model" in caught.value.reason
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", r"net\.0 was called outside a call of the model: call the module"),
+        ("wrapper", r"0\.0 was called outside a call of the model: call the module"),
+        ("other", "the model was not called .* give the engine the module that is called"),
+    ],
+)
+def test_a_module_that_is_not_called_is_named(lightning, name, message, tmp_path):
+    """What is called is inside of the module and of a wrapper, or is another network."""
+    from ghost_engines.frameworks import GhostLightning
+
+    model = module(lightning, False)
+    model.wrapper, model.other = nn.Sequential(model.net), net()
+    direction = {"val": lambda: loss_of(model.get_submodule(name), VALIDATION).mean()}
+    callback = GhostLightning(RunConfig(folder=tmp_path / "run"), direction, module=name)
+    with pytest.raises(CaptureError, match=message):
+        fit(lightning, tmp_path, model, [callback])
+    assert not any(each._forward_hooks for each in model.modules())
