@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +35,23 @@ def test_both_modes_score_as_autograd_and_train_alike(capsys: pytest.CaptureFixt
         assert int(outcome.values.samples.sum()) == 9
     assert joined.losses == pytest.approx(exact.losses, rel=1e-9)
     assert joined.values.values == pytest.approx(exact.values.values, rel=1e-6)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("mode", vision_language.MODES)
+def test_evaluation_between_steps_changes_nothing(mode: str) -> None:
+    options = vision_language.Options(steps=2, batch=3, validation=2, test=2, eval_every=1)
+    with_one = vision_language.train(mode, options)
+    without = vision_language.train(mode, replace(options, eval_every=2))
+    assert with_one.measured.keys() == {0, 1, 2}
+    assert without.measured.keys() == {0, 2}
+    assert len(set(with_one.measured.values())) == 3
+    assert with_one.losses == without.losses
+    assert np.array_equal(with_one.values.values, without.values.values)
+    assert with_one.values.values.any()
+    parameters = without.model.state_dict()
+    for name, found in with_one.model.state_dict().items():
+        assert torch.equal(found, parameters[name]), name
 
 
 def test_options_that_do_not_fit_are_refused() -> None:

@@ -2,8 +2,8 @@
 
 Each sample has one to three images of handwritten digits, and a text that names them. Batches are
 dictionaries, whose images have rows of their own: `row_owner` says which rows of which modules
-are images, and each batch whose they are. The same training goes through exact and concatenated
-mode, with evaluation between steps, and scores are compared with one autograd call per sample:
+are images, and each batch whose they are. The same loop goes through exact and concatenated mode,
+with evaluation between steps, and scores are compared with one autograd call per sample:
 
     python -m ghost_examples.vision_language
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from ghost_core import CaptureError
 from ghost_core.testing import per_sample_gradients
-from ghost_engines import DotProductEngine, GroupValues, InRunValues
+from ghost_engines import GroupValues, Run, RunConfig
 from ghost_examples.command_line import read_options
 
 MOST = 3
@@ -35,8 +37,8 @@ LENGTH = PATCHES * MOST + MOST + 1
 IMAGES = {"model.vision_tower*": "owners", "model.multi_modal_projector*": "owners"}
 """Rows of these modules are images; whose they are, the batch says under this name."""
 
-Made = tuple[Tensor, float]
-"""Scores of a batch, `[N]`, and its loss."""
+MODES = ("exact", "concatenated")
+"""Validation samples have a pass of their own, or go through the model with those of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Options:
         batch: Samples of a step.
         validation: Samples that scores and values are for.
         test: Samples that the loss is measured on, between steps.
+        eval_every: Steps between these measurements.
         lr: Learning rate of plain gradient descent.
         seed: Of parameters and samples.
     """
@@ -56,11 +59,12 @@ class Options:
     batch: int = 8
     validation: int = 8
     test: int = 64
+    eval_every: int = 20
     lr: float = 0.03
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "validation", "test"):
+        for name in ("steps", "batch", "validation", "test", "eval_every"):
             if getattr(self, name) < 1:
                 raise CaptureError(f"{name} must be at least 1, not {getattr(self, name)}")
 
@@ -158,17 +162,17 @@ class Outcome:
     Attributes:
         deviation: Of scores from autograd, sample by sample, over the product of norms; the largest
             of the first and the last step.
-        before: Loss of the test samples before training.
-        after: The same after it.
+        measured: Loss of the test samples by step, before the first and then now and then.
         values: Values by number of images.
         losses: Loss of each step.
+        model: What was trained.
     """
 
     deviation: float
-    before: float
-    after: float
+    measured: dict[int, float]
     values: GroupValues
     losses: list[float]
+    model: nn.Module
 
 
 def train(mode: str, asked: Options) -> Outcome:
@@ -177,12 +181,9 @@ def train(mode: str, asked: Options) -> Outcome:
     test, val = draw(asked.test, generator), draw(asked.validation, generator)
     model = llava(asked.seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=asked.lr)
-    engine = DotProductEngine(model, mode=mode, row_owner=IMAGES)
-    if mode != "concatenated":
-        engine.add_direction("val", lambda: losses(model, val.text, val.images).mean())
     images: dict[int, int] = {}
-    seen, measured, deviations = [], [evaluate(model, test)], []
-    with engine, InRunValues(engine, optimizer) as values:
+    seen, measured, deviations = [], {0: evaluate(model, test)}, []
+    with TemporaryDirectory() as folder, _run(mode, model, optimizer, val, folder) as run:
         for step in range(asked.steps):
             batch = draw(asked.batch, generator)
             ids = torch.arange(asked.batch) + step * asked.batch
@@ -190,41 +191,41 @@ def train(mode: str, asked: Options) -> Outcome:
             compared = step in (0, asked.steps - 1)
             expected = reference(model, batch, val) if compared else None
             optimizer.zero_grad()
-            scores, loss = MODES[mode](engine, ids, batch, val)
+            scores, loss = make_gradients(run, model, ids, batch, val)
             seen.append(loss)
             if expected is not None:
                 dots, norms = expected
                 deviations.append(float(((scores - dots).abs() / norms).max()))
             optimizer.step()
-            if (step + 1) % 20 == 0 or step + 1 == asked.steps:
-                measured.append(evaluate(model, test))
-    by_images = values.by_group(lambda sample: f"{images[sample]} images")
-    return Outcome(max(deviations), measured[0], measured[-1], by_images, seen)
+            if (step + 1) % asked.eval_every == 0 or step + 1 == asked.steps:
+                measured[step + 1] = evaluate(model, test)
+        by_images = run.values.by_group(lambda sample: f"{images[sample]} images")
+    return Outcome(max(deviations), measured, by_images, seen, model)
 
 
-def apart(engine: DotProductEngine, ids: Tensor, batch: Samples, val: Samples) -> Made:
-    """Make the gradients of a batch; the validation samples have a pass of their own."""
-    with engine.batch(ids, owners={"owners": batch.owners}) as scored:
-        loss = losses(engine.model, batch.text, batch.images).mean()
-        loss.backward()
-    return scored.result.total[:, 0], loss.item()
+def _run(
+    mode: str, model: nn.Module, optimizer: torch.optim.Optimizer, val: Samples, folder: str
+) -> Run:
+    options = {"dot_product": {"row_owner": IMAGES}}
+    config = RunConfig(folder=Path(folder) / "run", mode=mode, options=options)
+    separate = {"val": lambda: losses(model, val.text, val.images).mean()}
+    return Run(model, optimizer, config, directions={} if mode == "concatenated" else separate)
 
 
-def together(engine: DotProductEngine, ids: Tensor, batch: Samples, val: Samples) -> Made:
-    """Make the gradients of a batch, with which the validation samples go through the model."""
+def make_gradients(
+    run: Run, model: nn.Module, ids: Tensor, batch: Samples, val: Samples
+) -> tuple[Tensor, float]:
+    """Make the gradients of a batch; return its scores, `[N]`, and its loss."""
     count = len(batch)
     # Texts are joined row by row; images, of which samples have several, one after another.
-    text = engine.concatenate(batch.text, val.text)
-    images = torch.cat([batch.images, val.images])
-    owners = torch.cat([batch.owners, val.owners + count])
-    with engine.batch(ids, owners={"owners": owners}) as scored:
-        each = losses(engine.model, text, images)
-        engine.backward(each, train_weight=1 / count, validation_weight=1 / len(val))
-    return scored.result.total[:, 0], each[:count].mean().item()
-
-
-MODES = {"exact": apart, "concatenated": together}
-"""How gradients are made in each mode."""
+    text, images, owners = run.join(batch.text, val.text), batch.images, batch.owners
+    if len(text["input_ids"]) > count:
+        images = torch.cat([images, val.images])
+        owners = torch.cat([owners, val.owners + count])
+    with run.batch(ids, owners={"owners": owners}) as batches:
+        each = losses(model, text, images)
+        run.backward(each, train_weight=1 / count, validation_weight=1 / len(val))
+    return batches["dot_product"].result.total[:, 0], each[:count].mean().item()
 
 
 def reference(model: nn.Module, batch: Samples, val: Samples) -> tuple[Tensor, Tensor]:
@@ -243,7 +244,7 @@ def run(asked: Options) -> dict[str, Outcome]:
     for mode in MODES:
         found[mode] = outcome = train(mode, asked)
         print(
-            f"{mode}: test loss {outcome.before:.3f} to {outcome.after:.3f}; "
+            f"{mode}: test loss {outcome.measured[0]:.3f} to {outcome.measured[asked.steps]:.3f}; "
             f"scores are within {outcome.deviation:.1e} of autograd's",
             flush=True,
         )
