@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from memory_kit import KIT
 
 PROGRAM = """
-import resource, sys, tempfile
+import sys, tempfile
 import torch
+from memory_kit import kib
 from torch import nn
 from ghost_engines import ProjectionEngine, project_dataset
 
@@ -37,11 +39,7 @@ def train_projected(batch):
     optimizer.step()
     engine.collect()
 
-def resident():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
-
-before = resident()
+before = kib("VmRSS")
 with tempfile.TemporaryDirectory() as folder:
     if way == "project_dataset":
         project_dataset(model, losses, batches, folder, dim=(16, 16), layers="*.weight")
@@ -52,7 +50,7 @@ with tempfile.TemporaryDirectory() as folder:
     else:
         for batch in batches:
             train(batch)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(kib("VmHWM") - before)
 """
 
 
@@ -66,6 +64,7 @@ def peak(way, width, tokens):
         text=True,
         check=True,
         env=env,
+        cwd=KIT,
     )
     return int(done.stdout) / 1024
 

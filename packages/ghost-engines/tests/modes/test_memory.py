@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from memory_kit import KIT
 
 from ghost_core import CaptureError
 from ghost_core.testing import next_token_losses
@@ -18,8 +19,9 @@ ACTIVATIONS = (LAYERS + 1) * M * T * WIDTH * 4
 FACTORS = LAYERS * M * T * 2 * WIDTH * 4
 
 STEPS = f"""
-import resource, sys
+import sys
 import torch
+from memory_kit import kib
 from torch import nn
 from ghost_engines import DotProductEngine, FactoredDirection
 
@@ -69,7 +71,7 @@ else:
             model.zero_grad()
             with engine.batch(range({N})):
                 step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(kib("VmHWM") * 1024)
 """
 
 
@@ -78,7 +80,7 @@ def peak(mode):
     command = [sys.executable, "-c", STEPS, mode]
     # What is freed goes back to the system at once, or holes in the heap would count too.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=KIT)
     return int(done.stdout)
 
 

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
+from memory_kit import kib
 from search_kit import Rows
 from ghost_engines.search import Whitening, group_scores
 from ghost_engines.store import GradientStore, StoredRows
@@ -27,7 +28,7 @@ for by in ("dot", "cosine", whitening):
     store.search(queries, by=by)
 group_scores(store, queries, torch.arange(n) % 7)
 whitening.self_influence(store)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(kib("VmHWM") // 1024)
 """
 
 
@@ -51,14 +52,14 @@ LIMITED = """
 import json, resource, sys
 from pathlib import Path
 import torch
+from memory_kit import kib
 from search_kit import Rows
 from ghost_engines.search import Whitening, group_scores, near_duplicates
 from ghost_engines.store import GradientStore, StoredRows, merge
 
 root, (columns, n, unit, megabytes) = Path(sys.argv[1]), map(int, sys.argv[2:])
 torch.ones(300, 300) @ torch.ones(300, 300)
-held = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
-limit = int(held.split()[1]) * 2**10 + megabytes * 2**20
+limit = kib("VmData") * 2**10 + megabytes * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 queries, there = torch.randn(5, columns), [7, n // 2, n - 3]

@@ -1,5 +1,6 @@
 """Ctrl-C at any moment is a KeyboardInterrupt: neither lost nor taken for another error."""
 
+import gc
 import random
 import signal
 
@@ -13,9 +14,14 @@ WEAK = ("weakref", "_weakrefset")
 
 
 def in_finalizer(frame):
-    """Tell whether an object is being deleted, as a progress bar or a key of a weak dictionary."""
+    """Tell whether an object is being deleted, as a progress bar or a key of a weak dictionary.
+
+    So are objects while what others registered with the garbage collector runs.
+    """
+    collecting = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
-        if frame.f_code.co_name == "__del__" or frame.f_globals["__name__"] in WEAK:
+        code, module = frame.f_code, frame.f_globals["__name__"]
+        if code.co_name == "__del__" or module in WEAK or code in collecting:
             return True
         frame = frame.f_back
     return False
