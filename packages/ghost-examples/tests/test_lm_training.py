@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ghost_core import CaptureError, UnknownNameError
 from ghost_engines import CorpusError, GroupValues
@@ -203,6 +204,15 @@ def test_a_broken_model_is_named_in_a_line(
     said = str(refused.value)
     assert said.startswith(f"the model in {tmp_path} ")
     assert "\n" not in said
+
+
+def test_a_model_without_all_its_weights_is_refused(tmp_path: Path) -> None:
+    new_gpt2("tiny", vocabulary=64, length=16).save_pretrained(tmp_path)  # type: ignore[operator]
+    weights = load_file(path := tmp_path / "model.safetensors")
+    del weights["transformer.ln_f.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(CorpusError, match=r"has no weights for transformer\.ln_f\.weight"):
+        models.load_causal(tmp_path, vocabulary=64, length=16)
 
 
 def test_what_cannot_be_read_or_written_ends_with_a_line(

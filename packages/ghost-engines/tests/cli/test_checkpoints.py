@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from command_kit import parts, project, score, verify
+from safetensors.torch import load_file, save_file
 
 from ghost_engines import GradientStore, cli, project_dataset
 from ghost_engines.cli import models
@@ -207,6 +208,20 @@ def test_folders_that_are_no_checkpoint(config, what, tmp_path, capsys, texts):
     assert said.err.startswith("ghost: MODEL: ")
     assert len(said.err.splitlines()) == 1
     assert what in said.err
+
+
+def test_weights_that_are_missing_are_named(checkpoint, tmp_path, texts, capsys):
+    """Transformers draws random numbers in their place."""
+    shutil.copytree(checkpoint, tmp_path / "short")
+    path = tmp_path / "short" / "model.safetensors"
+    kept = load_file(path)
+    del kept["transformer.h.0.mlp.c_fc.bias"], kept["transformer.ln_f.weight"]
+    save_file(kept, path, {"format": "pt"})
+    assert verify("short", "--data", texts) == 2
+    assert capsys.readouterr().err == (
+        "ghost: MODEL: short has no weights for transformer.h.0.mlp.c_fc.bias, "
+        "transformer.ln_f.weight, which the class in 'architectures', GPT2LMHeadModel, has\n"
+    )
 
 
 def test_a_checkpoint_without_a_tokenizer(checkpoint, tmp_path, texts, capsys):

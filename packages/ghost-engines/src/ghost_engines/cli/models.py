@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from torch import nn
@@ -88,9 +89,17 @@ def _load_checkpoint(folder: Path) -> nn.Module:
         )
     with _bars_at_a_terminal(transformers):
         try:
-            model: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
+            loaded = kind.from_pretrained(
+                folder, local_files_only=True, dtype="auto", output_loading_info=True
+            )
         except Exception as error:
             raise CommandError(f"MODEL: {folder} cannot be loaded: {error}") from error
+    model: nn.Module = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # random numbers stand there
+        raise CommandError(
+            f"MODEL: {folder} has no weights for {shorten(', '.join(missing), 200)}, which the "
+            f"class in 'architectures', {name}, has"
+        )
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -103,11 +104,17 @@ def load_causal(folder: Path, *, vocabulary: int, length: int) -> nn.Module:
 def _read(folder: Path) -> Any:
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        return load(folder, local_files_only=True)
+        model, found = load(folder, local_files_only=True, output_loading_info=True)
     # The last one is raised where tensors have other shapes than the config says.
     except (OSError, ValueError, SafetensorError, StrictDataclassError, RuntimeError) as error:
         said = " ".join(str(error).split("\n\n")[0].split())
         raise CorpusError(f"the model in {folder} cannot be read: {said}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise CorpusError(
+            f"the model in {folder} has no weights for {shorten(', '.join(missing), 200)}",
+            reason="random numbers would stand in their place",
+        )
+    return model
 
 
 def per_sample_loss(model: nn.Module, tokens: Tensor) -> Tensor:
