@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ghost_core import CaptureError
+from ghost_engines import Run
 from ghost_examples import choosing, lm_selection
 from ghost_examples.language_models import (
     Cut,
@@ -43,8 +44,9 @@ def small(tmp_path: Path) -> lm_selection.Options:
 def test_it_prints_a_row_for_each_way_and_draws_them(
     small: lm_selection.Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [lm_selection.run(small) for _ in range(2)]
-    assert found[0] == found[1]
+    again = lm_selection.Options(**{**vars(small), "output": small.output.parent / "again"})
+    found = [lm_selection.run(each) for each in (small, small, again)]
+    assert found[0] == found[1] == found[2]
     header, *rows, path = capsys.readouterr().out.splitlines()[:7]
     assert "loss on python" in header
     assert [row[:14].strip() for row in rows] == [*choosing.WAYS]
@@ -59,17 +61,61 @@ def test_each_way_chooses_as_many_and_by_what_it_says(small: lm_selection.Option
     samples = [corpora.train[at] for at in (0, 1, -1, -2)]
     tokens = torch.stack([each["input_ids"] for each in samples])
     ids = torch.tensor([each["sample_id"] for each in samples])
-    engine = lm_selection.DotProductEngine(model)
-    engine.add_direction("known", lambda: per_sample_loss(model, tokens[2:3]).mean())
-    with engine:
-        own = partial(per_sample_loss, model, tokens)
-        step = choosing.Step(engine, own, ids, small.chosen, 0.1, torch.Generator())
-        chosen = {name: way(step).tolist() for name, way in choosing.WAYS.items()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    targets = {"known": lambda: per_sample_loss(model, tokens[2:3]).mean()}
+    own = partial(per_sample_loss, model, tokens)
+    chosen = {}
+    for name, way in choosing.WAYS.items():
+        config = way.config(small.output / name, small.chosen)
+        with Run(model, optimizer, config, directions=targets) as run:
+            chosen[name] = way.choose(run, own, ids, small.chosen, 0.1).tolist()
     assert all(len(set(each)) == 2 for each in chosen.values())
     order = per_sample_loss(model, tokens).argsort().tolist()
     assert chosen["lowest loss"] == order[:2]
     assert chosen["highest loss"] == order[:-3:-1]
     assert chosen["TopK"][0] == chosen["Greedy"][0] == 2  # the passage that is to be learnt
+
+
+class KilledError(Exception):
+    """Stands for what ends a process."""
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", ["at random", "Greedy"])
+def test_a_way_that_was_stopped_goes_on_as_if_it_was_not(
+    name: str, small: lm_selection.Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends in the fifth step, one after its last checkpoint."""
+    asked = lm_selection.Options(**{**vars(small), "steps": 12})
+    corpora = open_corpora(asked.corpus, (), 8, asked.output)
+    whole = lm_selection.train(name, corpora, asked, 0)
+    other = lm_selection.Options(**{**vars(asked), "output": asked.output / "killed"})
+    made, steps = lm_selection.Stride.step, []
+
+    def breaks(stride: lm_selection.Stride) -> None:
+        made(stride)
+        steps.append(stride.rate)
+        if len(steps) == 5:
+            raise KilledError
+
+    monkeypatch.setattr(lm_selection.Stride, "step", breaks)
+    with pytest.raises(KilledError):
+        lm_selection.train(name, corpora, other, 0)
+    assert lm_selection.train(name, corpora, other, 0) == whole
+    assert len(steps) == 5 + 8
+    assert steps[4] == steps[5]  # of the fifth step, made twice
+
+
+def test_another_comparison_is_not_gone_on_with(small: lm_selection.Options) -> None:
+    (small.output / "runs").mkdir(parents=True)
+    options = small.output / "options.json"
+    for content, message in (("{", "does not say what options"), ("[]", "no options by name")):
+        options.write_text(content)
+        with pytest.raises(CaptureError, match=message):
+            lm_selection.run(small)
+    options.write_text('{"corpus": "other"}')
+    with pytest.raises(CaptureError, match=r"has corpus='other', and this one corpus=.*"):
+        lm_selection.run(small)
 
 
 def test_options_that_do_not_fit_are_refused() -> None:

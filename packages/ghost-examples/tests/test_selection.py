@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from ghost_engines import Run
 from ghost_examples import choosing, selection
 
 SMALL = selection.Options(seeds=2, steps=2, candidates=12, chosen=3, clean=10)
@@ -36,26 +39,30 @@ def test_wrong_labels_are_as_many_as_asked_for_and_no_image_is_in_two_parts() ->
     assert len(parts) == 1797
 
 
-@pytest.mark.parametrize("name", choosing.WAYS)
-def test_each_way_chooses_as_many_candidates_once_each(name: str) -> None:
+def chosen_by(name: str, folder: Path) -> tuple[list[int], Tensor, dict[str, Tensor]]:
+    """Return what a way chooses of twelve candidates, their losses, and what changed meanwhile."""
     found, model = selection.task(SMALL, 0), selection.convnet(0)
-    engine = selection.DotProductEngine(model)
-    engine.add_direction("clean", lambda: selection.loss_of(model, found.clean))
-    ids = torch.arange(12)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with engine:
-        own = partial(selection.losses, model, found.train[ids])
-        step = choosing.Step(engine, own, ids, 3, SMALL.lr, torch.Generator())
-        chosen = choosing.WAYS[name](step).tolist()
-    assert len(chosen) == len(set(chosen)) == 3
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
-def test_losses_are_chosen_by_their_size() -> None:
-    found, model = selection.task(SMALL, 0), selection.convnet(0)
-    engine = selection.DotProductEngine(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=SMALL.lr)
     own = partial(selection.losses, model, found.train[:12])
-    step = choosing.Step(engine, own, torch.arange(12), 3, SMALL.lr, torch.Generator())
-    order = own().argsort().tolist()
-    assert choosing.by_loss(step, highest=False).tolist() == order[:3]
-    assert choosing.by_loss(step, highest=True).tolist() == order[:-4:-1]
+    way = choosing.WAYS[name]
+    targets = {"clean": lambda: selection.loss_of(model, found.clean)}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with Run(model, optimizer, way.config(folder, 3), directions=targets) as run:
+        chosen = way.choose(run, own, torch.arange(12), 3, SMALL.lr).tolist()
+    after = model.state_dict()
+    changed = {key: value for key, value in before.items() if not torch.equal(value, after[key])}
+    return chosen, own().detach(), changed
+
+
+@pytest.mark.parametrize("name", choosing.WAYS)
+def test_each_way_chooses_as_many_candidates_once_each(name: str, tmp_path: Path) -> None:
+    chosen, _, changed = chosen_by(name, tmp_path)
+    assert len(chosen) == len(set(chosen)) == 3
+    assert not changed
+
+
+def test_losses_are_chosen_by_their_size(tmp_path: Path) -> None:
+    lowest, losses, _ = chosen_by("lowest loss", tmp_path / "lowest")
+    order = losses.argsort().tolist()
+    assert lowest == order[:3]
+    assert chosen_by("highest loss", tmp_path / "highest")[0] == order[:-4:-1]

@@ -19,6 +19,9 @@ class Policy(ABC):
     needs_gram: ClassVar[bool] = False
     """Whether it looks at the inner products between candidates."""
 
+    needs_dots: ClassVar[bool] = True
+    """Whether it looks at dots; if not, a `Run` scores no candidates, and may have no method."""
+
     @abstractmethod
     def choose(self, dots: Tensor, gram: Tensor | None) -> Sequence[int] | Tensor:
         """Choose candidates.
@@ -26,7 +29,8 @@ class Policy(ABC):
         Args:
             dots: `⟨g_n, v⟩`, float64 `[N]` on the CPU: of each candidate's own gradient with the
                 direction. All are finite. Where v is the gradient of a validation loss, a small
-                step on a candidate with a positive dot lowers that loss.
+                step on a candidate with a positive dot lowers that loss. They may be zeros where
+                they are not needed.
             gram: `⟨g_n, g_m⟩`, float64 `[N, N]` on the CPU; None if it was not asked for, which
                 cannot be where `needs_gram` is set.
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ghost_engines.runs import Run, RunConfig
     from ghost_engines.scores import Scores, SegmentScores
     from ghost_engines.scoring import ScoreObserver, ScoringEngine
-    from ghost_engines.selection import CandidateScores, Chosen, Greedy, Threshold, TopK
+    from ghost_engines.selection import CandidateScores, Chosen, Greedy, Random, Threshold, TopK
     from ghost_engines.store import DamagedStoreError, GradientStore, Neighbours, StoreError
     from ghost_engines.values import (
         CreditedStep,
@@ -77,6 +77,7 @@ __all__ = [
     "ProjectedData",
     "ProjectedRows",
     "ProjectionEngine",
+    "Random",
     "Result",
     "Run",
     "RunConfig",

@@ -15,7 +15,7 @@ from ghost_engines.random_projections import (
     OrthonormalProjection,
     RademacherProjection,
 )
-from ghost_engines.selection import Greedy, Threshold, TopK
+from ghost_engines.selection import Greedy, Random, Threshold, TopK
 
 
 @hookimpl
@@ -43,7 +43,7 @@ def ghost_projections() -> dict[str, type[Projection]]:
 @hookimpl
 def ghost_policies() -> dict[str, type[Policy]]:
     """Contribute the policies of this package."""
-    return {"greedy": Greedy, "threshold": Threshold, "top_k": TopK}
+    return {"greedy": Greedy, "random": Random, "threshold": Threshold, "top_k": TopK}
 
 
 @hookimpl

@@ -21,6 +21,8 @@ FIELDS = {
     "history": 10,
     "refresh": 5,
     "log_every": 20,
+    "policy": {"greedy": {"k": 4}},
+    "target": "val",
 }
 
 
@@ -76,6 +78,19 @@ def test_a_misspelt_field_names_the_nearest(name, tmp_path):
         ({"refresh": "1"}, "refresh must be at least 1, a whole number"),
         ({"log_every": 0}, "log_every must be at least 1"),
         ({"folder": 3}, "folder must be a path"),
+        ({"policy": "topk"}, "did you mean 'top_k'[?] Available: greedy, random, threshold, top_k"),
+        ({"policy": 3}, "a name, or a mapping of one name to its options, not 3"),
+        ({"policy": {"top_k": {"k": 1}, "greedy": {}}}, "a mapping of one name to its options"),
+        ({"policy": {"top_k": 3}}, "options of top_k must be a mapping"),
+        ({"policy": {"greedy": {"rl": 1}}}, "unknown option of policy greedy 'rl'"),
+        ({"policy": {"top_k": {"k": 0}}}, "k must be at least 1"),
+        ({"policy": {"greedy": {"k": object()}}}, "cannot be written to a file"),
+        ({"policy": "threshold", "method": "none"}, "by scores, and method='none' has none"),
+        ({"policy": "threshold", "method": "norm"}, "by scores, and method='norm' has none"),
+        ({"policy": "threshold", "mode": "concatenated"}, "not go with mode='concatenated'"),
+        ({"policy": "threshold", "target": 3}, "target must be a str"),
+        ({"target": "val"}, "target='val' without a policy"),
+        ({"policy": {"random": {"k": 1}}, "target": "val"}, "target='val' without a policy"),
     ],
 )
 def test_a_wrong_value_says_what_is_right(changes, message):

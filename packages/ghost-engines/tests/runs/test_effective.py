@@ -55,6 +55,7 @@ def test_options_with_their_defaults_and_whether_values_are_credited(tmp_path):
     assert found["effective"] == {
         "values": True,
         "scales": False,
+        "policy": None,
         "options": {
             "dot_product": SHARED
             | {"mode": "exact", "norms": False, "per_token": False, "memory_budget": None}

@@ -81,6 +81,7 @@ def test_the_folder_says_what_the_run_is(tmp_path):
     assert found["config"] == {
         "folder": str(tmp_path), "method": ["dot_product"], "mode": "exact", "options": {},
         "values": None, "order": 1, "history": 2, "refresh": 4, "log_every": 1,
+        "policy": None, "target": None,
     }  # fmt: skip
     assert found["model"] == "torch.nn.modules.container.Sequential"
     assert found["dtypes"] == {"float64": 4}
@@ -104,6 +105,7 @@ def test_the_folder_says_what_the_run_is(tmp_path):
         ("history", 3),
         ("refresh", 1),
         ("log_every", 2),
+        ("policy", "threshold"),
     ],
 )
 def test_another_config_is_refused_by_the_name_of_the_field(name, value, tmp_path):

@@ -4,64 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ghost_core import Policy
-from ghost_engines import DotProductEngine, Greedy, TopK
+from ghost_engines import Run, RunConfig
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a way to choose is told.
+class Way:
+    """A way to choose.
 
     Attributes:
-        engine: Has the loss of what the model should be good at as its direction; attached.
-        losses: Returns the own loss of each candidate, `[N]`.
-        ids: Their ids, `[N]`.
-        count: How many to choose.
-        rate: What a gradient is multiplied with in a step.
-        chance: For those who choose at random.
+        policy: Name of the policy that a run chooses by; None for the candidates' own losses.
+        scores: Whether that policy needs scores of the candidates.
+        highest: Whether the highest losses are chosen, as one does for hard candidates.
     """
 
-    engine: DotProductEngine
-    losses: Callable[[], Tensor]
-    ids: Tensor
-    count: int
-    rate: float
-    chance: torch.Generator
+    policy: str | None = None
+    scores: bool = False
+    highest: bool = False
 
+    def config(self, folder: Path, count: int) -> RunConfig:
+        """Return the config of a run that chooses so many in each step, and adds up no values."""
+        policy = None if self.policy is None else {self.policy: {"k": count}}
+        method = "dot_product" if self.scores else "none"
+        return RunConfig(folder=folder, method=method, policy=policy, values=False, log_every=10)
 
-Way = Callable[[Step], Tensor]
-"""Returns the positions of the candidates to train on."""
+    def choose(
+        self, run: Run, losses: Callable[[], Tensor], ids: Tensor, count: int, rate: float
+    ) -> Tensor:
+        """Return the positions of the candidates to train on.
 
-
-def at_random(step: Step) -> Tensor:
-    """Choose at random."""
-    return torch.randperm(len(step.ids), generator=step.chance)[: step.count]
-
-
-def by_loss(step: Step, *, highest: bool) -> Tensor:
-    """Choose the candidates with the highest loss, as one does for hard ones, or the lowest."""
-    with torch.no_grad():
-        return step.losses().argsort(descending=highest)[: step.count]
-
-
-def by_policy(step: Step, policy: Callable[[Step], Policy]) -> Tensor:
-    """Choose by what a step on a candidate would do to the loss of the direction."""
-    made = policy(step)
-    with step.engine.scoring():
-        scores = step.engine.score(step.losses, step.ids, gram=made.needs_gram)
-    return scores.choose(made).indices
+        Args:
+            run: A run with this way's config.
+            losses: Returns the own loss of each candidate, `[N]`.
+            ids: Their ids, `[N]`.
+            count: How many to choose.
+            rate: What a gradient is multiplied with in a step.
+        """
+        if self.policy is None:
+            with run.evaluation(), torch.no_grad():
+                return losses().argsort(descending=self.highest)[:count]
+        changing: dict[str, Any] = {"lr": rate / count} if self.policy == "greedy" else {}
+        return run.select(losses, ids, **changing).indices
 
 
 WAYS: Mapping[str, Way] = {
-    "at random": at_random,
-    "highest loss": partial(by_loss, highest=True),
-    "lowest loss": partial(by_loss, highest=False),
-    "TopK": partial(by_policy, policy=lambda step: TopK(step.count)),
-    "Greedy": partial(by_policy, policy=lambda step: Greedy(step.count, step.rate / step.count)),
+    "at random": Way("random"),
+    "highest loss": Way(highest=True),
+    "lowest loss": Way(),
+    "TopK": Way("top_k", scores=True),
+    "Greedy": Way("greedy", scores=True),
 }
 """Ways to choose, by name."""

@@ -6,33 +6,43 @@ of that domain; others choose at random or by the candidates' own loss. All ways
 passages, and the loss is measured on other passages of the domain:
 
     python -m ghost_examples.lm_selection
+
+Each way is a `Run` in a folder of its own: what was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ghost_core import CaptureError
-from ghost_engines import DotProductEngine
-from ghost_examples.choosing import WAYS, Step
+from ghost_engines import Run, TokenCorpus, take_ids
+from ghost_examples.choosing import WAYS
 from ghost_examples.command_line import read_options
+from ghost_examples.kept_options import check_options
 from ghost_examples.language_models import (
     EMBEDDED,
+    Batches,
     Corpora,
     blocks,
+    loader,
     new_gpt2,
     open_corpora,
     per_sample_loss,
 )
+
+RUNS = "runs"
+"""The folder of the runs, one for each way and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +50,7 @@ class Options:
     """Options of the comparison.
 
     Attributes:
-        output: Where the plot and the corpus go.
+        output: Where the plot, the corpus and the runs go. Runs that are there are gone on with.
         corpus: "embedded", or a folder that `python -m ghost_examples.tokenize` has written.
         target: The domain that the model should be good at.
         seeds: Runs of each way; they share parameters and candidates seed by seed.
@@ -93,44 +103,71 @@ class Outcome:
         return self.losses[max(self.losses)]
 
 
+class Stride:
+    """Makes steps, and knows how far they go: AdamW's learning rate does not say.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+
+    Attributes:
+        rate: How far the last step went, over the norm of its gradient.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self.rate = 0.0
+
+    def step(self) -> None:
+        """Clip the gradient, and step."""
+        gradient = nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        before = nn.utils.parameters_to_vector(self._model.parameters()).detach()
+        self._optimizer.step()
+        after = nn.utils.parameters_to_vector(self._model.parameters()).detach()
+        self.rate = float((after - before).norm() / gradient)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to know."""
+        return {"rate": self.rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.rate = state["rate"]
+
+
 def train(name: str, corpora: Corpora, asked: Options, seed: int) -> Outcome:
-    """Train a new model on what one way chooses."""
-    corpus = corpora.train
+    """Train a new model on what one way chooses, or go on where that was stopped."""
+    way, corpus = WAYS[name], corpora.train
     model = new_gpt2(asked.preset, vocabulary=corpus.vocabulary, length=corpus.length, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), asked.lr, (0.9, 0.95), weight_decay=0.0)
+    stride = Stride(model, optimizer)
+    saved: dict[str, Any] = {"model": model, "optimizer": optimizer, "stride": stride}
     known = blocks(corpora.val, asked.target, 0, asked.known)
     test = blocks(corpora.val, asked.target, asked.known, asked.test)
-    engine = DotProductEngine(model)
-    engine.add_direction("known", lambda: per_sample_loss(model, known).mean())
-    drawn, chance = (torch.Generator().manual_seed(2 * seed + at) for at in (0, 1))
-    losses, own, rate = {0: _loss(model, test)}, [], 0.0
-    with engine:
-        for number in range(1, asked.steps + 1):
-            at = torch.randperm(len(corpus), generator=drawn)[: asked.candidates].tolist()
-            samples = [corpus[each] for each in at]
-            ids = torch.tensor([each["sample_id"] for each in samples])
-            tokens = torch.stack([each["input_ids"] for each in samples])
-            step = Step(
-                engine, partial(per_sample_loss, model, tokens), ids, asked.chosen, rate, chance
-            )
-            chosen = WAYS[name](step)
-            own += [corpus.domain_of(each) == asked.target for each in ids[chosen].tolist()]
+    config = way.config(asked.output / RUNS / f"{name.replace(' ', '-')}-{seed}", asked.chosen)
+    targets = {"known": lambda: per_sample_loss(model, known).mean()}
+    with Run(model, optimizer, config, directions=targets) as run:
+        if run.resume(**saved) == 0:
+            run.record(loss=_loss(run, model, test))
+        order = Batches(len(corpus), asked.candidates, range(run.steps, asked.steps), seed)
+        for batch in loader(corpus, order, 0):
+            ids, tokens = take_ids(batch), batch["input_ids"]
+            own = partial(per_sample_loss, model, tokens)
+            chosen = way.choose(run, own, ids, asked.chosen, stride.rate)
             optimizer.zero_grad()
             per_sample_loss(model, tokens[chosen]).mean().backward()
-            gradient = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            before = nn.utils.parameters_to_vector(model.parameters()).detach()
-            optimizer.step()
-            after = nn.utils.parameters_to_vector(model.parameters()).detach()
-            # How far the step went, over the norm of its gradient: AdamW's rate says nothing of it.
-            rate = float((after - before).norm() / gradient)
-            if number % max(1, asked.steps // 6) == 0 or number == asked.steps:
-                losses[number] = _loss(model, test)
-    return Outcome(losses, fmean(own))
+            stride.step()
+            run.record(share=_share(corpus, ids[chosen], asked.target))
+            if run.steps % max(1, asked.steps // 6) == 0 or run.steps == asked.steps:
+                run.record(loss=_loss(run, model, test))
+                run.save(**saved)
+    return _outcome(run.folder)
 
 
 def run(asked: Options) -> dict[str, list[Outcome]]:
     """Train in all ways with all seeds; print a row for each way, and draw the losses."""
-    asked.output.mkdir(parents=True, exist_ok=True)
+    begun = (asked.output / RUNS).exists()
+    check_options(asked, asked.output, free=("output",), flag="--output", begun=begun)
     corpora = open_corpora(asked.corpus, (), asked.length, asked.output)
     there = len(corpora.val.domains[asked.target])
     if there < asked.known + asked.test:
@@ -165,9 +202,21 @@ def draw(found: Mapping[str, list[Outcome]], asked: Options) -> None:
     figure.savefig(asked.output / "selection.png", dpi=120)
 
 
-def _loss(model: nn.Module, tokens: Tensor) -> float:
-    with torch.no_grad():
+def _loss(run: Run, model: nn.Module, tokens: Tensor) -> float:
+    with run.evaluation(), torch.no_grad():
         return float(per_sample_loss(model, tokens).mean())
+
+
+def _share(corpus: TokenCorpus, ids: Tensor, target: str) -> float:
+    return fmean(corpus.domain_of(each) == target for each in ids.tolist())
+
+
+def _outcome(folder: Path) -> Outcome:
+    """Read what a run has recorded."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    losses = {each["step"]: each["loss"] for each in entries if "loss" in each}
+    return Outcome(losses, fmean(each["share"] for each in entries if "share" in each))
 
 
 def main(arguments: list[str] | None = None) -> None:

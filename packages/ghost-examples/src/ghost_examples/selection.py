@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean, stdev
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ghost_engines import DotProductEngine
+from ghost_engines import Run
 from ghost_examples import mlp
-from ghost_examples.choosing import WAYS, Step
+from ghost_examples.choosing import WAYS, Way
 from ghost_examples.command_line import read_options
 from ghost_examples.mlp import Digits, loss_of
 
@@ -111,15 +113,16 @@ class Outcome:
     wrong: float
 
 
-def train(name: str, found: Task, options: Options, seed: int) -> Outcome:
-    """Train a new network on what one way chooses."""
+def train(name: str, found: Task, options: Options, seed: int, folder: Path) -> Outcome:
+    """Train a new network on what one way chooses, in a folder of its own."""
     model = convnet(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)
-    engine = DotProductEngine(model)
-    engine.add_direction("clean", partial(loss_of, model, found.clean))
+    way = Way() if name == CLEAN else WAYS[name]
+    config = way.config(folder / f"{name}-{seed}", options.chosen)
+    targets = {"clean": partial(loss_of, model, found.clean)}
     drawn, chance = (torch.Generator().manual_seed(2 * seed + at) for at in (0, 1))
     wrong = []
-    with engine:
+    with Run(model, optimizer, config, directions=targets) as run:
         for _ in range(options.steps):
             ids = torch.randperm(len(found.train), generator=drawn)[: options.candidates]
             if name == CLEAN:
@@ -128,8 +131,7 @@ def train(name: str, found: Task, options: Options, seed: int) -> Outcome:
                 wrong.append(0.0)
             else:
                 own = partial(losses, model, found.train[ids])
-                step = Step(engine, own, ids, options.chosen, options.lr, chance)
-                chosen = ids[WAYS[name](step)]
+                chosen = ids[way.choose(run, own, ids, options.chosen, options.lr)]
                 batch = found.train[chosen]
                 wrong.append(float(found.is_wrong[chosen].float().mean()))
             optimizer.zero_grad()
@@ -146,7 +148,11 @@ def run(options: Options) -> dict[str, list[Outcome]]:
     tasks = [task(options, seed) for seed in range(options.seeds)]
     print(f"{'chosen':<14}{'test accuracy':>16}{'wrong labels':>15}")
     for name in (*WAYS, CLEAN):
-        found[name] = [train(name, each, options, seed) for seed, each in enumerate(tasks)]
+        with TemporaryDirectory() as folder:
+            place = Path(folder)
+            found[name] = [
+                train(name, each, options, seed, place) for seed, each in enumerate(tasks)
+            ]
         accuracy = [each.accuracy for each in found[name]]
         spread = f" ± {stdev(accuracy):.1%}" if len(accuracy) > 1 else ""
         wrong = fmean(each.wrong for each in found[name])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 from ghost_core import CaptureError, Engine, UnknownNameError, UnknownOptionError
-from ghost_core.arguments import switch, whole
+from ghost_core.arguments import switch, text, whole
 from ghost_core.plugins import installed
 from ghost_engines.extras import read_yaml
 from ghost_engines.modes import as_mode
+from ghost_engines.runs.choosing import NamedPolicy
+from ghost_engines.runs.plain import plain
+from ghost_engines.scoring import ScoringEngine
 
 NONE = "none"
 """The method that measures nothing, for the run to compare with."""
@@ -41,11 +43,15 @@ class RunConfig:
         order: Order of the values: 1, or 2 for curvature.
         history: Whether to keep values over time: see `InRunValues`.
         refresh: Batches after which directions are made anew.
+        policy: What `Run.select` chooses candidates by: the name of a policy that a plugin offers,
+            or a mapping of the name to its options, such as `{"top_k": {"k": 8}}`.
+        target: Name of the direction that candidates are chosen for, where there are several.
         log_every: Steps after which the log and the metrics are safe on disk.
 
     Raises:
-        UnknownOptionError: If there is no such field, or no such option of an engine.
-        UnknownNameError: If there is no such method or mode, or options are of no engine of it.
+        UnknownOptionError: If there is no such field, or no such option of an engine or policy.
+        UnknownNameError: If there is no such method, mode or policy, or options are of no engine of
+            it.
         CaptureError: If a value is of another type, or fields do not go together.
     """
 
@@ -58,6 +64,8 @@ class RunConfig:
     history: bool | int = False
     refresh: int = 1
     log_every: int = 100
+    policy: str | Mapping[str, Mapping[str, Any]] | None = None
+    target: str | None = None
 
     def __new__(cls, **given: object) -> Self:
         """Refuse unknown fields, with a list of those that exist."""
@@ -77,6 +85,7 @@ class RunConfig:
                 remedy=f"leave it out, or add {DOTS} to the methods",
             )
         self._check_options(engines)
+        self._check_policy(engines)
         # Numpy's own become Python's: they are written as JSON, and asked for with `is`.
         python: dict[str, object] = {}
         if self.values is not None:
@@ -107,6 +116,11 @@ class RunConfig:
                 remedy="name each engine once",
             )
         return tuple(name for name in given if name != NONE)
+
+    @property
+    def chooses(self) -> NamedPolicy | None:
+        """The policy that candidates are chosen by, if there is one."""
+        return None if self.policy is None else NamedPolicy.of(self.policy)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
@@ -139,8 +153,14 @@ class RunConfig:
         """Return every field, defaults included, as JSON and YAML can say it."""
         options = {name: plain(given) for name, given in self.options.items()}
         method = list(self.engines) or NONE
+        named = self.chooses
         given = {each.name: getattr(self, each.name) for each in fields(self)}
-        return given | {"folder": str(self.folder), "method": method, "options": options}
+        return given | {
+            "folder": str(self.folder),
+            "method": method,
+            "options": options,
+            "policy": None if named is None else {named.name: plain(named.options)},
+        }
 
     @classmethod
     def _check_names(cls, given: Iterable[object]) -> None:
@@ -166,6 +186,30 @@ class RunConfig:
                 _check_known(given, kind)
             plain(given, name)
 
+    def _check_policy(self, engines: tuple[str, ...]) -> None:
+        """Refuse a policy that nothing here can score candidates for."""
+        named = self.chooses
+        scores = named is not None and named.kind.needs_dots
+        if self.target is not None and not (text("target", self.target) and scores):
+            raise CaptureError(
+                f"target={self.target!r} without a policy that chooses for it",
+                remedy="name one, such as policy={'top_k': {'k': 8}}, or leave target out",
+            )
+        if named is None or not scores:
+            return
+        kinds: list[type] = [installed().engine(name) for name in engines]
+        if not any(issubclass(kind, ScoringEngine) for kind in kinds):
+            raise CaptureError(
+                f"policy {named.name!r} chooses by scores, and method={self.method!r} has none",
+                remedy=f"add {DOTS} to the methods, or take policy 'random' to compare with",
+            )
+        if self.mode == "concatenated":
+            raise CaptureError(
+                f"policy {named.name!r} does not go with mode='concatenated'",
+                reason="its direction comes with each batch, and there is none before",
+                remedy="take mode='exact' or mode='fused'",
+            )
+
 
 def _check_known(given: Iterable[object], kind: type[Engine[Any]]) -> None:
     """Refuse options that an engine does not take, before there is a model to make it for."""
@@ -173,31 +217,3 @@ def _check_known(given: Iterable[object], kind: type[Engine[Any]]) -> None:
     for name in given:
         if name not in known:
             raise UnknownOptionError(f"option of {kind.__name__}", name, known)
-
-
-def is_plain(value: Any) -> bool:
-    """Tell whether `plain` can say a value, and JSON can."""
-    try:
-        json.dumps(plain(value), allow_nan=False)
-    except (CaptureError, ValueError):
-        return False
-    return True
-
-
-def plain(value: Any, where: str = "options") -> Any:
-    """Return a value as lists, dictionaries, texts and numbers.
-
-    Raises:
-        CaptureError: If it is something else.
-    """
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {name: plain(each, f"{where}.{name}") for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each, where) for each in value]
-    raise CaptureError(
-        f"{where} cannot be written to a file: {value!r}",
-        reason="the config of a run is saved in its folder, and compared where it is resumed",
-        remedy="give texts, numbers, lists and mappings of these",
-    )

@@ -14,8 +14,9 @@ from torch import nn
 
 from ghost_core import CaptureError
 from ghost_core.tracking import dotted_name
-from ghost_engines.runs.config import RunConfig, is_plain, plain
+from ghost_engines.runs.config import RunConfig
 from ghost_engines.runs.engines import Engines, effective_options, scorer_of
+from ghost_engines.runs.plain import is_plain, plain
 from ghost_engines.values import stepping
 from ghost_engines.versions import version
 
@@ -48,6 +49,8 @@ def describe(
     dtypes = Counter(str(each.dtype).removeprefix("torch.") for each in model.parameters())
     scorer = scorer_of(engines)
     options = _written(effective_options(config, engines))
+    named = config.chooses
+    policy = None if named is None else {named.name: plain(named.effective)}
     return {
         "config": config.to_dict(),
         "model": dotted_name(type(model)),
@@ -55,7 +58,7 @@ def describe(
         "optimizer": dotted_name(type(stepping(optimizer))),
         "scaler": None if scaler is None else dotted_name(type(scaler)),
         "directions": list(scorer.directions) if scorer else [],
-        "effective": {"values": credits, "scales": _scales(scaler), **options},
+        "effective": {"values": credits, "scales": _scales(scaler), "policy": policy} | options,
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),  # it is a str of its own kind
@@ -143,7 +146,9 @@ def _effective(description: Mapping[str, Any]) -> dict[str, Any]:
         for engine, given in found["options"].items()
         for name, value in given.items()
     }
-    known = {f"effective {name}": found[name] for name in ("values", "scales") if name in found}
+    known = {
+        f"effective {name}": found[name] for name in ("values", "scales", "policy") if name in found
+    }
     return known | options
 
 

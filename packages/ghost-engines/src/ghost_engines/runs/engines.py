@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ghost_core import CaptureError, Engine
 from ghost_core.plugins import installed
 from ghost_engines.directions import Closure
+from ghost_engines.dot_product import DotProductEngine
 from ghost_engines.runs.config import DOTS, RunConfig
 from ghost_engines.scoring import ScoringEngine
+from ghost_engines.values import InRunValues
 
 GivenDirections = Mapping[str, Closure | Mapping[str, Tensor]]
 Engines = dict[str, Engine[Any]]
@@ -65,6 +67,20 @@ def scorer_of(engines: Engines) -> ScoringEngine[Any] | None:
     """Return the first engine that scores batches."""
     found = (each for each in engines.values() if isinstance(each, ScoringEngine))
     return next(found, None)
+
+
+def joining(scorer: ScoringEngine[Any] | None, config: RunConfig) -> DotProductEngine | None:
+    """Return the engine whose batches have validation samples in them, in mode "concatenated"."""
+    joins = isinstance(scorer, DotProductEngine) and config.mode == "concatenated"
+    return scorer if joins else None  # type: ignore[return-value]
+
+
+def values_of(
+    scorer: ScoringEngine[Any], optimizer: torch.optim.Optimizer, config: RunConfig
+) -> InRunValues:
+    """Return what adds up values, as a config says."""
+    order: Any = config.order  # 1 or 2: checked by the config
+    return InRunValues(scorer, optimizer, order=order, history=config.history)
 
 
 def add_directions(engines: Engines, directions: GivenDirections, config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +15,25 @@ from torch import Tensor, nn
 from ghost_core import Batch, CaptureError, Engine, SampleIds
 from ghost_core.arguments import module, scaler
 from ghost_core.restoring import Leave
-from ghost_engines.dot_product import DotProductEngine
 from ghost_engines.modes import Padding
 from ghost_engines.runs.checkpoint import read_checkpoint
+from ghost_engines.runs.choosing import Chooser
 from ghost_engines.runs.config import RunConfig
 from ghost_engines.runs.description import check_same, describe
-from ghost_engines.runs.engines import GivenDirections, add_directions, make_engines, scorer_of
+from ghost_engines.runs.engines import (
+    GivenDirections,
+    add_directions,
+    joining,
+    make_engines,
+    scorer_of,
+    values_of,
+)
 from ghost_engines.runs.folder import RunFolder, lock_folder, place_of
+from ghost_engines.runs.saved import Stateful, check_objects, load_beside, state_beside
+from ghost_engines.selection import Chosen, Losses
 from ghost_engines.store import WriterLock
 from ghost_engines.values import CreditedStep, InRunValues, skipped, stepping
 from ghost_engines.weighing import WeighingEngine
-
-
-class Stateful(Protocol):
-    """What a checkpoint can have: a model, an optimizer, a schedule, a scaler."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return its state."""
-        ...
-
-    def load_state_dict(self, state: Any, /) -> object:
-        """Go on with a state."""
-        ...
 
 
 class Run:
@@ -71,7 +68,7 @@ class Run:
         adds_up: Whether it adds up values.
 
     Raises:
-        UnknownNameError: If a field, method, mode or option does not exist.
+        UnknownNameError: If a field, method, mode, option, policy or target does not exist.
         CaptureError: If a value does not fit, an engine scores and there is no direction, or values
             are asked for where nothing scores.
     """
@@ -93,12 +90,14 @@ class Run:
         )
         add_directions(engines, directions, self.config)
         self._scorer = scorer_of(engines)
+        self._joint = joining(self._scorer, self.config)
         self.adds_up = self.config.values is not False and self._scorer is not None
         if self.config.values and not self.adds_up:
             raise CaptureError(
                 "values=True, and no method scores batches",
                 remedy="add dot_product to the methods, or leave values out",
             )
+        self._chooser = Chooser(self.config.chooses, self.config.target, self._scorer)
         self._is = describe(self.config, model, optimizer, self._scaler, engines, self.adds_up)
         self.steps = 0
         self._values: InRunValues | None = None
@@ -119,12 +118,7 @@ class Run:
             for engine in self.engines.values():
                 stack.enter_context(engine)
             if self.adds_up and self._scorer is not None:
-                self._values = InRunValues(
-                    self._scorer,
-                    self._optimizer,
-                    order=self.config.order,  # type: ignore[arg-type] # checked by the config
-                    history=self.config.history,
-                )
+                self._values = values_of(self._scorer, self._optimizer, self.config)
                 self._values.on_credit(self._credited)
                 stack.enter_context(self._values)
             # After the values' own, which are added up by then.
@@ -169,6 +163,34 @@ class Run:
                 batches[name] = stack.enter_context(engine.batch(ids, owners=owners, **weights))
             yield MappingProxyType(batches)
 
+    def select(
+        self,
+        losses: Losses,
+        ids: SampleIds,
+        *,
+        owners: Mapping[str, Tensor] = MappingProxyType({}),
+        **options: Any,
+    ) -> Chosen:
+        """Choose which candidates to train on, by the config's policy, before the batch.
+
+            chosen = run.select(lambda: per_sample_loss(model, batch), ids)
+            with run.batch(chosen.ids):
+                per_sample_loss(model, batch[chosen.indices]).mean().backward()
+
+        Args:
+            losses: As in `ScoringEngine.score`; not called where the policy needs no dots.
+            ids: One integer per candidate, `[N]`.
+            owners: As in `Engine.batch`.
+            options: Options of the policy that the config leaves open, or that change by the step.
+
+        Raises:
+            CaptureError: If the config names no policy, it cannot be made of these options, a batch
+                is open, or as `ScoringEngine.score` and `CandidateScores.choose` do.
+            WrongSplitError: If gradients cannot be split by sample.
+        """
+        self._writer()
+        return self._chooser.choose(losses, ids, owners, options)
+
     def join(self, train: Any, validation: Any, *, pad: Padding = None) -> Any:
         """Return what to call the model on: `train`, or both in one in mode "concatenated".
 
@@ -180,8 +202,8 @@ class Run:
         Raises:
             CaptureError: As `DotProductEngine.concatenate` does.
         """
-        both = self._concatenating()
-        return train if both is None else both.concatenate(train, validation, pad=pad)
+        joint = self._joint
+        return train if joint is None else joint.concatenate(train, validation, pad=pad)
 
     def backward(
         self, losses: Tensor, *, train_weight: float | Tensor, validation_weight: float | Tensor
@@ -201,9 +223,9 @@ class Run:
         Raises:
             CaptureError: As `DotProductEngine.backward` does.
         """
-        both = self._concatenating()
-        if both is not None:
-            both.backward(losses, train_weight=train_weight, validation_weight=validation_weight)
+        joint = self._joint
+        if joint is not None:
+            joint.backward(losses, train_weight=train_weight, validation_weight=validation_weight)
             return
         loss = (train_weight * losses).sum()
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
@@ -306,13 +328,7 @@ class Run:
         Raises:
             OSError: If that fails; then the last checkpoint is still there.
         """
-        on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        state = {
-            "run": self.state_dict(),
-            "objects": {name: each.state_dict() for name, each in objects.items()},
-            "random": {"cpu": torch.get_rng_state(), "cuda": on_gpu},
-        }
-        self._writer().save(state)
+        self._writer().save({"run": self.state_dict(), **state_beside(objects)})
 
     def resume(self, **objects: Stateful) -> int:
         """Go on from `checkpoint.pt` if there is one, else from the beginning.
@@ -348,18 +364,9 @@ class Run:
         if state is None:
             self._writer(after=0, lock=lock)
             return 0
-        if objects.keys() != state["objects"].keys():
-            raise CaptureError(
-                f"the checkpoint has {', '.join(state['objects']) or 'nothing'}, and "
-                f"{', '.join(objects) or 'nothing'} is to be resumed",
-                remedy="give run.resume(...) what run.save(...) was given",
-            )
+        check_objects(objects, state)
         self._load(state["run"], lock)
-        for name, each in objects.items():
-            each.load_state_dict(state["objects"][name])
-        torch.set_rng_state(state["random"]["cpu"])
-        if state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        load_beside(objects, state)
         return self.steps
 
     def _check_entered(self, *, begins: bool = False) -> None:
@@ -390,8 +397,3 @@ class Run:
         self.steps += 1
         if self.steps % self.config.log_every == 0:
             self.commit()
-
-    def _concatenating(self) -> DotProductEngine | None:
-        engine = self._scorer
-        concatenates = isinstance(engine, DotProductEngine) and self.config.mode == "concatenated"
-        return engine if concatenates else None  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""The policies that ghost ships: the best, all that are good enough, and a good mixture."""
+"""The policies that ghost ships: the best, all that are good enough, a good mixture, any."""
 
 from __future__ import annotations
 
@@ -89,6 +89,29 @@ class Greedy(Policy):
             gains -= self.lr * gram[best]
             gains[order[: place + 1]] = -torch.inf
         return order
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """k candidates at random, which other policies are compared with at equal samples.
+
+    They are drawn from torch's random number generator, so that `torch.manual_seed` repeats them,
+    and a `Run` that is resumed goes on with them.
+
+    Attributes:
+        k: How many; all candidates, if there are fewer.
+    """
+
+    needs_dots: ClassVar[bool] = False
+
+    k: int
+
+    def __post_init__(self) -> None:
+        whole("k", self.k, least=1)
+
+    def choose(self, dots: Tensor, gram: Tensor | None) -> Tensor:
+        """Return positions, in the order that they were drawn in."""
+        return torch.randperm(len(dots))[: self.k]
 
 
 def _finite(name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ghost_core import CaptureError, Policy, UnknownNameError
 from ghost_core.arguments import text
+from ghost_core.batch import SampleIds, as_ids
 from ghost_core.plugins import installed
 from ghost_engines.results import Result
 from ghost_engines.scores import Scores
@@ -26,20 +28,22 @@ class Chosen(Result):
             what to train on.
         candidates: Number of candidates N.
         policy: What chose, as it says itself.
-        direction: Name of the direction that it was for.
+        direction: Name of the direction that it was for; None where nothing was scored, and then
+            nothing is verified either.
     """
 
     indices: Tensor
     candidates: int
     policy: str
-    direction: str
+    direction: str | None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def _facts(self) -> list[str]:
         ids = reprlib.repr(self.ids.tolist())
-        return [f"{len(self)} of {self.candidates} for {self.direction} by {self.policy}: {ids}"]
+        target = "" if self.direction is None else f" for {self.direction}"
+        return [f"{len(self)} of {self.candidates}{target} by {self.policy}: {ids}"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -86,7 +90,7 @@ class CandidateScores(Scores):
             CaptureError: If scores are not finite, the policy needs inner products that were not
                 asked for, options are given with no name, or what it returns is no choice.
         """
-        made = _policy(policy, options)
+        made = as_policy(policy, options)
         column = self._column(direction)
         dots = self._finite("dot products", self.total[:, column])
         gram = self._finite("gradients", self.gram) if made.needs_gram or self._kept else None
@@ -133,8 +137,36 @@ class CandidateScores(Scores):
         return [*super()._facts(), *(["with their Gram"] if self._kept else [])]
 
 
-def _policy(policy: Policy | str, options: dict[str, Any]) -> Policy:
-    """Return a policy, made by name if it is one."""
+def choose_unscored(policy: Policy, ids: SampleIds) -> Chosen:
+    """Choose by a policy that needs no dots: it is told of zeros.
+
+    Args:
+        policy: The policy.
+        ids: One integer per candidate, `[N]`.
+
+    Raises:
+        CaptureError: If what it returns is no choice.
+    """
+    found = as_ids(ids)
+    chosen = policy.choose(torch.zeros(len(found), dtype=torch.float64), None)
+    indices = _positions(policy, chosen, len(found))
+    return Chosen(
+        ids=found[indices],
+        verified=False,
+        indices=indices,
+        candidates=len(found),
+        policy=repr(policy),
+        direction=None,
+    )
+
+
+def as_policy(policy: Policy | str, options: Mapping[str, Any]) -> Policy:
+    """Return a policy, made by name if it is one.
+
+    Raises:
+        UnknownNameError: If there is none of this name.
+        CaptureError: If it cannot be made of the options, or is made already and some are given.
+    """
     if isinstance(policy, Policy):
         if options:
             raise CaptureError(
@@ -147,7 +179,7 @@ def _policy(policy: Policy | str, options: dict[str, Any]) -> Policy:
         return made(**options)
     except TypeError as error:
         raise CaptureError(
-            f"policy {policy!r} cannot be made of {options}",
+            f"policy {policy!r} cannot be made of {dict(options)}",
             reason=str(error),
             remedy=f"see {made.__name__}",
         ) from error

@@ -1,6 +1,6 @@
 """Trains language models of any size, with values of their samples."""
 
-from ghost_examples.language_models.data import Corpora, blocks, open_corpora
+from ghost_examples.language_models.data import Batches, Corpora, blocks, loader, open_corpora
 from ghost_examples.language_models.launch import run
 from ghost_examples.language_models.models import PRESETS, new_gpt2, per_sample_loss
 from ghost_examples.language_models.options import Options
@@ -13,6 +13,7 @@ __all__ = [
     "PRESETS",
     "TRAIN",
     "VAL",
+    "Batches",
     "Corpora",
     "Cut",
     "Options",
@@ -20,6 +21,7 @@ __all__ = [
     "Tokenizer",
     "Written",
     "blocks",
+    "loader",
     "new_gpt2",
     "open_corpora",
     "open_tokenizer",

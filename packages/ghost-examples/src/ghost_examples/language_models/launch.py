@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import distributed
 
-from ghost_core import CaptureError
 from ghost_engines import ValueTable
-from ghost_engines.files import make_root, write_json
+from ghost_examples.kept_options import check_options
 from ghost_examples.language_models.data import Corpora, open_corpora, rank
 from ghost_examples.language_models.meaning import compare, report_meaning
 from ghost_examples.language_models.metrics import Curves, read_curves
@@ -22,7 +19,6 @@ from ghost_examples.language_models.options import Options
 from ghost_examples.language_models.report import report_losses, report_values
 from ghost_examples.language_models.training import Plan, Trainer
 
-OPTIONS = "options.json"
 RUN, WITHOUT = "run", "without-"
 FREE = ("results_dir", "log_every", "save_every", "workers", "shown", "check_domains", "device")
 """Options that may differ where a run is gone on with."""
@@ -50,7 +46,14 @@ def run(asked: Options) -> None:
     """Train, or go on, and write and print what came of it."""
     folder = asked.results_dir.absolute()
     with processes(asked.device) as device:
-        _check_options(asked, folder)
+        check_options(
+            asked,
+            folder,
+            free=FREE,
+            flag="--results-dir",
+            begun=(folder / RUN).exists(),
+            writes=rank() == 0,
+        )
         corpora = open_corpora(asked.corpus, asked.names, asked.length, folder)
         _say(f"{corpora.train}\n{corpora.val}")
         if corpora.tokenizer is None:  # which also fails here if it is gone, not after training
@@ -85,32 +88,3 @@ def _say(text: str) -> None:
     """Print on the first process."""
     if rank() == 0:
         print(text, flush=True)
-
-
-def _check_options(asked: Options, folder: Path) -> None:
-    """Write down the options of a new run; refuse to go on with a run that had others.
-
-    Options of a run that failed before it began bind nobody.
-    """
-    content = {name: _plain(value) for name, value in asdict(asked).items() if name not in FREE}
-    path = folder / OPTIONS
-    if path.exists() and (folder / RUN).exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in content.items():
-            if found.get(name) != value:
-                raise CaptureError(
-                    f"the run in {folder} has {name}={found.get(name)!r}, and this one "
-                    f"{name}={value!r}",
-                    reason="what was measured would be of two different runs",
-                    remedy=f"go on with the same {name}, or choose another --results-dir",
-                )
-    elif rank() == 0:
-        try:
-            make_root(folder)
-            write_json(path, content, folder)
-        except OSError as error:
-            raise CaptureError(f"nothing can be written to --results-dir: {error}") from error
-
-
-def _plain(value: object) -> object:
-    return str(value.absolute()) if isinstance(value, Path) else value
