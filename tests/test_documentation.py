@@ -250,7 +250,8 @@ def test_a_run_is_as_the_page_says():
     assert len(table.steps) == 18
     written = set(re.findall(r"^\| `([\w.]+)/?` ", (ROOT / RUNS).read_text(), re.M))
     assert {each.name for each in Path("runs/a").iterdir()} == written
-    assert len(list(Path("runs").iterdir())) == 4
+    assert len(list(Path("runs").iterdir())) == 5
+    assert (len(namespace["chosen"]), namespace["chosen"].direction) == (8, "val")
 
 
 def test_a_store_is_searched_as_the_page_says():
