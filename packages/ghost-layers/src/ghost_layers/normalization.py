@@ -35,9 +35,12 @@ class Normalized(Record):
     x: Tensor
     normalize: Callable[[Tensor], Tensor]
 
-    def values(self) -> Tensor:
-        """Return the normalised input, of its shape."""
-        return self.normalize(self.x)
+    def times(self, grad: Tensor) -> Tensor:
+        """Return the normalised input times a gradient, both of its shape."""
+        values = self.normalize(self.x)
+        own = values is not self.x and values.dtype == torch.promote_types(values.dtype, grad.dtype)
+        # Memory of its own is used again: to get more of it takes longer than to multiply.
+        return values.mul_(grad) if own else values * grad
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,12 @@ class Standardized(Record):
     variance: Tensor
     eps: float
 
-    def values(self) -> Tensor:
-        """Return the normalised input, of its shape."""
-        dtype = accumulation_dtype(self.x)
+    def times(self, grad: Tensor) -> Tensor:
+        """Return the normalised input times a gradient, both of its shape."""
+        dtype = accumulation_dtype(self.x, grad)
         shape = (*self.mean.shape, *[1] * (self.x.dim() - 2))
         mean, variance = self.mean.to(dtype).reshape(shape), self.variance.to(dtype).reshape(shape)
-        return (self.x.to(dtype) - mean) * torch.rsqrt(variance + self.eps)
+        return (self.x.to(dtype) - mean).mul_(torch.rsqrt(variance + self.eps)).mul_(grad)
 
 
 class ScaleSampler(AffineSampler):
@@ -92,7 +95,7 @@ class ScaleSampler(AffineSampler):
     def weight_gradient(self, record: Record, grad: Tensor, shape: Size) -> PerSampleGradient:
         """Multiply the normalised input by the output gradient."""
         assert isinstance(record, Normalized | Standardized)
-        return Dense(self.terms(record.values() * grad.to(accumulation_dtype(grad)), shape))
+        return Dense(self.terms(record.times(grad.to(accumulation_dtype(grad))), shape))
 
     def bias_gradient(self, grad: Tensor, shape: Size) -> PerSampleGradient:
         """Take the output gradient as it is."""

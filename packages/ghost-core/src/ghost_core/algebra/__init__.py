@@ -1,6 +1,6 @@
 """What a per-sample gradient is and what can be asked of it; knows no module and no model."""
 
-from ghost_core.algebra.dense import Dense
+from ghost_core.algebra.dense import Dense, read_only
 from ghost_core.algebra.factors import InputFactor, Lookups, Record, Tokens
 from ghost_core.algebra.gradients import (
     PerSampleGradient,
@@ -43,6 +43,7 @@ __all__ = [
     "gram_of_uses",
     "matrix_shape",
     "paired_of_uses",
+    "read_only",
     "weighed",
     "weight_of",
 ]

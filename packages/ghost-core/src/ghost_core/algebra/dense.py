@@ -46,7 +46,7 @@ class Dense(PerSampleGradient):
 
     def dot(self, directions: Tensor) -> Tensor:
         """Return `⟨g_n, v_k⟩`, `[N, K]`."""
-        gradients = self.materialize()
+        gradients = read_only(self)
         dtype = accumulation_dtype(gradients, directions)
         return as_rows(gradients.to(dtype)) @ as_rows(directions.to(dtype)).mT
 
@@ -69,7 +69,7 @@ class Dense(PerSampleGradient):
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
         """Return the weighted gradient of the batch."""
-        gradients = self.materialize()
+        gradients = read_only(self)
         if weights is None:
             return gradients.sum(0)
         dtype = accumulation_dtype(gradients, weights)
@@ -86,7 +86,9 @@ class Dense(PerSampleGradient):
         if directions is not None and not (norms or total):
             return Reduced(dots=self.dot(directions))
         flat = None if directions is None else as_rows(directions)
-        found = reduce_built([as_rows(self.materialize())], flat, norms=norms, total=total)
+        # The first gradient becomes the sum, and a single one is the caller's then.
+        built = self.materialize() if self.n == 1 else read_only(self)
+        found = reduce_built([as_rows(built)], flat, norms=norms, total=total)
         if found.total is None:
             return found
         return replace(found, total=found.total.reshape(self.shape))
@@ -94,3 +96,14 @@ class Dense(PerSampleGradient):
     def narrow(self, samples: slice | Tensor) -> Dense:
         """Return the gradients of some of the samples: a slice, or their positions."""
         return Dense(self.terms[samples])
+
+
+def read_only(gradient: PerSampleGradient) -> Tensor:
+    """Return gradients as `materialize` does, in memory that may be that of what arrived.
+
+    A sum of one term is a copy, which takes longer than most of what is done with it. Nothing may
+    be written to what this returns, nor is it to be handed out: training computes with it.
+    """
+    if isinstance(gradient, Dense) and gradient.terms.shape[1] == 1:
+        return gradient.terms[:, 0].to(accumulation_dtype(gradient.terms))
+    return gradient.materialize()

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from ghost_core._torch import start_of_backward
 from ghost_core._trees import tree_map
-from ghost_core.algebra import Dense, PerSampleGradient, Record, full_precision, weighed
+from ghost_core.algebra import (
+    Dense,
+    PerSampleGradient,
+    Record,
+    full_precision,
+    read_only,
+    weighed,
+)
 from ghost_core.capture.at_once import all_at_once
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass
@@ -203,7 +210,7 @@ class CallSource(Source):
         """Take gradients back to what is behind."""
         if self.state.balance is not None and not cut:
             self.state.balance.add(self.account, gradient, None, True)
-        rows, cut = gradient.materialize(), cut or self.tensor is not self.output
+        rows, cut = read_only(gradient), cut or self.tensor is not self.output
         if self.form is not None:
             self.form.spread(pass_, rows, cut=cut)
         with _requiring_gradients([source.tensor for source in self.behind]):
@@ -246,7 +253,7 @@ class Shared:
             if source.tensor is self.value and len(self.sources) == 1:
                 source.spread(pass_, gradient)
                 return
-        take_back(pass_, self.value, self.sources, gradient.materialize())
+        take_back(pass_, self.value, self.sources, read_only(gradient))
 
 
 @contextmanager
