@@ -92,8 +92,10 @@ class DispatchMode(TorchDispatchMode):
 
 def only_own_modes() -> bool:
     """Tell whether there are no dispatch modes but ghost's. Torch 2.11."""
+    if not torch._C._len_torch_dispatch_stack():  # asked for at each call of a module
+        return True
     modes: list[Any] = _python_dispatch._get_current_dispatch_mode_stack()
-    return not modes or all(isinstance(mode, DispatchMode) for mode in modes)
+    return all(isinstance(mode, DispatchMode) for mode in modes)
 
 
 @contextmanager
@@ -112,8 +114,13 @@ def foreign_modes_left() -> Iterator[None]:
 
 def own_mode_left() -> AbstractContextManager[None]:
     """Leave a dispatch mode of ghost's that is on top: it watches the user's passes. Torch 2.11."""
+    if not torch._C._len_torch_dispatch_stack():
+        return _NOTHING_TO_LEAVE
     mode = _python_dispatch._get_current_dispatch_mode()
-    return _left(mode) if isinstance(mode, DispatchMode) else nullcontext()
+    return _left(mode) if isinstance(mode, DispatchMode) else _NOTHING_TO_LEAVE
+
+
+_NOTHING_TO_LEAVE = nullcontext()
 
 
 @contextmanager
@@ -150,8 +157,9 @@ def unseen(function: Callable[..., _Result], *args: Any) -> _Result:
     Modes of others stay on, and then ghost's too. Put back twice, since an interrupt may end the
     first; see `ghost_core.restoring`.
     """
-    modes = function_modes()
-    if not modes or not all(isinstance(mode, FunctionMode) for mode in modes):
+    if not torch._C._len_torch_function_stack():  # asked for at each call of a module
+        return function(*args)
+    if not all(isinstance(mode, FunctionMode) for mode in function_modes()):
         return function(*args)
     guard = torch._C.DisableTorchFunction()
     try:

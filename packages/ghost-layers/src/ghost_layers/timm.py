@@ -176,7 +176,8 @@ class Activated(WithShared):
             made = functional.batch_norm(self.x.detach(), *statistics, eps=self.eps).detach()
             if self._rectifies():
                 # As autograd does, at a thirtieth of the time of `torch.where`.
-                return torch.ops.aten.threshold_backward.default(grad, made, 0)
+                rectified: Tensor = torch.ops.aten.threshold_backward.default(grad, made, 0)
+                return rectified
             activated = self.activation.forward(made.requires_grad_().clone())
             start = start_of_backward([activated], [grad])
         (found,) = torch.autograd.grad(start, [made])

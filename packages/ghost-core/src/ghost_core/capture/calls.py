@@ -84,21 +84,26 @@ class CallHooks:
         self.state.running.append(running)
         if not torch.is_grad_enabled():
             return
-        running.shared = not self.tracked.row_owner and self._is_shared(args, kwargs)
-        if running.shared and self.state.flags:
-            for local in self.tracked.parameters:
-                running.lend(parameter_of(module, local))
-        if not running.shared:
-            running.lifted, running.lift = self._lifted(args, kwargs)
+        if not self.tracked.row_owner and self._is_shared(args, kwargs):
+            running.shared = True
+            if self.state.flags:
+                for local in self.tracked.parameters:
+                    running.lend(parameter_of(module, local))
+            if not self.tracked.sampler.replays:
+                self._prepare(running)
+            return
+        running.lifted, running.lift = self._lifted(args, kwargs)
         if running.lifted and running.lift is None:
             return
-        if not running.shared or not self.tracked.sampler.replays:
-            if self._prepares:
-                with self.tracked.blame:
-                    running.before = self.tracked.sampler.prepare(module)
-            withheld = () if running.shared else self.state.withheld(self.tracked)
-            for local in withheld:
-                running.withhold(parameter_of(module, local))
+        self._prepare(running)
+        for local in self.state.withheld(self.tracked):
+            running.withhold(parameter_of(module, local))
+
+    def _prepare(self, running: Running) -> None:
+        """Let the sampler keep something of the state right before the module runs."""
+        if self._prepares:
+            with self.tracked.blame:
+                running.before = self.tracked.sampler.prepare(self.tracked.module)
 
     def _is_shared(self, args: Any, kwargs: Any) -> bool:
         """Tell whether the module is called on nothing of the samples."""
@@ -172,18 +177,23 @@ class CallHooks:
                 f"a forward pre-hook on {self.tracked.label} runs after ghost's and may use "
                 "parameters: register it before the engine is attached"
             )
-        if any(running.tracked is self.tracked for running in self.state.running):
-            raise CaptureError(
-                f"{self.tracked.label} called itself, which cannot be captured: exclude it"
-            )
+        for running in self.state.running:
+            if running.tracked is self.tracked:
+                raise CaptureError(
+                    f"{self.tracked.label} called itself, which cannot be captured: exclude it"
+                )
+        own = direct_parameters(module)
         for local in self.tracked.parameters:
-            owner, name = owner_of(module, local)
-            parameter = direct_parameters(owner).get(name)
+            parameter = own.get(local) if "." not in local else self._inside(module, local)
             if parameter is not None and not parameter.is_leaf:
                 raise CaptureError(
                     f"{self.tracked.label} was called with another value for its {local} (by "
                     "torch.func.functional_call?), whose gradient is not the parameter's"
                 )
+
+    def _inside(self, module: nn.Module, local: str) -> nn.Parameter | None:
+        owner, name = owner_of(module, local)
+        return direct_parameters(owner).get(name)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Return what a module returned with a Tap behind it; None to leave it as it is."""
@@ -214,12 +224,8 @@ class CallHooks:
 
     def _is_plain(self, args: Any, kwargs: Any, output: Any) -> bool:
         """Tell whether nothing but torch's own tensors is there, and no code of the user's runs."""
-        return (
-            type(output) is Tensor
-            and not kwargs
-            and all(type(value) is Tensor for value in args)
-            and not self.tracked.sampler.replays
-        )
+        plain = not kwargs and not self.tracked.sampler.replays
+        return plain and {*map(type, args), type(output)} == {Tensor}
 
     def _finished(self) -> Running | None:
         """End the call, if its beginning was seen."""
@@ -258,13 +264,11 @@ class CallHooks:
             )
         alone = type(output) is Tensor  # as nearly all are: no tree to walk
         leaves, structure = ([output], None) if alone else tree_flatten(output)
-        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
-            raise CaptureError(f"{self.tracked.label} returned complex numbers: exclude it")
         # Where parameters are frozen, outputs get a graph from their Tap.
         made = self.state.made(self.tracked)
         withheld = bool(made) and not self.state.verifier.watching
         frozen = bool(self.state.flags) or withheld
-        taken = [at for at, leaf in enumerate(leaves) if _is_differentiable(leaf, frozen)]
+        taken = [at for at, leaf in enumerate(leaves) if self._is_reached(leaf, frozen)]
         if not taken:
             batch.unseen.add(name)
             return None
@@ -276,6 +280,12 @@ class CallHooks:
         for at, value in zip(taken, tapped, strict=True):
             leaves[at] = value
         return tree_unflatten(leaves, structure)
+
+    def _is_reached(self, leaf: object, frozen: bool) -> bool:
+        """Tell whether gradients arrive at an output; refuse complex ones."""
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            raise CaptureError(f"{self.tracked.label} returned complex numbers: exclude it")
+        return _is_differentiable(leaf, frozen)
 
     def _record(
         self,
@@ -344,8 +354,10 @@ class CallHooks:
 
         A row for all samples has no graph that leads to them.
         """
+        if not self.state.verifier.watching or n < 2 or self.tracked.row_owner:
+            return False
         sharing = self.state.sharing
-        if sharing is None or n < 2 or not self.state.verifier.watching or self.tracked.row_owner:
+        if sharing is None:
             return False
         given = [value for value in tensors_in((args, kwargs)) if value.dim() > 1]
         return any(

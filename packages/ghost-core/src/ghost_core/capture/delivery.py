@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ghost_core.capture.refusals import arrived_late
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError
 from ghost_core.sampler import PastCall
-from ghost_core.split import Site, owner_of_rows
+from ghost_core.split import Balance, Site, owner_of_rows
 from ghost_core.tracking import TrackedModule, TrackedParameter
 
 
@@ -135,22 +136,23 @@ class Delivery:
     ) -> Mapping[str, PerSampleGradient]:
         """Let what is compared in every batch be taken along where engines reduce gradients."""
         state, tracked = self.state, self.tracked
-        if state.balance is None:
+        compared = () if state.balance is None else self._compared(state.balance)
+        always = [local for local in compared if state.compares_always(tracked, local)]
+        if not always:
             return gradients
-        return {
-            local: weighed(each)
-            if state.balance.compares(self._name(local)) and state.compares_always(tracked, local)
-            else each
-            for local, each in gradients.items()
-        }
+        return {**gradients, **{local: weighed(gradients[local]) for local in always}}
+
+    def _compared(self, balance: Balance) -> list[str]:
+        """Return the local names of parameters that are compared with what autograd makes."""
+        given = self.tracked.parameters
+        return [local for local in self.call.shapes if balance.compares(given[local].name)]
 
     def _weigh(self, kept: Kept, gradients: Mapping[str, PerSampleGradient]) -> None:
         """Let gradients be compared with those that autograd makes."""
-        if self.state.balance is None:
-            return
-        for local, gradient in gradients.items():
-            name, autocast = self._name(local), self.call.autocast
-            self.state.balance.add(name, gradient, autocast, kept.whole)
+        balance = self.state.balance
+        for local in () if balance is None else self._compared(balance):
+            assert balance is not None
+            balance.add(self._name(local), gradients[local], self.call.autocast, kept.whole)
 
     def _heard(
         self, kept: Kept, pass_: Pass, gradients: Mapping[str, PerSampleGradient]
@@ -200,7 +202,10 @@ class Delivery:
 
 
 def _device(grads: Sequence[Tensor | None]) -> torch.device:
-    return next(grad.device for grad in grads if grad is not None)
+    first = grads[0]  # as nearly all have that arrives
+    return (
+        next(grad.device for grad in grads if grad is not None) if first is None else first.device
+    )
 
 
 def keep(
@@ -220,7 +225,7 @@ def keep(
             for local, record in records.items()
         }
         for other, sharing in ways:
-            if all(chosen[local] is other[local] for local in chosen):
+            if all(map(is_, chosen.values(), other.values())):
                 sharing.append(listener)
                 break
         else:
@@ -235,7 +240,7 @@ def keep(
             tensors = record.tensors()
             bare[local] = record.replace(**dict.fromkeys(tensors))
             places[local] = _placed(tensors, positions, saved)
-        whole = all(chosen[local] is records[local] for local in chosen)
+        whole = all(map(is_, chosen.values(), records.values()))
         kept.append(Kept(sharing, bare, places, whole))
     return kept, saved
 

@@ -211,9 +211,12 @@ class CaptureState:
             begins: Whether the call begins, so that one with gradients is refused in a thread that
                 the batch is not of.
         """
-        if module is not expected or self.batch is None or self.paused:
+        batch = self.batch
+        if module is not expected or batch is None:
             return False
-        if self.batch.thread == get_ident() or in_backward():
+        if self.resting or batch.silence in _SILENT.get():  # as `paused` says
+            return False
+        if batch.thread == get_ident() or in_backward():
             return True
         if begins and torch.is_grad_enabled():
             raise in_another_thread()
@@ -222,15 +225,12 @@ class CaptureState:
     def made(self, tracked: TrackedModule) -> tuple[str, ...]:
         """Return the parameters whose gradients an engine makes in the open batch, local names."""
         assert self.batch is not None
-        names: frozenset[str] = frozenset()
         for listener, freeze in self.attached:
             if freeze is Freeze.CALL and listener in self.batch.listeners:
                 names = listener.tracking.names  # there is only one such engine
-        if not names:
-            return ()
-        return tuple(
-            local for local, parameter in tracked.parameters.items() if parameter.name in names
-        )
+                kept = tracked.parameters.items()
+                return tuple(local for local, parameter in kept if parameter.name in names)
+        return ()
 
     def withheld(self, tracked: TrackedModule) -> tuple[str, ...]:
         """Return those that autograd is kept from making: none in a pass that is watched."""
@@ -257,8 +257,9 @@ class CaptureState:
         assert self.batch is not None
         if self.pass_ is not None:
             same = site.names, site.operation
-            site.place = *same, self.batch.places[same]
-            self.batch.places[same] += 1
+            number = self.batch.places.get(same, 0)
+            site.place = *same, number
+            self.batch.places[same] = number + 1
             self.batch.sites.append(site)
             self.verifier.routes |= site.axes.routed
 
@@ -284,11 +285,12 @@ class CaptureState:
 
     def balanced(self) -> dict[str, nn.Parameter]:
         """Return parameters to compare: all while verifying, those without a formula always."""
+        watching = self.verifier.watching
         names = {
             parameter.name
             for tracked in self.tracked.values()
             for local, parameter in tracked.parameters.items()
-            if self.verifier.watching or self.compares_always(tracked, local)
+            if watching or self.compares_always(tracked, local)
         }
         parameters = dict(self.model.named_parameters()) if names else {}
         return {name: parameters[name] for name in names if name in parameters}

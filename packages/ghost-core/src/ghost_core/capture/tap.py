@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,9 +48,8 @@ def tap(
     several = len(outputs) > 1
     head = outputs[0].new_empty(()) if several else outputs[0]
     gather = partial(_gathered, arrived, len(outputs)) if several else _alone
-    tapped: Tensor = Tap.apply(  # type: ignore[no-untyped-call]
-        gather, deliver, label, seed, len(parameters), head, *parameters, *saved
-    )
+    ends = Ends(gather, deliver, label, len(parameters))
+    tapped: Tensor = Tap.apply(ends, seed, head, *parameters, *saved)  # type: ignore[no-untyped-call]
     if not several:
         return (tapped,)
     return tuple(
@@ -74,7 +73,23 @@ def _gathered(
     return [grads.get(at) for at in range(count)]
 
 
-_FIXED_INPUTS = 5  # gather, deliver, label, seed, parameter count
+class Ends(NamedTuple):
+    """What a Tap knows but tensors.
+
+    Attributes:
+        gather: Gathers the gradients of the outputs.
+        deliver: Takes them.
+        label: Whose they are.
+        made: Number of parameters whose gradient is returned.
+    """
+
+    gather: Gather
+    deliver: Deliver
+    label: str
+    made: int
+
+
+_FIXED_INPUTS = 2  # the ends, the seed
 
 
 class _Twice(torch.autograd.Function):
@@ -125,25 +140,15 @@ class Tap(torch.autograd.Function):
     What the backward needs is saved by autograd, never held from Python, so that its lifetime,
     recomputation and version checks are those of any activation.
 
-    Inputs are: what gathers the gradients; who takes them; whose they are; the seed; how many
-    parameters follow; the output; the parameters whose gradient is returned; the tensors to save.
+    Inputs are: its ends; the seed; the output; the parameters whose gradient is returned; the
+    tensors to save.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        gather: Gather,
-        deliver: Deliver,
-        label: str,
-        seed: Tensor,
-        n_parameters: int,
-        output: Tensor,
-        *tensors: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, ends: Ends, seed: Tensor, output: Tensor, *tensors: Tensor) -> Tensor:
         """Save the records and return the output."""
-        ctx.label, ctx.absent = label, False
-        ctx.gather, ctx.deliver, ctx.n_parameters = gather, deliver, n_parameters
-        ctx.save_for_backward(*tensors[n_parameters:])
+        ctx.ends, ctx.label, ctx.absent = ends, ends.label, False
+        ctx.save_for_backward(*tensors[ends.made :])
         ctx.set_materialize_grads(False)
         return output.detach()
 
@@ -151,11 +156,12 @@ class Tap(torch.autograd.Function):
     @_once
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """Hand the gradients over and pass the output's own on."""
-        grads = ctx.gather(grad)
-        made: Sequence[Tensor | None] = [None] * ctx.n_parameters
+        ends: Ends = ctx.ends
+        grads = ends.gather(grad)
+        made: Sequence[Tensor | None] = [None] * ends.made
         if any(each is not None for each in grads):
             with own_mode_left():
-                delivered = ctx.deliver(ctx.saved_tensors, grads)
+                delivered = ends.deliver(ctx.saved_tensors, grads)
             ctx.absent, made = delivered is None, made if delivered is None else delivered
         passed = grad if ctx.needs_input_grad[_FIXED_INPUTS] else None
         n_saved = len(ctx.needs_input_grad) - _FIXED_INPUTS - 1 - len(made)

@@ -43,6 +43,8 @@ class RowAxes:
 
     def rows_first(self, values: Sequence[TensorT]) -> list[TensorT]:
         """Move the rows of outputs, or of their gradients, to the first axis; scalars stay."""
+        if not any(self.outputs):
+            return list(values)
         return [
             value.movedim(dim, 0) if dim and value is not None and value.dim() else value
             for value, dim in zip(values, self.outputs, strict=True)
@@ -60,6 +62,8 @@ class RowAxes:
 
         If all have theirs, it is the list itself.
         """
+        if len(outputs) == 1 and _size(outputs[0], self.outputs[0]) == self.count:
+            return outputs
         placed = list(zip(outputs, self.outputs, strict=True))
         if all(_size(output, dim) in (None, self.count) for output, dim in placed):
             return outputs

@@ -134,8 +134,9 @@ def owner_of_rows(
         WrongSplitError: If a gradient belongs to all samples or to none, or nothing told how rows
             are folded.
     """
-    if any(grad is not None and not grad.dim() for grad in grads):
-        raise scalar_output(tracked)
+    for grad in grads:
+        if grad is not None and not grad.dim():
+            raise scalar_output(tracked)
     if site.found is not None:
         return _as_found(tracked, site.found, grads, n)
     axes = site.axes
