@@ -1,23 +1,24 @@
-"""Two processes, started once for all tests of a worker."""
+"""Two processes, started once for all tests of a subject in a worker."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.processes.oracle import WORLD
 
 
-@pytest.fixture(scope="session")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return what each of two processes found."""
-    folder = tmp_path_factory.mktemp("processes")
+def started(folder: Path, subject: str) -> list[dict[str, Any]]:
+    """Return what each of two processes found of a subject."""
     command = [sys.executable, "-m", "tests.processes.worker"]
     running = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(folder), subject], stderr=subprocess.PIPE, text=True
+        )
         for rank in range(WORLD)
     ]
     try:
@@ -26,5 +27,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for each in running:
             each.kill()
     assert not any(each.returncode for each in running), "\n".join(said)
-    (folder / "logs").rename(tmp_path_factory.getbasetemp() / "logs")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return what each of two processes found whose samples meet directions alone."""
+    folder = tmp_path_factory.mktemp("processes")
+    both = started(folder, "apart")
+    (folder / "logs").rename(tmp_path_factory.getbasetemp() / "logs")
+    return both
+
+
+@pytest.fixture(scope="session")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return what they found of concatenated mode and of the second order."""
+    return started(tmp_path_factory.mktemp("joined"), "together")

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.checkpoint import checkpoint
 
 from ghost_core.ranks import Ranks
-from ghost_engines import InRunValues, NormEngine, ProjectionEngine
+from ghost_engines import DotProductEngine, InRunValues, NormEngine, ProjectionEngine
 
 WORDS, LENGTH, DIM = 11, 4, 8
 RESHARDS = {"resharded": True, "sharded": False}
@@ -144,6 +144,10 @@ def _fused(rank: int) -> None:
     _batch(model, rank, dots(model, _loss(model), mode="fused"))
 
 
+def _concatenated(rank: int) -> None:
+    DotProductEngine(shard(net()), mode="concatenated")
+
+
 def _verified(rank: int) -> None:
     model = shard(net())
     dots(model, _loss(model)).verify(lambda: losses(model(samples()[MINE[rank]])))
@@ -241,6 +245,7 @@ def _tensor_parallel(rank: int) -> None:
 MISTAKES = {
     "frozen": (_frozen, "frozen() or mode='fused' is not for a model under fully_shard"),
     "fused": (_fused, "mode='fused' is not for a model under fully_shard"),
+    "concatenated": (_concatenated, "mode='concatenated' is not for a model under fully_shard"),
     "verify": (_verified, "engine.verify is not for a model under fully_shard"),
     "candidates": (_candidates, "engine.scoring() is not for a model under fully_shard"),
     "second order": (_curved, "order=2 is not for a model under fully_shard"),

@@ -34,7 +34,7 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_page_runs(namespace: dict[str, Any]) -> None:
     values = namespace["values"]
-    for name in ("values", "sharded_values"):
+    for name in ("values", "joined_values", "sharded_values"):
         assert sorted(namespace[name].to_dict()) == list(range(96))
         assert namespace[name].steps == 6
     for name in ("table", "same"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -37,6 +38,9 @@ def check(case: Case, by_rank: list[Mapping[str, Any]]) -> None:
         for scores, one in zip(got["scores"], wanted.scores[rank], strict=True):
             assert list(scores) == [str(sample) for sample in one]
             close(list(scores.values()), list(one.values()), f"scores of process {rank}")
+        if case.engine.get("norms"):
+            cosines = [list(chain(*each)) for each in (got["cosines"], wanted.cosines[rank])]
+            close(*cosines, f"cosines of process {rank}")
         values = wanted.values[rank]
         assert got["values"].keys() == {str(sample) for sample in values}
         close([got["values"][str(each)] for each in values], list(values.values()), "values")

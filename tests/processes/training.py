@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ghost_engines import DotProductEngine, InRunValues, ScoreLog
+from ghost_engines import DotProductEngine, InRunValues, ScoreLog, Scores
 
 RATE, CLIP = 0.2, 0.05
 SAMPLES, HELD_OUT, WIDTH = 24, 6, 3
@@ -35,6 +35,8 @@ class Case:
         validation: The validation samples of each process.
         heads: The heads that each process uses, micro-batch by micro-batch; None for both.
         clips: Whether gradients are clipped before the step.
+        again: Whether a layer is used twice.
+        order: The order of values.
         sharded: What `fully_shard` is called on besides the model: names of modules; None for DDP.
         reshards: Whether parameters are whole only while their modules run.
     """
@@ -46,8 +48,15 @@ class Case:
     validation: Parts = (range(HELD_OUT), range(HELD_OUT))
     heads: Sequence[Sequence[int | None]] = ((None,), (None,))
     clips: bool = False
+    again: bool = False
+    order: Literal[1, 2] = 1
     sharded: Sequence[str] | None = None
     reshards: bool = True
+
+    @property
+    def joins(self) -> bool:
+        """Whether validation samples go through the model with those of training."""
+        return self.engine.get("mode") == "concatenated"
 
     def head(self, rank: int, at: int) -> int | None:
         """Return the head that a process uses in a micro-batch of a step."""
@@ -90,6 +99,62 @@ DDP = [
     Case("fused", [[_PLAIN, _NEXT], [_UNEVEN]], engine={"mode": "fused"}, validation=_HALVES),
 ]
 
+_JOINED = {"mode": "concatenated", "norms": True}
+_OTHER_SIZES: Parts = (range(2), range(2, 6))
+
+JOINED = [
+    Case("joined", [[_PLAIN], [_UNEVEN], [_NEXT]], engine=_JOINED),
+    Case("joined, parts", [[_PLAIN], [_NEXT], [_UNEVEN]], engine=_JOINED, validation=_OTHER_SIZES),
+    Case(
+        "joined, accumulated",
+        [[_PLAIN, _NEXT], [_UNEVEN, _PLAIN]],
+        {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-5},
+        engine=_JOINED,
+        validation=_HALVES,
+        clips=True,
+    ),
+    Case(
+        "joined, static graph",
+        [[_PLAIN], [_NEXT], [_UNEVEN]],
+        {"static_graph": True, "bucket_cap_mb": 1e-5},
+        engine=_JOINED,
+        validation=_HALVES,
+        clips=True,
+    ),
+    Case(
+        "joined, other layers",
+        [[_PLAIN, _NEXT], [_UNEVEN], [_PLAIN]],
+        {"find_unused_parameters": True, "bucket_cap_mb": 1e-5},
+        engine=_JOINED,
+        validation=_HALVES,
+        heads=((0, None), (1, 0)),
+        clips=True,
+    ),
+    Case(
+        "joined, a layer twice",
+        [[_PLAIN, _NEXT], [_UNEVEN]],
+        engine=_JOINED,
+        validation=_HALVES,
+        again=True,
+    ),
+]
+"""Validation samples that go through the model with those of training."""
+
+CURVED = [
+    Case("curved", [[_PLAIN], [_UNEVEN], [_NEXT]], validation=_HALVES, order=2),
+    Case("curved, fused", [[_PLAIN]], engine={"mode": "fused"}, validation=_HALVES, order=2),
+    Case("curved, accumulated", [[_PLAIN, _NEXT], [_UNEVEN]], clips=True, order=2),
+    Case(
+        "curved, other layers",
+        [[_PLAIN, _NEXT], [_UNEVEN]],
+        {"find_unused_parameters": True},
+        heads=((0,), (1,)),
+        clips=True,
+        order=2,
+    ),
+]
+"""Values of the second order."""
+
 
 FSDP = [
     Case(f"{name}, {'re' * reshards}sharded", steps, validation=_HALVES, clips=True,
@@ -108,8 +173,9 @@ class Net(nn.Module):
 
     calls: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, again: bool = False) -> None:
         super().__init__()
+        self.again = again
         self.trunk = nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.LayerNorm(5))
         self.heads = nn.ModuleList([nn.Linear(5, 1), nn.Linear(5, 1)])
         self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
@@ -119,14 +185,16 @@ class Net(nn.Module):
         if self.training:
             self.calls += 1
         inner = self.trunk(inputs)
+        if self.again:
+            inner = self.trunk[2](inner.sin())
         chosen = self.heads if head is None else [self.heads[head]]
         return torch.stack([each(inner) for each in chosen], 1).sum(1)
 
 
-def net() -> Net:
+def net(again: bool = False) -> Net:
     """Return the same net each time, in float64."""
     torch.manual_seed(3)
-    return Net().double()
+    return Net(again).double()
 
 
 def samples() -> Tensor:
@@ -173,18 +241,20 @@ def train(
     Returns:
         Parameters, and what ghost says: scores by step and sample, values by sample.
     """
-    model = net()
+    model = net(case.again)
     wrapped = wrap(case, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     inputs = samples()
     target = held_out()[list(case.validation[rank])]
     asked = wrapped if how == "wrapper" else model
     scores: list[dict[int, float]] = []
+    cosines: list[list[float]] = []
     with ExitStack() as stack:
         if ghost:
             engine = DotProductEngine(wrapped, **case.engine)
-            engine.add_direction("held out", lambda: losses(asked(target)).mean())
-            values = stack.enter_context(InRunValues(engine, optimizer))
+            if not case.joins:
+                engine.add_direction("held out", lambda: losses(asked(target)).mean())
+            values = stack.enter_context(InRunValues(engine, optimizer, order=case.order))
             stack.enter_context(engine)
             if log is not None:
                 values.on_credit(stack.enter_context(ScoreLog.create(log)).append)
@@ -195,11 +265,20 @@ def train(
                 synced = nullcontext()
                 if not last and isinstance(wrapped, DistributedDataParallel):
                     synced = wrapped.no_sync()
+                given = inputs[part]
+                if ghost and case.joins:
+                    given = engine.concatenate(given, target)
                 with synced, engine.batch(part) if ghost else nullcontext() as batch:
-                    losses(wrapped(inputs[part], head)).mean().backward()
+                    found = losses(wrapped(given, head))
+                    if ghost and case.joins:
+                        weights = {"train_weight": 1 / len(part)}
+                        engine.backward(found, **weights, validation_weight=1 / len(target))
+                    else:
+                        found.mean().backward()
                 if ghost:
-                    found = batch.result.total.flatten().tolist()
-                    scores.append(dict(zip(part, found, strict=True)))
+                    total = batch.result.total.flatten().tolist()
+                    scores.append(dict(zip(part, total, strict=True)))
+                    cosines.append(_cosines(batch.result))
             if case.clips:
                 nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
@@ -210,6 +289,12 @@ def train(
     return {
         "state": state,
         "scores": scores,
+        "cosines": cosines,
         "values": dict(zip(table.ids.tolist(), table.values[:, 0].tolist(), strict=True)),
         "seen": dict(zip(table.ids.tolist(), table.counts.tolist(), strict=True)),
     }
+
+
+def _cosines(scores: Scores) -> list[float]:
+    """Return the cosines of a batch, if norms were taken."""
+    return [] if scores.squared_norms is None else scores.cosines.flatten().tolist()

@@ -1,28 +1,31 @@
 """One of two processes: runs all cases and writes what it found as JSON.
 
-python -m tests.processes.worker RANK FOLDER
+python -m tests.processes.worker RANK FOLDER SUBJECT
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from tests.processes import sharded
-from tests.processes.training import DDP, FSDP, train
+from tests.processes import joined, sharded
+from tests.processes.training import CURVED, DDP, FSDP, JOINED, Case, train
 from tests.processes.wrapped import UNEVEN, faulty, others, refusals
 from torch import distributed
 
 WORLD = 2
 
 
-def run(rank: int) -> dict[str, Any]:
-    """Return what this process found, by subject."""
+def apart(rank: int, folder: Path) -> dict[str, Any]:
+    """Return what this process found where directions are closures and tensors."""
+    train(UNEVEN, rank, ghost=True, log=folder / "logs" / str(rank))
     return {
-        "runs": _runs(rank),
+        "runs": _runs(rank, DDP, "wrapper", "inside") | _runs(rank, FSDP, "wrapper"),
         "others": others(rank),
         "faults": faulty(rank),
         "refusals": refusals(rank),
@@ -34,34 +37,42 @@ def run(rank: int) -> dict[str, Any]:
     }
 
 
-def _runs(rank: int) -> dict[str, Any]:
+def together(rank: int, folder: Path) -> dict[str, Any]:
+    """Return what it found in concatenated mode, and of the second order."""
     return {
-        case.name: {
-            "plain": train(case, rank, ghost=False),
-            "wrapper": train(case, rank, ghost=True),
-            "inside": train(case, rank, ghost=True, how="inside"),
-        }
-        for case in DDP
-    } | {
-        case.name: {
-            "plain": train(case, rank, ghost=False),
-            "wrapper": train(case, rank, ghost=True),
-        }
-        for case in FSDP
+        "runs": _runs(rank, [*JOINED, *CURVED], "wrapper"),
+        "others": joined.others(rank),
+        "faults": joined.faulty(rank),
+        "refusals": joined.refusals(rank),
     }
 
 
-def main(rank: int, folder: Path) -> None:
+SUBJECTS = {"apart": apart, "together": together}
+
+
+def _runs(rank: int, cases: Sequence[Case], *hows: str) -> dict[str, Any]:
+    return {
+        case.name: {
+            "plain": train(case, rank, ghost=False),
+            **{how: train(case, rank, ghost=True, how=how) for how in hows},
+        }
+        for case in cases
+    }
+
+
+def main(rank: int, folder: Path, subject: str) -> None:
     """Join the other process, run, and write."""
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    distributed.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=100)
+    )
     try:
-        (folder / f"{rank}.json").write_text(json.dumps(run(rank)))
-        train(UNEVEN, rank, ghost=True, log=folder / "logs" / str(rank))
+        found = SUBJECTS[subject](rank, folder)
+        (folder / f"{rank}.json").write_text(json.dumps(found))
     finally:
         distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -102,15 +102,6 @@ def _joining(wrapped: DistributedDataParallel, rank: int) -> None:
         _batch(wrapped, dots(wrapped, _loss(wrapped)), rank)
 
 
-def _concatenated(wrapped: nn.Module, rank: int) -> None:
-    DotProductEngine(wrapped, mode="concatenated")
-
-
-def _curved(wrapped: nn.Module, rank: int) -> None:
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    InRunValues(dots(wrapped, _loss(wrapped)), optimizer, order=2)
-
-
 def _normalised(wrapped: nn.Module, rank: int) -> None:
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     InRunValues(dots(wrapped, _loss(wrapped)), optimizer).table(normalised=True)
@@ -126,8 +117,6 @@ MISTAKES = {
     "other directions": (_other_names, "is not the same in all processes"),
     "other tensors": (_other_tensors, "is not the same in all processes"),
     "join": (_joining, "inside DistributedDataParallel's join()"),
-    "concatenated": (_concatenated, "mode='concatenated' is for one process"),
-    "second order": (_curved, "order=2 is for one process"),
     "normalised": (_normalised, "values cannot be normalised"),
     "wrapped in part": (_inside_another, "it wraps a part of the model only"),
 }
@@ -139,12 +128,12 @@ def refusals(rank: int) -> dict[str, str]:
 
 
 def said_of(
-    mistakes: Mapping[str, tuple[Callable[..., Any], str]],
+    mistakes: Mapping[str, tuple[Any, ...]],
     make: Callable[[Callable[..., Any]], object],
 ) -> dict[str, str]:
     """Make mistakes, and return what is said of those that are refused."""
     said = {}
-    for name, (mistake, _) in mistakes.items():
+    for name, (mistake, *_) in mistakes.items():
         try:
             make(mistake)
         except GhostError as error:

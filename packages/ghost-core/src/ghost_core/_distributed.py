@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ghost_core.restoring import restored, undo
@@ -41,6 +43,31 @@ def unreduced(wrapper: DistributedDataParallel) -> Iterator[None]:
 def is_joining(wrapper: DistributedDataParallel) -> bool:
     """Tell whether a wrapper is called inside its `join()`. Torch 2.11."""
     return bool(wrapper._join_config.enable)
+
+
+_own: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+
+
+def own_group(group: Any, theirs: torch.device, device: torch.device) -> Any:
+    """Return a group of the same processes in which nobody but ghost speaks. Torch 2.11.
+
+    All of them ask for it at the same place. It waits as long for an answer as theirs does.
+
+    Args:
+        group: Their group.
+        theirs: Where the tensors are that it is for.
+        device: Where those are that ghost exchanges; on the CPU by gloo, so that no GPU is waited
+            for.
+    """
+    known = _own.setdefault(group, {})
+    if device.type not in known:
+        known[device.type] = distributed.new_group(
+            distributed.get_process_group_ranks(group),
+            timeout=group._get_backend(theirs).options._timeout,
+            backend="gloo" if device.type == "cpu" else distributed.get_backend(group),
+            use_local_synchronization=True,
+        )
+    return known[device.type]
 
 
 # Shards of fully_shard

@@ -136,6 +136,12 @@ class Ranks:
             distributed.all_reduce(tensor, group=self.group)
         return tensor
 
+    def anywhere(self, here: bool) -> bool:
+        """Tell whether something is so in any of the processes."""
+        if not self.several:
+            return here
+        return bool(self.sum(torch.tensor(int(here), device=self._device)))
+
     @contextmanager
     def probing(self, wanted: bool) -> Iterator[bool]:
         """Let backward passes run that only some processes want, or each in a number of its own.
@@ -153,8 +159,7 @@ class Ranks:
         if self.sharded is None or not self.several:
             yield wanted
             return
-        device = next(self.sharded.parameters()).device
-        if not self.sum(torch.tensor(int(wanted), device=device)):
+        if not self.anywhere(wanted):
             yield False
             return
         with kept_whole(self.sharded):
@@ -271,12 +276,16 @@ class Ranks:
                 "of parameters are those of the model inside",
             )
 
-    def _same(self, code: int) -> bool:
-        """Tell whether a number is the same in all processes, and stands for no failure."""
+    @property
+    def _device(self) -> torch.device:
+        """Where several processes have the model."""
         model = self.wrapper if self.sharded is None else self.sharded
         assert model is not None
-        device = next(model.parameters()).device
-        found = torch.tensor([code, -code], dtype=torch.int64, device=device)
+        return next(model.parameters()).device
+
+    def _same(self, code: int) -> bool:
+        """Tell whether a number is the same in all processes, and stands for no failure."""
+        found = torch.tensor([code, -code], dtype=torch.int64, device=self._device)
         distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.group)
         most, least = found.tolist()
         return bool(most == -least != _FAILED)

@@ -45,7 +45,8 @@ class DotProductEngine(ScoringEngine[Scores]):
     * `mode="concatenated"`: training and validation samples go through the model in one batch,
       which `concatenate` makes and `backward` backpropagates. The only direction is the gradient
       of the validation samples, "validation"; that of a layer is dropped once its samples are
-      scored. `.grad` is that of the training samples alone, up to rounding.
+      scored. `.grad` is that of the training samples alone, up to rounding. Several processes
+      average the direction of each layer, over whatever validation samples each of them has.
 
     Args:
         model: The module that the training loop calls.
@@ -94,10 +95,10 @@ class DotProductEngine(ScoringEngine[Scores]):
         if chosen is Mode.CONCATENATED:
             if per_token:
                 raise CaptureError("per_token=True does not go with mode='concatenated'")
-            self._check_alone()
+            self.ranks.check_way("mode='concatenated'", self.tracking.names)
             check_tracked(self.model, self.tracking)
             self._directions = InBatch(self.model, self.parameters)
-            self._both = Concatenation(self.tracking)
+            self._both = Concatenation(self.tracking, self.ranks)
 
     # For users, in concatenated mode
 
@@ -130,9 +131,10 @@ class DotProductEngine(ScoringEngine[Scores]):
             UnknownNameError: If there is a value for a name that is not there.
         """
         both = self._concatenation()
-        if self.is_open:
-            raise CaptureError("call engine.concatenate() before engine.batch(ids)")
-        return both.join(train, validation, pad)
+        with both.together.telling():
+            if self.is_open:
+                raise CaptureError("call engine.concatenate() before engine.batch(ids)")
+            return both.join(train, validation, pad)
 
     def backward(
         self, losses: Tensor, *, train_weight: float | Tensor, validation_weight: float | Tensor
@@ -149,15 +151,18 @@ class DotProductEngine(ScoringEngine[Scores]):
 
         Raises:
             CaptureError: If the engine has another mode, no batch is open, it was called before in
-                this batch, or there is not one loss and one weight for each sample.
+                this batch, or there is not one loss and one weight for each sample; or in another
+                process that trains the model.
         """
         both = self._concatenation()
-        if not self.is_open:
-            raise CaptureError("call engine.backward() inside engine.batch(ids)")
-        loss = both.weighted(losses, train_weight, validation_weight)
-        both.run(loss if self._grad_scaler is None else self._grad_scaler.scale(loss))
-        assert self._terms is not None
-        self._of_directions |= both.finish(self._terms.held, self._dots)
+        with both.together.telling():
+            if not self.is_open:
+                raise CaptureError("call engine.backward() inside engine.batch(ids)")
+            loss = both.weighted(losses, train_weight, validation_weight)
+            both.run(loss if self._grad_scaler is None else self._grad_scaler.scale(loss))
+            assert self._terms is not None
+            self._of_directions |= both.finish(self._terms.held, self._dots)
+            both.together.done()
 
     # As an engine
 
@@ -168,8 +173,10 @@ class DotProductEngine(ScoringEngine[Scores]):
     def on_start(self, batch: Batch[Scores]) -> None:
         """Renew the directions that are due, and have no norms yet."""
         if self._both is not None:
-            check_tracked(self.model, self.tracking)
-            self._both.sizes(batch.n)
+            with self._both.together.telling():
+                check_tracked(self.model, self.tracking)
+                self._both.sizes(batch.n)
+            self._both.together.start(self.loss_scale)
         else:
             self._capture_factors()
         super().on_start(batch)
@@ -226,6 +233,7 @@ class DotProductEngine(ScoringEngine[Scores]):
             super().multiply(pass_, parameter, gradient)
             directions = None
         elif self._both is not None and directions is not None:
+            alone = alone and self._both.averages(name, directions)
             if alone and self._takes_norms:
                 self._of_directions[name] = directions.square().sum().unsqueeze(0)
             if not alone:
@@ -275,13 +283,13 @@ class DotProductEngine(ScoringEngine[Scores]):
         squared = of_directions = None
         if self._takes_norms and self._terms is not None:
             with self._budgeted():
-                squared = self._unscaled(self._terms.squared_norms(batch.n), 2)
+                squared = self._unscaled(self._terms.squared_norms(batch.n), 2, self.scale)
             of_directions = self.squared_direction_norms()
         if self._both is not None:
-            dots = self._unscaled(dots, 1)  # both sides had the scale
+            dots = self._unscaled(dots, 1, self.loss_scale)  # both sides had the scale
             if self._takes_norms:
                 none = {name: each.new_zeros(1) for name, each in dots.items()}
-                of_directions = self._unscaled(none | self._of_directions, 2)
+                of_directions = self._unscaled(none | self._of_directions, 2, self.loss_scale)
         return Scores(
             ids=batch.ids,
             verified=batch.verified,
@@ -300,17 +308,11 @@ class DotProductEngine(ScoringEngine[Scores]):
             self._stacked = {}
             self._both.close()
 
-    def _check_alone(self) -> None:
-        if self.ranks.several:
-            raise CaptureError(
-                f"mode='concatenated' is for one process, and {self.ranks.count} train the model",
-                reason="each would multiply its samples with the validation samples of its own "
-                "batches, and not with those of all",
-                remedy="use mode='exact' or mode='fused', and add_direction",
-            )
-
-    def _unscaled(self, values: Mapping[str, Tensor], times: int) -> dict[str, Tensor]:
-        scale = self.scale**times
+    def _unscaled(
+        self, values: Mapping[str, Tensor], times: int, scale: float
+    ) -> dict[str, Tensor]:
+        """Return what is left where a scale is divided out that was multiplied so many times."""
+        scale **= times
         return {name: each / scale if scale != 1 else each for name, each in values.items()}
 
     def _concatenation(self) -> Concatenation:

@@ -164,14 +164,16 @@ class ScoringEngine(Engine[ScoresT]):
         """Return `H step`, with the Hessian H of the loss that a direction is the gradient of.
 
         It is computed where the parameters are now, at the price of one Hessian-vector product.
+        Several processes that train the model ask for it together, and average their steps.
 
         Args:
             name: The direction's name.
             step: A change of each tracked parameter by name.
 
         Raises:
-            UnknownNameError: If there is no direction of this name.
-            CaptureError: If it was given as tensors, or transformed.
+            UnknownNameError: If there is no direction, or no parameter, of a name.
+            CaptureError: If it was given as tensors, or transformed, or the step lacks a tracked
+                parameter or is of another shape.
         """
         with self.paused():
             return self._directions[name].curvature(step)

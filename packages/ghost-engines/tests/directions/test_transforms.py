@@ -55,6 +55,19 @@ def test_second_order_of_a_linear_loss_is_its_gradient(mlp, inputs, draw_directi
     assert flat(engine.direction("linear")).equal(flat(engine.direction("plain")))
 
 
+@pytest.mark.parametrize("shape", [None, (1,)])
+def test_a_step_that_is_none_of_the_parameters_is_refused(mlp, inputs, draw_directions, shape):
+    step = dict(draw_directions(mlp, 1)["random 0"])
+    name = next(iter(step))
+    del step[name]
+    if shape is not None:
+        step[name] = torch.ones(shape, dtype=torch.float64)
+    engine = DotProductEngine(mlp)
+    engine.add_direction("curved", loss_of(mlp, inputs))
+    with pytest.raises(CaptureError, match=f"'curved, along a step' has .* for {name}"):
+        engine.curvature("curved", step)
+
+
 def test_tensors_have_no_second_order(mlp, draw_directions):
     engine, step = DotProductEngine(mlp), draw_directions(mlp, 1)["random 0"]
     engine.add_direction("given", step, transform=second_order(step))

@@ -330,8 +330,8 @@ class CrossTermDropped(DotProductEngine):
 class ScaleForgotten(DotProductEngine):
     """Divides by the scale once, where both sides had it."""
 
-    def _unscaled(self, values, times):
-        return super()._unscaled(values, times - 1)
+    def _unscaled(self, values, times, scale):
+        return super()._unscaled(values, times - 1, scale)
 
 
 FAULTS = [ValidationInGrad, OneRowOff, CrossTermDropped, ScaleForgotten]

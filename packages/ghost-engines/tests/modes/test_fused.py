@@ -240,8 +240,8 @@ class WithoutLast(DotProductEngine):
 class ScaleForgotten(DotProductEngine):
     """Leaves the scale of the loss in the norms."""
 
-    def _unscaled(self, values, times):
-        return super()._unscaled(values, times - 1)
+    def _unscaled(self, values, times, scale):
+        return super()._unscaled(values, times - 1, scale)
 
 
 class Mixed(DotProductEngine):

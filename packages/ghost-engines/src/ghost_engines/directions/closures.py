@@ -94,14 +94,24 @@ class Source:
     def curvature(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return `H step`, with the Hessian H of the closure's loss: one product with it.
 
+        Several processes average the step, and then their products with it: the step that is made
+        with averaged gradients is the average of those that each would make.
+
         Args:
             step: A change of each tracked parameter.
 
         Raises:
-            CaptureError: If the closure returns no loss, or as `tensors` does.
+            UnknownNameError: If a name in the step is no parameter of the model.
+            CaptureError: If the closure returns no loss, the step lacks a parameter or has another
+                shape, or as `tensors` does.
         """
         self.ranks.check_way("a second order")
+        step = self._averaged(partial(self._own_step, step))
         return self._averaged(partial(self._own_curvature, step))
+
+    def _own_step(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        name = f"{self.name}, along a step"
+        return given(name, self.ranks.inside(step), self.model, self.parameters)
 
     def _own_curvature(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Torch's plain formula for attention is the one whose second derivative is known.

@@ -85,6 +85,8 @@ def second_order(step: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]
     in the step have theirs in that (In-Run Data Shapley: Wang et al., 2024). It costs one
     Hessian-vector product each time that the direction is renewed.
 
+    Several processes that train the model average what each gives as the step.
+
     For the step that the optimizer makes with the batch itself, see `InRunValues(..., order=2)`.
 
     Args:

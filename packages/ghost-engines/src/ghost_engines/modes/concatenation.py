@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ghost_core import CaptureError, Pass, PerSampleGradient, TrackedParameter
 from ghost_core.algebra import accumulation_dtype
+from ghost_core.ranks import Ranks
 from ghost_core.tracking import Tracking
 from ghost_engines.directions import Directions
 from ghost_engines.held import HeldGradients
 from ghost_engines.modes.joining import Joiner, Padding, count_of
+from ghost_engines.modes.together import Together
 
 NAME = "validation"
 """The only direction: the gradient of the validation samples in the batch."""
@@ -73,9 +75,14 @@ class Concatenation:
 
     Args:
         tracking: What the engine tracks.
+        ranks: The processes that train the model, over which the direction is averaged.
+
+    Attributes:
+        together: What keeps them together.
     """
 
-    def __init__(self, tracking: Tracking) -> None:
+    def __init__(self, tracking: Tracking, ranks: Ranks) -> None:
+        self.together = Together(ranks, tracking.parameters)
         self._dim = tracking.batch_dim
         self._sizes: tuple[int, int] | None = None
         self._kept: dict[str, Tensor] = {}
@@ -141,7 +148,7 @@ class Concatenation:
         """Backpropagate."""
         self._running = True
         try:
-            loss.backward()
+            self.together.backward(loss)
         finally:
             self._running, self._done = False, True
 
@@ -166,8 +173,16 @@ class Concatenation:
                 "validation samples: concatenate each micro-batch, and open a batch for it"
             )
         train = Pass(n, 0, several=pass_.several)
-        direction = gradient.narrow(slice(n, None)).sum().unsqueeze(0)
+        direction = gradient.narrow(slice(n, None)).sum().contiguous().unsqueeze(0)
         return train, gradient.narrow(slice(0, n)), direction
+
+    def averages(self, name: str, direction: Tensor) -> bool:
+        """Average a direction over processes, in its memory, where all of them have come to it.
+
+        Returns:
+            Whether it is whole; if not, it is to be kept.
+        """
+        return self.together.averages(name, direction)
 
     def keep(self, name: str, direction: Tensor) -> None:
         """Keep a term of the direction until the others are there."""
@@ -180,6 +195,7 @@ class Concatenation:
             Squared norms of these directions by parameter name, `[1]`.
         """
         assert self._sizes is not None
+        self._kept = self.together.rest(self._kept)
         for name, found in held.dot(self._kept, self._sizes[0]).items():
             dots[name].add_(found)
         squared = {name: each.square().sum().unsqueeze(0) for name, each in self._kept.items()}

@@ -64,12 +64,6 @@ class Follower:
         self._engine = _scoring(engine)
         if order == 2:
             engine.ranks.check_way("order=2")
-        if order == 2 and engine.ranks.several:
-            raise CaptureError(
-                f"order=2 is for one process, and {engine.ranks.count} train the model",
-                reason="the step is made of the samples of all processes",
-                remedy="use order=1",
-            )
         if engine.is_open:
             raise CaptureError("make InRunValues outside of a batch, to see all of its gradients")
         optimizer = stepping(optimizer)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghost_engines.held import HeldGradients
 from ghost_engines.scoring import ScoringEngine
 from ghost_engines.values.pending import Pending
 
@@ -23,7 +24,8 @@ def add_curvature(
     A step `Δ = -η Σ c` changes a loss by `⟨g, Δ⟩ + ⟨Δ, H Δ⟩ / 2`. Of the second term, sample n has
     its own part in one factor, `-η ⟨c_n, H Δ⟩ / 2` (Wang et al., 2024). So each direction costs one
     Hessian-vector product for a step, and the gradients of its batches are multiplied with that as
-    with any other direction.
+    with any other direction. All processes that train the model take part in these products, also
+    those without a batch, whose samples are no part of the step.
 
     Args:
         engine: The engine that scored them.
@@ -34,7 +36,7 @@ def add_curvature(
     Raises:
         CaptureError: If a direction is not the gradient of a loss.
     """
-    if not batches:
+    if not engine.ranks.anywhere(bool(batches)):
         return
     step = _step(engine, batches, rates)
     products = [engine.curvature(name, step) for name in directions]
@@ -42,7 +44,8 @@ def add_curvature(
     for batch in batches:
         assert batch.held is not None
         dots = batch.held.dot(stacked, len(batch.scores.ids))
-        batch.second = {name: each / 2 / batch.scale for name, each in dots.items()}
+        scale = batch.scale * engine.ranks.count
+        batch.second = {name: each / 2 / scale for name, each in dots.items()}
         batch.held = None
 
 
@@ -50,13 +53,9 @@ def _step(
     engine: ScoringEngine[Any], batches: Sequence[Pending], rates: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """Return how far the gradients of some batches move the parameters, by name."""
-    sums = [batch.held.sum() for batch in batches if batch.held is not None]
-    return {
-        each.name: torch.stack(
-            [
-                -rates[each.name] * batch.factors.get(each.name, 0.0) / batch.scale * one[each.name]
-                for batch, one in zip(batches, sums, strict=True)
-            ]
-        ).sum(0)
-        for each in engine.parameters
-    }
+    step = HeldGradients(engine.parameters).sum()  # zeros
+    for batch in batches:
+        assert batch.held is not None
+        for name, total in batch.held.sum().items():
+            step[name] -= rates[name] * batch.factors.get(name, 0.0) / batch.scale * total
+    return step
