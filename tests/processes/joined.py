@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ghost_core import CaptureError
 from ghost_core.ranks import Ranks
 from ghost_engines import DotProductEngine, Scores, second_order
-from ghost_engines.modes.together import Together
+from ghost_engines.modes import Together
 
 TRAIN = ([0, 1, 2, 3], [4, 5, 6])
 HELD_OUT = ([0, 1], [2, 3, 4, 5])

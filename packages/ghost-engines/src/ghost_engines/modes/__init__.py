@@ -4,5 +4,15 @@ from ghost_engines.modes.concatenation import Concatenation, InBatch, check_trac
 from ghost_engines.modes.joining import Padding
 from ghost_engines.modes.mode import Mode, as_mode
 from ghost_engines.modes.terms import Terms
+from ghost_engines.modes.together import Together
 
-__all__ = ["Concatenation", "InBatch", "Mode", "Padding", "Terms", "as_mode", "check_tracked"]
+__all__ = [
+    "Concatenation",
+    "InBatch",
+    "Mode",
+    "Padding",
+    "Terms",
+    "Together",
+    "as_mode",
+    "check_tracked",
+]
