@@ -11,13 +11,13 @@ from unittest.mock import patch
 import torch
 from tests.processes.sharded import language, texts
 from tests.processes.training import CURVED, JOINED, Case, held_out, losses, net, samples, train
-from tests.processes.wrapped import said_of, summed
-from torch import Tensor, nn
+from tests.processes.wrapped import dots, said_of, summed
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ghost_core import CaptureError
 from ghost_core.ranks import Ranks
-from ghost_engines import DotProductEngine, Scores, second_order
+from ghost_engines import DotProductEngine, InRunValues, Scores, second_order
 from ghost_engines.modes import Together
 
 TRAIN = ([0, 1, 2, 3], [4, 5, 6])
@@ -55,6 +55,7 @@ def others(rank: int) -> dict[str, Any]:
         "half": half,
         "scaled": _read(rank, language(), torch.amp.GradScaler("cpu", init_scale=SCALE)),
         "nobody": _nobody(rank),
+        "gathered": _gathered(rank),
     }
 
 
@@ -85,6 +86,27 @@ def _nobody(rank: int) -> list[float]:
             found = _batch(rank, engine, wrapped, given, targets, ids)
     totals: list[float] = found.total.flatten().tolist()
     return totals
+
+
+def _gathered(rank: int) -> dict[str, Any]:
+    """Gather values where the second process has no sample, and where it had no batch at all."""
+    wrapped = DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    engine = dots(wrapped, lambda: losses(wrapped(held_out())).mean())
+    ids = [] if rank else TRAIN[0]
+    with InRunValues(engine, optimizer) as values, engine:
+        with engine.batch(ids):
+            losses(wrapped(samples()[ids])).sum().backward()
+        optimizer.step()
+        fresh = InRunValues(engine, optimizer)
+    tables = values.gathered(), (fresh if rank else values).gathered(distributed.group.WORLD)
+    return {
+        "own": values.to_dict(),
+        "found": [
+            dict(zip(each.ids.tolist(), each.values[:, 0].tolist(), strict=True)) for each in tables
+        ],
+        "counts": tables[0].counts.tolist(),
+    }
 
 
 def _batch(

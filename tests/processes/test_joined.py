@@ -68,6 +68,15 @@ def test_a_process_without_training_samples(joined: Found) -> None:
     assert got[1] == []
 
 
+def test_values_are_gathered_from_processes_without_samples(joined: Found) -> None:
+    one, other = (each["others"]["gathered"] for each in joined)
+    assert list(one["own"]) == [str(sample) for sample in TRAIN[0]]
+    assert other["own"] == {}
+    for each in (one, other):
+        assert each["found"] == [one["own"], one["own"]]
+        assert each["counts"] == [[1, 1, 1, 0]] * len(TRAIN[0])
+
+
 def read(rank: int) -> dict[str, Any]:
     """Return what one process finds of all texts."""
     model = language()

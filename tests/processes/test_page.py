@@ -37,7 +37,7 @@ def test_the_page_runs(namespace: dict[str, Any]) -> None:
     for name in ("values", "joined_values", "sharded_values"):
         assert sorted(namespace[name].to_dict()) == list(range(96))
         assert namespace[name].steps == 6
-    for name in ("table", "same"):
+    for name in ("table", "same", "everything"):
         assert dict(zip(namespace[name].ids, namespace[name].values[:, 0], strict=True)) == (
             values.to_dict()
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from tests.processes.oracle import WORLD, expected
+from tests.processes.oracle import WORLD, Expected, expected
 from tests.processes.training import DDP, FSDP, Case, held_out, losses, net, samples
 from tests.processes.wrapped import FAULTS, MINE, MISTAKES, UNEVEN
 
@@ -44,7 +45,19 @@ def check(case: Case, by_rank: list[Mapping[str, Any]]) -> None:
         values = wanted.values[rank]
         assert got["values"].keys() == {str(sample) for sample in values}
         close([got["values"][str(each)] for each in values], list(values.values()), "values")
+        check_gathered(got, wanted)
         assert all(altered == 0 for *_, altered in got["seen"].values())
+
+
+def check_gathered(got: Mapping[str, Any], wanted: Expected) -> None:
+    """Assert that the values of both processes were found in one."""
+    values: dict[int, float] = defaultdict(float)
+    for each in wanted.values:
+        for sample, value in each.items():
+            values[sample] += value
+    assert got["gathered"].keys() == {str(sample) for sample in values}
+    close([got["gathered"][str(each)] for each in values], list(values.values()), "all values")
+    close(sum(got["steps"]), sum(values.values()), "values by step")
 
 
 @pytest.mark.parametrize("case", [*DDP, *FSDP], ids=lambda case: case.name)

@@ -239,7 +239,8 @@ def train(
         log: Where to log steps, if anywhere.
 
     Returns:
-        Parameters, and what ghost says: scores by step and sample, values by sample.
+        Parameters, and what ghost says: scores by step and sample, values by sample, of this
+        process and of both.
     """
     model = net(case.again)
     wrapped = wrap(case, model)
@@ -285,12 +286,14 @@ def train(
     state = {name: whole(each).tolist() for name, each in model.state_dict().items()}
     if not ghost:
         return {"state": state}
-    table = values.table()
+    table, gathered = values.table(), values.gathered()
     return {
         "state": state,
         "scores": scores,
         "cosines": cosines,
         "values": dict(zip(table.ids.tolist(), table.values[:, 0].tolist(), strict=True)),
+        "gathered": dict(zip(gathered.ids.tolist(), gathered.values[:, 0].tolist(), strict=True)),
+        "steps": gathered.by_step[:, 0].tolist(),
         "seen": dict(zip(table.ids.tolist(), table.counts.tolist(), strict=True)),
     }
 

@@ -218,6 +218,22 @@ class InRunValues(Table):
             by_step=sums.shares_by_step if normalised else sums.by_step,
         )
 
+    def gathered(self, group: Any = None) -> ValueTable:
+        """Return the values of all processes that train the model, in each of them.
+
+        All processes call it at the same place, also those that had no samples; one of them may
+        write what it returns. Values of a sample that several processes had add up, and so does how
+        often it was credited. In one process it is `table()`.
+
+        Args:
+            group: The processes; by default those that the engine's wrapper averages gradients of.
+
+        Raises:
+            CaptureError: If the processes have values of different directions.
+        """
+        table, group = self.table(), self._engine.ranks.group if group is None else group
+        return table if group is None else table.gathered(group)
+
     def columns(self) -> Columns:
         """Return the columns: id, value, times_seen, first_step, last_step, altered; lowest first.
 

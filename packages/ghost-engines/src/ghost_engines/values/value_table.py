@@ -6,9 +6,10 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import distributed
 
 from ghost_core import CaptureError
 from ghost_engines.plots import sample_figure, save
@@ -89,6 +90,19 @@ class ValueTable(Table):
             steps=steps,
             by_step=_added(moments, [each.by_step for each in tables], len(steps)),
         )
+
+    def gathered(self, group: Any) -> ValueTable:
+        """Return the values of all processes of a group, in each of them: see `union`.
+
+        Args:
+            group: The group, in which all processes ask for this at the same place.
+
+        Raises:
+            CaptureError: If their directions differ.
+        """
+        tables: list[Any] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(tables, self, group=group)
+        return type(self).union(tables)
 
     def by_group(self, groups: Groups) -> GroupValues:
         """Add up the values of groups of samples: see `InRunValues.by_group`.
