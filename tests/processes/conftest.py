@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from process_kit import run_together
 from tests.processes.oracle import WORLD
 
 
 def started(folder: Path, subject: str) -> list[dict[str, Any]]:
     """Return what each of two processes found of a subject."""
     command = [sys.executable, "-m", "tests.processes.worker"]
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder), subject], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        said = [each.communicate(timeout=300)[1] for each in running]
-    finally:
-        for each in running:
-            each.kill()
-    assert not any(each.returncode for each in running), "\n".join(said)
+    run_together([[*command, str(rank), str(folder), subject] for rank in range(WORLD)])
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 

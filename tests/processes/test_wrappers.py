@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from process_kit import group_of_one
 from tests.processes.training import held_out, losses, net, samples
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,12 +18,8 @@ from ghost_engines import DotProductEngine
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
     """Be a process group of one."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+    with group_of_one():
         yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch.distributed
+from process_kit import group_of_one
 from tests.silent.compare import drawn, squares
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,12 +21,8 @@ AfterBackward = Callable[[nn.Module], None]
 @pytest.fixture
 def alone() -> Iterator[None]:
     """Be a process group of one."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
+    with group_of_one():
         yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def net() -> nn.Module:

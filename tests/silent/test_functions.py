@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.silent.compare import WAYS, drawn, exact_or_refused, holds, squares
+from tests.silent.functions import Product
 from torch import Tensor, nn
 
 from ghost_core import WrongSplitError
@@ -31,22 +32,8 @@ class FusedLoss(torch.autograd.Function):
         return to_hidden * grad[:, None], (wrong * grad[:, None]).T @ hidden, None
 
 
-class Product(torch.autograd.Function):
-    """A linear map with a backward pass of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.T @ x
-
-
 class Separate(Product):
-    """The same, with a context that is set up afterwards."""
+    """A linear map with a context that is set up afterwards."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:

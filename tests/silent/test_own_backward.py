@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.foreign.foreign import assert_same, assert_same_training
 from tests.silent.compare import holds, squares
+from tests.silent.functions import Product
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,20 +44,6 @@ class Logs(torch.autograd.Function):
             entropy = -(logs.exp() * logs).sum(-1, keepdim=True)
             inner -= to_entropy[:, None] * logs.exp() * (logs + entropy)
         return inner @ weight, inner.T @ x, None, None
-
-
-class Product(torch.autograd.Function):
-    """A linear map."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 class Filled(Product):
@@ -397,15 +384,19 @@ def test_what_cannot_be_told_is_refused_by_name(why: str) -> None:
         model(IDS).sum().backward()
 
 
-def test_a_function_behind_a_function_is_refused() -> None:
-    """Nobody sees the first one's output."""
+@pytest.mark.parametrize("followed", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_function_behind_a_function_is_refused(frozen: bool, followed: bool) -> None:
+    """Nobody sees the first one's output, and a use that is followed excuses no other."""
 
     def head(x: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-        return squares(Product.apply(Product.apply(x, head.weight), torch.eye(V).double()))
+        behind = Product.apply(Product.apply(x, head.weight), torch.eye(V).double())
+        return squares(behind + x @ head.weight.T if followed else behind)
 
     model = Model(head).double()
     engine = GradientHolder(model)
-    with pytest.raises(WrongSplitError, match=r"head\.weight"), engine, engine.batch(range(N)):
+    refused = pytest.raises(WrongSplitError, match=r"head\.weight")
+    with engine.frozen() if frozen else engine, refused, engine.batch(range(N)):
         model(IDS).sum().backward()
 
 

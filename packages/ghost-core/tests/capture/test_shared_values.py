@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ghost_core import Engine, WrongSplitError
 from ghost_core.testing import per_sample_gradients
+from ghost_core.testing.cases.roots import Unseen
 
 N, D, V = 4, 6, 11
 Hold = Callable[..., Engine[object]]
@@ -168,18 +169,6 @@ MODELS: list[Callable[[], nn.Module]] = [
 ]  # fmt: skip
 
 
-class Passed(torch.autograd.Function):
-    """Hides what another function returned."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
 def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids).sin().mean((1, 2))
 
@@ -316,7 +305,7 @@ def test_a_use_that_nobody_sees_is_refused(hold: Hold, frozen: bool) -> None:
     class Hides(Base):
         def forward(self, ids: Tensor) -> Tensor:
             x, places = self.wte(ids), self.at(ids.shape[1])
-            return self.head(self.norm(Passed.apply(Hidden.apply(x + places, places))))
+            return self.head(self.norm(Unseen.apply(Hidden.apply(x + places, places))))
 
     engine = hold(model := Hides())
     refused = pytest.raises(WrongSplitError, match=r"do not add up to the gradient of wpe")
@@ -357,30 +346,6 @@ def test_a_penalty_on_a_parameter_in_shared_values_is_refused(
     refused = pytest.raises(WrongSplitError, match=r"w[tp]e\.weight")
     with engine.frozen() if frozen else engine, refused, engine.batch(range(N)):
         backpropagate()
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_followed_use_excuses_no_other(hold: Hold, frozen: bool) -> None:
-    class Product(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-            ctx.save_for_backward(x, weight)
-            return x @ weight.T
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-            x, weight = ctx.saved_tensors
-            return grad @ weight, (grad.mT @ x).sum(0)
-
-    class Both(Tied):
-        def forward(self, ids: Tensor) -> Tensor:
-            made = Product.apply(self.wte(ids).tanh(), self.wte.weight)
-            return super().forward(ids) + Passed.apply(made)
-
-    engine = hold(model := Both())
-    refused = pytest.raises(WrongSplitError, match=r"wte\.weight")
-    with engine.frozen() if frozen else engine, refused, engine.batch(range(N)):
-        losses_of(model, torch.randint(0, V, (N, 3))).sum().backward()
 
 
 @pytest.mark.parametrize("frozen", [False, True])

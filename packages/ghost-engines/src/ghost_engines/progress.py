@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any, Self
 
-from torch import distributed
 from tqdm import tqdm
+
+from ghost_engines.processes import process_rank
 
 _PATIENCE = 1.0  # seconds
 
@@ -24,8 +25,8 @@ class Progress:
 
     def __init__(self, total: int | None, title: str, show: bool | None, unit: str = "row") -> None:
         hidden: bool | None = None if show is None else not show
-        if show is None and distributed.is_available() and distributed.is_initialized():
-            hidden = True if distributed.get_rank() else None
+        if show is None and process_rank() > 0:
+            hidden = True
         self._tokens, self._started = 0, time.monotonic()
         self._bar: Any = tqdm(
             total=total,

@@ -1,9 +1,10 @@
 """Values in a loop of Accelerate's: accumulation, its backward pass, its clipping."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
+from process_kit import group_of_one
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -180,16 +181,6 @@ def test_an_exception_in_the_middle_of_a_step(fails_at, accelerate, tmp_path):
     assert same_parameters(loop, plain)
     assert run.steps == 1
     assert sorted(run.values.to_dict()) == list(range(2 * BATCH))  # those of the whole step
-
-
-@contextmanager
-def group_of_one():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("given", ["wrapper", pytest.param("inside", marks=pytest.mark.stress)])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_kit import run_together
 
 pytestmark = pytest.mark.stress
 KIT = Path(__file__).parents[1] / "kit"
@@ -19,19 +20,11 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     path = os.pathsep.join([str(KIT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(KIT / "trainer_worker.py")]
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], env=os.environ | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [each.communicate(timeout=300)[1] for each in running]
-    finally:
-        for each in running:
-            each.kill()
-    assert not any(each.returncode for each in running), "\n".join(said)
+    run_together(
+        [[*command, str(rank), str(folder)] for rank in range(2)],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+    )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

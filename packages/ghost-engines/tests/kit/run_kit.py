@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ghost_engines import DotProductEngine, InRunValues
+from ghost_engines import DotProductEngine, InRunValues, Run, RunConfig
 
 STEPS = 6
 INPUTS = torch.randn(24, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -45,6 +45,42 @@ def plain(dropout=0.2, steps=STEPS):
             optimizer.step()
             optimizer.zero_grad()
     return model, values
+
+
+def trained(folder, before_save=None, after_step=None, save_every=2, **fields):
+    """Train on a run, from the checkpoint in the folder if there is one.
+
+    Args:
+        folder: The folder of the run.
+        before_save: Called on the run after each step, before it may be saved.
+        after_step: Called on it when that has happened.
+        save_every: Steps between checkpoints.
+        fields: More of its configuration.
+
+    Returns:
+        The model and the run.
+    """
+    model, optimizer = make()
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    saved = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    config = RunConfig(**({"folder": folder, "log_every": 1, "history": 2, "refresh": 4} | fields))
+    run = Run(model, optimizer, config, directions={"val": validation_of(model)})
+    with run:
+        for step in range(run.resume(**saved), STEPS):
+            with run.batch(ids_of(step)):
+                loss = losses_of(model, INPUTS[ids_of(step)]).mean()
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            run.record(loss=loss)
+            if before_save is not None:
+                before_save(run)
+            if run.steps % save_every == 0:
+                run.save(**saved)
+            if after_step is not None:
+                after_step(run)
+    return model, run
 
 
 def same_parameters(one, other):

@@ -10,9 +10,9 @@ KILLER = """
 
     import torch
     from fork_kit import finish, fork, kill_at
-    from run_kit import INPUTS, STEPS, ids_of, losses_of, make, validation_of
+    from run_kit import STEPS, trained
 
-    from ghost_engines import Run, RunConfig, ScoreLog
+    from ghost_engines import ScoreLog
 
     torch.set_num_threads(1)
 
@@ -45,25 +45,16 @@ KILLER = """
         os.fdopen = lambda *given, **named: Dying(real(*given, **named), writes, at)
 
 
-    def train(folder, acknowledge, after_step=None):
-        model, optimizer = make()
-        saved = {"model": model, "optimizer": optimizer}
-        config = RunConfig(folder=folder, log_every=1, history=2, refresh=2)
-        run = Run(model, optimizer, config, directions={"val": validation_of(model)})
-        with run:
-            for step in range(run.resume(**saved), STEPS):
-                with run.batch(ids_of(step)):
-                    loss = losses_of(model, INPUTS[ids_of(step)]).mean()
-                    loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                run.record(loss=loss)
-                if step == after_step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if run.steps % 2 == 0:
-                    run.save(**saved)
-                    acknowledge(run.steps)
-        return model, run
+    def train(folder, acknowledge, killed_at=None):
+        def before_save(run):
+            if run.steps == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def after_step(run):
+            if run.steps % 2 == 0:
+                acknowledge(run.steps)
+
+        return trained(folder, before_save, after_step, refresh=2)
 
 
     def outcome(folder, model, run):
@@ -80,11 +71,11 @@ KILLER = """
         assert (*one[:2], *one[3:]) == (*other[:2], *other[3:])
 
 
-    def killed(folder, prepare, after_step=None):
+    def killed(folder, prepare, killed_at=None):
         # Returns whether a loop that goes on was killed; what it had saved is there.
         def work(acknowledge):
             prepare()
-            train(folder, acknowledge, after_step)
+            train(folder, acknowledge, killed_at)
 
         status, acknowledged = finish(*fork(work))
         if acknowledged:
@@ -122,8 +113,8 @@ KILLER = """
     at_each(root, expected, die_in_a_write, stride)
     draw = random.Random(stride)
     for _ in range(max(2, 40 // stride)):
-        for step in draw.sample(range(STEPS), 2):
-            killed(root / "run", lambda: None, after_step=step)
+        for step in draw.sample(range(1, STEPS + 1), 2):
+            killed(root / "run", lambda: None, killed_at=step)
         complete(root / "run", expected)
 """
 

@@ -4,37 +4,24 @@ import json
 
 import pytest
 import torch
-from run_kit import INPUTS, STEPS, ids_of, losses_of, make, same_parameters, validation_of
+from run_kit import INPUTS, STEPS, losses_of, make, same_parameters, trained, validation_of
 
 from ghost_core import CaptureError
-from ghost_engines import Run, RunConfig, ScoreLog, StoreError
+from ghost_engines import Run, ScoreLog, StoreError
 
 
 class KilledError(Exception):
     """Stands for what ends a process."""
 
 
-def train(folder, until=STEPS, save_every=2, **fields):
-    """Train, from the checkpoint in the folder if there is one; return the model and the run."""
-    model, optimizer = make()
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
-    saved = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    config = RunConfig(**({"folder": folder, "log_every": 1, "history": 2, "refresh": 4} | fields))
-    run = Run(model, optimizer, config, directions={"val": validation_of(model)})
-    with run:
-        for step in range(run.resume(**saved), STEPS):
-            with run.batch(ids_of(step)):
-                loss = losses_of(model, INPUTS[ids_of(step)]).mean()
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            run.record(loss=loss)
-            if run.steps % save_every == 0:
-                run.save(**saved)
-            if run.steps == until < STEPS:
-                raise KilledError
-    return model, run
+def train(folder, until=STEPS, **given):
+    """Train, and raise an error after a step; see `trained`."""
+
+    def after_step(run):
+        if run.steps == until < STEPS:
+            raise KilledError
+
+    return trained(folder, after_step=after_step, **given)
 
 
 def logged(folder):

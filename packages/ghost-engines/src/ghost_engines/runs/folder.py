@@ -8,11 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from torch import distributed
-
 from ghost_core import CaptureError
 from ghost_engines.files import make_root, write_json
 from ghost_engines.log import LOG, RANK, ScoreLog, has_log
+from ghost_engines.processes import process_rank
 from ghost_engines.runs.checkpoint import several, write_checkpoint
 from ghost_engines.runs.description import Description, check_same
 from ghost_engines.runs.metrics import Metrics
@@ -24,7 +23,7 @@ DESCRIPTION = "run.json"
 def place_of(folder: str | Path) -> Path:
     """Return where this process writes: the folder, or one in it where there are several."""
     root = Path(folder).absolute()
-    return root / f"{RANK}{distributed.get_rank()}" if several() else root
+    return root / f"{RANK}{process_rank()}" if several() else root
 
 
 def lock_folder(path: Path) -> WriterLock:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ghost_engines import CorpusError, TokenCorpus
 from ghost_engines.corpus import token_path
+from ghost_engines.processes import process_count, process_rank
 from ghost_examples.language_models.tokenizers import EMBEDDED, Tokenizer, open_tokenizer
 from ghost_examples.language_models.writing import TRAIN, VAL, Cut, write_domain
 from ghost_examples.texts import DOMAINS, load_domain
@@ -60,7 +61,7 @@ def open_corpora(corpus: str, domains: Sequence[str], length: int, scratch: Path
     folder = Path(corpus)
     if corpus == EMBEDDED:
         folder = scratch / f"embedded-{length}"
-        if rank() == 0:
+        if process_rank() == 0:
             _write_embedded(folder, length)
         if distributed.is_initialized():
             distributed.barrier()
@@ -76,16 +77,6 @@ def open_corpora(corpus: str, domains: Sequence[str], length: int, scratch: Path
         if empty := [name for name, each in corpus_.domains.items() if not len(each)]:
             raise CorpusError(f"{token_path(folder, split, empty[0])} has no whole block")
     return Corpora(train, val)
-
-
-def rank() -> int:
-    """Return the number of this process."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def processes() -> int:
-    """Return how many processes train."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 class Batches(Sampler[list[int]]):
@@ -106,7 +97,7 @@ class Batches(Sampler[list[int]]):
 
     def __init__(self, samples: int, size: int, steps: range, seed: int) -> None:
         self._samples, self._size, self._steps, self._seed = samples, size, steps, seed
-        self._share = size * processes()
+        self._share = size * process_count()
         if samples < self._share:
             raise CorpusError(
                 f"a step takes {self._share} blocks, and there are {samples} to train on",
@@ -124,7 +115,7 @@ class Batches(Sampler[list[int]]):
                 epoch = step // per_epoch
                 generator = torch.Generator().manual_seed(self._seed + epoch)
                 order = torch.randperm(self._samples, generator=generator)
-            start = step % per_epoch * self._share + rank() * self._size
+            start = step % per_epoch * self._share + process_rank() * self._size
             yield order[start : start + self._size].tolist()
 
 

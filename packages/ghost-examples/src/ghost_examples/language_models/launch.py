@@ -11,8 +11,9 @@ import torch
 from torch import distributed
 
 from ghost_engines import ValueTable
+from ghost_engines.processes import process_rank
 from ghost_examples.kept_options import check_options
-from ghost_examples.language_models.data import Corpora, open_corpora, rank
+from ghost_examples.language_models.data import Corpora, open_corpora
 from ghost_examples.language_models.meaning import compare, report_meaning
 from ghost_examples.language_models.metrics import Curves, read_curves
 from ghost_examples.language_models.options import Options
@@ -59,7 +60,7 @@ def run(asked: Options) -> None:
         if corpora.tokenizer is None:  # which also fails here if it is gone, not after training
             _say("no tokenizer is known: passages are shown as token ids")
         values, curves = _train(asked, corpora, device, folder / RUN)
-        if rank() == 0:
+        if process_rank() == 0:
             _say("\n" + report_losses(curves, folder))
             if values is not None:
                 _say("\n" + report_values(values, corpora, asked.shown, folder))
@@ -69,7 +70,7 @@ def run(asked: Options) -> None:
                 _say(f"\nTraining without {domain}")
                 place = folder / f"{WITHOUT}{domain}"
                 _, without[domain] = _train(asked, corpora, device, place, without=domain)
-            if rank() == 0:
+            if process_rank() == 0:
                 by_domain = values.by_group(corpora.train.domain_of)
                 _say("\n" + report_meaning(compare(by_domain, curves, without), folder))
         _say(f"\n{folder}")
@@ -86,5 +87,5 @@ def _train(
 
 def _say(text: str) -> None:
     """Print on the first process."""
-    if rank() == 0:
+    if process_rank() == 0:
         print(text, flush=True)

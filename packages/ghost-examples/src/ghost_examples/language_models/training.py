@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ghost_engines import DotProductEngine, Run, RunConfig, ValueTable, adam_aware, take_ids
-from ghost_examples.language_models.data import Batches, Corpora, blocks, loader, processes, rank
+from ghost_engines.processes import process_count, process_rank
+from ghost_examples.language_models.data import Batches, Corpora, blocks, loader
 from ghost_examples.language_models.models import load_causal, new_gpt2, per_sample_loss
 from ghost_examples.language_models.options import DTYPES, Options
 from ghost_examples.language_models.pace import Pace, Say
@@ -67,7 +68,7 @@ class Trainer:
         asked, train = plan.options, plan.corpora.train
         self.model = _model(asked, train.vocabulary, train.length).to(device).train()
         # What a process calls: DDP averages the gradients of all of them.
-        self.called = DistributedDataParallel(self.model) if processes() > 1 else self.model
+        self.called = DistributedDataParallel(self.model) if process_count() > 1 else self.model
         # A shorter memory of squares than AdamW's own: rare tokens come as large steps otherwise.
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), asked.lr, (0.9, 0.95), weight_decay=asked.weight_decay
@@ -78,7 +79,7 @@ class Trainer:
         self.step = 0
         self.folder = plan.folder
         # Each process has its own dropout masks.
-        torch.manual_seed(asked.seed + rank())
+        torch.manual_seed(asked.seed + process_rank())
 
     def train(self, say: Say) -> ValueTable | None:
         """Train to the last step; return the values of all processes, if there are any.
@@ -99,7 +100,7 @@ class Trainer:
             self.step, self.folder = run.resume(**state), run.folder
             if self.step == 0:
                 self._evaluate(run)
-            tokens = self.plan.corpora.train.length * asked.batch * processes()
+            tokens = self.plan.corpora.train.length * asked.batch * process_count()
             pace = Pace(self.step, asked.steps, tokens, asked.log_every, say)
             for batch in self._batches():
                 loss = self._make_step(run, take_ids(batch), batch["input_ids"].to(self.device))
@@ -148,9 +149,9 @@ class Trainer:
         self.schedule.step()
         self.optimizer.zero_grad()
         loss = (losses.detach()[: len(ids)] * weights).sum() / weights.sum().clamp(min=1e-9)
-        if processes() > 1:
+        if process_count() > 1:
             distributed.all_reduce(loss)
-        return loss / processes()
+        return loss / process_count()
 
     def _evaluate(self, run: Run) -> None:
         """Record the validation loss of each domain."""
@@ -184,7 +185,7 @@ class Trainer:
         Each process has others, and directions are those of all of them.
         """
         count = self.plan.options.validation
-        start = (self.step * processes() + rank()) * count
+        start = (self.step * process_count() + process_rank()) * count
         return blocks(self.plan.corpora.val, domain, start, count).to(self.device)
 
     def _joint(self) -> Tensor:
@@ -209,9 +210,9 @@ def rate(step: int, steps: int) -> float:
 
 def _gathered(table: ValueTable) -> ValueTable:
     """Return the values of all processes."""
-    if processes() == 1:
+    if process_count() == 1:
         return table
-    tables: list[Any] = [None] * processes()
+    tables: list[Any] = [None] * process_count()
     distributed.all_gather_object(tables, table)
     return ValueTable.union(tables)
 
