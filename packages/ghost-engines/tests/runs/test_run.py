@@ -227,7 +227,7 @@ def test_logs_of_several_processes_are_read_as_one(tmp_path, monkeypatch, capsys
     """Each of two processes trains alone here, and writes where one of two does."""
     monkeypatch.setattr(folder, "several", lambda: True)
     for rank in range(2):
-        monkeypatch.setattr(folder.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(folder, "process_rank", lambda rank=rank: rank)
         _, run, _ = trained(tmp_path)
     log = open_log(tmp_path)
     assert len(log) == STEPS
