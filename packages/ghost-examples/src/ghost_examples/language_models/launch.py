@@ -53,7 +53,7 @@ def run(asked: Options) -> None:
             free=FREE,
             flag="--results-dir",
             begun=(folder / RUN).exists(),
-            writes=rank() == 0,
+            writes=process_rank() == 0,
         )
         corpora = open_corpora(asked.corpus, asked.names, asked.length, folder)
         _say(f"{corpora.train}\n{corpora.val}")
