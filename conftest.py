@@ -27,9 +27,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Spare it what a test has imported, such as torch's compiler."""
-    if len(sys.modules) > item.session.stash[SPARED] + 200:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Spare it what a test has imported, such as torch's compiler, and what a file leaves."""
+    imported = len(sys.modules) > item.session.stash[SPARED] + 200
+    last = nextitem is None or nextitem.path != item.path
+    if imported or (last and len(gc.get_objects()) > 50_000):
         spare(item.session)
 
 

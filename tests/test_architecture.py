@@ -80,6 +80,14 @@ def parsed() -> dict[str, ast.Module]:
     return {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    """Keep half a million objects no longer than needed: every look for garbage meets them."""
+    yield
+    imports.cache_clear()
+    parsed.cache_clear()
+
+
 def imported(node: ast.AST) -> Iterator[str]:
     """Yield the modules that a node imports, by statement or by call; what is no module is cut."""
     match node:
@@ -96,6 +104,7 @@ def imported(node: ast.AST) -> Iterator[str]:
             yield module
 
 
+@cache
 def imports(tree: ast.AST) -> set[str]:
     """Return what a module imports anywhere: inside functions and for the type checker, too."""
     return {name for node in ast.walk(tree) for name in imported(node)}

@@ -15,21 +15,35 @@ from ghost_layers import convolution
 OFF = "entries are off"
 
 
-@pytest.fixture
-def gpt2(make_language_task, assert_dots, assert_rows):
-    """A language model that both engines are exact on as long as nothing is broken."""
-    task = make_language_task("gpt2")
-    assert_dots(task)
-    assert_rows(task)
-    return task
+@pytest.fixture(scope="module")
+def found_exact():
+    """Names of models that both engines were found exact on, with nothing broken."""
+    return set()
 
 
 @pytest.fixture
-def llama(make_language_task, assert_dots, assert_rows):
-    task = make_language_task("llama")
-    assert_dots(task)
-    assert_rows(task)
-    return task
+def sound_task(make_language_task, assert_dots, assert_rows, found_exact):
+    """Make a task for a language model, on which both engines are exact."""
+
+    def make(name):
+        task = make_language_task(name)
+        if name not in found_exact:
+            assert_dots(task)
+            assert_rows(task)
+            found_exact.add(name)
+        return task
+
+    return make
+
+
+@pytest.fixture
+def gpt2(sound_task):
+    return sound_task("gpt2")
+
+
+@pytest.fixture
+def llama(sound_task):
+    return sound_task("llama")
 
 
 class FirstUse:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -98,10 +99,18 @@ def test_norms_are_those_of_autograd() -> None:
     assert torch.equal(losses, expected.detach())
 
 
+FEW = 400
+"""Images that the trial trains on: a third of those of a demo."""
+
+
 @pytest.fixture(scope="module")
 def trial() -> digits.SeedResult:
     """What one seed finds with ten clean images, and with thirty."""
-    with tqdm(total=digits.runs([10, 30]), disable=False, file=io.StringIO()) as bar:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tqdm(total=digits.runs([10, 30]), disable=False, file=io.StringIO()) as bar,
+    ):
+        patch.setattr(digits, "annotate", partial(annotate, n_train=FEW))
         found = digits.Trial(0, TINY, "cpu", bar).run([10, 30])
         assert bar.n == bar.total
     return found
@@ -130,7 +139,7 @@ def test_a_seed_gives_every_method_its_numbers(trial: digits.SeedResult) -> None
 
 
 def test_each_count_has_the_values_of_its_clean_images(trial: digits.SeedResult) -> None:
-    data = annotate(0)
+    data = annotate(0, n_train=FEW)
     _, values = convnet.train_scored(data, [10, 30], TINY, 0, "cpu")
     expected = {}
     for n, by_sample in values.items():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ghost_core import CaptureError, UnknownNameError
 from ghost_engines import CorpusError, GroupValues
 from ghost_examples import lm_training
+from ghost_examples.kept_options import OPTIONS
 from ghost_examples.language_models import (
     Options,
     launch,
@@ -145,7 +146,7 @@ def test_a_run_that_never_began_binds_nobody(small: Options) -> None:
     with pytest.raises(CorpusError):
         launch.run(replace(small, method="none", steps=1, corpus="nowhere"))
     launch.run(replace(small, method="none", steps=1))
-    options = json.loads((small.results_dir / launch.OPTIONS).read_text())
+    options = json.loads((small.results_dir / OPTIONS).read_text())
     assert options["corpus"] == small.corpus
 
 

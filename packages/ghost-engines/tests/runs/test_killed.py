@@ -120,7 +120,7 @@ KILLER = """
 
 
 def test_a_killed_run_goes_on_as_one(tmp_path):
-    run_script(KILLER, tmp_path, 67)
+    run_script(KILLER, tmp_path, 131)
 
 
 @pytest.mark.stress

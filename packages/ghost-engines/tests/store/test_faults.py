@@ -14,7 +14,7 @@ from ghost_engines.store import GradientStore, StoreError
 # Failing disks
 
 
-STRIDES = [3, pytest.param(1, marks=pytest.mark.stress)]
+STRIDES = [7, pytest.param(1, marks=pytest.mark.stress)]
 
 
 @pytest.mark.parametrize("stride", STRIDES)

@@ -54,7 +54,7 @@ def strides(*small):
     return [*small, pytest.param(1, marks=pytest.mark.stress)]
 
 
-@pytest.mark.parametrize("stride", strides(23))
+@pytest.mark.parametrize("stride", strides(43))
 @pytest.mark.parametrize(("first", "stop"), [(5, 9), (14, 36), (0, UNIT)])
 def test_an_append_can_be_repeated(tmp_path, stride, first, stop):
     """Whichever line it was interrupted at, its rows are there once, or it says so."""
@@ -88,7 +88,7 @@ def append_from(store, start, stop):
     store.append(rows, loss=rows.loss)
 
 
-@pytest.mark.parametrize("stride", strides(19))
+@pytest.mark.parametrize("stride", strides(37))
 def test_a_commit_can_be_repeated(tmp_path, stride):
     for interrupt in attempts(stride):
         root = tmp_path / f"{interrupt.at}"
@@ -105,7 +105,7 @@ def test_a_commit_can_be_repeated(tmp_path, stride):
         assert_holds_exactly(GradientStore.open(root), TOTAL)
 
 
-@pytest.mark.parametrize("stride", strides(19))
+@pytest.mark.parametrize("stride", strides(37))
 def test_an_interrupt_while_a_store_is_closed_loses_nothing_acknowledged(tmp_path, stride):
     for interrupt in attempts(stride):
         root = tmp_path / f"{interrupt.at}"
@@ -123,7 +123,7 @@ def test_an_interrupt_while_a_store_is_closed_loses_nothing_acknowledged(tmp_pat
         assert_holds_exactly(GradientStore.open(root), TOTAL)
 
 
-@pytest.mark.parametrize("stride", strides(29))
+@pytest.mark.parametrize("stride", strides(61))
 @pytest.mark.parametrize("how", ["create", "resume", "join"])
 def test_a_store_that_was_not_opened_can_be_opened(tmp_path, stride, how):
     for interrupt in attempts(stride):
@@ -159,7 +159,7 @@ def test_a_store_that_was_not_opened_can_be_opened(tmp_path, stride, how):
         assert_holds_exactly(GradientStore.open(root), TOTAL)
 
 
-@pytest.mark.parametrize("stride", strides(29))
+@pytest.mark.parametrize("stride", strides(61))
 def test_an_interrupted_reader_can_read_on(tmp_path, stride):
     root = tmp_path / "g"
     with GradientStore.create(root, FakeEngine(), unit=UNIT) as store:

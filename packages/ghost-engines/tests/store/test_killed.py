@@ -143,7 +143,7 @@ KILLER = """
 
 
 # The arguments: how many steps there are between kills, and how many kills come at random.
-@pytest.mark.parametrize("kills", [(7, 4), pytest.param((1, 500), marks=pytest.mark.stress)])
+@pytest.mark.parametrize("kills", [(19, 4), pytest.param((1, 500), marks=pytest.mark.stress)])
 def test_no_acknowledged_row_is_lost_or_doubled_whenever_a_writer_is_killed(tmp_path, kills):
     run_script(KILLER, "often", tmp_path, *kills)
 
