@@ -202,3 +202,13 @@ def test_what_cannot_have_ids() -> None:
     by_name: Any = with_ids(ROWS, key=lambda row: "a name")  # type: ignore[arg-type, return-value]
     with pytest.raises(CaptureError, match="must be an integer, not 'a name'"):
         by_name[0]
+
+
+def test_mistakes_with_keys_and_pairs_say_what_to_write() -> None:
+    with pytest.raises(CaptureError, match=r"not 'id'(.|\n)*lambda sample: sample\['id'\]"):
+        with_ids([{"id": 3}], key="id")
+    batch = next(iter(DataLoader(with_ids([1.0, 2.0]), collate_fn=IdCollator())))
+    with pytest.raises(CaptureError, match=r"not a tuple(.|\n)*write ids, batch = batch"):
+        take_ids(batch)
+    ids, batch = batch
+    assert (ids.tolist(), batch.tolist()) == ([0], [1.0])

@@ -114,14 +114,14 @@ class Engine(Listener, Generic[ResultT]):
 
     @classmethod
     def options(cls) -> dict[str, object]:
-        """Return the options that it takes, with their defaults."""
+        """Return the options that it takes beside the model, with their defaults."""
         own = dict(inspect.signature(cls.__init__).parameters)
         if any(each.kind is each.VAR_KEYWORD for each in own.values()):
             own = {**inspect.signature(Engine.__init__).parameters, **own}
         return {
             name: each.default
             for name, each in own.items()
-            if name != "self" and each.kind is not each.VAR_KEYWORD
+            if name not in ("self", "model") and each.kind is not each.VAR_KEYWORD
         }
 
     def __init__(

@@ -37,22 +37,27 @@ def with_ids(
     Args:
         data: A data set: with a length and items (map-style, a list, a Hugging Face `Dataset`, a
             memory-mapped array of rows), or one that is iterated over (streaming).
-        key: Returns a sample's id. By default it is its position. Of data that is iterated over
-            that is the position of this time: it names a sample only as long as the order stays,
-            which that of a shuffled stream does not. In several workers of a `DataLoader` it is the
-            position in the worker's own part, times the number of workers, plus the worker's
-            number: no two have the same, but another number of workers gives other ids. Give a key
-            for ids that stay.
+        key: A function that returns a sample's id. By default it is its position. Of data that is
+            iterated over that is the position of this time: it names a sample only as long as the
+            order stays, which that of a shuffled stream does not. In several workers of a
+            `DataLoader` it is the position in the worker's own part, times the number of workers,
+            plus the worker's number: no two have the same, but another number of workers gives
+            other ids. Give a key for ids that stay.
         field: The name of the entry.
 
     Returns:
         A data set of the same kind.
 
     Raises:
-        CaptureError: If there is nothing to iterate over, or if it is iterated over in one of
-            several processes of torch.distributed without a key; when a sample is asked for, if it
-            has an entry of this name already, or the key is no integer.
+        CaptureError: If there is nothing to iterate over, the key is no function, or if it is
+            iterated over in one of several processes of torch.distributed without a key; when a
+            sample is asked for, if it has an entry of this name already, or the key is no integer.
     """
+    if key is not None and not callable(key):
+        raise CaptureError(
+            f"key must be a function that returns a sample's id, not {key!r}",
+            remedy=f"for an entry of samples that are dictionaries: lambda sample: sample[{key!r}]",
+        )
     # torch's streams have a __getitem__ that cannot be called: they inherit it from Dataset.
     items = hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
     sized = hasattr(data, "__len__")
@@ -167,8 +172,14 @@ def take_ids(batch: MutableMapping[str, Any], *, field: str = ID_FIELD) -> Tenso
     """Take the ids out of a batch before a model sees it; return them, int64 `[N]`.
 
     Raises:
-        CaptureError: If there are none.
+        CaptureError: If there are none, or it is no dictionary.
     """
+    if not isinstance(batch, MutableMapping):
+        raise CaptureError(
+            f"ids are taken out of a batch that is a dictionary, not a {type(batch).__name__}",
+            reason="samples that are no dictionaries come as a pair of ids and the rest",
+            remedy="write ids, batch = batch",
+        )
     if field not in batch:
         raise _missing(field, "the batch", batch)
     ids: Tensor = batch.pop(field)
@@ -179,8 +190,9 @@ def _missing(field: str, what: str, where: object) -> CaptureError:
     has = f"has {', '.join(map(str, where))}" if isinstance(where, Mapping) else "is no dictionary"
     return CaptureError(
         f"{what} has no {field!r}: it {has}",
-        reason="data without with_ids, a collator other than IdCollator, or a trainer that takes "
-        "away what the model's forward does not name",
-        remedy="load with_ids(data) with collate_fn=IdCollator(...); for Hugging Face's Trainer "
-        "set TrainingArguments(remove_unused_columns=False)",
+        reason="data without with_ids (data to evaluate on need ids, too, where they go through "
+        "the same collator), a collator other than IdCollator, or a trainer that takes away what "
+        "the model's forward does not name",
+        remedy="load with_ids(data), or data with such a column, with collate_fn=IdCollator(...); "
+        "for Hugging Face's Trainer set TrainingArguments(remove_unused_columns=False)",
     )

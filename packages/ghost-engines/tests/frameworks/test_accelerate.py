@@ -217,10 +217,12 @@ def test_a_removed_column_is_named(accelerate):
     batch = next(iter(Loop(accelerate).accelerator.prepare(data)))
     assert said(lambda: take_ids(batch)) == (
         "the batch has no 'sample_id': it has x\n"
-        "Reason: data without with_ids, a collator other than IdCollator, or a trainer that takes "
-        "away what the model's forward does not name.\n"
-        "Remedy: load with_ids(data) with collate_fn=IdCollator(...); for Hugging Face's Trainer "
-        "set TrainingArguments(remove_unused_columns=False)"
+        "Reason: data without with_ids (data to evaluate on need ids, too, where they go through "
+        "the same collator), a collator other than IdCollator, or a trainer that takes away what "
+        "the model's forward does not name.\n"
+        "Remedy: load with_ids(data), or data with such a column, with "
+        "collate_fn=IdCollator(...); for Hugging Face's Trainer set "
+        "TrainingArguments(remove_unused_columns=False)"
     )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from trainer_kit import brute_force
 
-from ghost_core import CaptureError
+from ghost_core import CaptureError, UnknownNameError
 from ghost_engines import IdCollator, RunConfig, with_ids
 
 pytestmark = [
@@ -191,6 +191,18 @@ def test_a_module_that_is_not_called_is_named(lightning, name, message, tmp_path
     model.wrapper, model.other = nn.Sequential(model.net), net()
     direction = {"val": lambda: loss_of(model.get_submodule(name), VALIDATION).mean()}
     callback = GhostLightning(RunConfig(folder=tmp_path / "run"), direction, module=name)
-    with pytest.raises(CaptureError, match=message):
+    with pytest.raises(CaptureError, match=message) as caught:
         fit(lightning, tmp_path, model, [callback])
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"GhostLightning measures calls of {name or 'the LightningModule'}")
+    assert "module='net'" in note
     assert not any(each._forward_hooks for each in model.modules())
+
+
+def test_a_module_that_is_not_there_is_named_with_those_that_are(lightning, tmp_path):
+    from ghost_engines.frameworks import GhostLightning
+
+    model = module(lightning, False)
+    callback = GhostLightning(RunConfig(folder=tmp_path / "run"), {"val": None}, module="nett")
+    with pytest.raises(UnknownNameError, match=r"unknown module 'nett'; did you mean 'net'"):
+        fit(lightning, tmp_path, model, [callback])

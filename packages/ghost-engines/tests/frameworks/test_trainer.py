@@ -248,5 +248,9 @@ def test_mistakes_say_what_to_do(tmp_path):
     searching.hp_search_backend = "some"
     with pytest.raises(CaptureError, match="hyperparameter_search"):
         searching.train()
+    unprepared = ghost(tmp_path / "run", [{"text": "not made into tokens"}])
+    with pytest.raises(CaptureError, match="no batch of the samples of direction 'val'") as raised:
+        ghost_trainer(tmp_path, unprepared, collate=masking).train()
+    assert "they have text, sample_id: KeyError" in str(raised.value)
     with pytest.raises(CaptureError, match="before training begins"):
         ghost(tmp_path / "run").values.to_dict()

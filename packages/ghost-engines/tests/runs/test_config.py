@@ -68,6 +68,7 @@ def test_a_misspelt_field_names_the_nearest(name, tmp_path):
             "unknown option of DotProductEngine 'exlude'; did you mean 'exclude'",
         ),
         ({"options": 3}, "must be a mapping"),
+        ({"options": {"dot_product": {"model": "a"}}}, "DotProductEngine 'model'.* Available: bat"),
         ({"values": "yes"}, "values must be True or False"),
         ({"order": 3}, "order must be 1 or 2"),
         ({"order": 2.0}, "order must be"),

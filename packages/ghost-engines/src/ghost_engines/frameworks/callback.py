@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,9 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ghost_core import CaptureError, MissingExtraError
-from ghost_core.state import random_state_kept
 from ghost_engines.frameworks.holder import RunHolder
-from ghost_engines.ids import ID_FIELD, with_ids
+from ghost_engines.frameworks.validation import loss_of
 from ghost_engines.runs import Run, RunConfig, read_state, write_state
 
 try:
@@ -77,7 +75,7 @@ class GhostCallback(RunHolder, TrainerCallback):
                 reason="a callback sees no inputs, and is called after gradients are clipped",
                 remedy="use GhostTrainer, or class YourTrainer(GhostMixin, ...)",
             )
-        directions = {name: _loss_of(trainer, each) for name, each in self.directions.items()}
+        directions = {name: loss_of(trainer, name, each) for name, each in self.directions.items()}
         scaler = trainer.accelerator.scaler
         model, optimizer, config = (
             trainer.model_wrapped,  # what the trainer calls
@@ -116,35 +114,6 @@ def _owning(config: RunConfig, trainer: Any) -> RunConfig:
     owned = {"row_owner": dict(trainer.row_owner)}
     options = {name: {**config.options.get(name, {}), **owned} for name in config.engines}
     return replace(config, options=options)
-
-
-def _loss_of(trainer: Any, given: Any) -> Callable[[], Tensor]:
-    """Return the closure of a direction."""
-    if callable(given):
-        return given  # type: ignore[no-any-return]
-    samples = [given[at] for at in range(len(given))]
-    if samples and ID_FIELD not in samples[0]:
-        numbered = with_ids(samples)
-        samples = [numbered[at] for at in range(len(samples))]
-    with random_state_kept():  # collators may draw
-        batch = trainer.data_collator(samples)
-    inputs = {
-        name: each.to(trainer.args.device) if isinstance(each, Tensor) else each
-        for name, each in batch.items()
-        if name != ID_FIELD
-    }
-    return partial(_model_loss, trainer, inputs)
-
-
-def _model_loss(trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
-    outputs = trainer.model(**inputs)
-    loss: Tensor | None = getattr(outputs, "loss", None)
-    if loss is None:
-        raise CaptureError(
-            f"{type(trainer.model).__name__} returns no loss of its own",
-            remedy="give directions as closures that return a loss",
-        )
-    return loss
 
 
 def _file(folder: Path, args: Any) -> Path:

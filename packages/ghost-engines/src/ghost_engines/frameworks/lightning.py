@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
 
-from ghost_core import CaptureError, MissingExtraError
+from ghost_core import CaptureError, MissingExtraError, UnknownNameError
 from ghost_engines.frameworks.holder import RunHolder
 from ghost_engines.ids import take_ids
 from ghost_engines.runs import GivenDirections, Run, RunConfig
@@ -46,11 +46,13 @@ class GhostLightning(RunHolder, Callback):  # type: ignore[misc] # has no types
         self.module = module
         self._batch = ExitStack()
         self._loaded: dict[str, Any] | None = None
+        self._measured = False  # a batch
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the run, when optimizers are there and a checkpoint was loaded.
 
         Raises:
+            UnknownNameError: If there is no such module.
             CaptureError: If optimization is manual, there are several optimizers or processes, or
                 the run cannot be made or resumed.
         """
@@ -66,7 +68,10 @@ class GhostLightning(RunHolder, Callback):  # type: ignore[misc] # has no types
                 reason="Lightning calls what wraps its module with a method of its own",
                 remedy="use a loop of your own, Accelerate or Hugging Face's Trainer",
             )
-        model = pl_module.get_submodule(self.module)
+        modules = dict(pl_module.named_modules())
+        if self.module not in modules:
+            raise UnknownNameError("module", self.module, [name for name in modules if name])
+        model = modules[self.module]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         (optimizer,) = trainer.optimizers
         run = Run(model, optimizer, self.config, directions=self.directions, grad_scaler=scaler)
@@ -92,6 +97,7 @@ class GhostLightning(RunHolder, Callback):  # type: ignore[misc] # has no types
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Close the batch, before gradients are unscaled and clipped."""
         self._batch.close()
+        self._measured = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log what the step credited, by direction, to the trainer's loggers."""
@@ -103,6 +109,12 @@ class GhostLightning(RunHolder, Callback):  # type: ignore[misc] # has no types
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the batch and the run, which end as where an exception comes out of a `with`."""
+        if isinstance(exception, CaptureError) and self.run is not None and not self._measured:
+            exception.add_note(
+                f"GhostLightning measures calls of {self.module or 'the LightningModule itself'}. "
+                "Where training_step calls another module, such as self.net(...), name it: "
+                "GhostLightning(..., module='net')"
+            )
         for each in (self._batch, self._inside):
             each.__exit__(type(exception), exception, exception.__traceback__)
 

@@ -22,6 +22,9 @@ NONE = "none"
 DOTS = "dot_product"
 """The engine that has modes."""
 
+ELSEWHERE = {"mode", "grad_scaler"}
+"""Options of engines that are given in another place."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -177,7 +180,7 @@ class RunConfig:
                 raise UnknownNameError("engine in options", name, engines)
             if not isinstance(given, Mapping):
                 raise CaptureError(f"options of {name} must be a mapping by name, not {given!r}")
-            if taken := {"mode", "grad_scaler"} & given.keys():
+            if taken := ELSEWHERE & given.keys():
                 raise CaptureError(
                     f"options of {name} have {', '.join(sorted(taken))}",
                     remedy="mode is a field of its own; give the scaler to Run(grad_scaler=...)",
@@ -213,7 +216,7 @@ class RunConfig:
 
 def _check_known(given: Iterable[object], kind: type[Engine[Any]]) -> None:
     """Refuse options that an engine does not take, before there is a model to make it for."""
-    known = kind.options()
+    known = [name for name in kind.options() if name not in ELSEWHERE]
     for name in given:
         if name not in known:
             raise UnknownOptionError(f"option of {kind.__name__}", name, known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -181,7 +182,7 @@ def as_policy(policy: Policy | str, options: Mapping[str, Any]) -> Policy:
         raise CaptureError(
             f"policy {policy!r} cannot be made of {dict(options)}",
             reason=str(error),
-            remedy=f"see {made.__name__}",
+            remedy=f"it takes {', '.join(signature(made).parameters) or 'no options'}",
         ) from error
 
 
