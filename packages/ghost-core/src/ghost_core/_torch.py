@@ -136,10 +136,10 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def custom_function(value: Tensor) -> Any:
-    """Return the node of the `torch.autograd.Function` that made a value, if any. Torch 2.11."""
-    node = value.grad_fn
-    return node if isinstance(node, torch.autograd.function.BackwardCFunction) else None
+def function_of(kind: type) -> object:
+    """Return the `torch.autograd.Function` that nodes of a type are of; or None. Torch 2.11."""
+    of_function = issubclass(kind, torch.autograd.function.BackwardCFunction)
+    return kind._forward_cls if of_function else None  # type: ignore[attr-defined]
 
 
 class Made(NamedTuple):

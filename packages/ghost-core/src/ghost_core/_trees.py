@@ -39,7 +39,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _CONTAINERS = frozenset({tuple, list})
-_NUMBERS = frozenset(
+NUMBERS = frozenset(
     {
         int,
         float,
@@ -61,7 +61,7 @@ def _collect(nodes: Iterable[Any], found: list[Tensor]) -> None:
         kind = type(node)
         if kind in _TENSORS:
             found.append(node)
-        elif kind in _NUMBERS:
+        elif kind in NUMBERS:
             continue
         elif kind in _CONTAINERS:
             _collect(node, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ghost_core import Engine
+from ghost_core.capture.ordinary import on_samples_alone
 from ghost_core.testing import per_sample_gradients
 
 N, T, D, V = 4, 3, 6, 11
@@ -75,3 +76,60 @@ def test_exact(hold: Hold, assert_held: Callable[..., None], use: Use, frozen: b
             model(ids).sin().mean((1, 2)).sum().backward()
         assert batch.verified
         assert_held(batch.result, expected)
+
+
+def stacked(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return torch.stack([x, places.expand_as(x)]).prod(0)
+
+
+def named(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return torch.mul(input=x, other=places)
+
+
+def with_another_parameter(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return x * model.head.weight[:1] + torch.where(x > 0, x, model.norm.weight)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("use", [stacked, named, with_another_parameter])
+def test_later_batches_do_something_else(
+    hold: Hold, assert_held: Callable[..., None], use: Use, frozen: bool
+) -> None:
+    """Behind what the first batch showed, between modules and after the last of them."""
+
+    batches: Iterator[bool] = iter(())
+
+    def changing(model: Model, x: Tensor, places: Tensor) -> Tensor:
+        x = (x + places).tanh().view(N, T, D)
+        return use(model, x, places) if next(batches) else x
+
+    engine, ids = hold(model := Model(changing)), torch.randint(0, V, (N, T))
+    batches = iter([False, True, False, False, True, True])
+    expected = [per_sample_gradients(model, model(ids).sin().mean((1, 2))) for _ in range(2)]
+    with engine.frozen() if frozen else engine:
+        for later in (False, False, True, True):
+            with engine.batch(range(N)) as batch:
+                model(ids).sin().mean((1, 2)).sum().backward()
+            assert_held(batch.result, expected[later])
+
+
+def test_exact_where_no_sample_goes_into_a_graph(
+    hold: Hold, assert_held: Callable[..., None]
+) -> None:
+    """Positions that are trained, and left out, go through a module that is not."""
+    model = Model(lambda model, x, places: x * model.norm(places.tanh().mul(2)))
+    engine, ids = hold(model, exclude="wpe"), torch.randint(0, V, (N, T))
+    found = per_sample_gradients(model, model(ids).sin().mean((1, 2)))
+    expected = {name: each for name, each in found.items() if name in engine.tracking.names}
+    with engine:
+        for _ in range(2):
+            with engine.batch(range(N)) as batch:
+                model(ids).sin().mean((1, 2)).sum().backward()
+            assert_held(batch.result, expected)
+
+
+def test_lists_are_looked_into() -> None:
+    x, places = (torch.ones(1, requires_grad=True) * 1 for _ in range(2))
+    assert on_samples_alone([x, [x, 1], (x,)], (), (), {}, None)
+    assert not on_samples_alone([x, [1, (places,)]], {id(places)}, (), {}, None)
+    assert not on_samples_alone([x, {"places": places}], {id(places)}, (), {}, None)

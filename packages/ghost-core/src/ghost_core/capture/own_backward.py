@@ -21,11 +21,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ghost_core import _torch
 from ghost_core._modes import own_mode_left
 from ghost_core._torch import (
     axis_of,
     dtypes_into,
+    function_of,
     outputs_of,
     run_apart,
     version,
@@ -63,8 +63,13 @@ _JOINING = {"CatBackward0", "StackBackward0"}
 
 def custom_function(value: Tensor) -> Any:
     """Return the node of the user's function that made a value, if one did."""
-    node = _torch.custom_function(value)
-    return None if node is None or node._forward_cls in (Tap, Branch) else node
+    node = value.grad_fn
+    return node if is_custom(type(node)) else None
+
+
+def is_custom(kind: type) -> bool:
+    """Tell whether nodes of a type are those of a user's function."""
+    return function_of(kind) not in (None, Tap, Branch)
 
 
 def follow_function(

@@ -30,15 +30,17 @@ from ghost_core._trees import tensors_in, tree_map
 from ghost_core.capture.closed_forms import closed_forms, is_expansion
 from ghost_core.capture.functions import QUESTIONS, is_attribute, is_in_place, named
 from ghost_core.capture.meeting import Meeting, give_up_costly, note_followed
+from ghost_core.capture.ordinary import on_samples_alone
 from ghost_core.capture.own_backward import custom_function, follow_function
+from ghost_core.capture.parameters import Sources
 from ghost_core.capture.refusals import written_to_samples
 from ghost_core.capture.rows_met import site_of
 from ghost_core.capture.sources import CallSource, Form, ParameterSource, Shared, Source
-from ghost_core.capture.state import Audience, CaptureState, Sharing
+from ghost_core.capture.state import CaptureState, Sharing
 from ghost_core.capture.tap import tap
 from ghost_core.errors import WrongSplitError
-from ghost_core.split import Balance, Lift
-from ghost_core.tracking import TrackedModule, TrackedParameter, parameter_of
+from ghost_core.split import Lift
+from ghost_core.tracking import TrackedModule, parameter_of
 
 _ById = dict[int, Shared]
 Met = tuple[tuple[Tensor, Shared], ...]
@@ -56,13 +58,7 @@ class SharedValues(FunctionMode, Sharing):
     def __init__(self, state: CaptureState, inputs: Any) -> None:
         super().__init__()
         self._state = state
-        self._owners: dict[int, tuple[Tensor, TrackedModule, TrackedParameter]] = {}
-        for tracked in state.tracked.values():
-            for local, parameter in tracked.parameters.items():
-                tensor = parameter_of(tracked.module, local)
-                self._owners.setdefault(id(tensor), (tensor, tracked, parameter))
-        self._sources: dict[tuple[int, bool, Lift | None], ParameterSource] = {}
-        self._labels: dict[Source, str] = {}
+        self._sources = Sources(state)
         # Kept, so that their identities are not given away.
         self._shared: dict[int, Shared] = {}
         self._constant: dict[int, Tensor] = {}
@@ -96,7 +92,7 @@ class SharedValues(FunctionMode, Sharing):
             What takes their place.
         """
         own = {
-            local: self._source(parameter_of(tracked.module, local), stand_in=False)
+            local: self._sources.of(parameter_of(tracked.module, local), stand_in=False)
             for local in tracked.parameters
         }
         self._state.shared_names |= {source.parameter.name for source in own.values()}
@@ -112,7 +108,10 @@ class SharedValues(FunctionMode, Sharing):
         Numbers, such as a temperature that a model returns beside embeddings, belong to no sample.
         """
         for value in tensors_in(values):
-            if id(value) in self._owners and self._owners[id(value)][2].name in lift.names:
+            if (
+                id(value) in self._sources.owners
+                and self._sources.owners[id(value)][2].name in lift.names
+            ):
                 return True
             shared = self._shared.get(id(value)) if value.dim() else None
             if shared is not None and lift in shared.lifts():
@@ -136,25 +135,41 @@ class SharedValues(FunctionMode, Sharing):
         account, tensor = f"{tracked.name}, an output", output
         if self._state.flags:
             tensor = output.detach().requires_grad_()
-            account = self._watch(account, tensor)
+            account = self._sources.watch(account, tensor)
         source = CallSource(tensor, output, form, behind, account, self._state)
-        self._labels[source] = tracked.name
+        self._sources.label(source, tracked.name)
         # A leaf may not be changed in place, and a hook of the user's on it would not be met.
         value = tensor.clone() if self._state.flags else tensor
         self._shared[id(value)] = Shared(value, (source,))
         return value
 
-    def _watch(self, account: str, leaf: Tensor) -> str:
-        """Compare what arrives for a leaf with its gradient: a use may go unseen."""
-        if (state := self._state).balance is None:
-            state.balance = Balance({}, lambda: state.audience is Audience.ENGINES)
-        return state.balance.watch(account, leaf)
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and look at where its values come from."""
         kwargs = kwargs or {}
-        if func in QUESTIONS or self._state.paused or in_backward() or is_attribute(func):
+        if func in QUESTIONS:
             return func(*args, **kwargs)
+        if self._is_plain(func, args, kwargs):
+            result = func(*args, **kwargs)
+            known = type(result) is Tensor and result.requires_grad  # its graph leads to samples
+            return result if known or self._is_let_be(func) else self._noted(result, depends=True)
+        if self._is_let_be(func):
+            return func(*args, **kwargs)
+        return self._followed(func, args, kwargs)
+
+    def _is_let_be(self, func: Any) -> bool:
+        """Tell whether nothing is noted of what a function does."""
+        return self._state.paused or in_backward() or is_attribute(func)
+
+    def _is_plain(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Tell whether an operation has to do with samples alone, as nearly all have."""
+        if func is torch.autograd.grad:
+            return False
+        given = [*args, *kwargs.values()]
+        own = self._state.runs_alone()
+        return on_samples_alone(given, self._shared, self._constant, self._sources.owners, own)
+
+    def _followed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation that may have to do with what is the same for all samples."""
         given = tensors_in((args, kwargs))
         if torch.is_grad_enabled():
             self._meet_functions(given)
@@ -170,7 +185,7 @@ class SharedValues(FunctionMode, Sharing):
         with self._allowed(shared.values()) as used:
             if depends:
                 if is_in_place(func):
-                    raise written_to_samples(named(func), self._names(shared.values()))
+                    raise written_to_samples(named(func), self._sources.names(shared.values()))
                 values = {at: each.value.view_as(each.value) for at, each in shared.items()}
             else:
                 values = {at: each.value for at, each in shared.items()}
@@ -228,7 +243,7 @@ class SharedValues(FunctionMode, Sharing):
     ) -> Any:
         """Note values computed from shared ones alone."""
         sources = tuple(dict.fromkeys(source for each in shared for source in each.sources))
-        made = [value for value in values if id(value) not in self._owners]
+        made = [value for value in values if id(value) not in self._sources.owners]
         lifted = frozenset(name for each in shared for lift in each.lifts() for name in lift.names)
         for value in made if lifted else ():
             self._state.verifier.know(value, lifted)
@@ -242,16 +257,16 @@ class SharedValues(FunctionMode, Sharing):
         """Return shared values by the identity of what was given."""
         found: _ById = {}
         for value in given:
-            owned = self._owners.get(id(value))
-            plain = owned is None or self._state.uses_own(owned[1])
+            owned = self._sources.owners.get(id(value))
+            plain = owned is None or owned[1] is self._state.runs_alone()
             if plain and id(value) not in self._shared:
                 continue
             self._give_up_hidden(value)
             if owned is not None:
-                if self._is_lifted(value):
+                if self._sources.is_lifted(value):
                     if self._state.flags and in_checkpoint():
                         self._state.recomputed.add(owned[2].name)
-                    source = self._source(value, stand_in=bool(self._state.flags))
+                    source = self._sources.of(value, stand_in=bool(self._state.flags))
                     found[id(value)] = Shared(source.tensor, (source,))
             elif self._shared[id(value)].live:
                 found[id(value)] = self._shared[id(value)]
@@ -271,7 +286,7 @@ class SharedValues(FunctionMode, Sharing):
                 if entering:
                     uses = self._noted_uses(entering.values())
                     follow_function(
-                        self._state, node, self._names(entering.values()), entering, uses
+                        self._state, node, self._sources.names(entering.values()), entering, uses
                     )
             if batch.functions[node]:  # inside of it, it was not seen to come from samples
                 self._constant.pop(id(value), None)
@@ -284,8 +299,8 @@ class SharedValues(FunctionMode, Sharing):
         found: dict[int, Shared] = {}
         for at, (behind, number) in enumerate(node.next_functions):
             variable: Any = getattr(behind, "variable", None)
-            if id(variable) in self._owners and self._is_lifted(variable):
-                source = self._source(variable, stand_in=False)
+            if id(variable) in self._sources.owners and self._sources.is_lifted(variable):
+                source = self._sources.of(variable, stand_in=False)
                 found[at] = Shared(source.tensor, (source,))
             for shared in self._shared.values() if behind is not None else ():
                 if shared.value.grad_fn is behind and shared.value.output_nr == number:
@@ -297,40 +312,13 @@ class SharedValues(FunctionMode, Sharing):
 
         That is in parts of tensors, and where a checkpoint keeps nothing.
         """
-        owned = self._owners.get(id(value))
+        owned = self._sources.owners.get(id(value))
         lift = None if owned is None else self._state.lift_of(owned[2].name)
         lifts = [lift] if lift is not None else []
         if id(value) in self._shared:
             lifts += self._shared[id(value)].lifts()
         if lifts and (in_transform() or saves_elsewhere()):
             self._state.give_up(lifts)
-
-    def _is_lifted(self, value: Tensor) -> bool:
-        """Tell whether a parameter is used outside of the modules that own it."""
-        _, _, parameter = self._owners[id(value)]
-        return parameter.name not in self._state.owned()
-
-    def _source(self, value: Tensor, *, stand_in: bool) -> ParameterSource:
-        """Return the source that a parameter is, or a leaf in its place that is not frozen."""
-        tensor, tracked, parameter = self._owners[id(value)]
-        lift = self._state.lift_of(parameter.name)
-        key = id(value), stand_in, lift
-        if key not in self._sources:
-            batch = self._state.batch
-            assert batch is not None
-            account = parameter.name
-            if stand_in:
-                tensor, account = tensor.detach().requires_grad_(), f"{account}, used elsewhere"
-                account = self._watch(account, tensor)
-                if lift is not None:
-                    lift.accounts.add(account)
-            elif self._state.flags:
-                account += ", in a shared call"  # autograd makes no gradient to compare with
-            self._sources[key] = ParameterSource(
-                tensor, parameter, account, self._state, batch, lift
-            )
-            self._labels[self._sources[key]] = tracked.name
-        return self._sources[key]
 
     def _met(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, met: Met
@@ -341,7 +329,7 @@ class SharedValues(FunctionMode, Sharing):
         state = self._state
         assert state.batch is not None
         assert state.pass_ is not None
-        names = self._names(each for _, each in met)
+        names = self._sources.names(each for _, each in met)
         try:
             site = site_of(state, result, names, "" if func is None else named(func))
         except WrongSplitError:
@@ -393,8 +381,3 @@ class SharedValues(FunctionMode, Sharing):
             return self._met(None, (), {}, stand, ((stand, self._shared[id(leaf)]),))
 
         return tree_map(meet, output)
-
-    def _names(self, shared: Iterable[Shared]) -> tuple[str, ...]:
-        """Return the modules whose parameters shared values come from."""
-        sources = [source for each in shared for source in each.sources]
-        return tuple(dict.fromkeys(self._labels[source] for source in sources))

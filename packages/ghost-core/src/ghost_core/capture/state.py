@@ -24,7 +24,7 @@ from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.refusals import in_another_thread
 from ghost_core.restoring import restored, undo
 from ghost_core.split import Balance, Lift, Site, Verifier
-from ghost_core.tracking import Followed, TrackedModule
+from ghost_core.tracking import Followed, TrackedModule, parameter_of
 
 _SILENT: ContextVar[frozenset[object]] = ContextVar("silent", default=frozenset())
 """Batches for which a sampler runs modules in this context, which a thread of its own may share.
@@ -286,14 +286,12 @@ class CaptureState:
     def balanced(self) -> dict[str, nn.Parameter]:
         """Return parameters to compare: all while verifying, those without a formula always."""
         watching = self.verifier.watching
-        names = {
-            parameter.name
+        return {
+            parameter.name: parameter_of(tracked.module, local)
             for tracked in self.tracked.values()
             for local, parameter in tracked.parameters.items()
             if watching or self.compares_always(tracked, local)
         }
-        parameters = dict(self.model.named_parameters()) if names else {}
-        return {name: parameters[name] for name in names if name in parameters}
 
     def compares_always(self, tracked: TrackedModule, local: str) -> bool:
         """Tell whether a parameter is compared in every batch, where autograd makes its gradient.
@@ -328,14 +326,14 @@ class CaptureState:
             for parameter in running.tracked.parameters.values()
         )
 
-    def uses_own(self, tracked: TrackedModule) -> bool:
-        """Tell whether a parameter of a module is its own to use now, as nearly all are.
-
-        It is where nothing is tried, so that the use is none of what is followed.
-        """
-        if not self.running or any(running.lift is not None for running in self.running):
-            return False
-        return self.running[-1].tracked is tracked and not self.running[-1].lifted
+    def runs_alone(self) -> TrackedModule | None:
+        """Return the module whose parameters are its own to use now; none where any are tried."""
+        if not self.running or self.running[-1].lifted:
+            return None
+        for running in self.running:  # no generator: it is asked for each function of torch
+            if running.lift is not None:
+                return None
+        return self.running[-1].tracked
 
     def lift_of(self, name: str) -> Lift | None:
         """Return the call in which it is being tried whether a parameter can be followed."""

@@ -1,0 +1,74 @@
+"""The parameters that shared values may come from, each with what stands for it in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from ghost_core.capture.ordinary import Owners
+from ghost_core.capture.sources import ParameterSource, Shared, Source
+from ghost_core.capture.state import Audience, CaptureState
+from ghost_core.split import Balance, Lift
+from ghost_core.tracking import parameter_of
+
+
+class Sources:
+    """The sources of one pass.
+
+    Args:
+        state: What the hooks on the model share.
+
+    Attributes:
+        owners: The tracked parameters by identity.
+    """
+
+    def __init__(self, state: CaptureState) -> None:
+        self._state = state
+        self.owners: Owners = {}
+        for tracked in state.tracked.values():
+            for local, parameter in tracked.parameters.items():
+                tensor = parameter_of(tracked.module, local)
+                self.owners.setdefault(id(tensor), (tensor, tracked, parameter))
+        self._made: dict[tuple[int, bool, Lift | None], ParameterSource] = {}
+        self._labels: dict[Source, str] = {}
+
+    def is_lifted(self, value: Tensor) -> bool:
+        """Tell whether a parameter is used outside of the modules that own it."""
+        _, _, parameter = self.owners[id(value)]
+        return parameter.name not in self._state.owned()
+
+    def of(self, value: Tensor, *, stand_in: bool) -> ParameterSource:
+        """Return the source that a parameter is, or a leaf in its place that is not frozen."""
+        tensor, tracked, parameter = self.owners[id(value)]
+        lift = self._state.lift_of(parameter.name)
+        key = id(value), stand_in, lift
+        if key not in self._made:
+            batch = self._state.batch
+            assert batch is not None
+            account = parameter.name
+            if stand_in:
+                tensor, account = tensor.detach().requires_grad_(), f"{account}, used elsewhere"
+                account = self.watch(account, tensor)
+                if lift is not None:
+                    lift.accounts.add(account)
+            elif self._state.flags:
+                account += ", in a shared call"  # autograd makes no gradient to compare with
+            self._made[key] = ParameterSource(tensor, parameter, account, self._state, batch, lift)
+            self.label(self._made[key], tracked.name)
+        return self._made[key]
+
+    def watch(self, account: str, leaf: Tensor) -> str:
+        """Compare what arrives for a leaf with its gradient: a use may go unseen."""
+        if (state := self._state).balance is None:
+            state.balance = Balance({}, lambda: state.audience is Audience.ENGINES)
+        return state.balance.watch(account, leaf)
+
+    def label(self, source: Source, name: str) -> None:
+        """Note which module a source is of."""
+        self._labels[source] = name
+
+    def names(self, shared: Iterable[Shared]) -> tuple[str, ...]:
+        """Return the modules whose parameters shared values come from."""
+        sources = [source for each in shared for source in each.sources]
+        return tuple(dict.fromkeys(self._labels[source] for source in sources))
