@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from ghost_engines.store.seen import SeenIds
+from ghost_engines.store.seen import SeenIds, twice
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -31,3 +31,16 @@ def test_the_least_and_the_greatest_id_are_known():
     assert seen.known(torch.tensor([3, 2])).tolist() == [3]
     assert seen.known(torch.tensor([10, 2])).tolist() == []
     assert len(seen) == 3
+
+
+def test_what_becomes_of_the_memory_of_ids_does_not_matter():
+    ids = torch.arange(3)
+    seen = SeenIds(ids)
+    ids += 10
+    assert seen.known(torch.arange(20)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ids", [[], [4], [1, 2, 3], [3, 1, 2], [1, 1], [5, 2, 5, 3, 2, 5]])
+def test_ids_that_stand_more_than_once(ids):
+    found = twice(torch.tensor(ids, dtype=torch.int64)).tolist()
+    assert set(found) == {each for each in ids if ids.count(each) > 1}

@@ -23,23 +23,37 @@ class SeenIds:
 
     def known(self, ids: Tensor) -> Tensor:
         """Return those of some ids `[N]` that were added before."""
-        known = np.zeros(len(ids), dtype=bool)
-        if len(ids):
-            asked = ids.numpy()
-            least, most = asked.min(), asked.max()
-            for run in self._runs:
-                if run[0] <= most and least <= run[-1]:  # ids are given in order, as a rule
-                    known |= run[run.searchsorted(asked).clip(max=len(run) - 1)] == asked
-        return ids[torch.from_numpy(known)]
+        if not len(ids):
+            return ids
+        asked = ids.numpy()
+        least, most = asked.min(), asked.max()
+        known = [
+            run[run.searchsorted(asked).clip(max=len(run) - 1)] == asked
+            for run in self._runs
+            if run[0] <= most and least <= run[-1]  # ids are given in order, as a rule
+        ]
+        return ids[torch.from_numpy(np.any(known, axis=0))] if known else ids[:0]
 
     def add(self, ids: Tensor) -> None:
         """Add ids `[N]`."""
         if not len(ids):
             return
-        run = np.sort(ids.numpy())
+        run = _in_order(ids).copy()  # whoever appended may write to its memory
         while self._runs and len(self._runs[-1]) < 2 * len(run):
             run = _merged(self._runs.pop(), run)
         self._runs.append(run)
+
+
+def twice(ids: Tensor) -> Tensor:
+    """Return those of some ids `[N]` that stand more than once among them."""
+    run = _in_order(ids)
+    return torch.from_numpy(run[1:][run[1:] == run[:-1]])
+
+
+def _in_order(ids: Tensor) -> Run:
+    """Return ids in ascending order, in which they are given as a rule."""
+    run: Run = ids.numpy()
+    return run if (run[1:] >= run[:-1]).all() else np.sort(run)
 
 
 def _merged(one: Run, other: Run) -> Run:

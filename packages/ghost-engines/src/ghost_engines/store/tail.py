@@ -51,15 +51,17 @@ class Tail:
         length = self.length + len(added)
         memory, start = self._with_room(added, unit_size)
         at = start + self.length
-        part = memory[at : at + len(added)]
-        for name, tensor in part.tensors().items():
-            tensor.copy_(added.tensors()[name].detach())
+        given = added.tensors()
+        for name, tensor in memory.tensors().items():
+            tensor[at : at + len(added)].copy_(given[name].detach())
         return replace(self, length=length, settled=False, memory=memory, start=start)
 
     def _with_room(self, added: StoredRows, unit_size: int) -> tuple[StoredRows, int]:
         """Return memory with the rows and room for more after them, and where they begin."""
         length = self.length + len(added)
         memory = self.memory
+        if memory is not None and not self.length and length <= self.start:
+            return memory, 0  # the same memory for each unit, so that it stays in the cache
         if memory is not None and self.start + length <= len(memory):
             return memory, self.start
         if memory is None or length > self.start:  # else all fit before the rows that count now

@@ -22,7 +22,7 @@ from ghost_engines.store.parts import Part
 from ghost_engines.store.reader import StoreReader
 from ghost_engines.store.record import write_record
 from ghost_engines.store.rows import RowBatch, check_finite, checked, with_tables
-from ghost_engines.store.seen import SeenIds
+from ghost_engines.store.seen import SeenIds, twice
 from ghost_engines.store.shards import Shard, check_contents, rows_of, write_shard
 
 logger = logging.getLogger(__name__)
@@ -174,9 +174,7 @@ class StoreWriter(StoreReader):
             return
         if self._seen is None or len(self._seen) != len(self):  # as after an interrupt
             self._seen = SeenIds(self.ids)
-        ascending = ids.sort().values
-        twice = ascending[1:][ascending[1:] == ascending[:-1]]
-        for found, how in ((self._seen.known(ids), "stored already"), (twice, "in it twice")):
+        for found, how in ((self._seen.known(ids), "stored already"), (twice(ids), "in it twice")):
             if not len(found):
                 continue
             more = ", ..." if len(found) > 5 else ""
