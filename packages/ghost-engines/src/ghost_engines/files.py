@@ -6,7 +6,9 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -16,14 +18,21 @@ logger = logging.getLogger(__name__)
 TEMPORARY = ".ghost-tmp"
 """Suffix of a file that is being written."""
 
+_IDLE = 3600.0
+"""Seconds after which a file to which nobody has written was left by a process that is gone."""
 
-def write_atomically(path: Path, data: bytes | Sequence[bytes | memoryview], root: Path) -> None:
+
+def write_atomically(
+    path: Path, data: bytes | Sequence[bytes | memoryview], root: Path, *, shared: bool = False
+) -> None:
     """Write or replace a file so that it is on disk, and complete, once this returns.
 
     Args:
         path: The file, in or below `root`. Folders that are missing between them are made.
         data: Its contents, as a whole or in parts.
         root: A folder that is there, and on disk.
+        shared: Whether others may write the same file at the same time, with no lock between them:
+            each does under a name of its own then, and the last one stays.
 
     Raises:
         OSError: If a step fails. Then the old file, or its absence, is as it was, or the new file
@@ -32,7 +41,10 @@ def write_atomically(path: Path, data: bytes | Sequence[bytes | memoryview], roo
     *below, _ = folders = list(_upwards(path.parent, root))
     for folder in reversed(below):
         folder.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY)
+    if shared:
+        remove_temporaries(path.parent, idle=_IDLE)
+    own = f".{secrets.token_hex(8)}" if shared else ""
+    temporary = path.with_name(path.name + own + TEMPORARY)
     try:
         _write(temporary, [data] if isinstance(data, bytes) else data)
         os.replace(temporary, path)
@@ -140,8 +152,12 @@ def read_regular(path: Path, longest: int) -> bytes:
     return b"".join(parts)
 
 
-def remove_temporaries(folder: Path) -> None:
+def remove_temporaries(folder: Path, *, idle: float = 0) -> None:
     """Remove what writers that were killed have left in a folder.
+
+    Args:
+        folder: The folder.
+        idle: For how many seconds nobody has written to it, where others may be at work.
 
     Raises:
         OSError: If it cannot be listed, or something cannot be removed.
@@ -149,8 +165,18 @@ def remove_temporaries(folder: Path) -> None:
     with os.scandir(folder) as entries:
         leftovers = [entry for entry in entries if entry.name.endswith(TEMPORARY)]
     for leftover in leftovers:
-        if not leftover.is_dir(follow_symlinks=False):
+        if leftover.is_dir(follow_symlinks=False):
+            continue
+        if not idle or time.time() - _changed(leftover) > idle:
             Path(leftover.path).unlink(missing_ok=True)
+
+
+def _changed(entry: os.DirEntry[str]) -> float:
+    """Return when a file was written to; now, if another process has removed it."""
+    try:
+        return entry.stat(follow_symlinks=False).st_mtime
+    except FileNotFoundError:
+        return time.time()
 
 
 def put_in_place(made: Path, path: Path) -> None:

@@ -90,3 +90,38 @@ def test_parts_of_scores_add_up(tmp_path):
     torch.testing.assert_close(sum(parts.values()), near.scores)
     with pytest.raises(StoreError, match=r"overflow torch\.float32"):
         score_parts(store, torch.randn(2, K) * 1e30, near.ordinals)
+
+
+@pytest.mark.parametrize(("size", "asked"), [(1e-50, 1e30), (1e50, 1e-30), (1.0, 1.0), (5e-324, 1)])
+def test_weights_of_rows_beyond_float32_are_right_or_refused(tmp_path, size, asked):
+    rows, queries = torch.randn(60, K), torch.randn(3, K) * asked
+    weights = torch.rand(60).double() + 0.5
+    weights[7] = 0
+    store = stored(tmp_path, rows)
+    if size == 5e-324:
+        with pytest.raises(StoreError, match=r"underflow torch\.float32"):
+            search(store, queries, 9, row_weights=weights * size)
+        return
+    wanted = exact(rows, queries) * weights * size
+    found = search(store, queries, 9, row_weights=weights * size)
+    assert torch.equal(found.ordinals, best_of(wanted, 9))
+    torch.testing.assert_close(
+        found.scores.double(), wanted.gather(1, found.ordinals), rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        scores(store, queries, row_weights=weights * size).scores.double(), wanted,
+        rtol=1e-4, atol=1e-7 * wanted.abs().max().item(),
+    )  # fmt: skip
+
+
+def test_weights_of_rows_that_lie_too_far_apart_are_refused(tmp_path):
+    rows, queries = torch.randn(60, K), torch.randn(3, K)
+    weights = torch.ones(60, dtype=torch.float64)
+    weights[3] = 1e-39
+    store = stored(tmp_path, rows)
+    with pytest.raises(StoreError, match="row_weights lie too far apart") as caught:
+        search(store, queries, 3, row_weights=weights)
+    assert "float64" in caught.value.remedy
+    found = scores(store, queries.double(), row_weights=weights)
+    assert (found.scores[:, 3] != 0).all()
+    assert not scores(store, queries, row_weights=0 * weights).scores.any()

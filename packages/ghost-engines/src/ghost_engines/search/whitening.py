@@ -123,7 +123,8 @@ class Whitening:
             return cls(damping, blocks, found, store.manifest, of["rows"])
         moments = _second_moments(store, blocks, device, progress)
         if save:
-            write_tensors(path, moments, {"format": _FORMAT, **of}, store.path)
+            metadata = {"format": _FORMAT, **of}
+            write_tensors(path, moments, metadata, store.path, shared=True)
         return cls(damping, blocks, moments, store.manifest, of["rows"])
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ from ghost_engines.store.errors import StoreError
 from ghost_engines.store.given import check_store, device_of, number
 from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.origin import query_rows
-from ghost_engines.store.powers import in_range, overflow, powers_for, times
+from ghost_engines.store.powers import in_range, level_weights, overflow, powers_for, times
 from ghost_engines.store.rows import RowBatch, StoredRows
 
 METRICS = ("cosine", "dot")
@@ -226,11 +226,10 @@ class Comparison:
             lengths = [len(scorer.queries) for scorer in self._scorers]
             raise StoreError(f"there must be as many queries for each store, not {lengths}")
         self.n, self.q = len(stores[0]), len(self._scorers[0].queries)
-        self._row_weights = None
+        self._row_weights, self._row_power = None, 0
         if row_weights is not None:
-            self._row_weights = _checked_row_weights(row_weights, self.n).to(
-                self.device, self.dtype
-            )
+            weights = _checked_row_weights(row_weights, self.n).to(self.device)
+            self._row_weights, self._row_power = level_weights(weights, self.dtype)
         self._scale()
 
     def _scale(self) -> None:
@@ -288,7 +287,7 @@ class Comparison:
         Raises:
             StoreError: If their dtype cannot hold them.
         """
-        return in_range(scores, -self._powers.to(scores.device), scores.dtype)
+        return in_range(scores, -self._powers.to(scores.device) - self._row_power, scores.dtype)
 
 
 def aligned(scans: Sequence[Iterator[StoredRows]]) -> Iterator[list[StoredRows]]:

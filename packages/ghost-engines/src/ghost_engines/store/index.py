@@ -42,7 +42,7 @@ def kept_index(root: Path, made_of: str, ids: Callable[[], Tensor]) -> IdIndex:
         found = IdIndex.of(ids())
         try:
             tensors = {"ids": found.ids, "ordinals": found.ordinals}
-            write_tensors(root / INDEX, tensors, {"shards": made_of}, root, FAST)
+            write_tensors(root / INDEX, tensors, {"shards": made_of}, root, FAST, shared=True)
         except OSError as error:  # as in a folder that may be read only: it works without
             logger.info("the index of %s is not kept: %s", root, error)
     return found

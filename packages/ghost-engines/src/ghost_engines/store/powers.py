@@ -60,6 +60,32 @@ def in_range(scores: Tensor, powers: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
+def level_weights(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Return weights of rows in the dtype of their scores, times a power of two, and which power.
+
+    Args:
+        weights: Finite, `[N]`.
+        dtype: The dtype.
+
+    Raises:
+        StoreError: If some would be zero, or lose digits, beside the largest.
+    """
+    weights = weights.double()
+    if not weights.any():
+        return weights.to(dtype), 0
+    largest = weights.abs().max()
+    power = 1 - int(largest.frexp().exponent)
+    level = times(weights, torch.tensor(power, device=weights.device))
+    if ((level != 0) & (level.abs() < torch.finfo(dtype).tiny)).any():
+        raise StoreError(
+            f"row_weights lie too far apart: beside {largest.item():.3g}, {dtype} has no number "
+            f"for {weights[weights != 0].abs().min().item():.3g}",
+            reason="scores would be zero that are not",
+            remedy="set such weights to zero, or give the queries as float64",
+        )
+    return level.to(dtype), power
+
+
 def overflow(dtype: torch.dtype) -> StoreError:
     """Return what is wrong with scores that a dtype cannot hold."""
     return StoreError(

@@ -38,6 +38,8 @@ def write_tensors(
     metadata: Mapping[str, str],
     root: Path,
     kind: str = "sha256",
+    *,
+    shared: bool = False,
 ) -> None:
     """Write tensors on the CPU, with a hash of their bytes; on disk once this returns.
 
@@ -47,13 +49,15 @@ def write_tensors(
         metadata: What else the header says.
         root: A folder that is there, and on disk.
         kind: Which hash, by its name in `HASHES`.
+        shared: Whether others may write the same file at the same time, as readers of a store do.
 
     Raises:
         OSError: If that fails; a file that was there before still is.
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     head = encode(whole, {**metadata, kind: hash_of(whole, kind)})
-    write_atomically(path, [head, *(bytes_of(whole[name]) for name in in_order(whole))], root)
+    parts = [head, *(bytes_of(whole[name]) for name in in_order(whole))]
+    write_atomically(path, parts, root, shared=shared)
 
 
 def header(file: TensorFile) -> tuple[dict[str, str], dict[str, tuple[list[int], str]]]:
