@@ -14,9 +14,13 @@ import pytest
 import torch
 from store_kit import FakeEngine, batch, fill
 
+from ghost_engines.search import Whitening
 from ghost_engines.store import GradientStore, StoreError
 
 N, UNIT, MORE = 22, 4, 27
+
+PLACES = {"parameter": [2, 4], "all": [6]}
+"""How many columns are whitened together."""
 
 JUNK = [
     None,
@@ -42,11 +46,17 @@ JUNK = [
 def make_store(root: Path, seed: int = 42) -> None:
     with GradientStore.create(root, FakeEngine(seed=seed), unit=UNIT, notes={"who": "me"}) as store:
         fill(store, N, step=3, with_loss=True)
+    assert_whitened(GradientStore.open(root), N)  # which is kept
 
 
 def write_on(root: Path) -> None:
     with GradientStore.resume(root, FakeEngine()) as store:
         fill(store, MORE, with_loss=True)
+    store = GradientStore.open(root)
+    try:
+        assert_whitened(store, MORE)  # if what was kept is lost
+    except StoreError:  # it is of fewer rows
+        assert_whitened(store, MORE, renew=True)
 
 
 def make_parts(root: Path, seed: int = 42) -> None:
@@ -70,6 +80,22 @@ def write_parts_on(root: Path) -> None:
     write_part(root, 0, [(6 * UNIT, MORE)])
 
 
+def assert_whitened(store: GradientStore, n: int, **given: bool) -> None:
+    rows = batch(0, n).rows.double()
+    for blocks, lengths in PLACES.items():
+        found = Whitening.of(store, 0.3, blocks, **given)
+        second = [part.mT @ part / n for part in rows.split(lengths, dim=1)]
+        for moments, wanted in zip(found.moments.values(), second, strict=True):
+            assert torch.allclose(moments, wanted, rtol=1e-12, atol=0)
+        inverses = [
+            torch.linalg.inv(each + 0.3 * each.diagonal().mean() * torch.eye(len(each)))
+            for each in second
+        ]
+        scores = rows[:2] @ torch.block_diag(*inverses) @ rows.mT
+        nearest = scores.argsort(descending=True, stable=True)[:, :3]
+        assert torch.equal(store.search(batch(0, 2).rows, k=3, by=found).ordinals, nearest)
+
+
 KINDS = {"one": (make_store, write_on), "parts": (make_parts, write_parts_on)}
 
 
@@ -77,11 +103,12 @@ def some_file(root: Path, draw: random.Random) -> Path:
     # Each kind of file in turn, as there are more shards than others.
     names = ("manifest.json", "committed.json", ".lock", "parts.json", "index.safetensors")
     kinds = [sorted(root.rglob(name)) for name in (*names, *["g-*.safetensors"] * 2)]
+    kinds += [sorted(root.glob("whitening/*"))] * 3
     return draw.choice(draw.choice([kind for kind in kinds if kind]))
 
 
 def some_folder(root: Path, draw: random.Random) -> Path:
-    folders = [root / "shards", root / "shards/00000"]
+    folders = [root / "shards", root / "shards/00000", *root.glob("whitening")]
     if (root / "parts").exists():
         folders = [root / "parts", *(root / "parts").glob("*"), *(root / "parts").glob("*/shards")]
     return draw.choice(sorted(folders))
@@ -294,6 +321,8 @@ def try_everything(root: Path, write_on: Callable[[Path], None]) -> bool:
         lambda store: store.rows(),
         lambda store: store.rows_by_id(batch(0, N).ids),
     ]
+    if not (root / "parts").exists():
+        reads.append(lambda store: assert_whitened(store, N))
     for read in reads:  # each with a store of its own: the first read checks most
         try:
             store = GradientStore.open(root)
