@@ -1,53 +1,10 @@
 """Writers that are interrupted before any line of the store's code, and go on."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from interrupt_kit import attempts
 from kill_kit import TOTAL, UNIT, FakeEngine, append, assert_holds_exactly, batch, leftovers
 
-import ghost_engines
 from ghost_engines.store import GradientStore, StoreError
-
-ROOT = Path(ghost_engines.__file__).parent
-WATCHED = (str(ROOT / "store"), str(ROOT / "files.py"))
-
-
-class Interrupt:
-    """Raises before the n-th line of the store's code that runs in the block."""
-
-    def __init__(self, at):
-        self.at, self.lines = at, 0
-
-    def __enter__(self):
-        self._before = sys.gettrace()
-        sys.settrace(self._called)
-        return self
-
-    def __exit__(self, *exception):
-        sys.settrace(self._before)
-
-    def _called(self, frame, event, argument):
-        return self._line if frame.f_code.co_filename.startswith(WATCHED) else None
-
-    def _line(self, frame, event, argument):
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.at:
-                raise KeyboardInterrupt
-        return self._line
-
-
-def attempts(stride):
-    """Yield interrupts before later and later lines, until one comes too late."""
-    at = 1
-    while True:
-        interrupt = Interrupt(at)
-        yield interrupt
-        if interrupt.lines < at:
-            break
-        at += stride
-    assert at > 20
 
 
 def strides(*small):
