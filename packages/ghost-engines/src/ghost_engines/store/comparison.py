@@ -226,10 +226,11 @@ class Comparison:
             lengths = [len(scorer.queries) for scorer in self._scorers]
             raise StoreError(f"there must be as many queries for each store, not {lengths}")
         self.n, self.q = len(stores[0]), len(self._scorers[0].queries)
-        self._row_weights, self._row_power = None, 0
+        self._row_weights: Tensor | None = None
+        self._row_power = 0
         if row_weights is not None:
-            weights = _checked_row_weights(row_weights, self.n).to(self.device)
-            self._row_weights, self._row_power = level_weights(weights, self.dtype)
+            checked = _checked_row_weights(row_weights, self.n).to(self.device)
+            self._row_weights, self._row_power = level_weights(checked, self.dtype)
         self._scale()
 
     def _scale(self) -> None:

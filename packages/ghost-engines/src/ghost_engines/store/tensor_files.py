@@ -56,7 +56,8 @@ def write_tensors(
     """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     head = encode(whole, {**metadata, kind: hash_of(whole, kind)})
-    parts = [head, *(bytes_of(whole[name]) for name in in_order(whole))]
+    parts: list[bytes | memoryview] = [head]
+    parts += (bytes_of(whole[name]) for name in in_order(whole))
     write_atomically(path, parts, root, shared=shared)
 
 
