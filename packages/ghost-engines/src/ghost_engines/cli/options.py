@@ -1,4 +1,4 @@
-"""Ghost's own commands: what each can be told, and its help.
+"""Ghost's own commands: what each can be told, and its help; first those that run a model.
 
 Nothing here imports torch, which takes seconds: what a command does is imported when it runs.
 """
@@ -7,29 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-DType = Literal["float64", "float32", "bfloat16", "float16", "as-is"]
-Named = tyro.conf.arg
-Count = Annotated[int | None, Named(metavar="INT")]
-
-
-class _Own:
-    """What it does is the function `run` of the module beside this one that has its name."""
-
-    def run(self) -> int:
-        """Do it, and return the exit status."""
-        module = import_module(f"ghost_engines.cli.{type(self).__name__.lower()}")
-        status: int = module.run(self)
-        return status
+from ghost_engines.cli.folder_options import Plugins, Store, Values
+from ghost_engines.cli.own import Count, DType, Named, Own
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(_Own):
+class Verify(Own):
     """Compare ghost's per-sample gradients with one autograd call each, on a model of yours.
 
     Exits with 0 if all are exact; 1 if one is wrong, or ghost refuses the model; 2 if it could not
@@ -72,7 +60,7 @@ class Verify(_Own):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coverage(_Own):
+class Coverage(Own):
     """List which sampler handles which module of a model; no data are needed.
 
     Exits with 0; 1 if a module has no sampler; 2 if it could not be tried.
@@ -91,7 +79,7 @@ class Coverage(_Own):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(_Own):
+class Score(Own):
     """Score every sample of a data set against targets: which would help, and which would hurt?
 
     A score is the dot product of the gradient of the sample's own loss with that of the target's
@@ -146,7 +134,7 @@ class Score(_Own):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Project(_Own):
+class Project(Own):
     """Project the gradient of every sample's own loss into a store, which can be searched then.
 
     Goes on where a store has some of the samples. Ctrl-C keeps what is computed.
@@ -228,7 +216,7 @@ class Project(_Own):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query(_Own):
+class Query(Own):
     """Find the samples in a store that a model learns most alike from as from a text.
 
     Projects the gradient of the query's loss as the rows of the store were projected, and compares
@@ -287,113 +275,7 @@ class Query(_Own):
     device: str = "cpu"
 
 
-@dataclass(frozen=True)
-class Plugins(_Own):
-    """List the installed plugins, what they offer, and whether they work.
-
-    Into a pipe, each offer is one line with fields separated by tabs, below a line of titles. At a
-    terminal, each plugin is one line, and many offers of one kind are counted.
-    """
-
-
-@dataclass(frozen=True)
-class Values(_Own):
-    """Add up a score log: the most helpful and the most harmful samples of a training run.
-
-    Exits with 0; 1 if --verify finds damage; 2 if there is no log, or a file cannot be written.
-
-    Args:
-        path: Folder of the log, or with the logs of several processes in the folders inside.
-        top: How many of the highest and lowest values to print.
-        out: File to write the values of all samples to: .csv, .jsonl or .parquet.
-        plot: File to draw a picture into: .png, .svg or .pdf.
-        verify: Compare all that is on disk with its hashes first.
-    """
-
-    path: Annotated[tyro.conf.Positional[Path], Named(metavar="LOG")]
-    top: int = 10
-    out: Annotated[Path | None, Named(metavar="FILE")] = None
-    plot: Annotated[Path | None, Named(metavar="FILE")] = None
-    verify: bool = False
-
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """Describe a store: its rows, what is beside them, and how they were made.
-
-    Exits with 0; 2 if there is no store that can be read.
-
-    Args:
-        path: Folder of the store.
-    """
-
-    path: Annotated[tyro.conf.Positional[Path], Named(metavar="STORE")]
-
-
-@dataclass(frozen=True)
-class StoreVerify:
-    """Compare all that a store has on disk with its hashes.
-
-    Exits with 0; 1 if it is damaged; 2 if there is no store, or it cannot be read.
-
-    Args:
-        path: Folder of the store.
-    """
-
-    path: Annotated[tyro.conf.Positional[Path], Named(metavar="STORE")]
-
-
-@dataclass(frozen=True)
-class StoreMerge:
-    """Copy the rows of stores of one kind, or of the parts of one, into a store with one writer.
-
-    The stores stay as they are. Goes on where it was if it was interrupted.
-
-    Exits with 0; 2 if the rows are of several kinds, several stores have a sample, or a file cannot
-    be read or written.
-
-    Args:
-        paths: Folders of the stores, in the order of their rows.
-        into: Folder of the new store.
-        unit: Rows per shard; by default as in the first store.
-        replace: Let the later row count where several have a sample.
-    """
-
-    paths: Annotated[tyro.conf.Positional[tuple[Path, ...]], Named(metavar="STORE ...")]
-    into: Annotated[Path, Named(metavar="FOLDER")]
-    unit: Count = None
-    replace: bool = False
-
-
-@dataclass(frozen=True)
-class StoreExport:
-    """Write the rows, ids, losses and columns of a store for other programs.
-
-    Exits with 0; 2 if there is something at the place already, or a file cannot be read or written.
-
-    Args:
-        path: Folder of the store.
-        out: File to write: .parquet; or a folder to make, for .npy files.
-    """
-
-    path: Annotated[tyro.conf.Positional[Path], Named(metavar="STORE")]
-    out: Annotated[Path, Named(metavar="FILE")]
-
-
-@dataclass(frozen=True)
-class Store(_Own):
-    """Describe, verify, merge or export stores of gradients."""
-
-    what: Annotated[
-        Annotated[StoreInfo, tyro.conf.subcommand("info", prefix_name=False)]
-        | Annotated[StoreVerify, tyro.conf.subcommand("verify", prefix_name=False)]
-        | Annotated[StoreMerge, tyro.conf.subcommand("merge", prefix_name=False)]
-        | Annotated[StoreExport, tyro.conf.subcommand("export", prefix_name=False)],
-        Named(name=""),
-    ]
-
-
-COMMANDS: Mapping[str, type[_Own]] = {
+COMMANDS: Mapping[str, type[Own]] = {
     kind.__name__.lower(): kind
     for kind in (Verify, Coverage, Score, Project, Query, Plugins, Store, Values)
 }

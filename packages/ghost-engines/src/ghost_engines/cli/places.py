@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import raised
-from ghost_engines.cli.options import DType
+from ghost_engines.cli.own import DType
 
 
 @dataclass(frozen=True)

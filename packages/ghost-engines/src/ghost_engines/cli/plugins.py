@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ghost_core.plugins import installed, plural
-from ghost_engines.cli.options import Plugins
+from ghost_engines.cli.folder_options import Plugins
 from ghost_engines.cli.tables import print_table
 
 

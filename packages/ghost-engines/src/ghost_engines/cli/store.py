@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ghost_engines.cli.folder_options import (
+    Store,
+    StoreExport,
+    StoreInfo,
+    StoreMerge,
+    StoreVerify,
+)
 from ghost_engines.cli.given import given, is_config
-from ghost_engines.cli.options import Store, StoreExport, StoreInfo, StoreMerge, StoreVerify
 from ghost_engines.cli.tables import plain, print_table
 from ghost_engines.store import DamagedStoreError, GradientStore, export, merge
 

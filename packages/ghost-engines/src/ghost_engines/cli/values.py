@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.options import Values
+from ghost_engines.cli.folder_options import Values
 from ghost_engines.cli.outputs import check_outputs, print_extremes, write_outputs
 from ghost_engines.cli.tables import plain, print_table, while_read
 from ghost_engines.log import open_log
