@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ghost_core.algebra import Dense, Outer, Owned, PerSampleGradient, Tokens, weighed, weight_of
+from ghost_core.algebra.reduced import ALONE
 
 
 def outer(tokens: int) -> Outer:
@@ -68,3 +69,25 @@ def test_a_type_of_someone_else_stays_as_it_is():
 
     gradient = Other(torch.randn(2, 1, 3))
     assert weighed(gradient) is gradient
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("total", [False, True])
+def test_large_gradients_are_reduced_one_by_one(k, transposed, total):
+    d, p = 150, 120
+    shape = torch.Size([d, p] if transposed else [p, d])
+    assert shape.numel() >= ALONE
+    inputs, grads = torch.randn(4, 40, 1, d).double(), torch.randn(4, 40, 1, p).double()
+    directions = torch.randn(k, *shape).double() if k else None
+    gradient = Outer(Tokens(inputs, transposed), grads, shape)
+    found = gradient.reduce(directions, norms=True, total=total)
+    built = gradient.materialize().flatten(1)
+    assert (found.total is None) == (not total)
+    if found.total is not None:
+        torch.testing.assert_close(found.total, built.sum(0).view(shape))
+    assert found.squared_norms is not None
+    torch.testing.assert_close(found.squared_norms, built.square().sum(1))
+    assert (found.dots is None) == (directions is None)
+    if directions is not None:
+        torch.testing.assert_close(found.dots, built @ directions.flatten(1).mT)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from ghost_core.algebra.factors import InputFactor, Tokens
 from ghost_core.algebra.gradients import PerSampleGradient, as_rows, built_gram, built_paired
 from ghost_core.algebra.numerics import accumulation_dtype, chunks
-from ghost_core.algebra.reduced import ALONE, AT_ONCE, Reduced, outer_products, reduce_built
+from ghost_core.algebra.reduced import ALONE, AT_ONCE, Reduced, reduce_built, reduce_outer
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,11 @@ class Outer(PerSampleGradient):
         if not self._is_worth_building(k, norms, total):
             return super().reduce(directions, norms=norms, total=total)
         flat = None if directions is None else as_rows(directions)
-        found = reduce_built(self._parts(), flat, norms=norms, total=total)
+        sides = self._sides(directions)
+        if sides is None:
+            found = reduce_built(self._parts(), flat, norms=norms, total=total)
+        else:
+            found = reduce_outer(*sides, flat, norms=norms, total=total)
         if found.total is None:
             return found
         return replace(found, total=found.total.reshape(self.shape))
@@ -154,13 +158,21 @@ class Outer(PerSampleGradient):
 
     def _parts(self) -> Iterator[Tensor]:
         """Yield the gradients as `[n, S]`, as few at once as stay in the cache."""
-        dtype, size = accumulation_dtype(self.grad), self.shape.numel()
-        if size < ALONE or not isinstance(self.factor, Tokens) or self.groups > 1:
-            for part in chunks(self.n, size, limit=AT_ONCE):
-                yield as_rows(self.narrow(part).materialize())
-            return
+        for part in chunks(self.n, self.shape.numel(), limit=AT_ONCE):
+            yield as_rows(self.narrow(part).materialize())
+
+    def _sides(self, directions: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Return both sides as `[N, T, rows]` and `[N, T, columns]` of the parameter.
+
+        None where gradients are too small to be built alone, or are no products of two matrices.
+        """
+        dtype = accumulation_dtype(self.grad)
+        if self.shape.numel() < ALONE or not isinstance(self.factor, Tokens) or self.groups > 1:
+            return None
+        if directions is not None and directions.dtype != dtype:
+            return None
         inputs, grads = self.factor.x[:, :, 0].to(dtype), self.grad[:, :, 0].to(dtype)
-        yield from outer_products(*((inputs, grads) if self.factor.transposed else (grads, inputs)))
+        return (inputs, grads) if self.factor.transposed else (grads, inputs)
 
     @property
     def groups(self) -> int:

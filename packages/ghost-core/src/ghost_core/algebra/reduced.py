@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -65,19 +65,47 @@ def reduce_built(
     )
 
 
-def outer_products(lefts: Tensor, rights: Tensor) -> Iterator[Tensor]:
-    """Yield `Σ_t left[n, t] ⊗ right[n, t]` sample by sample, `[1, a·b]`.
+def reduce_outer(
+    lefts: Tensor, rights: Tensor, directions: Tensor | None, *, norms: bool, total: bool
+) -> Reduced:
+    """Reduce `Σ_t left[n, t] ⊗ right[n, t]`, which are built sample by sample.
 
-    The first has memory of its own; the others share some.
+    Nothing is done for each of them but the arithmetic: there is one for each sample and layer.
 
     Args:
-        lefts: `[N, T, a]`.
-        rights: `[N, T, b]`.
+        lefts: `[N, T, a]`, of at least one sample.
+        rights: `[N, T, b]`, of the same dtype.
+        directions: `[K, a·b]`, of the same dtype; None for no dots.
+        norms: Whether to return squared norms.
+        total: Whether to return the sum.
+
+    Returns:
+        What was asked for; the sum is `[a·b]`.
     """
-    product = lefts.new_empty(0)
-    for at, (left, right) in enumerate(zip(lefts.mT, rights, strict=True)):
-        if at < 2:
-            product = left @ right
-        else:
-            torch.mm(left, right, out=product)
-        yield product.view(1, -1)
+    first, *others = zip(lefts.mT.unbind(), rights.unbind(), strict=True)
+    whole = torch.mm(*first)
+    built = torch.empty_like(whole) if total else whole  # the first becomes the sum
+    flat, sums = built.view(-1), whole.view(-1)
+    single = None if directions is None or len(directions) > 1 else directions[0]
+    dots: list[Tensor] = []
+    squared: list[Tensor] = []
+
+    def reduce(each: Tensor) -> None:
+        if single is not None:
+            dots.append(each.dot(single))
+        elif directions is not None:
+            dots.append(directions.mv(each))
+        if norms:
+            squared.append(each.dot(each))
+
+    reduce(sums)
+    for pair in others:
+        torch.mm(*pair, out=built)
+        reduce(flat)
+        if total:
+            sums.add_(flat)
+    return Reduced(
+        sums if total else None,
+        torch.stack(dots).view(len(dots), -1) if dots else None,
+        torch.stack(squared) if squared else None,
+    )
