@@ -15,13 +15,12 @@ from typing import Generic, NoReturn, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ghost_core._torch import gradient_hooks
 from ghost_core.arguments import module, scaler, switch
 from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
 from ghost_core.capture import Freeze, Listener, Recorder, not_attached, open_already
 from ghost_core.compare import Comparison, compare
 from ghost_core.errors import CaptureError, UnknownOptionError
-from ghost_core.hooks import is_own
+from ghost_core.hooks import check_unhooked
 from ghost_core.plugins import select
 from ghost_core.ranks import Ranks, unwrapped
 from ghost_core.restoring import Leave, restored
@@ -51,6 +50,7 @@ class EngineOptions(TypedDict, total=False):
     lift: bool
     batch_dim: Mapping[str, int | None]
     row_owner: Mapping[str, str]
+    units: Patterns
     registry: SamplerRegistry | None
 
 
@@ -84,6 +84,9 @@ class Engine(Listener, Generic[ResultT]):
             images a sample: by glob over names of modules, the key of a tensor `[R]` of integers
             that tells the position in the batch of each row's sample. The tensor is one of the
             model's keyword inputs, or given to `batch`.
+        units: Globs over dotted names of modules that run again as one, with all that is inside of
+            them, for the gradients of all their parameters: in place of formulas, and of following
+            parameters that are used outside of their modules. `coverage()` shows the price.
         registry: Where samplers are found; by default those of all installed plugins.
 
     Raises:
@@ -136,6 +139,7 @@ class Engine(Listener, Generic[ResultT]):
         lift: bool = True,
         batch_dim: Mapping[str, int | None] = MappingProxyType({}),
         row_owner: Mapping[str, str] = MappingProxyType({}),
+        units: Patterns = (),
         registry: SamplerRegistry | None = None,
     ) -> None:
         self.model, self.ranks = unwrapped(model), Ranks.of(module(model))
@@ -150,6 +154,7 @@ class Engine(Listener, Generic[ResultT]):
             lift=lift,
             batch_dim=batch_dim,
             row_owner=row_owner,
+            units=units,
             registry=registry,
         )
         self.tracking: Tracking = self._track()
@@ -379,12 +384,7 @@ class Engine(Listener, Generic[ResultT]):
         """Refuse parameters frozen or unfrozen since: scores would not be those of the training."""
         leaves = dict(self.ranks.settled(self.model).named_parameters())
         for parameter in self.parameters:
-            hooks = gradient_hooks(leaves[parameter.name])
-            if not all(map(is_own, hooks.values())):
-                raise CaptureError(
-                    f"{parameter.name} has a hook on its gradient, which contributions do not pass "
-                    "through: remove the hook, or leave the parameter out with exclude=..."
-                )
+            check_unhooked(parameter.name, leaves[parameter.name])
         if self._recorder is None or self._recorder.flags:
             return
         changed = {

@@ -7,7 +7,11 @@ from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
+from torch import Tensor
+
 from ghost_core._modes import compiles, uncompiled
+from ghost_core._torch import gradient_hooks
+from ghost_core.errors import CaptureError
 
 
 class Hook:
@@ -38,6 +42,19 @@ def is_own(hook: object) -> bool:
     if isinstance(hook, MethodType):
         return type(hook.__self__) is nullcontext
     return isinstance(hook, Hook)
+
+
+def check_unhooked(name: str, parameter: Tensor) -> None:
+    """Refuse a parameter with a hook of the user's on its gradient.
+
+    Raises:
+        CaptureError: If there is one.
+    """
+    if not all(map(is_own, gradient_hooks(parameter).values())):
+        raise CaptureError(
+            f"{name} has a hook on its gradient, which contributions do not pass through: remove "
+            "the hook, or leave the parameter out with exclude=..."
+        )
 
 
 @uncompiled

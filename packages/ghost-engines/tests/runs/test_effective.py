@@ -12,7 +12,7 @@ from ghost_engines.runs.description import describe
 
 SHARED = {
     "layers": "*", "exclude": [], "verify": True, "generic": True, "lift": True, "batch_dim": {},
-    "row_owner": {}, "registry": None,
+    "row_owner": {}, "units": [], "registry": None,
 }  # fmt: skip
 
 

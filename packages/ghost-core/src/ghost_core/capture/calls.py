@@ -138,7 +138,9 @@ class CallHooks:
         if not self.state.verifier.watching:
             return known.get(name, False), None
         # A closed form keeps what a checkpoint would not, and takes no rows of another number.
-        if not self.tracked.sampler.generic or saves_elsewhere() or self.tracked.row_owner:
+        tracked = self.tracked
+        settled = not tracked.sampler.generic or bool(tracked.row_owner) or tracked.unit
+        if settled or saves_elsewhere():
             known[name] = False
             return False, None
         lift = Lift(frozenset(each.name for each in self.tracked.parameters.values()))

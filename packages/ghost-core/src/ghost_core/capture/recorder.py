@@ -43,7 +43,7 @@ from ghost_core.ranks import Ranks
 from ghost_core.restoring import restored, undo
 from ghost_core.split import Balance, Verifier
 from ghost_core.state import flags_set
-from ghost_core.tracking import Followed, TrackedModule
+from ghost_core.tracking import Followed, joined
 
 logger = logging.getLogger(__name__)
 
@@ -195,10 +195,7 @@ class Recorder:
             handle.remove()
         self._handles.clear()
         self._own_run, self._spare = None, None
-        tracked: dict[str, TrackedModule] = {}
-        for listener, _ in state.attached:
-            for each in listener.tracking.modules:
-                tracked[each.name] = tracked.get(each.name, each).joined(each)
+        tracked = joined(listener.tracking for listener, _ in state.attached)
         dims = {listener.tracking.batch_dim for listener, _ in state.attached} or {0}
         if len(dims) > 1:
             raise CaptureError("engines on one model must agree on batch_dim of the model itself")

@@ -105,6 +105,7 @@ def select(
     lift: bool = True,
     batch_dim: Mapping[str, int | None] = MappingProxyType({}),
     row_owner: Mapping[str, str] = MappingProxyType({}),
+    units: Patterns = (),
     registry: SamplerRegistry | None = None,
 ) -> Selection:
     """Say what to track, and how; `ghost_core.Engine` describes the options.
@@ -116,6 +117,7 @@ def select(
         lift: Whether shared values may be followed.
         batch_dim: Axis of the samples, by glob over names of modules.
         row_owner: Key of the batch that tells the sample of each row, by glob.
+        units: Globs over dotted names of modules that run again as one.
         registry: Where samplers are found; by default those of all installed plugins.
 
     Raises:
@@ -129,7 +131,7 @@ def select(
             remedy="make one of claims, or leave it out for the samplers of all plugins",
         )
     generic, lift = switch("generic", generic), switch("lift", lift)
-    return Selection(known, layers, exclude, generic, batch_dim, row_owner, lift)
+    return Selection(known, layers, exclude, generic, batch_dim, row_owner, lift, units)
 
 
 @functools.cache

@@ -109,6 +109,24 @@ class SamplerRegistry:
             reason = reason or unfit
         return Refused(reason or f"no sampler is registered for {dotted_name(kind)}{self._note}")
 
+    def find_generic(self, module: nn.Module) -> Found | Refused:
+        """Return the sampler that handles any module of a kind, or the reason why there is none.
+
+        Args:
+            module: The module.
+
+        Raises:
+            PluginError: If the sampler cannot be made, or fails.
+        """
+        for base in type(module).__mro__:
+            claim = self._claims.get(dotted_name(base))
+            if claim is not None and claim.sampler.generic:
+                sampler = self._sampler(claim)
+                with _blaming(claim, f"{claim.sampler.__name__}.refuse raised"):
+                    refusal = sampler.refuse(module)
+                return Found(sampler, claim) if refusal is None else Refused(refusal)
+        return Refused(f"no sampler is registered that runs any module again{self._note}")
+
     def _sampler(self, claim: Claim) -> GradientSampler:
         if claim.sampler not in self._samplers:
             with _blaming(claim, f"{claim.sampler.__name__} cannot be made:"):

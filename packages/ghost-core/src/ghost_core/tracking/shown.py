@@ -15,9 +15,11 @@ _COSTS = {
     False: "one backward pass of the operation per sample",
 }
 
+_UNIT = "one forward and one backward pass of it, and its gradients for all samples at once"
+
 
 def coverage(tracking: Tracking, followed: Mapping[str, Mapping[str, bool]]) -> str:
-    """Return a table of modules and samplers, and one of what was followed so far, if anything.
+    """Return tables of modules and samplers, of units, and of what was followed, if anything.
 
     Args:
         tracking: What is tracked.
@@ -28,15 +30,23 @@ def coverage(tracking: Tracking, followed: Mapping[str, Mapping[str, bool]]) -> 
         names = ", ".join(parameter.name for parameter in tracked.parameters.values())
         kinds = type(tracked.module).__name__, type(tracked.sampler).__name__
         modules.append((tracked.name or "(root)", *kinds, names))
+    units = [
+        (tracked.name or "(root)", str(len(tracked.parameters)), _UNIT)
+        for tracked in tracking.modules
+        if tracked.unit
+    ]
+    tables = [_table(modules)]
+    if units:
+        tables.append(_table([("run again as one", "parameters", "at the cost of"), *units]))
     shared = [
         (name, operation, _COSTS[closed])
         for name in sorted(tracking.names & followed.keys())
         for operation, closed in sorted(followed[name].items())
     ]
-    if not shared:
-        return _table(modules)
-    head = ("the same for all samples", "meets them in", "at the cost of")
-    return f"{_table(modules)}\n\n{_table([head, *shared])}"
+    if shared:
+        head = ("the same for all samples", "meets them in", "at the cost of")
+        tables.append(_table([head, *shared]))
+    return "\n\n".join(tables)
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> str:

@@ -14,12 +14,14 @@ from torch.nn.parameter import is_lazy
 
 from ghost_core._distributed import is_plain_shard, shards
 from ghost_core._torch import direct_parameters, is_compiled, is_composed
-from ghost_core.arguments import text, whole
+from ghost_core.arguments import text
+from ghost_core.arguments import whole as whole_number
 from ghost_core.errors import CaptureError, UnsupportedLayerError
 from ghost_core.sampler import GradientSampler, own_parameters
 from ghost_core.tracking.blame import Blame
 from ghost_core.tracking.patterns import Patterns, by_module, select_parameters
 from ghost_core.tracking.registry import Found, SamplerRegistry, dotted_name
+from ghost_core.tracking.units import check_units, find_unit, unit_names, whole
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class TrackedModule:
             it has one row per sample.
         plugin: The plugin that offers the sampler, for messages.
         shared: Whether it is declared to be called on nothing of the samples.
+        unit: Whether it runs again as one, with all that is inside of it.
     """
 
     name: str
@@ -70,6 +73,7 @@ class TrackedModule:
     row_owner: str | None = None
     plugin: str = ""
     shared: bool = False
+    unit: bool = False
 
     @cached_property
     def blame(self) -> Blame:
@@ -84,14 +88,18 @@ class TrackedModule:
         Raises:
             CaptureError: If the engines capture it in different ways.
         """
-        mine = (self.module, type(self.sampler), self.batch_dim, self.row_owner, self.shared)
-        its = (other.module, type(other.sampler), other.batch_dim, other.row_owner, other.shared)
-        if mine != its:
+        if self.way != other.way:
             raise CaptureError(
-                "engines on one model must agree on batch_dim, row_owner and the sampler of "
+                "engines on one model must agree on batch_dim, row_owner, units and the sampler of "
                 f"{self.label}"
             )
         return replace(self, parameters={**self.parameters, **other.parameters})
+
+    @property
+    def way(self) -> tuple[object, ...]:
+        """How it is captured."""
+        kind = type(self.sampler)
+        return self.module, kind, self.batch_dim, self.row_owner, self.shared, self.unit
 
     @cached_property
     def label(self) -> str:
@@ -151,6 +159,7 @@ class Selection:
             None for modules that are called on nothing of the samples; later ones win.
         row_owner: Key of the batch by glob over names of modules.
         lift: Whether values that are the same for all samples may be followed.
+        units: Globs over names of modules that run again as one.
     """
 
     registry: SamplerRegistry
@@ -160,6 +169,7 @@ class Selection:
     batch_dim: Mapping[str, int | None] = field(default_factory=dict)
     row_owner: Mapping[str, str] = field(default_factory=dict)
     lift: bool = True
+    units: Patterns = ()
 
 
 def track(
@@ -219,7 +229,7 @@ def track(
 
 def _axis(what: str, value: int | None) -> int | None:
     """Return an axis as it is used; None for what has no samples."""
-    return None if value is None else whole(what, value)
+    return None if value is None else whole_number(what, value)
 
 
 def _check_shared(name: str, owner: str | None, lift: bool) -> None:
@@ -234,6 +244,20 @@ def _check_shared(name: str, owner: str | None, lift: bool) -> None:
         )
 
 
+def joined(trackings: Iterable[Tracking]) -> dict[str, TrackedModule]:
+    """Return what several engines on one model track, by name of the module.
+
+    Raises:
+        CaptureError: If they capture a module in different ways.
+    """
+    found: dict[str, TrackedModule] = {}
+    for tracking in trackings:
+        for each in tracking.modules:
+            found[each.name] = found.get(each.name, each).joined(each)
+    check_units((name for name, each in found.items() if each.unit), found)
+    return found
+
+
 def _axis_of(root: TrackedModule | None) -> int:
     """Return the axis of the samples in a model that is a layer with axes of its own."""
     dims = None if root is None else root.sampler.batch_dims(root.module, 1)
@@ -246,18 +270,24 @@ def _find_owners(
     """Find the modules that own the tracked parameters, outer ones first, and their samplers."""
     axes = by_module(model, "batch_dim", selection.batch_dim, _axis)
     owners = by_module(model, "row_owner", selection.row_owner, text)
+    units = unit_names(model, selection.units, generic=selection.generic)
     modules: list[TrackedModule] = []
     unhandled: list[tuple[str, Iterable[TrackedParameter], str]] = []
     taken: set[tuple[nn.Module, str]] = set()
     for name, module in model.named_modules():
         if parameters.keys().isdisjoint(module.parameters()):
             continue
-        direct = own_parameters(module)
+        unit = name in units
+        direct = whole(module) if unit else own_parameters(module)
         wanted = {local for local in direct if parameter_of(module, local) in parameters}
-        found = selection.registry.find(module, wanted, generic=selection.generic)
+        found = (
+            find_unit(selection.registry, module)
+            if unit
+            else selection.registry.find(module, wanted, generic=selection.generic)
+        )
         own = {
             local: parameters[leaf]
-            for local in (found.owns(module) if isinstance(found, Found) else direct)
+            for local in (found.owns(module) if isinstance(found, Found) and not unit else direct)
             if owner_of(module, local) not in taken
             and (leaf := parameter_of(module, local)) in parameters
         }
@@ -268,7 +298,7 @@ def _find_owners(
             shared, plugin = axis is None, found.claim.plugin
             if shared:
                 _check_shared(name, owner, selection.lift)
-            given = name, module, found.sampler, own, axis or 0, owner, plugin, shared
+            given = name, module, found.sampler, own, axis or 0, owner, plugin, shared, unit
             modules.append(TrackedModule(*given))
             taken |= {owner_of(module, local) for local in own if "." in local}
         else:

@@ -170,7 +170,7 @@ def _differentiated(
         near = (*replay.inputs, *replay.values.values(), *outputs)
         found = differentiated(start, list(leaves.values()), near)
     return [
-        torch.zeros_like(leaf) if gradient is None else gradient
+        torch.zeros_like(leaf) if gradient is None else gradient.to_dense()  # of a sparse lookup
         for gradient, leaf in zip(found, leaves.values(), strict=True)
     ]
 
