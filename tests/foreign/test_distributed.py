@@ -97,7 +97,7 @@ CODE = {
 
 
 REFUSED = {
-    "sharded blocks, frozen": "frozen() or mode='fused'",
+    "sharded blocks, frozen": "frozen()",
     "sharded blocks, verify": "engine.verify",
 }
 

@@ -9,10 +9,21 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tests.processes.sharded import language, texts
-from tests.processes.training import CURVED, JOINED, Case, held_out, losses, net, samples, train
+from tests.processes.sharded import Language, language, texts
+from tests.processes.training import (
+    CURVED,
+    JOINED,
+    Case,
+    held_out,
+    losses,
+    net,
+    samples,
+    train,
+    whole,
+)
 from tests.processes.wrapped import dots, said_of, summed
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ghost_core import CaptureError
@@ -54,25 +65,38 @@ def others(rank: int) -> dict[str, Any]:
         "language": _read(rank, language()),
         "half": half,
         "scaled": _read(rank, language(), torch.amp.GradScaler("cpu", init_scale=SCALE)),
+        "sharded": _read(rank, language(), shards=True),
+        "sharded, fused": _read(rank, language(), shards=True, mode="fused"),
         "nobody": _nobody(rank),
         "gathered": _gathered(rank),
     }
 
 
 def _read(
-    rank: int, model: nn.Module, scaler: torch.amp.GradScaler | None = None
+    rank: int,
+    model: Language,
+    scaler: torch.amp.GradScaler | None = None,
+    *,
+    shards: bool = False,
+    mode: str = "concatenated",
 ) -> dict[str, Any]:
     """Return what is found of the second of two batches of texts."""
-    wrapped = DistributedDataParallel(model)
-    engine = DotProductEngine(wrapped, mode="concatenated", norms=True, grad_scaler=scaler)
+    if shards:
+        for block in model.blocks:
+            fully_shard(block)
+    wrapped = fully_shard(model) if shards else DistributedDataParallel(model)
+    engine = DotProductEngine(wrapped, mode=mode, norms=True, grad_scaler=scaler)
+    train, validation = texts()[TRAIN[rank]], texts()[HELD_OUT[rank]]
+    if mode != "concatenated":
+        engine.add_direction("held out", lambda: losses(wrapped(validation)).mean())
     with engine:
         for _ in range(2):
             model.zero_grad()
-            scores = _batch(rank, engine, wrapped, texts()[TRAIN[rank]], texts()[HELD_OUT[rank]])
+            scores = _batch(rank, engine, wrapped, train, validation, mode=mode)
     return {
         "scores": scores.total.flatten().tolist(),
         "cosines": scores.cosines.flatten().tolist(),
-        "gradient": [each.grad.flatten().tolist() for each in model.parameters()],
+        "gradient": [whole(each.grad).flatten().tolist() for each in model.parameters()],
     }
 
 
@@ -116,7 +140,12 @@ def _batch(
     train: Tensor,
     validation: Tensor,
     ids: list[int] | None = None,
+    mode: str = "concatenated",
 ) -> Scores:
+    if mode != "concatenated":
+        with engine.batch(TRAIN[rank]) as batch:
+            losses(wrapped(train)).mean().backward()
+        return batch.result
     both = engine.concatenate(train, validation)
     with engine.batch(TRAIN[rank] if ids is None else ids) as batch:
         found = losses(wrapped(both))

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.checkpoint import checkpoint
 
 from ghost_core.ranks import Ranks
-from ghost_engines import DotProductEngine, InRunValues, NormEngine, ProjectionEngine
+from ghost_engines import InRunValues, NormEngine, ProjectionEngine
 
 WORDS, LENGTH, DIM = 11, 4, 8
 RESHARDS = {"resharded": True, "sharded": False}
@@ -70,6 +70,7 @@ def others(rank: int) -> dict[str, Any]:
         **{name: _rows_and_norms(rank, reshards) for name, reshards in RESHARDS.items()},
         "language": _language(rank),
         "half": _half(rank),
+        "half, fused": _half(rank, "fused"),
     }
 
 
@@ -102,16 +103,18 @@ def _language(rank: int) -> list[float]:
     return found
 
 
-def _half(rank: int) -> list[float]:
+def _half(rank: int, mode: str = "exact") -> list[float]:
     """Compute in bfloat16, and add up gradients in float32."""
     ids, model = MINE[rank], net().float()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     given = {name: each.float() for name, each in direction(model).items()}
     for name in ("trunk", "heads.0"):
         fully_shard(model.get_submodule(name), mp_policy=policy)
-    engine = dots(fully_shard(model, mp_policy=policy), given)
-    with engine, engine.batch(ids) as batch:
-        losses(model(samples()[ids].float()).float()).sum().backward()
+    engine = dots(fully_shard(model, mp_policy=policy), given, mode=mode)
+    with engine:
+        for _ in range(2):
+            with engine.batch(ids) as batch:
+                losses(model(samples()[ids].float()).float()).sum().backward()
     found: list[float] = batch.result.total.flatten().tolist()
     return found
 
@@ -137,15 +140,6 @@ def _batch(model: nn.Module, rank: int, engine: Any) -> None:
 def _frozen(rank: int) -> None:
     with ProjectionEngine(shard(net()), dim=4).frozen():
         pass
-
-
-def _fused(rank: int) -> None:
-    model = shard(net())
-    _batch(model, rank, dots(model, _loss(model), mode="fused"))
-
-
-def _concatenated(rank: int) -> None:
-    DotProductEngine(shard(net()), mode="concatenated")
 
 
 def _verified(rank: int) -> None:
@@ -243,9 +237,7 @@ def _tensor_parallel(rank: int) -> None:
 
 
 MISTAKES = {
-    "frozen": (_frozen, "frozen() or mode='fused' is not for a model under fully_shard"),
-    "fused": (_fused, "mode='fused' is not for a model under fully_shard"),
-    "concatenated": (_concatenated, "mode='concatenated' is not for a model under fully_shard"),
+    "frozen": (_frozen, "frozen() is not for a model under fully_shard"),
     "verify": (_verified, "engine.verify is not for a model under fully_shard"),
     "candidates": (_candidates, "engine.scoring() is not for a model under fully_shard"),
     "second order": (_curved, "order=2 is not for a model under fully_shard"),

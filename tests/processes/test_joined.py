@@ -10,7 +10,7 @@ from tests.processes.joined import FAULTS, HELD_OUT, MISTAKES, SCALE, TRAIN, ste
 from tests.processes.oracle import WORLD
 from tests.processes.sharded import language, texts
 from tests.processes.test_two_processes import check, close
-from tests.processes.training import CURVED, JOINED, Case, held_out, losses, net, samples
+from tests.processes.training import CURVED, JOINED, MADE, Case, held_out, losses, net, samples
 from torch import Tensor, nn
 
 from ghost_core.testing import per_sample_gradients
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.stress
 Found = list[dict[str, Any]]
 
 
-@pytest.mark.parametrize("case", [*JOINED, *CURVED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*JOINED, *CURVED, *MADE], ids=lambda case: case.name)
 def test_two_processes_are_one(joined: Found, case: Case) -> None:
     check(case, [each["runs"][case.name]["wrapper"] for each in joined])
 
 
-@pytest.mark.parametrize("case", [*JOINED, *CURVED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*JOINED, *CURVED, *MADE], ids=lambda case: case.name)
 def test_training_is_untouched(joined: Found, case: Case) -> None:
     for each in joined:
         plain, run = (each["runs"][case.name][how]["state"] for how in ("plain", "wrapper"))
@@ -36,7 +36,7 @@ def test_training_is_untouched(joined: Found, case: Case) -> None:
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
-@pytest.mark.parametrize("name", ["language", "scaled"])
+@pytest.mark.parametrize("name", ["language", "scaled", "sharded", "sharded, fused"])
 def test_a_language_model_with_checkpoints_and_a_tied_head(
     joined: Found, name: str, rank: int
 ) -> None:

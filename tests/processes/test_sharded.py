@@ -48,9 +48,10 @@ def test_language_model_with_checkpoints_and_a_tied_head(found: Found, rank: int
     close(got, wanted(language(), texts()[MINE[rank]]), "dots")
 
 
+@pytest.mark.parametrize("name", ["half", "half, fused"])
 @pytest.mark.parametrize("rank", range(WORLD))
-def test_mixed_precision(found: Found, rank: int) -> None:
-    got = torch.tensor(found[rank]["sharded"]["others"]["half"])
+def test_mixed_precision(found: Found, rank: int, name: str) -> None:
+    got = torch.tensor(found[rank]["sharded"]["others"][name])
     expected = torch.tensor(wanted(net(), samples()[MINE[rank]]))
     assert float((got - expected).norm()) < 0.05 * float(expected.norm())
 

@@ -167,6 +167,22 @@ FSDP = [
     )
 ]  # fmt: skip
 
+_BLOCKS = ["trunk", "heads.1"]
+
+MADE = [
+    Case("fused, sharded", [[_PLAIN, _NEXT], [_UNEVEN]], engine={"mode": "fused", "norms": True},
+         validation=_HALVES, clips=True, sharded=_BLOCKS),
+    Case("fused, layers", [[_PLAIN], [_UNEVEN]], engine={"mode": "fused"}, validation=_HALVES,
+         sharded=["trunk.0", "trunk.2", "heads.0"], again=True, reshards=False),
+    Case("joined, sharded", [[_PLAIN, _NEXT], [_UNEVEN], [_PLAIN]], engine=_JOINED,
+         validation=_OTHER_SIZES, clips=True, sharded=_BLOCKS),
+    Case("joined, layers", [[_PLAIN], [_UNEVEN]], engine=_JOINED, validation=_HALVES,
+         sharded=["trunk.0", "trunk.2", "heads.0"], again=True, reshards=False),
+    Case("joined, a head", [[_PLAIN, _NEXT], [_UNEVEN]], engine=_JOINED, validation=_HALVES,
+         heads=((0, None), (0, None)), sharded=["trunk"]),
+]  # fmt: skip
+"""Gradients that ghost makes, where parameters are in parts."""
+
 
 class Net(nn.Module):
     """A net with two heads and a buffer that every call in training mode writes to."""

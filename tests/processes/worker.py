@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from tests.processes import joined, sharded
-from tests.processes.training import CURVED, DDP, FSDP, JOINED, Case, train
+from tests.processes.training import CURVED, DDP, FSDP, JOINED, MADE, Case, train
 from tests.processes.wrapped import UNEVEN, faulty, others, refusals
 from torch import distributed
 
@@ -40,7 +40,7 @@ def apart(rank: int, folder: Path) -> dict[str, Any]:
 def together(rank: int, folder: Path) -> dict[str, Any]:
     """Return what it found in concatenated mode, and of the second order."""
     return {
-        "runs": _runs(rank, [*JOINED, *CURVED], "wrapper"),
+        "runs": _runs(rank, [*JOINED, *CURVED, *MADE], "wrapper"),
         "others": joined.others(rank),
         "faults": joined.faulty(rank),
         "refusals": joined.refusals(rank),

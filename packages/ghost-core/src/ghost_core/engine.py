@@ -370,8 +370,8 @@ class Engine(Listener, Generic[ResultT]):
     def _attach(self, freeze: Freeze, stack: ExitStack) -> None:
         """Attach the engine, for as long as the stack is not closed."""
         recorder = Recorder.of(self.model)
-        names = self.tracking.names if freeze is not Freeze.NEVER else ()
-        self.ranks.check_way("frozen() or mode='fused'", names)
+        names = self.tracking.names if freeze is Freeze.PASS else ()
+        self.ranks.check_way("frozen()", names)
         if difference := self.tracking.difference(self._track()):
             raise CaptureError(
                 f"the model changed since the engine was made ({difference}): make a new engine"

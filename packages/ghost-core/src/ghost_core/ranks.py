@@ -202,7 +202,7 @@ class Ranks:
         return model
 
     def check_way(self, what: str, names: Collection[str] | None = None) -> None:
-        """Raise if parameters are in parts, and something needs them whole, or their gradients.
+        """Raise if parameters are in parts, and something needs them whole, or frozen.
 
         Args:
             what: What needs them, for the error.
@@ -218,10 +218,9 @@ class Ranks:
         if any(leaves[name] in known for name in (leaves if names is None else names)):
             raise CaptureError(
                 f"{what} is not for a model under fully_shard",
-                reason="its parameters are whole only while their modules run, and their gradients "
-                "are made and divided by FSDP2 alone",
-                remedy="attach an engine in mode='exact' by with engine:, or do this before the "
-                "model is sharded",
+                reason="it needs parameters whole for longer than their modules run, or frozen",
+                remedy="attach an engine by with engine:, in any mode, or do this before the model "
+                "is sharded",
             )
 
     def check_averaged(self) -> None:

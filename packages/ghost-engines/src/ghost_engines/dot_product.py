@@ -95,7 +95,6 @@ class DotProductEngine(ScoringEngine[Scores]):
         if chosen is Mode.CONCATENATED:
             if per_token:
                 raise CaptureError("per_token=True does not go with mode='concatenated'")
-            self.ranks.check_way("mode='concatenated'", self.tracking.names)
             check_tracked(self.model, self.tracking)
             self._directions = InBatch(self.model, self.parameters)
             self._both = Concatenation(self.tracking, self.ranks)

@@ -16,6 +16,7 @@ from ghost_core.algebra import accumulation_dtype
 from ghost_core.ranks import Ranks
 
 # What a process says, in rising order: the number of the parameter that it is at, or one of these.
+_READY = (1 << 20) - 1  # it is about to begin one without words
 _END = 1 << 20  # its backward pass is over
 _DONE = _END + 1  # so is all that follows
 _START = 1 << 33  # plus 32 bits that tell what it begins
@@ -33,6 +34,9 @@ class Together:
     moments that may differ between processes. At the end of its backward pass the wrapper waits for
     the buckets of all others. So no backward pass ends before all of them do, and one that has come
     to its end goes on listening.
+
+    Where parameters are in parts, processes wait for those of others inside of a backward pass,
+    whatever they use of them, and nobody may wait for a word meanwhile: all is left for the end.
 
     Args:
         ranks: The processes.
@@ -74,13 +78,26 @@ class Together:
         Raises:
             CaptureError: If another process failed.
         """
+        if self._ranks.sharded is not None:
+            self._unheard(loss)
+            return
         if self._ranks.several:
             # The first that runs, and so before the wrapper has asked for a call at the end.
             loss.register_hook(lambda _: after_backward(self._listen))
         loss.backward()
 
+    def _unheard(self, loss: Tensor) -> None:
+        """Backpropagate where nobody speaks: who failed would wait for those who wait for it."""
+        if self._ranks.several:
+            self._say(_READY)
+        try:
+            loss.backward()
+        except Exception as error:
+            self._known = error
+            raise
+
     def averages(self, name: str, gradient: Tensor) -> bool:
-        """Average a gradient, in its memory, if all processes are at the same parameter.
+        """Average a gradient, in its memory, if all processes are known to be at its parameter.
 
         Returns:
             Whether it is averaged. It is to be left for the end if not.
@@ -90,7 +107,7 @@ class Together:
         """
         if not self._ranks.several:
             return True
-        if not self._say(self._places[name]):
+        if self._ranks.sharded is not None or not self._say(self._places[name]):
             return False
         self._average(gradient)
         return True
