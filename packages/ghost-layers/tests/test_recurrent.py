@@ -86,8 +86,18 @@ def doubles(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "uses"),
+    [
+        (nn.RNN, 2),
+        (nn.GRU, 1),
+        (nn.LSTM, 2),
+        *(
+            pytest.param(*each, marks=pytest.mark.stress)
+            for each in [(nn.RNN, 1), (nn.GRU, 2), (nn.LSTM, 1)]
+        ),
+    ],
+)
 def test_conformance(kind: type[nn.RNNBase], uses: int) -> None:
     layer = kind(3, 2, batch_first=True)
     check_sampler(RecurrentSampler, layer, torch.randn(4, 3, 3), uses=uses)
