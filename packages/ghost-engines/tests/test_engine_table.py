@@ -135,7 +135,7 @@ def subjects() -> dict[str, Subject]:
 @pytest.mark.parametrize(
     ("examples", "steps"),
     [
-        pytest.param({name: LAYERS[name] for name in A_FEW}, 5, id="a few"),
+        pytest.param({name: LAYERS[name] for name in A_FEW}, 3, id="a few"),
         pytest.param(LAYERS, 20, id="all", marks=pytest.mark.stress),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ghost_core.testing import per_sample_gradients
-from ghost_examples.demo import convnet, digits
+from ghost_examples.demo import baselines, convnet, digits
 from ghost_examples.demo.annotator import CONFUSIONS, Images, annotate, random_flips
 from ghost_examples.demo.convnet import Recipe
 from ghost_examples.demo.methods import BOUNDS, METHODS
@@ -111,6 +112,8 @@ def trial() -> digits.SeedResult:
         tqdm(total=digits.runs([10, 30]), disable=False, file=io.StringIO()) as bar,
     ):
         patch.setattr(digits, "annotate", partial(annotate, n_train=FEW))
+        shorter = replace(baselines.ALONE, steps=30)
+        patch.setattr(baselines, "alone", partial(baselines.alone, setting=shorter))
         found = digits.Trial(0, TINY, "cpu", bar).run([10, 30])
         assert bar.n == bar.total
     return found
