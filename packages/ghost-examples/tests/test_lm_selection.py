@@ -106,6 +106,17 @@ def test_a_way_that_was_stopped_goes_on_as_if_it_was_not(
     assert steps[4] == steps[5]  # of the fifth step, made twice
 
 
+def test_what_does_not_fit_is_a_line(
+    small: lm_selection.Options, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--corpus", small.corpus, "--output", str(small.output), "--length", "8"]
+    with pytest.raises(SystemExit, match="2"):
+        lm_selection.main([*given, "--target", "pyhton"])
+    assert capsys.readouterr().err == (
+        "unknown target 'pyhton'; did you mean 'python'? Available: python, scripture.\n"
+    )
+
+
 def test_another_comparison_is_not_gone_on_with(small: lm_selection.Options) -> None:
     (small.output / "runs").mkdir(parents=True)
     options = small.output / "options.json"

@@ -1,13 +1,15 @@
-"""Reads the options of an example from its command line."""
+"""Reads the options of an example from its command line, and says what does not fit."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import tyro
 
+from ghost_core import GhostError
 from ghost_engines.cli import stop_printing
 
 Asked = TypeVar("Asked")
@@ -38,3 +40,21 @@ def read_options(
     except BrokenPipeError:
         stop_printing()
         sys.exit(0)
+
+
+@contextmanager
+def refusals(*more: type[Exception]) -> Iterator[None]:
+    """Print what ghost refuses instead of where it did.
+
+    Args:
+        more: Other errors that say enough by themselves.
+
+    Raises:
+        SystemExit: With 2, after that.
+    """
+    kinds: tuple[type[Exception], ...] = (GhostError, *more)
+    try:
+        yield
+    except kinds as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

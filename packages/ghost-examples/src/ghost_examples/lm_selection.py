@@ -25,10 +25,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ghost_core import CaptureError
+from ghost_core import CaptureError, UnknownNameError
 from ghost_engines import Run, TokenCorpus, take_ids
 from ghost_examples.choosing import WAYS
-from ghost_examples.command_line import read_options
+from ghost_examples.command_line import read_options, refusals
 from ghost_examples.kept_options import check_options
 from ghost_examples.language_models import (
     EMBEDDED,
@@ -167,8 +167,10 @@ def train(name: str, corpora: Corpora, asked: Options, seed: int) -> Outcome:
 def run(asked: Options) -> dict[str, list[Outcome]]:
     """Train in all ways with all seeds; print a row for each way, and draw the losses."""
     begun = (asked.output / RUNS).exists()
-    check_options(asked, asked.output, free=("output",), flag="--output", begun=begun)
+    check_options(asked, asked.output, free=("output", "seeds"), flag="--output", begun=begun)
     corpora = open_corpora(asked.corpus, (), asked.length, asked.output)
+    if asked.target not in corpora.val.domains:
+        raise UnknownNameError("target", asked.target, corpora.val.domains)
     there = len(corpora.val.domains[asked.target])
     if there < asked.known + asked.test:
         raise CaptureError(
@@ -220,9 +222,10 @@ def _outcome(folder: Path) -> Outcome:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run from the command line."""
+    """Run from the command line; exits with 2 where options or data do not fit."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    run(read_options(Options, arguments, name="lm_selection", description=__doc__))
+    with refusals():
+        run(read_options(Options, arguments, name="lm_selection", description=__doc__))
 
 
 if __name__ == "__main__":

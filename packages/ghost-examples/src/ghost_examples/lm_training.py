@@ -16,21 +16,16 @@ domain, the passages that helped most and least, tables and plots in --results-d
 from __future__ import annotations
 
 import logging
-import sys
 
-from ghost_core import GhostError
-from ghost_examples.command_line import read_options
+from ghost_examples.command_line import read_options, refusals
 from ghost_examples.language_models import Options, run
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line; exits with 2 where options or data do not fit."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
+    with refusals():
         run(read_options(Options, arguments, name="lm_training", description=__doc__))
-    except GhostError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

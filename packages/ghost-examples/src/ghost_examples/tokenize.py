@@ -11,7 +11,6 @@ downloaded: a tokenizer is a folder that `save_pretrained` has written.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,8 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from ghost_core import GhostError
 from ghost_engines import CorpusError
-from ghost_examples.command_line import read_options
+from ghost_examples.command_line import read_options, refusals
 from ghost_examples.language_models import (
     EMBEDDED,
     Cut,
@@ -83,11 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run from the command line; exits with 2 where options or files do not fit."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     asked = read_options(Options, arguments, name="tokenize", description=__doc__)
-    try:
+    with refusals(OSError):
         run(asked)
-    except (GhostError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, default
 
 from ghost_engines import GroupValues, IdCollator, RunConfig, with_ids
 from ghost_engines.frameworks import GhostCallback, GhostTrainer
-from ghost_examples.command_line import read_options
+from ghost_examples.command_line import read_options, refusals
 from ghost_examples.texts import Passage, build_vocabulary, passages
 
 TARGETS = ("scripture", "python")
@@ -79,7 +79,8 @@ def as_row(passage: Passage) -> dict[str, list[int]]:
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     options = read_options(Options, arguments, name="trainer_values", description=__doc__)
-    print(run(options).to_pandas().to_string(index=False))
+    with refusals():
+        print(run(options).to_pandas().to_string(index=False))
 
 
 if __name__ == "__main__":

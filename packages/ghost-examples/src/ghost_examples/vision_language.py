@@ -26,7 +26,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from ghost_core import CaptureError
 from ghost_core.testing import per_sample_gradients
 from ghost_engines import GroupValues, Run, RunConfig
-from ghost_examples.command_line import read_options
+from ghost_examples.command_line import read_options, refusals
 
 MOST = 3
 """Images of a sample, at most."""
@@ -256,9 +256,10 @@ def run(asked: Options) -> dict[str, Outcome]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run from the command line."""
+    """Run from the command line; exits with 2 where options or data do not fit."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    run(read_options(Options, arguments, name="vision_language", description=__doc__))
+    with refusals():
+        run(read_options(Options, arguments, name="vision_language", description=__doc__))
 
 
 if __name__ == "__main__":
