@@ -252,5 +252,7 @@ def test_mistakes_say_what_to_do(tmp_path):
     with pytest.raises(CaptureError, match="no batch of the samples of direction 'val'") as raised:
         ghost_trainer(tmp_path, unprepared, collate=masking).train()
     assert "they have text, sample_id: KeyError" in str(raised.value)
+    with pytest.raises(CaptureError, match="chooses nothing inside a trainer"):
+        ghost(tmp_path / "run", policy="threshold")
     with pytest.raises(CaptureError, match="before training begins"):
         ghost(tmp_path / "run").values.to_dict()

@@ -55,7 +55,7 @@ def trained(folder, before_save=None, after_step=None, save_every=2, **fields):
         before_save: Called on the run after each step, before it may be saved.
         after_step: Called on it when that has happened.
         save_every: Steps between checkpoints.
-        fields: More of its configuration.
+        fields: More of its configuration. With a policy, it chooses among the samples of each step.
 
     Returns:
         The model and the run.
@@ -67,8 +67,11 @@ def trained(folder, before_save=None, after_step=None, save_every=2, **fields):
     run = Run(model, optimizer, config, directions={"val": validation_of(model)})
     with run:
         for step in range(run.resume(**saved), STEPS):
-            with run.batch(ids_of(step)):
-                loss = losses_of(model, INPUTS[ids_of(step)]).mean()
+            ids = torch.tensor(ids_of(step))
+            if config.policy is not None:
+                ids = run.select(lambda ids=ids: losses_of(model, INPUTS[ids]), ids).ids
+            with run.batch(ids):
+                loss = losses_of(model, INPUTS[ids]).mean()
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -54,7 +54,9 @@ KILLER = """
             if run.steps % 2 == 0:
                 acknowledge(run.steps)
 
-        return trained(folder, before_save, after_step, refresh=2)
+        chooses = {"policy": {"top_k": {"k": 3}}, "refresh": 3}
+        fields = chooses if sys.argv[3:] else {"refresh": 2}
+        return trained(folder, before_save, after_step, **fields)
 
 
     def outcome(folder, model, run):
@@ -126,3 +128,8 @@ def test_a_killed_run_goes_on_as_one(tmp_path):
 @pytest.mark.stress
 def test_a_run_that_is_killed_at_every_other_call_goes_on_as_one(tmp_path):
     run_script(KILLER, tmp_path, 2)
+
+
+@pytest.mark.stress
+def test_a_killed_run_that_chooses_goes_on_as_one(tmp_path):
+    run_script(KILLER, tmp_path, 67, "chooses")

@@ -187,6 +187,16 @@ def test_the_folder_says_defaults_and_another_policy_is_refused(tmp_path):
         trained(tmp_path, until=1)
 
 
+def test_a_policy_that_nobody_asks_is_said(tmp_path, caplog):
+    model, optimizer = make()
+    for asked in (True, False):
+        config = {"folder": tmp_path / str(asked), "method": "none", "policy": {"random": {"k": 1}}}
+        with Run(model, optimizer, config) as run:
+            if asked:
+                run.select(lambda: losses_of(model, INPUTS), range(24))
+        assert ("policy 'random' chose nothing" in caplog.text) is not asked
+
+
 def test_without_a_policy_or_an_entered_run_nothing_is_chosen(tmp_path):
     model, optimizer = make()
     run = Run(model, optimizer, {"folder": tmp_path, "method": "none"})

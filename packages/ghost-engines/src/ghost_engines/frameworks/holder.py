@@ -20,10 +20,19 @@ class RunHolder:
     Attributes:
         config: The config.
         run: The run, once training began.
+
+    Raises:
+        CaptureError: If the config names a policy, which a trainer asks for no choice.
     """
 
     def __init__(self, config: RunConfig | Mapping[str, Any]) -> None:
         self.config = config if isinstance(config, RunConfig) else RunConfig.of(config)
+        if self.config.policy is not None:
+            raise CaptureError(
+                f"policy={self.config.policy!r} chooses nothing inside a trainer",
+                reason="it trains on all of each batch",
+                remedy="leave the policy out, or choose in a loop of your own: run.select(...)",
+            )
         self.run: Run | None = None
         self._inside = ExitStack()
         self._credited: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
@@ -15,6 +16,8 @@ from ghost_core.plugins import installed
 from ghost_engines.runs.plain import plain
 from ghost_engines.scoring import ScoringEngine
 from ghost_engines.selection import Chosen, Losses, as_policy, choose_unscored
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Chooser:
         self, policy: NamedPolicy | None, target: str | None, scorer: ScoringEngine[Any] | None
     ) -> None:
         self._policy, self._target, self._scorer = policy, target, scorer
+        self._asked = False
         if policy is None or scorer is None or not policy.kind.needs_dots:
             return
         if target is not None and target not in scorer.directions:
@@ -112,6 +116,14 @@ class Chooser:
             raise CaptureError(
                 f"there are {len(scorer.directions)} directions, and a choice is for one of them",
                 remedy=f"say which in the config: target={scorer.directions[0]!r}",
+            )
+
+    def say_if_unused(self) -> None:
+        """Log that a config names a policy, and nobody asked for a choice."""
+        if self._policy is not None and not self._asked:
+            logger.warning(
+                "policy %r chose nothing: call run.select(...) before each batch",
+                self._policy.name,
             )
 
     def choose(
@@ -131,6 +143,7 @@ class Chooser:
                 "the run has no policy to choose by",
                 remedy="name one in its config, such as policy={'top_k': {'k': 8}}",
             )
+        self._asked = True
         policy = self._policy.make(changed)
         if not policy.needs_dots:
             return choose_unscored(policy, ids)

@@ -124,6 +124,7 @@ class Run:
             # After the values' own, which are added up by then.
             handle = stepping(self._optimizer).register_step_post_hook(self._stepped)
             stack.callback(handle.remove)
+            stack.callback(self._chooser.say_if_unused)
             self._attached.push(stack.pop_all())
         return self
 
