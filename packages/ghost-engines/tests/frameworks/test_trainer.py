@@ -228,6 +228,8 @@ def _stops_at(step):
 def test_mistakes_say_what_to_do(tmp_path):
     import transformers
 
+    from ghost_engines.frameworks import GhostMixin
+
     callback = ghost(tmp_path / "run")
     removed = ghost_trainer(tmp_path, callback, remove_unused_columns=True)
     with pytest.raises(CaptureError, match=r"remove_unused_columns=False") as raised:
@@ -236,11 +238,19 @@ def test_mistakes_say_what_to_do(tmp_path):
     without = make(transformers.Trainer, tmp_path / "out", callbacks=[ghost(tmp_path / "run")])
     with pytest.raises(CaptureError, match="GhostCallback needs a trainer that opens batches"):
         without.train()
+    behind = type("Behind", (transformers.Trainer, GhostMixin), {})
+    wrong = make(behind, tmp_path / "out", callbacks=[ghost(tmp_path / "run")])
+    with pytest.raises(CaptureError, match=r"class YourTrainer\(GhostMixin, \.\.\.\)"):
+        wrong.train()
     trainer = ghost_trainer(tmp_path, callback)
     with pytest.raises(CaptureError, match="has 0 callbacks"):
         make(type(trainer), tmp_path / "out").train()
     with pytest.raises(CaptureError, match="auto_find_batch_size=False"):
         ghost_trainer(tmp_path, ghost(tmp_path / "run"), auto_find_batch_size=True).train()
+    compiled = ghost_trainer(tmp_path, ghost(tmp_path / "run"))
+    compiled.args.torch_compile = True  # as an argument it would set the environment
+    with pytest.raises(CaptureError, match="torch_compile=False"):
+        compiled.train()
     other = torch.optim.SGD(tiny().parameters(), lr=RATE)
     with pytest.raises(CaptureError, match="the optimizer"):
         ghost_trainer(tmp_path, ghost(tmp_path / "run"), optimizer=other).train()

@@ -54,7 +54,7 @@ class GhostCallback(RunHolder, TrainerCallback):
     @contextmanager
     def training(self, trainer: Any, checkpoint: str | bool | None) -> Iterator[None]:
         """Have a run around what a trainer trains, from a checkpoint folder if there is one."""
-        _check_one_training(trainer)
+        _check_arguments(trainer)
         found = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else checkpoint
         self._checkpoint = Path(found) if found else None
         self._trainer = trainer
@@ -93,12 +93,19 @@ class GhostCallback(RunHolder, TrainerCallback):
             write_state(_file(folder, args), self.run.state_dict())
 
 
-def _check_one_training(trainer: Any) -> None:
-    """Refuse what begins training anew on its own, in the folder of the run before."""
+def _check_arguments(trainer: Any) -> None:
+    """Refuse what begins training anew on its own, in the folder of the run before, or compiles."""
     if trainer.args.auto_find_batch_size:
         raise CaptureError(
             "auto_find_batch_size begins training anew where memory ends",
             remedy="set auto_find_batch_size=False",
+        )
+    if trainer.args.torch_compile:
+        raise CaptureError(
+            "torch_compile makes a model that ignores hooks",
+            reason="it is compiled before training begins, and hooks are added then",
+            remedy="set torch_compile=False, or choose a loop of your own, which can score in "
+            "steps that are not compiled",
         )
     if trainer.hp_search_backend is not None:
         raise CaptureError(
