@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.processes import joined, sharded
+from tests.processes import drawn, joined, sharded
 from tests.processes.training import CURVED, DDP, FSDP, JOINED, MADE, Case, train
 from tests.processes.wrapped import UNEVEN, faulty, others, refusals
 from torch import distributed
@@ -47,7 +47,12 @@ def together(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
-SUBJECTS = {"apart": apart, "together": together}
+def ways(rank: int, _: Path) -> dict[str, Any]:
+    """Return what it found in concatenated mode, on layers of its own."""
+    return {"drawn": drawn.run(rank)}
+
+
+SUBJECTS = {"apart": apart, "together": together, "drawn": ways}
 
 
 def _runs(rank: int, cases: Sequence[Case], *hows: str) -> dict[str, Any]:
