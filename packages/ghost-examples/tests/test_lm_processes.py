@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ghost_examples.language_models import Cut, metrics, open_tokenizer, write_domain
@@ -57,6 +58,19 @@ def killed_after(command: list[str], checkpoint: Path) -> None:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.mark.parametrize("method", ["concatenated", "fused"])
+def test_two_processes_join_their_samples(
+    tmp_path: Path, arguments: list[str], method: str
+) -> None:
+    command = together(tmp_path, [*arguments, "--method", method])
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    rows = np.genfromtxt(tmp_path / "values.csv", delimiter=",", names=True)
+    assert rows["times_seen"].sum() == 24 * 2 * 2
+    columns = [name for name in rows.dtype.names if name.startswith("value")]
+    assert all(np.isfinite(rows[name]).all() and rows[name].any() for name in columns)
+    assert len(columns) == (1 if method == "concatenated" else 2)
 
 
 def check_same(found: Path, whole: Path, folder: str) -> None:

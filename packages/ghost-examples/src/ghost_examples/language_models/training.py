@@ -112,7 +112,7 @@ class Trainer:
                     self._evaluate(run)
                 if done or self.step % asked.save_every == 0:
                     run.save(**state)
-            return None if self.plan.method == "none" else _gathered(run.values.table())
+            return None if self.plan.method == "none" else run.values.gathered()
 
     def losses(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """Return the loss of each sample, `[N]`."""
@@ -206,15 +206,6 @@ def rate(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 1 - 0.9 * (step - warm) / max(1, steps - warm)
-
-
-def _gathered(table: ValueTable) -> ValueTable:
-    """Return the values of all processes."""
-    if process_count() == 1:
-        return table
-    tables: list[Any] = [None] * process_count()
-    distributed.all_gather_object(tables, table)
-    return ValueTable.union(tables)
 
 
 def _model(asked: Options, vocabulary: int, length: int) -> nn.Module:
