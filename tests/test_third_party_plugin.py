@@ -1,5 +1,6 @@
 """A plugin of a third party does all that ghost's own packages do, through public API alone."""
 
+import json
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -18,7 +19,7 @@ from ghost_core.testing import (
     check_sampler,
     per_sample_gradients,
 )
-from ghost_engines import DotProductEngine, ProjectionEngine, score_dataset
+from ghost_engines import DotProductEngine, ProjectionEngine, Run, RunConfig, score_dataset
 
 sample = pytest.importorskip("ghost_plugin_sample")
 
@@ -191,6 +192,20 @@ def test_its_policy_chooses_among_candidates(model, inputs):
     chosen = scores.choose("above_median", factor=0.5)
     assert chosen.indices.tolist() == (dots > 0.5 * dots.median()).nonzero().flatten().tolist()
     assert f"{len(chosen)} of 4 for ones by AboveMedian(factor=0.5)" in repr(chosen)
+
+
+def test_a_run_chooses_by_its_policy(model, inputs, tmp_path):
+    dots = per_sample_gradients(model, squares(model(inputs)))
+    sums = torch.stack([gradient.flatten(1).sum(1) for gradient in dots.values()]).sum(0)
+    ones = {name: torch.ones_like(each) for name, each in model.named_parameters()}
+    config = RunConfig(folder=tmp_path, policy={"above_median": {"factor": 0.5}})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Run(model, optimizer, config, directions={"ones": ones}) as run:
+        chosen = run.select(lambda: squares(model(inputs)), range(len(inputs)))
+    assert chosen.indices.tolist() == (sums > 0.5 * sums.median()).nonzero().flatten().tolist()
+    assert json.loads((tmp_path / "run.json").read_text())["effective"]["policy"] == {
+        "above_median": {"factor": 0.5}
+    }
 
 
 def test_the_command_lists_it():

@@ -103,6 +103,22 @@ def test_the_choice_is_brute_force_and_the_step_is_plain_training(fields, tmp_pa
         assert len(credited) < len({each for at in range(STEPS) for each in candidates_of(at)})
 
 
+@pytest.mark.parametrize(("refresh", "calls"), [(1, 4), (2, 2)])
+def test_a_direction_may_serve_the_choice_and_the_step(refresh, calls, tmp_path):
+    model, optimizer = make()
+    made, loss = [], validation_of(model)
+    directions = {"val": lambda: made.append(1) or loss()}
+    config = RunConfig(folder=tmp_path, policy=TOP, refresh=refresh)
+    with Run(model, optimizer, config, directions=directions) as run:
+        for _ in range(2):
+            ids = run.select(lambda: losses_of(model, INPUTS[:6]), range(6)).ids
+            with run.batch(ids):
+                losses_of(model, INPUTS[ids]).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(made) == calls
+
+
 def test_random_choices_need_no_method_and_are_the_same_with_one(tmp_path):
     drawn = {"policy": {"random": {"k": K}}}
     _, none, found = trained(tmp_path / "none", method="none", **drawn)
