@@ -14,11 +14,12 @@ from tests.foreign.images import IMAGES
 from tests.foreign.language import LANGUAGE
 from tests.foreign.refused import REFUSED
 from tests.foreign.rows import ROWS
+from tests.foreign.speech import SPEECH
 from tests.foreign.vision import VISION
 
 from ghost_core import GhostError
 
-ALL = [*LANGUAGE, *VISION, *IMAGES, *GRAPHS, *ADAPTERS, *ROWS]
+ALL = [*LANGUAGE, *VISION, *IMAGES, *GRAPHS, *ADAPTERS, *ROWS, *SPEECH]
 
 NAMES = {foreign.name for foreign in ALL}
 

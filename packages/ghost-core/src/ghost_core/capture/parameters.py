@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -64,6 +65,18 @@ class Sources:
             state.balance = Balance({}, lambda: state.audience is Audience.ENGINES)
         return state.balance.watch(account, leaf)
 
+    def settled(self, shared: Shared, lift: Lift) -> Shared:
+        """Return a shared value that is followed for good, whatever becomes of a call."""
+        sources: list[Source] = []
+        for source in shared.sources:
+            if isinstance(source, ParameterSource) and source.lift is lift:
+                settled = replace(source, lift=None)
+                self.label(settled, self._labels[source])
+                sources.append(settled)
+            else:
+                sources.append(source)
+        return Shared(shared.value, tuple(sources))
+
     def label(self, source: Source, name: str) -> None:
         """Note which module a source is of."""
         self._labels[source] = name
@@ -72,3 +85,17 @@ class Sources:
         """Return the modules whose parameters shared values come from."""
         sources = [source for each in shared for source in each.sources]
         return tuple(dict.fromkeys(self._labels[source] for source in sources))
+
+
+def may_have_rows(shared: Shared, axis: int, n: int) -> bool:
+    """Tell whether a value may have a row for each of n samples, as one that was expanded has.
+
+    A part of a parameter has none, though it may have as many positions as there are samples.
+    """
+    value = shared.value
+    size = value.shape[axis] if value.dim() > axis else 0
+    if size == 1 or size != n:
+        return size == 1
+    return shared.narrow is not None or all(
+        value._base is not source.tensor for source in shared.sources
+    )

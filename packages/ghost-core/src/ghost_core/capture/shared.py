@@ -32,7 +32,7 @@ from ghost_core.capture.functions import QUESTIONS, is_attribute, is_in_place, n
 from ghost_core.capture.meeting import Meeting, give_up_costly, note_followed
 from ghost_core.capture.ordinary import on_samples_alone
 from ghost_core.capture.own_backward import custom_function, follow_function
-from ghost_core.capture.parameters import Sources
+from ghost_core.capture.parameters import Sources, may_have_rows
 from ghost_core.capture.refusals import written_to_samples
 from ghost_core.capture.rows_met import site_of
 from ghost_core.capture.sources import CallSource, Form, ParameterSource, Shared, Source
@@ -102,20 +102,26 @@ class SharedValues(FunctionMode, Sharing):
             form = Form.of(self._state, tracked, call, own)
         return [self._follow(tracked, output, form, own.values()) for output in outputs]
 
-    def is_followed(self, values: Any, lift: Lift) -> bool:
-        """Tell whether any values are computed from what it is being tried to follow in a call.
+    def is_returned(self, values: Any, lift: Lift, axis: int) -> bool:
+        """Tell whether a call returns what is followed in it, and has to run again for that.
 
         Numbers, such as a temperature that a model returns beside embeddings, belong to no sample.
+        Neither do values that have no rows, such as a slice of a table of positions: these are
+        followed from there on.
         """
+        found: list[Shared] = []
         for value in tensors_in(values):
-            if (
-                id(value) in self._sources.owners
-                and self._sources.owners[id(value)][2].name in lift.names
-            ):
+            owned = self._sources.owners.get(id(value))
+            if owned is not None and owned[2].name in lift.names:
                 return True
             shared = self._shared.get(id(value)) if value.dim() else None
             if shared is not None and lift in shared.lifts():
-                return True
+                found.append(shared)
+        assert self._state.pass_ is not None
+        if any(may_have_rows(each, axis, self._state.pass_.n) for each in found):
+            return True
+        for each in found:
+            self._shared[id(each.value)] = self._sources.settled(each, lift)
         return False
 
     def _follow(

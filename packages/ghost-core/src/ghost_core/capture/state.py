@@ -121,8 +121,8 @@ class Sharing(ABC):
         """Follow the outputs of such a call, and return what takes their place."""
 
     @abstractmethod
-    def is_followed(self, values: Any, lift: Lift) -> bool:
-        """Tell whether any values are computed from what it is being tried to follow in a call."""
+    def is_returned(self, values: Any, lift: Lift, axis: int) -> bool:
+        """Tell whether a call returns what is followed in it, and has to run again for that."""
 
 
 @dataclass
@@ -357,8 +357,8 @@ class CaptureState:
         lift, name = ended.lift, ended.tracked.name
         if lift is None:
             return ended.lifted
-        outside = self.verifier.used_outside(lift.names)
-        if outside or (self.sharing is not None and self.sharing.is_followed(output, lift)):
+        outside, axis = self.verifier.used_outside(lift.names), ended.tracked.batch_dim
+        if outside or (self.sharing is not None and self.sharing.is_returned(output, lift, axis)):
             self.give_up([lift])
         if not lift.given_up:
             self.shared_names |= lift.names
