@@ -17,13 +17,14 @@ from ghost_core import (
     PerSampleGradient,
     TrackedParameter,
 )
-from ghost_core.algebra import building_at_most
+from ghost_core.algebra import Reduced, as_rows, building_at_most, full_precision
 from ghost_engines.directions import Factors, Uses, dots_with, squared_norm_of
 from ghost_engines.modes import (
     Concatenation,
     InBatch,
     Mode,
     Padding,
+    SmallOnes,
     Terms,
     as_mode,
     check_tracked,
@@ -91,6 +92,7 @@ class DotProductEngine(ScoringEngine[Scores]):
         self._takes_factors = not per_token
         self._uses: dict[str, dict[int, Uses]] = {}
         self._of_directions: dict[str, Tensor] = {}
+        self._small = SmallOnes()
         self._both: Concatenation | None = None
         if chosen is Mode.CONCATENATED:
             if per_token:
@@ -242,13 +244,32 @@ class DotProductEngine(ScoringEngine[Scores]):
             directions = None
         # What is built for the sum anyway has its norm for little; products of terms come later.
         norms = self._takes_norms and (alone or self.makes_gradients)
-        found = gradient.reduce(directions, norms=norms, total=self.makes_gradients)
+        found = self._reduced(pass_, name, gradient, directions, norms=norms)
         self._add_dots(pass_, name, gradient, found.dots)
         if terms is not None and not alone:
             terms.held.add(pass_, parameter, gradient, found.squared_norms)
         elif terms is not None and found.squared_norms is not None:
             terms.add_norms(pass_, name, found.squared_norms)
         return found.total
+
+    def _reduced(
+        self,
+        pass_: Pass,
+        name: str,
+        gradient: PerSampleGradient,
+        directions: Tensor | None,
+        *,
+        norms: bool,
+    ) -> Reduced:
+        """Reduce a gradient to what is wanted of it now: the dots of small ones come later."""
+        # Directions of samples in the batch are not to outlive their layer.
+        lasting = directions if self._both is None and name not in self._uses else None
+        if lasting is not None and self._small.takes(gradient, lasting):
+            built = gradient.materialize()
+            self._small.add(self._dots[name][pass_.samples], built, lasting)
+            squared = as_rows(built).square().sum(1) if norms else None
+            return Reduced(built.sum(0) if self.makes_gradients else None, None, squared)
+        return gradient.reduce(directions, norms=norms, total=self.makes_gradients)
 
     def _add_dots(
         self, pass_: Pass, name: str, gradient: PerSampleGradient, built: Tensor | None
@@ -274,6 +295,12 @@ class DotProductEngine(ScoringEngine[Scores]):
                 ]
             )
         return found
+
+    def on_end(self, batch: Batch[Scores]) -> Scores:
+        """Multiply what waited for others, and return the scores."""
+        with full_precision(self.parameters[0].device):
+            self._small.multiply()
+        return super().on_end(batch)
 
     def make_scores(
         self, batch: Batch[Scores], dots: Mapping[str, Tensor], token_dots: Tensor | None
@@ -302,6 +329,7 @@ class DotProductEngine(ScoringEngine[Scores]):
     def on_close(self) -> None:
         """Let go of the sums, and of the batch."""
         super().on_close()
+        self._small.clear()
         self._terms, self._of_directions, self._uses = None, {}, {}
         if self._both is not None:
             self._stacked = {}

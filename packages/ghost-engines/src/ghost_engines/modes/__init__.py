@@ -3,6 +3,7 @@
 from ghost_engines.modes.concatenation import Concatenation, InBatch, check_tracked
 from ghost_engines.modes.joining import Padding
 from ghost_engines.modes.mode import Mode, as_mode
+from ghost_engines.modes.small import SmallOnes
 from ghost_engines.modes.terms import Terms
 from ghost_engines.modes.together import Together
 
@@ -11,6 +12,7 @@ __all__ = [
     "InBatch",
     "Mode",
     "Padding",
+    "SmallOnes",
     "Terms",
     "Together",
     "as_mode",
