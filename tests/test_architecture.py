@@ -84,7 +84,6 @@ def parsed() -> dict[str, ast.Module]:
 def _forget() -> Iterator[None]:
     """Keep half a million objects no longer than needed: every look for garbage meets them."""
     yield
-    imports.cache_clear()
     parsed.cache_clear()
 
 
@@ -104,7 +103,6 @@ def imported(node: ast.AST) -> Iterator[str]:
             yield module
 
 
-@cache
 def imports(tree: ast.AST) -> set[str]:
     """Return what a module imports anywhere: inside functions and for the type checker, too."""
     return {name for node in ast.walk(tree) for name in imported(node)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from ghost_core.testing import LAYERS, VARIANTS, check_example
@@ -33,8 +35,19 @@ REFUSED = {
 }
 
 
+def marked(name: str) -> object:
+    """Leave to the stress tests what is the same in another size or along other axes.
+
+    That is what the table calls variants, and options of convolutions along one or three axes that
+    those along two have.
+    """
+    along_two = re.sub("conv[13]d", "conv2d", name)
+    again = name in VARIANTS or (along_two != name and "," in name and along_two in LAYERS)
+    return pytest.param(name, marks=pytest.mark.stress if again else ())
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("name", [*LAYERS, *VARIANTS])
+@pytest.mark.parametrize("name", map(marked, [*LAYERS, *VARIANTS]))
 def test_all_operations_are_exact_or_refused(name: str) -> None:
     check_example(LAYERS.get(name) or VARIANTS[name])
 

@@ -173,8 +173,15 @@ def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids).sin().mean((1, 2))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("t", [3, N])
+@pytest.mark.parametrize(
+    ("t", "frozen"),
+    [
+        (3, False),
+        (N, True),
+        pytest.param(3, True, marks=pytest.mark.stress),
+        pytest.param(N, False, marks=pytest.mark.stress),
+    ],
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_exact(
     hold: Hold,

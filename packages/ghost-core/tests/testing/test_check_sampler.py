@@ -61,19 +61,25 @@ def test_a_layer_that_mixes_samples_is_refused() -> None:
         check_sampler(PlainLinear, Centred(D, P), sequence())
 
 
+SOUND = [
+    (PlainLinear, nn.Linear(D, P), torch.randn(N, D)),
+    (PlainLinear, nn.Linear(D, P), torch.randn(N, 2, T, D)),
+    (PlainLinear, nn.Linear(D, P, bias=False), sequence()),
+    (PlainLinear(), nn.Linear(D, 1), sequence()),
+    (PlainEmbedding, nn.Embedding(7, P), torch.randint(0, 7, (N,))),
+    (PlainEmbedding(), nn.Embedding(7, P), token_ids()),
+    (PlainLayerNorm, nn.LayerNorm(D, bias=False), sequence()),
+]
+
+
 @pytest.mark.parametrize(
-    ("sampler", "layer", "inputs"),
-    [
-        (PlainLinear, nn.Linear(D, P), torch.randn(N, D)),
-        (PlainLinear, nn.Linear(D, P), torch.randn(N, 2, T, D)),
-        (PlainLinear, nn.Linear(D, P, bias=False), sequence()),
-        (PlainLinear(), nn.Linear(D, 1), sequence()),
-        (PlainEmbedding, nn.Embedding(7, P), torch.randint(0, 7, (N,))),
-        (PlainEmbedding(), nn.Embedding(7, P), token_ids()),
-        (PlainLayerNorm, nn.LayerNorm(D, bias=False), sequence()),
+    ("sampler", "layer", "inputs", "uses"),
+    [  # by default, each layer in one of both ways
+        pytest.param(*each, uses, marks=() if at % 2 == uses // 2 else pytest.mark.stress)
+        for at, each in enumerate(SOUND)
+        for uses in (1, 3)
     ],
 )
-@pytest.mark.parametrize("uses", [1, 3])
 def test_samplers_without_faults_pass(
     sampler: GradientSampler, layer: nn.Module, inputs: Tensor, uses: int
 ) -> None:
