@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -33,16 +34,19 @@ def test_the_nearest_clean_image_tells() -> None:
     assert (right, wrong) == pytest.approx((-expected, expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["machine", "alone"])
-def test_a_classifier_fitted_on_clean_images_tells(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("machine", baselines.ON_CLEAN), ("alone", replace(baselines.ALONE, steps=200))],
+)
+def test_a_classifier_fitted_on_clean_images_tells(name: str, setting: object) -> None:
     data = annotate(0, n_train=200)
     grid = tuning.GRIDS[name]
     case = tuning.Case(0, data, convnet.new_model(0, "cpu"), data.clean)
-    suspicion = grid.ask(case, grid.chosen)
+    suspicion = grid.ask(case, setting)
     wrong = data.mislabelled
     assert suspicion[wrong].median() > suspicion[~wrong].median() + 1
     other = Images(data.clean.images, data.clean.labels.roll(1))
-    shuffled = grid.ask(tuning.Case(0, data, case.model, other), grid.chosen)
+    shuffled = grid.ask(tuning.Case(0, data, case.model, other), setting)
     assert not torch.allclose(shuffled, suspicion)
 
 

@@ -58,7 +58,7 @@ def make(kind: type[Engine]) -> Callable[[nn.Module], Engine]:
 
 def test_engines_without_faults_pass() -> None:
     check_engine(hold, rows=lambda held: held.n, result_holds_capture=True, steps=3)
-    check_engine(make(Norms), steps=5)
+    check_engine(make(Norms), steps=3)
     check_engine(make(Fused), gradient_error=1e-5, steps=2)
 
 

@@ -122,7 +122,7 @@ KILLER = """
 
 
 def test_a_killed_run_goes_on_as_one(tmp_path):
-    run_script(KILLER, tmp_path, 131)
+    run_script(KILLER, tmp_path, 263)
 
 
 @pytest.mark.stress
