@@ -2,15 +2,7 @@
 
 from ghost_engines.store.beside import Column
 from ghost_engines.store.columns import Columns, columns_of, parameter_columns
-from ghost_engines.store.comparison import (
-    METRICS,
-    By,
-    Comparison,
-    Queries,
-    RowReader,
-    Scorer,
-    unit_length,
-)
+from ghost_engines.store.comparison import Comparison
 from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import (
@@ -32,6 +24,14 @@ from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.origin import OtherRowsError, check_alike
 from ghost_engines.store.powers import in_range, overflow, powers_for, times
 from ghost_engines.store.rows import StoredRows
+from ghost_engines.store.scorer import (
+    METRICS,
+    By,
+    Queries,
+    RowReader,
+    Scorer,
+    unit_length,
+)
 from ghost_engines.store.seen import SeenIds
 from ghost_engines.store.shards import check_contents
 from ghost_engines.store.store import GradientStore

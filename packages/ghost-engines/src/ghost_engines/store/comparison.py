@@ -5,169 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from math import isfinite
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ghost_core import UnknownNameError
 from ghost_core.algebra import accumulation_dtype, full_precision
 from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
-from ghost_engines.store.columns import Columns, columns_of, count
 from ghost_engines.store.errors import StoreError
-from ghost_engines.store.given import check_store, device_of, number
-from ghost_engines.store.manifest import Manifest
-from ghost_engines.store.origin import query_rows
-from ghost_engines.store.powers import in_range, level_weights, overflow, powers_for, times
-from ghost_engines.store.rows import RowBatch, StoredRows
-
-METRICS = ("cosine", "dot")
-"""How a row can be compared with a query, by name."""
-
-_SHORTEST = 1e-12
-"""Length of rows whose squares are added up in float32 without a loss, and 1 / it the longest."""
-
-_IN_CACHE = 512
-"""Rows that a CPU widens and multiplies at once, while they are in its cache."""
-
-_FEW = 8
-"""Queries for which multiplying takes less than calling it more often."""
+from ghost_engines.store.given import check_store
+from ghost_engines.store.powers import in_range, level_weights, overflow, powers_for
+from ghost_engines.store.rows import StoredRows
+from ghost_engines.store.scorer import By, Queries, RowReader, Scorer
 
 ValueT = TypeVar("ValueT")
-
-
-class RowReader(Protocol):
-    """What a comparison needs of a store."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the rows are."""
-
-    @property
-    def k_total(self) -> int:
-        """Number of columns of a row."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the rows."""
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-
-    def scan(self, size: int = 4096) -> Iterator[StoredRows]:
-        """Yield all rows in order, each block in place of the one before."""
-
-    def digest(self) -> str:
-        """Return what tells the rows from others."""
-
-
-class Metric(Protocol):
-    """A way to compare rows that changes the queries, and then takes dot products with these."""
-
-    def transform(self, store: RowReader, queries: Tensor, columns: Columns) -> Tensor:
-        """Return the queries to take dot products with.
-
-        Args:
-            store: What the rows are in.
-            queries: The columns that are compared, float64 `[Q, c]`, finite.
-            columns: Which columns of a row these are.
-
-        Returns:
-            `[Q, c]`.
-
-        Raises:
-            StoreError: If it is not made for the rows of that store.
-        """
-
-
-By = str | Metric
-"""`dot`, `cosine` or a metric."""
-
-Queries = Tensor | RowBatch
-"""Rows to compare with: a tensor `[Q, k_total]`, or what an engine collected."""
-
-
-class Scorer:
-    """Scores of one store's rows with queries.
-
-    Args:
-        store: What the rows are in.
-        queries: What to compare them with.
-        by: How.
-        weight: What scores are multiplied with.
-        parameters: Globs over the parameters whose columns are compared; by default all.
-        device: Where to compute; by default where the queries are.
-
-    Attributes:
-        columns: Which columns of a row are compared.
-        queries: What dot products are to be taken with, float64 `[Q, c]` on the CPU.
-        dtype: What they are taken in.
-        device: Where.
-
-    Raises:
-        UnknownNameError: If a metric or a parameter does not exist.
-        StoreError: If the queries do not fit.
-    """
-
-    def __init__(
-        self,
-        store: RowReader,
-        queries: Queries,
-        by: By,
-        weight: float,
-        parameters: Patterns | None,
-        device: torch.device | str | None,
-    ) -> None:
-        check_store(store)
-        if isinstance(by, type):
-            raise StoreError(
-                f"{by.__name__} is a class, and no way to compare rows",
-                reason="a metric is made of a store",
-                remedy=f"give one that is made, as by={by.__name__}.of(store)",
-            )
-        if by not in METRICS and not hasattr(by, "transform"):
-            raise UnknownNameError("metric", by, METRICS)
-        if not isfinite(weight := number("weights", weight)):
-            raise StoreError(f"weights must be finite, not {weight}")
-        rows = query_rows(queries, store.manifest)
-        self.dtype = _check_queries(store, rows)
-        self.columns = columns_of(store.manifest, parameters)
-        self._cosine = by == "cosine"
-        self.device = rows.device if device is None else device_of(device)
-        with full_precision(torch.device("cpu")):
-            asked = rows.detach().to("cpu", torch.float64)[:, self.columns]
-            if not isinstance(by, str):
-                asked = by.transform(store, asked, self.columns).double()
-            elif self._cosine:
-                asked = unit_length(_without_zeros(asked))
-            self.queries = asked * weight
-        self.scale(torch.zeros(1, dtype=torch.int32, device="cpu"))
-        self._room = self._asked.new_empty(0, count(self.columns))
-
-    def scale(self, powers: Tensor) -> None:
-        """Take products with queries times two to these powers `[Q, 1]` from now on."""
-        self._asked = times(self.queries, powers).to(self.device, self.dtype)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return the scores `[Q, B]` of rows `[B, k_total]`."""
-        scores = self._asked.new_empty(len(self._asked), len(rows))
-        tiled = self.device.type == "cpu" and len(scores) > _FEW
-        size = _IN_CACHE if tiled else max(len(rows), 1)
-        if len(self._room) < min(size, len(rows)):  # made once, as new memory costs as much again
-            self._room = self._room.new_empty(min(size, len(rows)), self._room.shape[1])
-        for part in map(slice, range(0, len(rows), size), range(size, len(rows) + size, size)):
-            self._multiply(rows[part], scores[:, part])
-        return scores
-
-    def _multiply(self, rows: Tensor, out: Tensor) -> None:
-        rows = self._room[: len(rows)].copy_(rows[:, self.columns])
-        lengths = torch.linalg.vector_norm(rows, dim=1) if self._cosine else None
-        if lengths is not None and not _SHORTEST < lengths.min() <= lengths.max() < 1 / _SHORTEST:
-            rows, lengths = unit_length(rows), None
-        torch.mm(self._asked, rows.mT, out=out)
-        if lengths is not None:
-            out.div_(lengths)
 
 
 class Comparison:
@@ -343,45 +195,6 @@ def _checked_row_weights(given: Tensor, n: int) -> Tensor:
     )
 
 
-def _check_queries(store: RowReader, queries: Tensor) -> torch.dtype:
-    """Return the dtype to compute in."""
-    if not isinstance(queries, Tensor):
-        raise StoreError(
-            f"queries must be a tensor [Q, {store.k_total}] or rows such as engine.collect(), not "
-            f"{type(queries).__name__}"
-        )
-    if queries.dim() != 2 or queries.shape[1] != store.k_total or not queries.is_floating_point():
-        raise StoreError(
-            f"queries must be floating point [Q, {store.k_total}], not {queries.dtype} of shape "
-            f"{list(queries.shape)}"
-        )
-    finite = queries.detach().isfinite().all(dim=1)
-    if not finite.all():
-        raise StoreError(f"queries {(~finite).nonzero().flatten().tolist()} are not finite")
-    return accumulation_dtype(store.dtype, queries.dtype)
-
-
 def _check_scores(scores: Tensor) -> None:
     if scores.numel() and not isfinite(scores.sum().item()) and not scores.isfinite().all():
         raise overflow(scores.dtype)
-
-
-def _without_zeros(queries: Tensor) -> Tensor:
-    zero = (queries == 0).all(dim=1)
-    if zero.any():
-        raise StoreError(
-            f"queries {zero.nonzero().flatten().tolist()} are zero: they have no cosine with a row"
-        )
-    return queries
-
-
-def unit_length(rows: Tensor) -> Tensor:
-    """Scale rows to length 1; rows of zeros stay.
-
-    Squares of small gradients underflow, so the largest entry is taken out first.
-    """
-    largest = torch.maximum(rows.amax(dim=1, keepdim=True), -rows.amin(dim=1, keepdim=True))
-    scaled = rows / largest.where(largest > 0, 1)
-    lengths = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    unit: Tensor = scaled / lengths.where(lengths > 0, 1)
-    return unit

@@ -15,7 +15,7 @@ from ghost_core.batch import as_ids
 from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
 from ghost_engines.store.beside import LOSS
-from ghost_engines.store.comparison import By, Comparison, Queries
+from ghost_engines.store.comparison import Comparison
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.index import INDEX
 from ghost_engines.store.labels import Labels
@@ -24,6 +24,7 @@ from ghost_engines.store.lookup import ordinals_of, several_times
 from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.pieces import Pieces
 from ghost_engines.store.rows import StoredRows
+from ghost_engines.store.scorer import By, Queries
 from ghost_engines.store.shards import check_contents
 
 
