@@ -18,6 +18,13 @@ from ghost_engines.store.given import check_store
 from ghost_engines.store.powers import in_range, level_weights, overflow, powers_for
 from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.scorer import By, Queries, RowReader, Scorer
+from ghost_engines.store.sieve import Sieve
+
+_ENOUGH = 256
+"""Rows that are worth a call of all that scores them."""
+
+_MULTIPLE = 64
+"""Of how many rows kernels take products alike, wherever a row stands among them."""
 
 ValueT = TypeVar("ValueT")
 
@@ -118,21 +125,80 @@ class Comparison:
             StoreError: If a score is not finite, or the stores hold different samples.
             DamagedStoreError: If a file went missing or was altered.
         """
+        for start, found in self._blocks(title, progress):
+            yield start, found[0].ids, self._scores(start, found)
+
+    def above(
+        self, least: Tensor, title: str, progress: bool | None, *, smallest: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield ordinals `[n]`, ids `[n]` and scores `[Q, n]` of rows, as far as they matter.
+
+        Rows are left out if they score no more than some number for any query; others may be.
+
+        Args:
+            least: The numbers `[Q, 1]`, which may change from block to block.
+            title: As for `scores`.
+            progress: As for `scores`.
+            smallest: Whether to negate the scores, before they are compared with the numbers.
+
+        Raises:
+            StoreError: As for `scores`.
+            DamagedStoreError: As for `scores`.
+        """
+        sieve, passed = self._sieve(smallest), _Passed()
+        for start, found in self._blocks(title, progress):
+            ordinals = torch.arange(start, start + len(found[0]), device="cpu")
+            at = None
+            if sieve is not None:
+                with full_precision(self.device):
+                    at = sieve.passing(found[0].rows)
+            if at is not None and len(at):
+                passed.add(ordinals[at], found[0][at])
+            if at is not None and passed.n < _ENOUGH:
+                continue
+            if passed.n:
+                yield self._scored(passed, smallest)
+            if at is None:
+                scores = self._scores(start, found)
+                yield ordinals, found[0].ids, scores.neg_() if smallest else scores
+            if sieve is not None:
+                sieve.raise_to(least)
+        if passed.n:
+            yield self._scored(passed, smallest)
+
+    def _sieve(self, smallest: bool) -> Sieve | None:
+        """Return what tells which rows may be among the best, where that is worth its time."""
+        if len(self._stores) > 1 or self._row_weights is not None:
+            return None
+        return self._scorers[0].sieve(min(self._block, self.n), smallest=smallest)
+
+    def _scored(self, passed: _Passed, smallest: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ordinals, ids and scores of rows that passed the sieve."""
+        ordinals, rows = passed.take()
+        scores = self._scores(0, [rows])[:, : len(ordinals)]
+        return ordinals, rows.ids, scores.neg_() if smallest else scores
+
+    def _blocks(self, title: str, progress: bool | None) -> Iterator[tuple[int, list[StoredRows]]]:
+        """Yield the first ordinal of blocks, and what each store has of them."""
         start = 0
         scans = [store.scan(self._block) for store in self._stores]
         with Progress(self.n, title, progress) as bar:
             for found in aligned(scans):
-                # Not held while nobody computes: a generator may be left at any yield.
-                with full_precision(self.device):
-                    scores = self._scorers[0](found[0].rows)
-                    for scorer, other in zip(self._scorers[1:], found[1:], strict=True):
-                        scores = scores + scorer(other.rows)
-                    if self._row_weights is not None:
-                        scores *= self._row_weights[start : start + len(found[0])]
-                    _check_scores(scores)
-                yield start, found[0].ids, scores
+                yield start, found
                 start += len(found[0])
                 bar.advance(len(found[0]))
+
+    def _scores(self, start: int, found: list[StoredRows]) -> Tensor:
+        """Return the scores of the same rows of each store."""
+        # Not held while nobody computes: a generator may be left at any yield.
+        with full_precision(self.device):
+            scores = self._scorers[0](found[0].rows)
+            for scorer, other in zip(self._scorers[1:], found[1:], strict=True):
+                scores = scores + scorer(other.rows)
+            if self._row_weights is not None:
+                scores *= self._row_weights[start : start + len(found[0])]
+            _check_scores(scores)
+        return scores
 
     def unscaled(self, scores: Tensor) -> Tensor:
         """Return scores `[Q, n]` that were yielded, or sums of such, as what they are.
@@ -141,6 +207,32 @@ class Comparison:
             StoreError: If their dtype cannot hold them.
         """
         return in_range(scores, -self._powers.to(scores.device) - self._row_power, scores.dtype)
+
+
+class _Passed:
+    """Rows that passed a sieve, and wait until it is worth while to score them."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._found: list[tuple[Tensor, StoredRows]] = []
+
+    def add(self, ordinals: Tensor, rows: StoredRows) -> None:
+        """Add rows, in memory of their own, which come after those before."""
+        self._found.append((ordinals, rows))
+        self.n += len(ordinals)
+
+    def take(self) -> tuple[Tensor, StoredRows]:
+        """Return the ordinals of all rows, and these, and forget them.
+
+        The last is repeated up to the next multiple of 64 rows: kernels round what is left over in
+        ways of their own, and equal rows are to have equal scores wherever they stand.
+        """
+        ordinals = torch.cat([each for each, _ in self._found])
+        ids = torch.cat([rows.ids for _, rows in self._found])
+        rows = [rows.rows for _, rows in self._found]
+        rows.append(rows[-1][-1:].expand(-len(ids) % _MULTIPLE, -1))
+        self.n, self._found = 0, []
+        return ordinals, StoredRows(ids, torch.cat(rows))
 
 
 def aligned(scans: Sequence[Iterator[StoredRows]]) -> Iterator[list[StoredRows]]:

@@ -50,8 +50,9 @@ def best(
     k = whole("k", k, least=1, error=StoreError)
     smallest = not switch("largest", largest)
     found = _nothing(comparison.q, min(k, comparison.n), comparison.dtype, comparison.device)
-    for start, ids, scores in comparison.scores("search", progress):
-        _update(found, scores.neg_() if smallest else scores, ids, start)
+    least = found.scores[:, -1:]  # changes with what is found
+    for ordinals, ids, scores in comparison.above(least, "search", progress, smallest=smallest):
+        _update(found, scores, ids, ordinals)
     if smallest:
         found.scores.neg_().add_(0)  # no zero keeps its sign
     return replace(found, scores=comparison.unscaled(found.scores))
@@ -63,11 +64,11 @@ def _nothing(q: int, k: int, dtype: torch.dtype, device: torch.device) -> Neighb
     return Neighbours(torch.full((q, k), -torch.inf, dtype=dtype, device=device), ids, ids.clone())
 
 
-def _update(best: Neighbours, scores: Tensor, ids: Tensor, start: int) -> None:
-    """Put what is better among a block's scores `[Q, B]` in place of the best so far."""
-    if not len(scores):
+def _update(best: Neighbours, scores: Tensor, ids: Tensor, ordinals: Tensor) -> None:
+    """Put what is better among the scores of later rows `[Q, n]` in place of the best so far."""
+    if not scores.numel():
         return
-    # A block's rows come after those so far, which therefore keep their places at equal scores.
+    # They come after those so far, which therefore keep their places at equal scores.
     worst = best.scores[:, -1:]
     changing = (scores.amax(dim=1) > worst[:, 0]).nonzero().flatten()
     if not len(changing):
@@ -80,8 +81,9 @@ def _update(best: Neighbours, scores: Tensor, ids: Tensor, start: int) -> None:
     # Of equal scores topk takes any, but here it takes all that enter; the others come last.
     candidates = scores.topk(entering, dim=1).indices.sort(dim=1).values
     all_scores = torch.cat([best.scores[changing], scores.gather(1, candidates)], dim=1)
-    all_ids = torch.cat([best.ids[changing], ids.to(scores.device)[candidates]], dim=1)
-    all_ordinals = torch.cat([best.ordinals[changing], candidates + start], dim=1)
+    ids, ordinals = (each.to(scores.device)[candidates] for each in (ids, ordinals))
+    all_ids = torch.cat([best.ids[changing], ids], dim=1)
+    all_ordinals = torch.cat([best.ordinals[changing], ordinals], dim=1)
     order = all_scores.sort(dim=1, descending=True, stable=True).indices[:, : best.ids.shape[1]]
     best.scores[changing] = all_scores.gather(1, order)
     best.ids[changing] = all_ids.gather(1, order)

@@ -19,6 +19,7 @@ from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.origin import query_rows
 from ghost_engines.store.powers import times
 from ghost_engines.store.rows import RowBatch, StoredRows
+from ghost_engines.store.sieve import Sieve
 
 METRICS = ("cosine", "dot")
 """How a row can be compared with a query, by name."""
@@ -28,9 +29,6 @@ _SHORTEST = 1e-12
 
 _IN_CACHE = 512
 """Rows that a CPU widens and multiplies at once, while they are in its cache."""
-
-_FEW = 8
-"""Queries for which multiplying takes less than calling it more often."""
 
 
 class RowReader(Protocol):
@@ -129,7 +127,7 @@ class Scorer:
         rows = query_rows(queries, store.manifest)
         self.dtype = _check_queries(store, rows)
         self.columns = columns_of(store.manifest, parameters)
-        self._cosine = by == "cosine"
+        self._cosine, self._store_dtype = by == "cosine", store.dtype
         self.device = rows.device if device is None else device_of(device)
         with full_precision(torch.device("cpu")):
             asked = rows.detach().to("cpu", torch.float64)[:, self.columns]
@@ -140,15 +138,24 @@ class Scorer:
             self.queries = asked * weight
         self.scale(torch.zeros(1, dtype=torch.int32, device="cpu"))
         self._room = self._asked.new_empty(0, count(self.columns))
+        self._scores = self._asked.new_empty(len(self._asked), 0)
 
     def scale(self, powers: Tensor) -> None:
         """Take products with queries times two to these powers `[Q, 1]` from now on."""
         self._asked = times(self.queries, powers).to(self.device, self.dtype)
 
+    def sieve(self, block: int, *, smallest: bool) -> Sieve | None:
+        """Return what tells which rows may be among the best, where that is worth its time."""
+        if not Sieve.pays(self._store_dtype, self._asked, block):
+            return None
+        return Sieve(self._asked, self.columns, cosine=self._cosine, smallest=smallest)
+
     def __call__(self, rows: Tensor) -> Tensor:
-        """Return the scores `[Q, B]` of rows `[B, k_total]`."""
-        scores = self._asked.new_empty(len(self._asked), len(rows))
-        tiled = self.device.type == "cpu" and len(scores) > _FEW
+        """Return the scores `[Q, B]` of rows `[B, k_total]`, in place of those returned before."""
+        if self._scores.shape[1] < len(rows):
+            self._scores = self._asked.new_empty(len(self._asked), len(rows))
+        scores = self._scores[:, : len(rows)]
+        tiled = self.device.type == "cpu"
         size = _IN_CACHE if tiled else max(len(rows), 1)
         if len(self._room) < min(size, len(rows)):  # made once, as new memory costs as much again
             self._room = self._room.new_empty(min(size, len(rows)), self._room.shape[1])
