@@ -4,6 +4,7 @@ Every architecture of the zoo runs under every mode: exact, or refused by name, 
 """
 
 import copy
+from contextlib import ExitStack, nullcontext
 from functools import partial
 
 import pytest
@@ -137,3 +138,53 @@ def test_fifty_steps(mode, make_model):
     if mode == "exact":
         for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             assert torch.equal(mine, theirs)
+
+
+FEATURES = ["accumulation", "autocast", "checkpoints", "clipping", "dropout", "scaler"]
+
+
+def trained(model, feature, kind):
+    """Return the parameters after 50 steps of 32 samples, scored by an engine or not."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=feature == "scaler")
+    narrow = torch.autocast("cpu", torch.bfloat16, enabled=feature == "autocast")
+    engine = None
+    with ExitStack() as attached:
+        if kind is not None:
+            engine = kind(model, grad_scaler=scaler if feature == "scaler" else None)
+            directions = {name: each.detach() for name, each in model.named_parameters()}
+            engine.add_direction("weights", {n: each.clone() for n, each in directions.items()})
+            attached.enter_context(engine)
+        for step in range(50):
+            torch.manual_seed(step)  # of the tokens, and of dropout
+            tokens = torch.randint(0, 23, (32, 6))
+            parts = tokens.split(8 if feature == "accumulation" else 32)
+            with nullcontext() if engine is None else engine.batch(range(32)):
+                for part in parts:
+                    with narrow:
+                        loss = model(part, labels=part).loss / len(parts)
+                    scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if feature == "clipping":
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return list(model.parameters())
+
+
+def same(feature, kind, make_model):
+    """Tell whether training ends where it does without an engine."""
+    model = make_model("gpt2").train(feature in ("checkpoints", "dropout"))
+    if feature == "checkpoints":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    plain = trained(copy.deepcopy(model), feature, None)
+    return all(map(torch.equal, trained(model, feature, kind), plain))
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("feature", FEATURES)
+def test_fifty_steps_are_those_of_plain_training(feature, make_model):
+    """And a sum that is made in another order would be told from it."""
+    assert same(feature, DotProductEngine, make_model)
+    assert not same(feature, partial(DotProductEngine, mode="fused"), make_model)
