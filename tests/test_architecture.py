@@ -18,7 +18,7 @@ PACKAGES = ["ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"]
 FLOORS = [
     {"restoring"},
     {"errors", "_trees", "_modes", "switches"},
-    {"_torch", "_distributed", "arguments", "process"},
+    {"_torch", "_graph", "_distributed", "arguments", "process"},
     {"algebra", "ranks"},
     {"sampler", "projection", "policy"},
     {"hooks", "state", "batch", "differentiation"},

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -134,44 +134,6 @@ def in_function() -> bool:
 def in_transform() -> bool:
     """Tell whether a function of `torch.func` runs, which sees parts of tensors. Torch 2.11."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def function_of(kind: type) -> object:
-    """Return the `torch.autograd.Function` that nodes of a type are of; or None. Torch 2.11."""
-    of_function = issubclass(kind, torch.autograd.function.BackwardCFunction)
-    return kind._forward_cls if of_function else None  # type: ignore[attr-defined]
-
-
-class Made(NamedTuple):
-    """What is known of a node's output; it has no axes where it is no result, or one number.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its dtype.
-        device: Where it is.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-def outputs_of(node: Any) -> list[Made]:
-    """Return what is known of a node's outputs. Torch 2.11."""
-    kinds = node._input_metadata
-    return [Made(torch.Size(each.shape), each.dtype, each.device) for each in kinds]
-
-
-def dtypes_into(node: Any) -> list[torch.dtype]:
-    """Return the dtypes of a node's inputs that gradients go to. Torch 2.11."""
-    return [each._input_metadata[at].dtype for each, at in node.next_functions if each is not None]
-
-
-def axis_of(node: Any) -> int:
-    """Return the axis along which a node of an operation with one result works. Torch 2.11."""
-    axis: int = node._saved_dim
-    axes = len(outputs_of(node)[0].shape)
-    return (axis - 2**64 if axis >= 2**63 else axis) % axes  # it is kept as an unsigned number
 
 
 def will_reach(node: torch.autograd.graph.Node) -> bool:

@@ -21,16 +21,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from ghost_core._graph import dtypes_into, is_custom, outputs_of
 from ghost_core._modes import own_mode_left
-from ghost_core._torch import (
-    axis_of,
-    dtypes_into,
-    function_of,
-    outputs_of,
-    run_apart,
-    version,
-    without_gradients,
-)
+from ghost_core._torch import run_apart, version, without_gradients
 from ghost_core.algebra import Dense, Owned, Precision, chunks, full_precision
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass
@@ -41,35 +34,17 @@ from ghost_core.capture.sources import ParameterSource, Shared
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.capture.tap import Branch, Tap
 from ghost_core.errors import WrongSplitError
-from ghost_core.split import RowAxes, Site
+from ghost_core.split import Site
 from ghost_core.state import random_state_kept
 
 Gradients = Mapping[int, Tensor]
 """Gradients that arrive at a function, by position of its output."""
-
-_PICKING = {
-    f"{operation}Backward0"
-    for operation in (
-        *("Index", "IndexSelect", "MaskedSelect", "Gather", "Take", "Sort", "Topk"),
-        *("IndexPut", "IndexCopy", "IndexAdd", "Scatter", "ScatterAdd", "MaskedScatter"),
-        *("Flip", "Roll"),
-    )
-}
-"""Nodes of operations that choose rows, or where they go, in each batch others."""
-
-_JOINING = {"CatBackward0", "StackBackward0"}
-"""Nodes of operations that choose rows if they join what lies one behind the other."""
 
 
 def custom_function(value: Tensor) -> Any:
     """Return the node of the user's function that made a value, if one did."""
     node = value.grad_fn
     return node if is_custom(type(node)) else None
-
-
-def is_custom(kind: type) -> bool:
-    """Tell whether nodes of a type are those of a user's function."""
-    return function_of(kind) not in (None, Tap, Branch)
 
 
 def follow_function(
@@ -128,13 +103,8 @@ def follow_function(
 def _sites(state: CaptureState, node: Any, names: tuple[str, ...]) -> dict[int, Site]:
     """Return where a function has its rows, by position of the output, where it has some."""
     sites: dict[int, Site] = {}
-    picks = _picks_rows(node)
     for at, (shape, _, _) in enumerate(outputs_of(node)):
         if not shape:
-            continue
-        if picks:  # their number may be as before, and owners others
-            anywhere = [RowAxes(0, (a,), size, routed=True) for a, size in enumerate(shape)]
-            sites[at] = Site(names, node.name(), anywhere)
             continue
         try:
             sites[at] = site_of(state, torch.empty(shape, device="meta"), names, node.name())
@@ -175,16 +145,6 @@ def _is_tap(node: Any) -> bool:
 def _is_behind_tap(node: Any) -> bool:
     """Tell whether a probe can reach a node, and a backward pass is known for one that counts."""
     return any(map(_is_tap, _behind(node)))
-
-
-def _picks_rows(node: Any) -> bool:
-    """Tell whether rows are chosen on the way to a node, from where they are told apart."""
-    return any(each.name() in _PICKING or _joins_rows(each) for each in _behind(node))
-
-
-def _joins_rows(node: Any) -> bool:
-    """Tell whether a node puts rows one behind the other, in each batch as many others."""
-    return node.name() in _JOINING and axis_of(node) == 0
 
 
 @dataclass(eq=False)

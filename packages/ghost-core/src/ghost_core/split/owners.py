@@ -162,6 +162,25 @@ def _as_found(
     return None if is_plain else found.clamp(min=0)
 
 
+def is_in_place(site: Site, n: int, folds: Mapping[str, Fold]) -> bool:
+    """Tell whether rows were found to be of the samples that they are taken to be of.
+
+    Args:
+        site: Where rows were found out.
+        n: Number of samples.
+        folds: How rows are folded, as far as probes told, by name of the module.
+    """
+    axes, fold = site.axes, Fold.SAMPLE_MAJOR
+    assert site.found is not None
+    if axes.is_folded(n):
+        known = folds.get(site.names[0])
+        if known is None:
+            return False
+        fold = known
+    owner = fold.owners(n, axes.count)
+    return not axes.routed and bool(((site.found == owner) | (site.found < 0)).all())
+
+
 def find_owner(
     key: str, given: Mapping[str, Tensor], inputs: Mapping[str, Any], samples: slice
 ) -> Tensor:

@@ -17,10 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from ghost_core._distributed import in_use, shards
 from ghost_core._torch import will_reach
+from ghost_core._trees import tensors_in
 from ghost_core.errors import WrongSplitError
 from ghost_core.process import eagerly
 from ghost_core.ranks import ALONE, Ranks
-from ghost_core.split.owners import Fold, find_folds
+from ghost_core.split.moves import Moves, find_moves
+from ghost_core.split.owners import Fold, find_folds, is_in_place
 from ghost_core.split.probe import Kind, Places, Probe, Prober, probed_samples
 from ghost_core.split.reasons import doubted, late_row, reached_elsewhere, unreached, wrong_split
 from ghost_core.split.routes import Census
@@ -71,11 +73,16 @@ class Verifier:
         self._modules = list(model.modules())
         self._tracked = tracked
         self._prober = Prober(model, seed, batch_dim)
+        self._batch_dim = batch_dim
+        self._leading = not batch_dim and not any(each.batch_dim for each in tracked.values())
+        self._owned = any(each.row_owner for each in tracked.values())
         with torch.inference_mode(False):
             self._seed_node = torch.autograd.graph.get_gradient_edge(seed).node
         self._verified: dict[tuple[object, ...], set[Kind]] = {}
         self._folds: dict[str, Fold] = {}
         self._layouts = Layouts()
+        self._in_place: set[tuple[object, ...]] = {()}
+        self._moving = False
         self._unreached: set[Kind] = set()
         self._unprobed: set[object] = set()
         self._unwatched: set[tuple[object, ...]] = set()
@@ -105,7 +112,7 @@ class Verifier:
         """Watch from now on to the end of the batch, if passes like it are not verified yet."""
         if self._usage is not None:
             return
-        if self.routes:
+        if self.routes or self._moving:
             self._prober.shield_hooks()
         signature = self._signature(n)
         if signature in self._verified and signature not in self._unwatched:
@@ -225,6 +232,7 @@ class Verifier:
         if self.doubt:  # the next batch is verified in place of this one
             for signature in self._checked:
                 self._verified.pop(signature, None)
+            self._in_place = {()}
         self._checked, self.doubt = set(), ""
 
     def check(self, output: Any, n: int, sites: Sequence[Site], called: set[Kind]) -> bool:
@@ -250,23 +258,64 @@ class Verifier:
             self._usage.check()
         clear = self.routes or self._layouts.recall(sites, n)
         signature = self._signature(n)
-        verified = self._verified.get(signature, set())
+        verified = self._known(signature)
         kinds = {kind for site in sites for kind in site.kinds(n)}
         if self.routes:
             kinds = {(name, False) for name, _ in kinds}
+        moves = self._moves(output, n, sites)
+        self._moving |= moves != Moves()
         known = clear and called | kinds <= verified and not self.routes
-        with self._ranks.probing(not known) as probes:
-            if probes:
-                return self._prove(output, n, sites, called, kinds)
+        placed = moves.told and moves.steps in self._in_place
+        with self._ranks.probing(not known or not placed) as probes:
+            if probes and known:
+                self._place(self._prober.places(output, n), n, sites, moves)
+            elif probes:
+                return self._prove(output, n, sites, called, kinds, moves)
         called |= kinds
         return signature not in self._unwatched
 
+    def _moves(self, output: Any, n: int, sites: Sequence[Site]) -> Moves:
+        """Return what moves rows in a pass, where nobody is told or asked whose they are anyway."""
+        if n < 2 or self.routes or self._owned:
+            return Moves()
+        axes = (axis for site in sites for axes in site.alternatives for axis in axes.outputs)
+        leading = self._leading and Fold.SAMPLE_MINOR not in self._folds.values() and not any(axes)
+        return find_moves(
+            tensors_in(output), self._seed_node, n, dim=self._batch_dim, leading=leading
+        )
+
+    def _place(self, places: Places, n: int, sites: Sequence[Site], moves: Moves) -> None:
+        """Find whose is each row where rows may have been moved since a proven pass.
+
+        Raises:
+            WrongSplitError: If rows belong to several samples.
+        """
+        if _any_nan(places):
+            self.doubt = self.doubt or "there is NaN in the model's output"
+            return
+        for site in sites:
+            site.spread_out()
+        self._find(places, n, sites)
+        if not all(is_in_place(site, n, self._folds) for site in sites):
+            self.routes = True
+            return
+        for site in sites:
+            site.found = None
+        if moves.told:
+            self._in_place.add(moves.steps)
+
     def _prove(
-        self, output: Any, n: int, sites: Sequence[Site], called: set[Kind], kinds: set[Kind]
+        self,
+        output: Any,
+        n: int,
+        sites: Sequence[Site],
+        called: set[Kind],
+        kinds: set[Kind],
+        moves: Moves,
     ) -> bool:
         """Probe a pass, as `check` does."""
         signature = self._signature(n)
-        verified = self._verified.get(signature, set())
+        verified = self._known(signature)
         if self._usage is None and not called | kinds <= verified:
             self._unwatched.add(signature)
         if self._usage is not None and _any_nan(tree_leaves(output)):
@@ -284,6 +333,10 @@ class Verifier:
             self._unprobed |= {site.place for site in sites if site.operation and not site.probed}
         self._unprobed -= {site.place for site in sites if site.probed}
         self._layouts.learn(sites, n)
+        if not self.routes and moves.told and not self.doubt:
+            self._in_place.add(moves.steps)
+        elif not self.routes and not self.doubt:
+            self._place(places, n, sites, moves)
         self._verified[signature] = verified | called
         self._checked.add(signature)
         return self._usage is not None or signature not in self._unwatched
@@ -325,6 +378,11 @@ class Verifier:
             raise wrong_split(self._model, self._tracked, sample, probe.mixed, probe.scalars)
         probe.narrow()
         return probe
+
+    def _known(self, signature: tuple[object, ...]) -> set[Kind]:
+        """Return what is verified; where every row is asked for, it does not matter how it was."""
+        known = self._verified.get(signature, set())
+        return known | {(name, False) for name, _ in known} if self.routes else known
 
     def _signature(self, n: int) -> tuple[object, ...]:
         """Identify what a verification holds for: modes of all modules, one sample or more."""

@@ -1,0 +1,111 @@
+"""What moves rows between modules and the model's output, as the graph of each pass tells.
+
+A probe proves whose each row of a module is in one pass. In later passes rows are where they were
+if they come to the model's output in the same way:
+
+    y = layer(x.flatten(0, 1))              rows 0..T-1 are of the first sample in every batch
+    y = layer(x[mask]); out[mask] = y       they are if the mask leaves nothing out
+
+Views and arithmetic leave rows where they are. What picks, joins, sorts or writes rows is looked
+at: along which axis it does, and with which numbers. Within samples it may do what it likes; where
+it keeps their order it does no harm; what is left identifies a pass, and is proven anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from ghost_core._graph import leads_to, nodes_behind, outputs_of
+from ghost_core.split.movers import UNTOLD, Move
+from ghost_core.split.roles import ROLES, VIEWS, within
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What moves rows in a pass, other than within samples or in their order.
+
+    Attributes:
+        steps: The operations with their numbers, and where results are used, in the order of the
+            graph.
+        told: Whether these say all, so that a pass with equal ones has its rows where this has.
+    """
+
+    steps: tuple[object, ...] = ()
+    told: bool = True
+
+
+def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leading: bool) -> Moves:
+    """Find what moves rows on their way from modules to the outputs of a pass.
+
+    Args:
+        outputs: The outputs.
+        start: The node that all Taps lead to.
+        n: Number of samples.
+        dim: Axis of the samples in the outputs.
+        leading: Whether samples are on the first axis of the model's inputs and of all modules.
+    """
+    outputs = [output for output in outputs if output.grad_fn is not None]
+    nodes, uses = nodes_behind((output.grad_fn for output in outputs), ROLES)
+    roles = [(node, role) for node in nodes if (role := ROLES[type(node)]) is not None]
+    steps: dict[Any, tuple[object, ...]] = {}
+    turned = not leading or any(
+        role.turns is not None and role.turns(node) and leads_to(node, start)
+        for node, role in roles
+    )
+    for node, role in roles:
+        if role.describe is None or (not turned and role.keeps_axis and within(node, n)):
+            continue
+        move = role.describe(node)
+        axes = [axis for axis in move.along if turned or _may_hold(move.shape, axis, n)]
+        if axes and any(_leads(each, start) for each in move.moved):
+            steps[node] = type(node).__name__, *_known(move, axes, n, turned)
+    told = all(len(step) > 1 for step in steps.values()) and _are_grouped(outputs, n, dim)
+    place = {node: at for at, node in enumerate(steps)}
+    used = [(place[node], number) for node, number in uses if node in place]
+    return Moves((*steps.values(), *used), told)
+
+
+def _leads(node: Any, start: Any) -> bool:
+    return node is not None and (node is start or leads_to(node, start))
+
+
+def _may_hold(shape: Sequence[int], axis: int, n: int) -> bool:
+    """Tell whether samples may lie along an axis, where they lead.
+
+    If they do, the axes before it have a multiple of n entries: each along it is of one sample.
+    """
+    return prod(shape[:axis]) % n != 0
+
+
+def _known(move: Move, axes: Sequence[int], n: int, turned: bool) -> list[object]:
+    """Return what is known along axes: numbers, or the orders of samples that they keep.
+
+    Samples are where an order is kept, if one is along any axis: else no pass were proven.
+    """
+    found = [(axis, move.numbers(axis, n, turned)) for axis in axes]
+    return [each for each in found if each[1] is not UNTOLD]
+
+
+def _are_grouped(outputs: Sequence[Tensor], n: int, dim: int) -> bool:
+    """Tell whether sizes show samples of equal numbers of rows, if outputs have these joined.
+
+    They do where an axis of samples became part of the rows. A model of joined rows throughout, of
+    which it knows by itself whose they are, has none.
+    """
+    if any(n in (*output.shape[dim : dim + 1], *output.shape[:1]) for output in outputs):
+        return True
+    rows = {
+        size for output in outputs for size in (*output.shape[dim : dim + 1], *output.shape[:1])
+    }
+    views, _ = nodes_behind((output.grad_fn for output in outputs), VIEWS)
+    for view in views:
+        before, after = view._saved_self_sym_sizes, outputs_of(view)[0].shape
+        joined = len(before) > 1 and n in before[:2] and before[0] * before[1] in rows
+        if joined and after[:1] == (before[0] * before[1],):
+            return True
+    return False
