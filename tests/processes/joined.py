@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tests.processes.sharded import Language, language, texts
+from tests.processes.sharded import Language, language, shard, texts
 from tests.processes.training import (
     CURVED,
     JOINED,
@@ -62,6 +62,7 @@ def others(rank: int) -> dict[str, Any]:
         half = _read(rank, language().float())
     return {
         "along a step": batch.result.total.flatten().tolist(),
+        "tensors": _tensors(rank),
         "language": _read(rank, language()),
         "half": half,
         "scaled": _read(rank, language(), torch.amp.GradScaler("cpu", init_scale=SCALE)),
@@ -70,6 +71,16 @@ def others(rank: int) -> dict[str, Any]:
         "nobody": _nobody(rank),
         "gathered": _gathered(rank),
     }
+
+
+def _tensors(rank: int) -> list[float]:
+    """Score against tensors that a closure returns, others in each process."""
+    model = shard(net())
+    engine = dots(model, partial(step, rank))
+    with engine, engine.batch(TRAIN[rank]) as batch:
+        losses(model(samples()[TRAIN[rank]])).mean().backward()
+    totals: list[float] = batch.result.total.flatten().tolist()
+    return totals
 
 
 def _read(

@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tests.processes.training import FSDP, Net, held_out, losses, net, samples, train
+from tests.processes.training import FSDP, Net, held_out, losses, net, samples, train, whole
 from tests.processes.wrapped import MINE, dots, said_of, summed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,8 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from ghost_core.ranks import Ranks
-from ghost_engines import InRunValues, NormEngine, ProjectionEngine
+from ghost_engines import NormEngine, ProjectionEngine
 
 WORDS, LENGTH, DIM = 11, 4, 8
 RESHARDS = {"resharded": True, "sharded": False}
@@ -154,12 +153,6 @@ def _candidates(rank: int) -> None:
         pass
 
 
-def _curved(rank: int) -> None:
-    model = shard(net())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    InRunValues(dots(model, _loss(model)), optimizer, order=2)
-
-
 def _unsynced(rank: int) -> None:
     model = shard(net())
     model.set_requires_gradient_sync(False)
@@ -240,7 +233,6 @@ MISTAKES = {
     "frozen": (_frozen, "frozen() is not for a model under fully_shard"),
     "verify": (_verified, "engine.verify is not for a model under fully_shard"),
     "candidates": (_candidates, "engine.scoring() is not for a model under fully_shard"),
-    "second order": (_curved, "order=2 is not for a model under fully_shard"),
     "not synchronised": (_unsynced, "gradients are not averaged in each backward pass"),
     "waiting gradients": (_waiting, "gradients are not averaged in each backward pass"),
     "one process fails": (_one_fails, "direction 'held out'"),
@@ -271,12 +263,7 @@ def _own_parts() -> Iterator[None]:
 @contextmanager
 def _averaged_twice() -> Iterator[None]:
     """Divide directions by the number of processes, which FSDP2 did."""
-    average = Ranks.average
-
-    def twice(self: Ranks, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: each / self.count for name, each in average(self, tensors).items()}
-
-    with patch.object(Ranks, "average", twice):
+    with patch("ghost_engines.directions.closures.whole", lambda each: whole(each) / 2):
         yield
 
 

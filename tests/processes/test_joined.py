@@ -124,6 +124,19 @@ def test_a_direction_along_the_mean_of_steps(joined: Found, rank: int) -> None:
     close(joined[rank]["others"]["along a step"], (dots / len(ids) / WORLD).tolist(), "dots")
 
 
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_tensors_of_a_closure_are_averaged_where_parameters_are_in_parts(
+    joined: Found, rank: int
+) -> None:
+    model, ids = net(), TRAIN[rank]
+    mean = _mean([step(each) for each in range(WORLD)])
+    own = per_sample_gradients(model, losses(model(samples()[ids])))
+    dots = torch.zeros(len(ids), dtype=torch.float64)
+    for name, gradient in own.items():
+        dots += (gradient * mean[name]).flatten(1).sum(1)
+    close(joined[rank]["others"]["tensors"], (dots / len(ids) / WORLD).tolist(), "dots")
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_refused_in_every_process(joined: Found, mistake: str) -> None:
     for each, words in zip(joined, MISTAKES[mistake][1:], strict=True):

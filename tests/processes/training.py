@@ -180,8 +180,12 @@ MADE = [
          sharded=["trunk.0", "trunk.2", "heads.0"], again=True, reshards=False),
     Case("joined, a head", [[_PLAIN, _NEXT], [_UNEVEN]], engine=_JOINED, validation=_HALVES,
          heads=((0, None), (0, None)), sharded=["trunk"]),
+    Case("curved, sharded", [[_PLAIN, _NEXT], [_UNEVEN], [_PLAIN]], validation=_HALVES,
+         clips=True, sharded=_BLOCKS, order=2),
+    Case("curved, layers", [[_PLAIN], [_UNEVEN]], engine={"mode": "fused"}, validation=_HALVES,
+         sharded=["trunk.0", "trunk.2", "heads.0"], again=True, reshards=False, order=2),
 ]  # fmt: skip
-"""Gradients that ghost makes, where parameters are in parts."""
+"""Gradients that ghost makes, and the second order, where parameters are in parts."""
 
 
 class Net(nn.Module):

@@ -130,7 +130,7 @@ def _groups(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def kept_whole(model: nn.Module) -> Iterator[None]:
-    """Let all parameters be whole meanwhile, whatever backward passes run. Torch 2.11.
+    """Let all parameters be whole meanwhile, whatever passes run. Torch 2.11.
 
     All processes ask for it, and need nothing of each other inside.
     """
@@ -142,6 +142,9 @@ def kept_whole(model: nn.Module) -> Iterator[None]:
         for module in sharded_modules(model):
             undo(stack, module.reshard)
             module.unshard()
+        for group in groups:  # from here on, not in parts after a forward pass either
+            undo(stack, setattr, group, "post_forward_mesh_info", group.post_forward_mesh_info)
+            group.post_forward_mesh_info = None
         yield
 
 

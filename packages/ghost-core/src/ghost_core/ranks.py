@@ -113,11 +113,8 @@ class Ranks:
         return made
 
     def average(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the means over all processes, in the memory of what is given.
-
-        Gradients of parameters in parts are means already.
-        """
-        if self.several and self.sharded is None:
+        """Return the means over all processes, in the memory of what is given."""
+        if self.several:
             with torch.no_grad():
                 waiting = [
                     distributed.all_reduce(each, group=self.group, async_op=True)
@@ -164,6 +161,15 @@ class Ranks:
             return
         with kept_whole(self.sharded):
             yield True
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let parameters that are in parts be whole meanwhile; all processes ask for it."""
+        if self.sharded is None:
+            yield
+            return
+        with kept_whole(self.sharded):
+            yield
 
     @contextmanager
     def apart(self, what: str = "") -> Iterator[None]:

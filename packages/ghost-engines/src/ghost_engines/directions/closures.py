@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,9 @@ from ghost_engines.directions.given import finite, given, widened
 
 Closure = Callable[[], Tensor | Mapping[str, Tensor]]
 """Computes a scalar loss with the model, or the direction itself by parameter name."""
+
+_Own = tuple[dict[str, Tensor], bool]
+"""What a process has made, and whether that is the mean over all already, as FSDP2 makes it."""
 
 
 def check_closure(name: str, closure: Closure) -> None:
@@ -77,11 +80,11 @@ class Source:
         """
         return self._averaged(self._own_tensors)
 
-    def _own_tensors(self) -> dict[str, Tensor]:
+    def _own_tensors(self) -> _Own:
         with self.called() as result:
             if isinstance(result, Mapping):
                 named = self.ranks.inside(result)
-                return given(self.name, named, self.model, self.parameters)
+                return given(self.name, named, self.model, self.parameters), False
             if self.ranks.sharded is None:
                 gradients = self._differentiated(self.loss_of(result))
             else:
@@ -89,7 +92,8 @@ class Source:
                 what = f"direction {self.name!r}"
                 loss = self.ranks.all_or_none(what, lambda: self.loss_of(result), lambda _: what)
                 gradients = self._backpropagated(loss)
-        return finite(self.name, {key: widened(each) for key, each in gradients.items()})
+        found = finite(self.name, {key: widened(each) for key, each in gradients.items()})
+        return found, self.ranks.sharded is not None
 
     def curvature(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return `H step`, with the Hessian H of the closure's loss: one product with it.
@@ -105,17 +109,16 @@ class Source:
             CaptureError: If the closure returns no loss, the step lacks a parameter or has another
                 shape, or as `tensors` does.
         """
-        self.ranks.check_way("a second order")
         step = self._averaged(partial(self._own_step, step))
         return self._averaged(partial(self._own_curvature, step))
 
-    def _own_step(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _own_step(self, step: Mapping[str, Tensor]) -> _Own:
         name = f"{self.name}, along a step"
-        return given(name, self.ranks.inside(step), self.model, self.parameters)
+        return given(name, self.ranks.inside(step), self.model, self.parameters), False
 
-    def _own_curvature(self, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _own_curvature(self, step: Mapping[str, Tensor]) -> _Own:
         # Torch's plain formula for attention is the one whose second derivative is known.
-        with sdpa_kernel(SDPBackend.MATH), self.called() as result:
+        with sdpa_kernel(SDPBackend.MATH), self.called(whole=True) as result:
             if isinstance(result, Mapping):
                 raise CaptureError(
                     f"direction {self.name!r} has no second order",
@@ -130,21 +133,31 @@ class Source:
             if slope.requires_grad:  # else the loss is linear
                 products = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
         found = _filled(leaves, products)
-        return finite(self.name, {key: widened(each.detach()) for key, each in found.items()})
+        tensors = {key: widened(each.detach()) for key, each in found.items()}
+        return finite(self.name, tensors), False
 
     def leaves(self) -> dict[str, nn.Parameter]:
         """Return the tracked parameters by name."""
         return {each.name: self.model.get_parameter(each.name) for each in self.parameters}
 
-    def _averaged(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _averaged(self, make: Callable[[], _Own]) -> dict[str, Tensor]:
         """Return what all processes make, averaged; each of them calls this at the same place."""
         what = f"direction {self.name!r}"
-        return self.ranks.average(self.ranks.all_or_none(what, make, lambda _: what))
+        tensors, is_mean = self.ranks.all_or_none(what, make, lambda made: (what, made[1]))
+        return tensors if is_mean else self.ranks.average(tensors)
 
     @contextmanager
-    def called(self) -> Iterator[object]:
-        """Call the closure, and undo afterwards what that did."""
-        with torch.enable_grad(), self.ranks.apart(), untouched(self.model):
+    def called(self, *, whole: bool = False) -> Iterator[object]:
+        """Call the closure, and undo afterwards what that did.
+
+        Args:
+            whole: Whether parameters in parts are whole before, and until it is undone.
+        """
+        with ExitStack() as stack:
+            for each in (torch.enable_grad(), self.ranks.apart(), untouched(self.model)):
+                stack.enter_context(each)
+            if whole:
+                stack.enter_context(self.ranks.whole())
             if not self.training:
                 self.model.eval()
             yield self.closure()

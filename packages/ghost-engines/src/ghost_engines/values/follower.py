@@ -62,8 +62,6 @@ class Follower:
         order: int,
     ) -> None:
         self._engine = _scoring(engine)
-        if order == 2:
-            engine.ranks.check_way("order=2")
         if engine.is_open:
             raise CaptureError("make InRunValues outside of a batch, to see all of its gradients")
         optimizer = stepping(optimizer)
