@@ -23,9 +23,6 @@ from ghost_engines.store.sieve import Sieve
 _ENOUGH = 256
 """Rows that are worth a call of all that scores them."""
 
-_MULTIPLE = 64
-"""Of how many rows kernels take products alike, wherever a row stands among them."""
-
 ValueT = TypeVar("ValueT")
 
 
@@ -175,7 +172,7 @@ class Comparison:
     def _scored(self, passed: _Passed, smallest: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return ordinals, ids and scores of rows that passed the sieve."""
         ordinals, rows = passed.take()
-        scores = self._scores(0, [rows])[:, : len(ordinals)]
+        scores = self._scores(0, [rows])
         return ordinals, rows.ids, scores.neg_() if smallest else scores
 
     def _blocks(self, title: str, progress: bool | None) -> Iterator[tuple[int, list[StoredRows]]]:
@@ -222,17 +219,12 @@ class _Passed:
         self.n += len(ordinals)
 
     def take(self) -> tuple[Tensor, StoredRows]:
-        """Return the ordinals of all rows, and these, and forget them.
-
-        The last is repeated up to the next multiple of 64 rows: kernels round what is left over in
-        ways of their own, and equal rows are to have equal scores wherever they stand.
-        """
+        """Return the ordinals of all rows, and these, and forget them."""
         ordinals = torch.cat([each for each, _ in self._found])
         ids = torch.cat([rows.ids for _, rows in self._found])
-        rows = [rows.rows for _, rows in self._found]
-        rows.append(rows[-1][-1:].expand(-len(ids) % _MULTIPLE, -1))
+        rows = torch.cat([rows.rows for _, rows in self._found])
         self.n, self._found = 0, []
-        return ordinals, StoredRows(ids, torch.cat(rows))
+        return ordinals, StoredRows(ids, rows)
 
 
 def aligned(scans: Sequence[Iterator[StoredRows]]) -> Iterator[list[StoredRows]]:

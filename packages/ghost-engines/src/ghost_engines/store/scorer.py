@@ -27,6 +27,10 @@ METRICS = ("cosine", "dot")
 _SHORTEST = 1e-12
 """Length of rows whose squares are added up in float32 without a loss, and 1 / it the longest."""
 
+_MULTIPLE = 64
+"""Of how many rows products are taken: kernels round what is left over in ways of their own, and
+equal rows are to have equal scores wherever they stand."""
+
 _IN_CACHE = 512
 """Rows that a CPU widens and multiplies at once, while they are in its cache."""
 
@@ -148,27 +152,32 @@ class Scorer:
         """Return what tells which rows may be among the best, where that is worth its time."""
         if not Sieve.pays(self._store_dtype, self._asked, block):
             return None
-        return Sieve(self._asked, self.columns, cosine=self._cosine, smallest=smallest)
+        return Sieve(self._asked, self.columns, block, cosine=self._cosine, smallest=smallest)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the scores `[Q, B]` of rows `[B, k_total]`, in place of those returned before."""
-        if self._scores.shape[1] < len(rows):
-            self._scores = self._asked.new_empty(len(self._asked), len(rows))
-        scores = self._scores[:, : len(rows)]
-        tiled = self.device.type == "cpu"
-        size = _IN_CACHE if tiled else max(len(rows), 1)
-        if len(self._room) < min(size, len(rows)):  # made once, as new memory costs as much again
-            self._room = self._room.new_empty(min(size, len(rows)), self._room.shape[1])
-        for part in map(slice, range(0, len(rows), size), range(size, len(rows) + size, size)):
-            self._multiply(rows[part], scores[:, part])
+        n = len(rows)
+        if self._scores.shape[1] < n:  # made once, as new memory costs as much again
+            self._scores = self._asked.new_empty(len(self._asked), n + -n % _MULTIPLE)
+        scores = self._scores[:, :n]
+        size = _IN_CACHE if self.device.type == "cpu" else max(n, 1)
+        if len(self._room) < min(size, n):
+            most = min(size, n)
+            self._room = self._room.new_empty(most + -most % _MULTIPLE, self._room.shape[1])
+        for start in range(0, n, size):
+            part = rows[start : start + size]
+            whole = len(part) + -len(part) % _MULTIPLE
+            self._multiply(part, self._scores[:, start : start + whole])
         return scores
 
     def _multiply(self, rows: Tensor, out: Tensor) -> None:
-        rows = self._room[: len(rows)].copy_(rows[:, self.columns])
-        lengths = torch.linalg.vector_norm(rows, dim=1) if self._cosine else None
+        n, found = len(rows), self._room[: out.shape[1]]
+        found[:n].copy_(rows[:, self.columns])
+        found[n:] = found[:1]
+        lengths = torch.linalg.vector_norm(found, dim=1) if self._cosine else None
         if lengths is not None and not _SHORTEST < lengths.min() <= lengths.max() < 1 / _SHORTEST:
-            rows, lengths = unit_length(rows), None
-        torch.mm(self._asked, rows.mT, out=out)
+            found, lengths = unit_length(found), None
+        torch.mm(self._asked, found.mT, out=out)
         if lengths is not None:
             out.div_(lengths)
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ghost_engines.store.columns import Columns
-from ghost_engines.store.powers import powers_for, times
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of rows that bfloat16 has the range of."""
@@ -76,28 +75,30 @@ class Sieve:
     adds up in float32 unless it is asked not to ("accumulation mode"), which torch does not.
 
     Args:
-        asked: Queries as products are taken with them, `[Q, c]` on the CPU.
+        asked: Queries as products are taken with them, float32 `[Q, c]` on the CPU, each with a
+            largest entry of about 2²⁰.
         columns: Which columns of a row they are compared with.
+        block: How many rows there are in a block.
         cosine: Whether products are divided by the lengths of rows.
         smallest: Whether rows are asked for that score less; scores are negated then.
     """
 
-    def __init__(self, asked: Tensor, columns: Columns, *, cosine: bool, smallest: bool) -> None:
+    def __init__(
+        self, asked: Tensor, columns: Columns, block: int, *, cosine: bool, smallest: bool
+    ) -> None:
         exact = -asked.double() if smallest else asked.double()
-        powers = powers_for(exact, torch.float32)
-        exact = times(exact, powers)
         rounded = exact.to(torch.bfloat16)
         self._asked = rounded.masked_fill(rounded.abs() < _TINY, 0)
-        self._factor = powers.double().exp2()
         self._columns, self._cosine = columns, cosine
         self._zero = (exact == 0).all(dim=1, keepdim=True)
         self._error = relative_error(exact, self._asked.double())[:, None]
         self._shortest = sqrt(exact.shape[1]) * 2.0**-61
         q, c = exact.shape
-        self._wide = torch.empty(TILE, c, dtype=torch.float32, device="cpu")
-        self._rows = torch.empty(TILE, c, dtype=torch.bfloat16, device="cpu")
-        self._lengths = torch.empty(TILE, dtype=torch.float32, device="cpu")
-        self._products = self._rows.new_empty(q * TILE), self._wide.new_empty(q * TILE)
+        self._tile = tile = min(TILE, block)
+        self._wide = torch.empty(tile, c, dtype=torch.float32, device="cpu")
+        self._rows = torch.empty(tile, c, dtype=torch.bfloat16, device="cpu")
+        self._lengths = torch.empty(tile, dtype=torch.float32, device="cpu")
+        self._products = self._rows.new_empty(q * tile), self._wide.new_empty(q * tile)
         self._rest = self._left = 0
         self.raise_to(torch.full((len(exact), 1), -torch.inf, device="cpu"))
 
@@ -113,6 +114,7 @@ class Sieve:
         q, c = queries.shape
         enough = q >= _FEWEST_QUERIES and c in _COLUMNS and block >= _FEWEST_ROWS
         at_hand = queries.device.type == "cpu" and rows in _DTYPES
+        at_hand = at_hand and queries.dtype is torch.float32
         return enough and at_hand and bool(torch.backends.mkldnn.enabled) and _multiplies_bfloat16()
 
     def raise_to(self, least: Tensor) -> None:
@@ -122,7 +124,7 @@ class Sieve:
             least: The numbers `[Q, 1]`.
         """
         # Queries of zeros score nothing, so that no row scores more than what was found.
-        self._least = (least * self._factor).masked_fill_(self._zero, torch.inf)
+        self._least = least.double().masked_fill(self._zero, torch.inf)
         self._found = bool(least.isfinite().all())  # else not enough rows were found so far
         self._limit_for = torch.nan
 
@@ -139,8 +141,8 @@ class Sieve:
             self._left = max(0, self._left - 1)
             return None
         passed = []
-        for start in range(0, len(rows), TILE):
-            tile = self.passing_of(rows[start : start + TILE])
+        for start in range(0, len(rows), self._tile):
+            tile = self.passing_of(rows[start : start + self._tile])
             if tile is None:
                 return None
             passed.append(tile + start)
@@ -153,7 +155,7 @@ class Sieve:
         return None
 
     def passing_of(self, rows: Tensor) -> Tensor | None:
-        """Return which of at most `TILE` rows pass, int64 `[n]`; None where no bound is known."""
+        """Return which rows of a tile pass, int64 `[n]`; None where no bound is known."""
         n, q = rows.shape[0], self._asked.shape[0]
         wide, narrow, lengths = self._wide[:n], self._rows[:n], self._lengths[:n]
         wide.copy_(rows[:, self._columns])
