@@ -57,6 +57,15 @@ IMPORTED_WHERE_USED = {
     "ghost_engines.store.hashes": {"xxhash"},
 }
 
+USE_PRIVATE_NAMES = {
+    f"ghost_core.{name}" for name in ("_modes", "_torch", "_trees", "process", "split.reasons")
+}
+"""Where private names of torch stand, with the version that each was seen in; the last one looks at
+a base class of torch's, for the words of a refusal."""
+
+TOLD_TO_USE = ("torch.utils._pytree.", "torch.utils._python_dispatch.TorchDispatchMode")
+"""What only looks private: torch's own pages say to use it."""
+
 Graph = dict[str, set[str]]
 
 
@@ -224,6 +233,24 @@ def test_tests_import_from_inside_their_own_wing_only():
 def test_nothing_is_imported_inside_a_function_for_the_order_of_imports():
     found = {name: names for name, tree in parsed().items() if (names := late(tree))}
     assert found == IMPORTED_WHERE_USED
+
+
+def private(tree: ast.AST) -> set[str]:
+    """Return the private names of torch that a module uses, by attribute or by import."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="torch"), attr=name):
+                found.add(f"torch.{name}")
+            case ast.ImportFrom(module=str(module), names=names) if module.startswith("torch."):
+                found |= {f"{module}.{each.name}" for each in names}
+    return {
+        name for name in found if re.search(r"\._[^_]", name) and not name.startswith(TOLD_TO_USE)
+    }
+
+
+def test_private_names_of_torch_are_used_in_few_files():
+    assert {name for name, tree in parsed().items() if private(tree)} == USE_PRIVATE_NAMES
 
 
 def test_no_file_is_longer_than_four_hundred_lines():

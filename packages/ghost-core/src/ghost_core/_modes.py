@@ -151,6 +151,16 @@ def function_modes() -> list[Any]:
     return modes
 
 
+def seen_by_none() -> AbstractContextManager[None]:
+    """Let no function mode see what is called meanwhile. Torch 2.11."""
+    guard: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return guard
+
+
+SET_GRAD_ENABLED: Callable[[bool], None] = torch._C._set_grad_enabled
+"""What `torch.no_grad` and the like call, as modes see it. Torch 2.11."""
+
+
 def unseen(function: Callable[..., _Result], *args: Any) -> _Result:
     """Call a function of ghost's own, of which no mode of ghost's sees anything. Torch 2.11.
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from types import MethodWrapperType
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from ghost_core._modes import SET_GRAD_ENABLED
 
 QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "is_leaf", "layout")),
     *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "ndim", "is_cuda")),
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.data_ptr),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size),
-    torch._C._set_grad_enabled,
+    SET_GRAD_ENABLED,
 }
 """What is asked most, at times of ghost's own, and answered with no tensor."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ghost_core._modes import FunctionMode, function_modes
+from ghost_core._modes import FunctionMode, function_modes, seen_by_none
 from ghost_core.hooks import Hook
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -76,7 +76,7 @@ class FusedModules:
         ):
             return
         self._running.append((get_ident(), module, ExitStack()))
-        self._running[-1][2].enter_context(torch._C.DisableTorchFunction())
+        self._running[-1][2].enter_context(seen_by_none())
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._running and self._running[-1][:2] == (get_ident(), module):
