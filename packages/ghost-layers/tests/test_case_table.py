@@ -47,7 +47,7 @@ def marked(name: str) -> object:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("name", map(marked, [*LAYERS, *VARIANTS]))
+@pytest.mark.parametrize("name", [marked(name) for name in (*LAYERS, *VARIANTS)])
 def test_all_operations_are_exact_or_refused(name: str) -> None:
     check_example(LAYERS.get(name) or VARIANTS[name])
 
