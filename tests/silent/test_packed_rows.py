@@ -190,6 +190,15 @@ def written(m: Model, x: Tensor, lengths: Tensor) -> Tensor:
     return made
 
 
+def nested(m: Model, x: Tensor, lengths: Tensor) -> Tensor:
+    """Rows of one sample see each other, in a tensor without sizes."""
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    rows = torch.nested.nested_tensor_from_jagged(m.first(x[valid(x, lengths)]), ends)
+    heads = rows.unsqueeze(2).transpose(1, 2)
+    made = nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2)
+    return unpacked(x, valid(x, lengths), m.second(made.squeeze(2).values()).tanh())
+
+
 def one_of_each(m: Model, x: Tensor, lengths: Tensor) -> Tensor:
     """Rows of those tokens that a sample begins with: one of each, or two of some."""
     mask = torch.arange(T) < (lengths - T + 1)[:, None]
@@ -251,8 +260,9 @@ def asserted(
     assert_same(held, {name: expected[name] for name in held})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("way", [WAYS[0], pytest.param(WAYS[1], marks=pytest.mark.stress)])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", [*BODIES, pytest.param(nested, marks=pytest.mark.stress)])
 def test_exact_in_every_batch(body: Body, way: str) -> None:
     engine = GradientHolder(Model(body))
     later = ONE_OF_EACH if body is one_of_each else LATER

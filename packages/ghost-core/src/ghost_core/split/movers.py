@@ -306,7 +306,6 @@ MOVING: dict[str, Callable[[Any], Move]] = {
     "Embedding": _looked_up,
     **dict.fromkeys(["EmbeddingBag", "Take", "Put", "SegmentReduce", "BlockDiag"], _anything),
     **dict.fromkeys(["UniqueConsecutive", "UniqueDim", "SparseAddmm"], _anything),
-    **dict.fromkeys(["NestedViewFromJagged", "NestedTensorFromTensorList"], _anything),
     "PackPaddedSequence": _packed,
     "CopySlices": _slices,
 }

@@ -52,6 +52,8 @@ def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leadi
     outputs = [output for output in outputs if output.grad_fn is not None]
     nodes, uses = nodes_behind((output.grad_fn for output in outputs), ROLES)
     roles = [(node, role) for node in nodes if (role := ROLES[type(node)]) is not None]
+    if any(role.nests for _, role in roles):  # what has no sizes
+        return Moves(told=False)
     steps: dict[Any, tuple[object, ...]] = {}
     turned = not leading or any(
         role.turns is not None and role.turns(node) and leads_to(node, start)

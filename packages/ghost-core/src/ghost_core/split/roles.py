@@ -48,11 +48,13 @@ class Role:
         describe: Describes how they move rows; None if they never do.
         turns: Tells whether one brings another axis to the front; None if none does.
         keeps_axis: Whether a node keeps the one axis that it works along, and its sizes show.
+        nests: Whether they join rows in a nested tensor, or take them out of one.
     """
 
     describe: Callable[[Any], Move] | None
     turns: Callable[[Any], bool] | None
     keeps_axis: bool
+    nests: bool
 
 
 def within(node: Any, n: int) -> bool:
@@ -69,10 +71,10 @@ def within(node: Any, n: int) -> bool:
 def _role(kind: type) -> Role | None:
     name = kind.__name__.partition("Backward")[0]
     describe = custom if is_custom(kind) or name == "CppFunction" else MOVING.get(name)
-    turns = _TURNING.get(name)
-    if describe is None and turns is None:
+    turns, nests = _TURNING.get(name), name.startswith("Nested")
+    if describe is None and turns is None and not nests:
         return None
-    return Role(describe, turns, describe in ALONG_ONE_AXIS)
+    return Role(describe, turns, describe in ALONG_ONE_AXIS, nests)
 
 
 def _view(kind: type) -> bool:
