@@ -177,7 +177,7 @@ class DotProductEngine(ScoringEngine[Scores]):
             with self._both.together.telling():
                 check_tracked(self.model, self.tracking)
                 self._both.sizes(batch.n)
-            self._both.together.start(self.loss_scale)
+                self._both.together.start(self.loss_scale)
         else:
             self._capture_factors()
         super().on_start(batch)

@@ -56,7 +56,9 @@ class Together:
         try:
             yield
         except Exception as error:
-            if self._ranks.several and error is not self._known:
+            told = error is self._known
+            self._known = None  # an error keeps what was captured
+            if self._ranks.several and not told:
                 self._said(_FAILED)
             raise
 
