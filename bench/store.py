@@ -121,7 +121,7 @@ CASES = [
         "1 M rows of 256 fp16, exact top 10 of 100 queries",
         lambda setting: searching(setting, 100),
         needs=HASHED,
-        goals={"dot": 1.1},
+        goals={"dot": 1.0},
     ),
     Case("store_open", "a store of 2,000 shards is opened", opening, needs=HASHED),
 ]
