@@ -251,6 +251,24 @@ def _slices(node: Any) -> Move:
     return Move(_ANY, {0: numbers}, _behind(node, 1))
 
 
+def _strided(node: Any) -> Move:
+    numbers = node._saved_size, node._saved_stride, node._saved_storage_offset
+    return Move(_ANY, {0: numbers}, _behind(node))
+
+
+def _unfolded(node: Any) -> Move:
+    shape = node._saved_self_sym_sizes
+    axis = signed(node._saved_dimension, shape)
+    return Move(shape, {axis: (node._saved_size, node._saved_step, shape[axis])}, _behind(node))
+
+
+def _diagonal(node: Any) -> Move:
+    shape = node._saved_self_sym_sizes
+    axes = sorted(signed(dim, shape) for dim in (node._saved_dim1, node._saved_dim2))
+    numbers = number_of(node._saved_offset), *(shape[axis] for axis in axes)
+    return Move(shape, dict.fromkeys(axes, numbers), _behind(node))
+
+
 def _packed(node: Any) -> Move:
     full = node._saved_input_sym_sizes[0 if node._saved_batch_first else 1]
 
@@ -306,6 +324,9 @@ MOVING: dict[str, Callable[[Any], Move]] = {
     "Embedding": _looked_up,
     **dict.fromkeys(["EmbeddingBag", "Take", "Put", "SegmentReduce", "BlockDiag"], _anything),
     **dict.fromkeys(["UniqueConsecutive", "UniqueDim", "SparseAddmm"], _anything),
+    "AsStrided": _strided,
+    "Unfold": _unfolded,
+    "Diagonal": _diagonal,
     "PackPaddedSequence": _packed,
     "CopySlices": _slices,
 }

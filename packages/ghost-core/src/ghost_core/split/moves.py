@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from ghost_core._graph import leads_to, nodes_behind, outputs_of
-from ghost_core.split.movers import UNTOLD, Move
-from ghost_core.split.roles import ROLES, VIEWS, within
+from ghost_core.split.movers import UNTOLD, Move, made_by
+from ghost_core.split.roles import ROLES, VIEWS, Turn, within
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,18 @@ def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leadi
         return Moves(told=False)
     steps: dict[Any, tuple[object, ...]] = {}
     turned = not leading or any(
-        role.turns is not None and role.turns(node) and leads_to(node, start)
+        role.turn is not None
+        and role.turn(node).is_outside(made_by(node), n)
+        and leads_to(node, start)
         for node, role in roles
     )
     for node, role in roles:
-        if role.describe is None or (not turned and role.keeps_axis and within(node, n)):
+        if role.describe is None:
+            turn = role.turn(node) if turned and role.turn is not None else Turn(())
+            if turn.axes and leads_to(node, start):
+                steps[node] = type(node).__name__, turn.numbers(made_by(node), n)
+            continue
+        if not turned and role.keeps_axis and within(node, n):
             continue
         move = role.describe(node)
         axes = [axis for axis in move.along if turned or _may_hold(move.shape, axis, n)]

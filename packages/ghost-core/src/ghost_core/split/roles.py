@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 from ghost_core._graph import is_custom, number_of
@@ -12,30 +13,71 @@ from ghost_core.split.movers import ALONG_ONE_AXIS, MOVING, Move, custom, made_b
 _Told = TypeVar("_Told")
 
 
-def _first_axis(*names: str) -> Callable[[Any], bool]:
-    """Return what tells whether an operation changes which axis is the first."""
+@dataclass(frozen=True)
+class Turn:
+    """How a node puts axes elsewhere, or new ones before others.
 
-    def turns(node: Any) -> bool:
-        axes = [number_of(getattr(node, f"_saved_{name}")) for name in names]
-        return 0 in axes or (min(axes) < 0 and -len(made_by(node)) in axes)
+    Attributes:
+        axes: The axes of its result that this is about.
+        order: What tells it from others on the same axes.
+    """
 
-    return turns
+    axes: Sequence[int]
+    order: object = ()
+
+    def is_outside(self, shape: Sequence[int], n: int) -> bool:
+        """Tell whether it may bring an axis before that of n samples, in a result of a shape.
+
+        It does not where the axes before its own have a multiple of n entries.
+        """
+        return bool(self.axes) and prod(shape[: min(self.axes)]) % n != 0
+
+    def numbers(self, shape: Sequence[int], n: int) -> object:
+        """Return what identifies it, other than by sizes that do not matter.
+
+        They do where no single axis has a multiple of n entries.
+        """
+        sizes = tuple(shape[: max(self.axes) + 1])
+        found = tuple(axis for axis, size in enumerate(sizes) if size % n == 0)
+        return tuple(self.axes), self.order, found if len(found) == 1 else sizes
 
 
-def _grows(node: Any) -> bool:
+def _on(*names: str) -> Callable[[Any], Turn]:
+    """Return what tells on which axes a node works, which it keeps under some names."""
+
+    def turn(node: Any) -> Turn:
+        shape = getattr(node, "_saved_self_sym_sizes", None) or made_by(node)
+        return Turn(sorted(signed(getattr(node, f"_saved_{name}"), shape) for name in names))
+
+    return turn
+
+
+def _on_first(node: Any) -> Turn:
+    return Turn([0])
+
+
+def _permuted(node: Any) -> Turn:
+    order = tuple(signed(dim, node._saved_dims) for dim in node._saved_dims)
+    return Turn([axis for axis, dim in enumerate(order) if axis != dim], order)
+
+
+def _grown(node: Any) -> Turn:
     shape, before = made_by(node), node._saved_self_sym_sizes
-    return len(shape) > len(before) or shape[:1] != before[:1]
+    before = (*[None] * (len(shape) - len(before)), *before)  # new axes come first
+    return Turn([axis for axis, size in enumerate(shape) if size != before[axis]])
 
 
-_TURNING: dict[str, Callable[[Any], bool]] = {
-    "Transpose": _first_axis("dim0", "dim1"),
-    "Permute": lambda node: signed(node._saved_dims[0], node._saved_dims) != 0,
-    "T": lambda node: True,
-    "Cat": _first_axis("dim"),
-    "Stack": _first_axis("dim"),
-    "Expand": _grows,
-    "Repeat": _grows,
-    "PackPaddedSequence": lambda node: True,
+_TURNING: dict[str, Callable[[Any], Turn]] = {
+    "Transpose": _on("dim0", "dim1"),
+    "Permute": _permuted,
+    "T": lambda node: Turn([0, 1]),
+    "Expand": _grown,
+    "Repeat": _grown,
+    "Cat": _on("dim"),
+    "Stack": _on("dim"),
+    "Unfold": _on("dimension"),
+    "Diagonal": _on("dim1", "dim2"),
+    **dict.fromkeys(["AsStrided", "PackPaddedSequence"], _on_first),
 }
 """What may bring another axis to the front, by the name of its node without its ending."""
 
@@ -46,13 +88,13 @@ class Role:
 
     Attributes:
         describe: Describes how they move rows; None if they never do.
-        turns: Tells whether one brings another axis to the front; None if none does.
+        turn: Tells how one puts axes elsewhere; None if none does.
         keeps_axis: Whether a node keeps the one axis that it works along, and its sizes show.
         nests: Whether they join rows in a nested tensor, or take them out of one.
     """
 
     describe: Callable[[Any], Move] | None
-    turns: Callable[[Any], bool] | None
+    turn: Callable[[Any], Turn] | None
     keeps_axis: bool
     nests: bool
 
@@ -71,10 +113,10 @@ def within(node: Any, n: int) -> bool:
 def _role(kind: type) -> Role | None:
     name = kind.__name__.partition("Backward")[0]
     describe = custom if is_custom(kind) or name == "CppFunction" else MOVING.get(name)
-    turns, nests = _TURNING.get(name), name.startswith("Nested")
-    if describe is None and turns is None and not nests:
+    turn, nests = _TURNING.get(name), name.startswith("Nested")
+    if describe is None and turn is None and not nests:
         return None
-    return Role(describe, turns, describe in ALONG_ONE_AXIS, nests)
+    return Role(describe, turn, describe in ALONG_ONE_AXIS, nests)
 
 
 def _view(kind: type) -> bool:

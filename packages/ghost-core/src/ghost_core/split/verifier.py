@@ -81,7 +81,7 @@ class Verifier:
         self._verified: dict[tuple[object, ...], set[Kind]] = {}
         self._folds: dict[str, Fold] = {}
         self._layouts = Layouts()
-        self._in_place: set[tuple[object, ...]] = {()}
+        self._in_place: set[tuple[object, ...]] = set()
         self._moving = False
         self._unreached: set[Kind] = set()
         self._unprobed: set[object] = set()
@@ -232,7 +232,7 @@ class Verifier:
         if self.doubt:  # the next batch is verified in place of this one
             for signature in self._checked:
                 self._verified.pop(signature, None)
-            self._in_place = {()}
+            self._in_place = set()
         self._checked, self.doubt = set(), ""
 
     def check(self, output: Any, n: int, sites: Sequence[Site], called: set[Kind]) -> bool:
@@ -263,9 +263,9 @@ class Verifier:
         if self.routes:
             kinds = {(name, False) for name, _ in kinds}
         moves = self._moves(output, n, sites)
-        self._moving |= moves != Moves()
+        self._moving |= moves not in (None, Moves())
         known = clear and called | kinds <= verified and not self.routes
-        placed = moves.told and moves.steps in self._in_place
+        placed = moves is None or (moves.told and moves.steps in self._in_place)
         with self._ranks.probing(not known or not placed) as probes:
             if probes and known:
                 self._place(self._prober.places(output, n), n, sites, moves)
@@ -274,17 +274,17 @@ class Verifier:
         called |= kinds
         return signature not in self._unwatched
 
-    def _moves(self, output: Any, n: int, sites: Sequence[Site]) -> Moves:
-        """Return what moves rows in a pass, where nobody is told or asked whose they are anyway."""
+    def _moves(self, output: Any, n: int, sites: Sequence[Site]) -> Moves | None:
+        """Return what moves rows in a pass; None where one is told or asks whose they are."""
         if n < 2 or self.routes or self._owned:
-            return Moves()
+            return None
         axes = (axis for site in sites for axes in site.alternatives for axis in axes.outputs)
         leading = self._leading and Fold.SAMPLE_MINOR not in self._folds.values() and not any(axes)
         return find_moves(
             tensors_in(output), self._seed_node, n, dim=self._batch_dim, leading=leading
         )
 
-    def _place(self, places: Places, n: int, sites: Sequence[Site], moves: Moves) -> None:
+    def _place(self, places: Places, n: int, sites: Sequence[Site], moves: Moves | None) -> None:
         """Find whose is each row where rows may have been moved since a proven pass.
 
         Raises:
@@ -301,7 +301,7 @@ class Verifier:
             return
         for site in sites:
             site.found = None
-        if moves.told:
+        if moves is not None and moves.told:
             self._in_place.add(moves.steps)
 
     def _prove(
@@ -311,7 +311,7 @@ class Verifier:
         sites: Sequence[Site],
         called: set[Kind],
         kinds: set[Kind],
-        moves: Moves,
+        moves: Moves | None,
     ) -> bool:
         """Probe a pass, as `check` does."""
         signature = self._signature(n)
@@ -333,10 +333,11 @@ class Verifier:
             self._unprobed |= {site.place for site in sites if site.operation and not site.probed}
         self._unprobed -= {site.place for site in sites if site.probed}
         self._layouts.learn(sites, n)
-        if not self.routes and moves.told and not self.doubt:
-            self._in_place.add(moves.steps)
-        elif not self.routes and not self.doubt:
-            self._place(places, n, sites, moves)
+        if moves is not None and not self.routes and not self.doubt:
+            if moves.told:
+                self._in_place.add(moves.steps)
+            else:
+                self._place(places, n, sites, moves)
         self._verified[signature] = verified | called
         self._checked.add(signature)
         return self._usage is not None or signature not in self._unwatched
