@@ -1,11 +1,11 @@
-"""The loss that `ghost verify` takes by default."""
+"""The losses that commands know by name, and the one that they take by default."""
 
 import pytest
 import torch
-from command_kit import verify
+from command_kit import score, verify
 
 from ghost_core import GhostError
-from ghost_engines.cli.losses import next_token_losses
+from ghost_engines.cli.losses import load_loss, next_token_losses
 
 # The default loss
 
@@ -48,6 +48,22 @@ def test_default_loss_takes_ids_alone(padded, transformer):
     expected = next_token_losses(transformer, everything)
     assert torch.equal(next_token_losses(transformer, ids), expected)
     assert torch.equal(next_token_losses(transformer, {"input_ids": ids}), expected)
+
+
+def test_losses_go_by_name(padded, transformer):
+    mask = padded["attention_mask"]
+    tokens = (mask[:, 1:] * mask[:, :-1]).sum(1)
+    mean, summed = (load_loss(name)[0](transformer, padded) for name in ("mean", "sum"))
+    assert tokens.max() > 1
+    assert torch.equal(load_loss(None)[0](transformer, padded), mean)
+    torch.testing.assert_close(summed, mean * tokens)
+
+
+@pytest.mark.parametrize("command", [score, verify])
+def test_their_names_are_in_the_help(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--help")
+    assert "mean or sum over the next tokens" in " ".join(capsys.readouterr().out.split())
 
 
 def test_default_loss_gives_a_model_the_inputs_it_takes(padded, transformer):

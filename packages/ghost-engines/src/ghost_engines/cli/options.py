@@ -27,8 +27,8 @@ class Verify(Own):
         model: Folder of a checkpoint of transformers, or module:function that returns a module.
         data: File of texts (.txt, one a line; .jsonl) or of token ids [N, T] (.npy, .safetensors;
             negative ids are padding), or module:function that returns a batch.
-        loss: module:function that takes model and batch and returns one loss per sample, [N]. By
-            default each sample's mean cross-entropy of next tokens.
+        loss: mean or sum over the next tokens of a sample, or module:function that takes model and
+            batch and returns one loss per sample, [N]. The mean by default.
         samples: How many samples to compare.
         batch_size: How many samples to take from a file, from its start; 16 by default.
         truncate: Tokens to take of each sample in a file; by default 128 of a text, and not more
@@ -95,8 +95,8 @@ class Score(Own):
             of batches, or one batch.
         targets: Data to score against, as NAME=DATA, one or several; DATA as for --data.
         engine: Name of the engine to score with, of ghost or of a plugin: see `ghost plugins`.
-        loss: module:function that takes model and batch and returns one loss per sample, [N]. By
-            default each sample's mean cross-entropy of next tokens.
+        loss: mean or sum over the next tokens of a sample, or module:function that takes model and
+            batch and returns one loss per sample, [N]. The mean by default.
         out: File to write all scores to: .csv, .jsonl or .parquet.
         plot: File to draw a picture into: .png, .svg or .pdf.
         top: How many of the highest and lowest scores to print.
