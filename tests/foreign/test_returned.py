@@ -9,6 +9,7 @@ import torch
 from tests.foreign.foreign import assert_same, next_token_loss, shuffled, tokens
 from torch import Tensor, nn
 
+from ghost_core import WrongSplitError
 from ghost_core.testing import GradientHolder, per_sample_gradients
 
 LENGTH = 4
@@ -62,3 +63,21 @@ def test_it_is_followed_from_there_on(meeting: str, n: int, by_index: bool, froz
                 next_token_loss(model(ids), ids).sum().backward()
             assert batch.verified
             assert_same(batch.result.materialize(), reference)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_was_proven_where_it_was_followed_does_not_hold_for_the_call(frozen: bool) -> None:
+    """A batch of one token leaves open whether its one row is of a sample."""
+    torch.manual_seed(0)
+    engine = GradientHolder(shuffled(Model(False, MEETINGS["added"])).double())
+
+    def backward(n: int) -> None:
+        ids = torch.randint(11, (n, n))
+        engine.model(ids).square().sum().backward()
+
+    with engine.frozen() if frozen else engine:
+        for n in (3, 1):
+            with engine.batch(range(n)):
+                backward(n)
+        with pytest.raises(WrongSplitError, match="sample 0"), engine.batch(range(3)):
+            backward(3)

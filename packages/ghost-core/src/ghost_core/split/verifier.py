@@ -79,6 +79,7 @@ class Verifier:
         with torch.inference_mode(False):
             self._seed_node = torch.autograd.graph.get_gradient_edge(seed).node
         self._verified: dict[tuple[object, ...], set[Kind]] = {}
+        self._met: dict[tuple[object, ...], set[object]] = {}  # calls, and operations met instead
         self._folds: dict[str, Fold] = {}
         self._layouts = Layouts()
         self._in_place: set[tuple[object, ...]] = set()
@@ -232,6 +233,7 @@ class Verifier:
         if self.doubt:  # the next batch is verified in place of this one
             for signature in self._checked:
                 self._verified.pop(signature, None)
+                self._met.pop(signature, None)
             self._in_place = set()
         self._checked, self.doubt = set(), ""
 
@@ -264,7 +266,8 @@ class Verifier:
             kinds = {(name, False) for name, _ in kinds}
         moves = self._moves(output, n, sites)
         self._moving |= moves not in (None, Moves())
-        known = clear and called | kinds <= verified and not self.routes
+        met = {(site.names, site.operation) for site in sites} <= self._met.get(signature, set())
+        known = clear and met and called | kinds <= verified and not self.routes
         placed = moves is None or (moves.told and moves.steps in self._in_place)
         with self._ranks.probing(not known or not placed) as probes:
             if probes and known:
@@ -339,6 +342,8 @@ class Verifier:
             else:
                 self._place(places, n, sites, moves)
         self._verified[signature] = verified | called
+        met = self._met.setdefault(signature, set())
+        met.update((site.names, site.operation) for site in sites)
         self._checked.add(signature)
         return self._usage is not None or signature not in self._unwatched
 
