@@ -1,5 +1,7 @@
 """Whole data sets projected into stores: what is in them, however it got there."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -128,6 +130,16 @@ def test_rows_do_not_depend_on_how_samples_are_packed(tmp_path):
     assert together.store.ids.tolist() == list(range(11))
     expected = alone.store.rows()
     assert_within(together.store.rows(), expected, 10 * expected.norm(dim=1)[:, None])
+
+
+def test_a_bar_shows_samples_and_tokens_in_a_second(tmp_path, capsys):
+    model = Causal().double()
+    given = {"tokens_per_batch": 16, "progress": True}
+    project_dataset(model, language_loss, Sentences(), tmp_path / "g", **given, **OPTIONS)
+    last = capsys.readouterr().err.rsplit("\r", 1)[-1]
+    assert "11.0/11.0" in last
+    assert re.search(r"\d(sample/s|s/sample)", last)
+    assert re.search(r"\d[kM]? tokens/s", last)
 
 
 def test_packing_keeps_to_the_budget_and_forgets_nobody():

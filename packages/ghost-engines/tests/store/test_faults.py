@@ -137,6 +137,22 @@ def test_a_failed_commit_at_the_end_is_an_error(tmp_path):
     GradientStore.resume(tmp_path / "g", FakeEngine()).close()
 
 
+def test_a_read_only_file_system_refuses_writers_and_lets_readers_read(tmp_path):
+    with GradientStore.create(tmp_path / "g", FakeEngine(), unit=UNIT) as store:
+        append(store, 14)
+    with failing("open", 0, number=errno.EROFS):
+        left = GradientStore.open(tmp_path / "g")
+        assert_holds_exactly(left, 14)
+        left.verify()
+        with pytest.raises(OSError, match="Read-only file system"):
+            GradientStore.resume(tmp_path / "g", FakeEngine())
+        with pytest.raises(OSError, match="Read-only file system"):
+            GradientStore.create(tmp_path / "h", FakeEngine())
+    with GradientStore.resume(tmp_path / "g", FakeEngine()) as store:
+        append(store, TOTAL)
+    assert_holds_exactly(GradientStore.open(tmp_path / "g"), TOTAL)
+
+
 def test_a_folder_that_is_removed_is_not_made_anew(tmp_path):
     store = GradientStore.create(tmp_path / "g", FakeEngine(), unit=UNIT)
     append(store, 5)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +217,21 @@ def test_writing_to_what_was_read_changes_no_file(tmp_path):
     next(iter(store.blocks())).rows.zero_()
     assert_holds(store, 8)
     store.verify()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not list what is mapped")
+def test_rows_of_one_shard_are_mapped_and_not_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr("ghost_engines.store.tensor_files._WORTH_MAPPING", 0)
+    store = make(tmp_path / "g", 8)
+    rows = store.rows(5, 7)
+    assert rows.numpy().ctypes.data == rows.data_ptr()
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    own = [
+        each[-1]
+        for each in maps
+        if (ends := [int(end, 16) for end in each[0].split("-")])[0] <= rows.data_ptr() < ends[1]
+    ]
+    assert own == [str(shard_path(tmp_path / "g", 1))]
 
 
 def test_a_reader_sees_the_store_as_it_was_opened(tmp_path):
