@@ -81,6 +81,10 @@ def _inner(wrapped: DistributedDataParallel, rank: int) -> None:
     _batch(wrapped, dots(wrapped.module, _loss(wrapped.module)), rank)
 
 
+def _inner_called(wrapped: DistributedDataParallel, rank: int) -> None:
+    _batch(wrapped.module, dots(wrapped, _loss(wrapped)), rank)
+
+
 def _one_fails(wrapped: nn.Module, rank: int) -> None:
     wrong = lambda: losses(wrapped(held_out())).mean() * (torch.inf if rank else 1)  # noqa: E731
     _batch(wrapped, dots(wrapped, wrong), rank)
@@ -113,6 +117,7 @@ def _inside_another(wrapped: nn.Module, rank: int) -> None:
 
 MISTAKES = {
     "the model inside": (_inner, "give the engine the wrapper"),
+    "the model inside called": (_inner_called, "call the wrapper, ddp(batch)"),
     "one process fails": (_one_fails, "direction 'held out'"),
     "other directions": (_other_names, "is not the same in all processes"),
     "other tensors": (_other_tensors, "is not the same in all processes"),

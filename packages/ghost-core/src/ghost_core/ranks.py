@@ -264,14 +264,21 @@ class Ranks:
         }
 
     def check_caller(self) -> None:
-        """Raise if the model is called by a wrapper that these processes were not found from.
+        """Raise if the model is not called by the wrapper that these processes were found from.
 
         Raises:
-            CaptureError: If it averages gradients of several processes.
+            CaptureError: If another averages gradients of several processes, or the model inside of
+                this one is called, so that none does.
         """
         caller = calling_wrapper()
-        if caller is None or caller is self.wrapper:
+        if caller is self.wrapper or (caller is None and not self.several):
             return
+        if caller is None:
+            raise CaptureError(
+                "the model inside of DistributedDataParallel is called in a batch",
+                reason="only calls of the wrapper average gradients over processes",
+                remedy="call the wrapper, ddp(batch), as you would without ghost",
+            )
         if distributed.get_world_size(caller.process_group) > 1:
             raise CaptureError(
                 "the model is called by DistributedDataParallel, which the engine was not given",
