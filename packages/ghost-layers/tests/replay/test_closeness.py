@@ -23,6 +23,12 @@ def test_rows_are_compared_with_their_largest_entry(change: list[list[float]], s
     assert same_rows(ROWS + ROWS.new_tensor(change), ROWS, DOUBLE) is same
 
 
+def test_rows_may_be_single_numbers() -> None:
+    rows = ROWS[:, 0]
+    assert same_rows(rows * (1 + 1e-13), rows, DOUBLE)
+    assert not same_rows(rows + 1e-6, rows, DOUBLE)
+
+
 def test_narrowest_dtype_says_how_exact() -> None:
     off = ROWS * (1 + 1e-6)
     assert not same_rows(off, ROWS, DOUBLE)

@@ -46,7 +46,7 @@ def _are_near(got: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Tell whether all entries are numbers and the same, without widening them."""
     if not expected.numel() or not got.numel():
         return False
-    largest = (got - expected).flatten(1), expected.flatten(1)
+    largest = ((got - expected)[:, None].flatten(1), expected[:, None].flatten(1))
     off, scale = (torch.linalg.vector_norm(each, math.inf, 1) for each in largest)
     return bool((off <= tolerance * scale).all())
 
