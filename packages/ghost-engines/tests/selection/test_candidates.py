@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -257,6 +258,8 @@ def test_scoring_at_the_wrong_time_is_refused(model: Model, x: Tensor) -> None:
     with pytest.raises(CaptureError, match="its direction comes with each batch"):
         score(DotProductEngine(model, mode="concatenated"), lambda: losses(model, x))
     with engine:
+        with engine.paused(), pytest.raises(CaptureError, match="while the model is left alone"):
+            score(engine, lambda: losses(model, x))
         with engine.batch(IDS):
             with pytest.raises(CaptureError, match="a batch is open already"):
                 score(engine, lambda: losses(model, x))
@@ -273,12 +276,13 @@ def test_scoring_at_the_wrong_time_is_refused(model: Model, x: Tensor) -> None:
     assert batch.result.verified
 
 
-@pytest.mark.parametrize("bad", ["count", "mean", "nan", "elsewhere"])
+@pytest.mark.parametrize("bad", ["count", "mean", "nan", "elsewhere", "tensor"])
 def test_losses_that_are_not_one_for_each_candidate_are_refused(
     model: Model, x: Tensor, bad: str
 ) -> None:
     known = losses(model, x)
-    given = {
+    given: dict[str, Any] = {
+        "tensor": known,
         "count": lambda: losses(model, x)[:-1],
         "mean": lambda: losses(model, x).mean(),
         "nan": lambda: losses(model, x) * float("nan"),

@@ -66,6 +66,11 @@ def dropped(run):
     run.step()
 
 
+def nothing_chosen(run):
+    run.batch()
+    run.step()
+
+
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
@@ -73,6 +78,7 @@ def dropped(run):
         (no_step, "no step followed the 2 batches"),
         (another_optimizer, "another optimizer stepped"),
         (another_optimizer_once, "another optimizer stepped"),
+        (nothing_chosen, "the 1 batches had no samples"),
         (dropped, "batches were dropped: the gradients of 1 of 1 were thrown away"),
     ],
 )

@@ -31,6 +31,7 @@ from ghost_core.capture.refusals import (
     attached_late,
     disagreeing,
     explained,
+    left_alone,
     left_early,
     not_attached,
     open_already,
@@ -149,12 +150,14 @@ class Recorder:
             listener: It tracks what one of those attached does, if any is.
 
         Raises:
-            CaptureError: If a batch is open.
+            CaptureError: If a batch is open, or the model is left alone.
         """
         if not self.attached:
             with self.serving(listener, Freeze.PASS):
                 yield
             return
+        if self._state.resting:
+            raise left_alone()
         if self._state.batch is not None or self._suspended is not None:
             raise attached_late()
         with restored() as stack:

@@ -38,6 +38,15 @@ def attached_late() -> CaptureError:
     )
 
 
+def left_alone() -> CaptureError:
+    """Say that candidates were scored where engines are paused."""
+    return CaptureError(
+        "candidates are scored while the model is left alone",
+        reason="inside of engine.paused() and run.evaluation() nothing is captured",
+        remedy="score them outside; model.eval() switches off dropout there",
+    )
+
+
 def open_already() -> CaptureError:
     """Say that an engine's batch was opened inside one of its own."""
     return CaptureError(

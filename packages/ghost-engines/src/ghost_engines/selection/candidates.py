@@ -68,6 +68,12 @@ class Candidates(Listener):
             scale: What to multiply losses with, so that gradients of half precision do not vanish.
             owners: As in `Engine.batch`.
         """
+        if not callable(losses):
+            raise CaptureError(
+                f"losses must be a function that runs the model, not a {type(losses).__name__}",
+                reason="candidates are scored in a pass of their own",
+                remedy="give lambda: per_sample_loss(model, batch)",
+            )
         found = as_ids(ids)
         n = len(found)
         self._dots = {key: each.new_zeros(n, len(each)) for key, each in self._stacked.items()}

@@ -40,6 +40,8 @@ def why_empty(counts: Counts) -> str:
             f"no step followed the {counts.batches} batches: the optimizer that InRunValues was "
             "given did not step"
         )
+    if not counts.skipped:
+        return f"the {counts.batches} batches had no samples"
     return (
         f"batches were dropped: the gradients of {counts.skipped} of {counts.batches} were thrown "
         "away before a step was made with them"
