@@ -6,7 +6,7 @@ Each tells where it was seen; see `ghost_core._torch`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,11 +17,22 @@ def function_of(kind: type) -> type | None:
     return kind._forward_cls if of_function else None  # type: ignore[attr-defined]
 
 
+_OWN: set[type] = set()
+"""Functions that ghost puts into graphs."""
+
+FunctionT = TypeVar("FunctionT", bound=type)
+
+
+def own(function: FunctionT) -> FunctionT:
+    """Note that a function is one that ghost puts into graphs, and no user's."""
+    _OWN.add(function)
+    return function
+
+
 def is_custom(kind: type) -> bool:
     """Tell whether nodes of a kind are those of a user's function, not of one of ghost's."""
     function = function_of(kind)
-    own = f"{__name__.partition('.')[0]}."
-    return function is not None and not function.__module__.startswith(own)
+    return function is not None and function not in _OWN
 
 
 class Made(NamedTuple):

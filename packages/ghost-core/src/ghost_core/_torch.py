@@ -19,6 +19,7 @@ from torch.nn.modules import module as _module
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ghost_core._graph import own
 from ghost_core._modes import FunctionMode
 from ghost_core._trees import tree_map
 from ghost_core.restoring import restored, undo
@@ -204,6 +205,7 @@ def run_apart(function: Callable[[], None], device: torch.device) -> None:
     run_backward(start, leaf)
 
 
+@own
 class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[[], None], leaf: Tensor) -> Tensor:
@@ -217,6 +219,7 @@ class _Apart(torch.autograd.Function):
         return None, None
 
 
+@own
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradients: tuple[Tensor, ...], *outputs: Tensor) -> Tensor:

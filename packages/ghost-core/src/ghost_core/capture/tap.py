@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ghost_core._graph import own
 from ghost_core._modes import own_mode_left
 from ghost_core._torch import backward_id, without_gradients
 from ghost_core.errors import CaptureError
@@ -92,6 +93,7 @@ class Ends(NamedTuple):
 _FIXED_INPUTS = 2  # the ends, the seed
 
 
+@own
 class _Twice(torch.autograd.Function):
     """Passes a gradient through, and refuses to take gradients of it.
 
@@ -132,6 +134,7 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@own
 class Tap(torch.autograd.Function):
     """Passes a module's output through unchanged, and its gradient back unchanged.
 
@@ -168,6 +171,7 @@ class Tap(torch.autograd.Function):
         return (*[None] * _FIXED_INPUTS, passed, *made, *[None] * n_saved)
 
 
+@own
 class Branch(torch.autograd.Function):
     """Passes one of several outputs through, and keeps its gradient for the Tap that joins them.
 
