@@ -1,5 +1,6 @@
 """Commands on checkpoints of transformers."""
 
+import importlib.util
 import json
 import shutil
 import socket
@@ -45,6 +46,13 @@ def checkpoint(tmp_path_factory):
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _logged():
+    """Let the logger of transformers take a stream that outlives each test."""
+    if importlib.util.find_spec("transformers"):
+        importlib.import_module("transformers.utils.logging").get_logger()
 
 
 @pytest.fixture
