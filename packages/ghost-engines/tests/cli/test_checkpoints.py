@@ -380,6 +380,28 @@ def test_samples_of_other_fields_are_shown_and_those_that_changed_are_not(
     assert said.count("\n") == 1
 
 
+def test_answers_of_a_conversation_are_learnt_by_the_template_of_a_checkpoint(checkpoint, tmp_path):
+    pytest.importorskip("jinja2")
+    folder = shutil.copytree(checkpoint, tmp_path / "c")
+    (folder / "chat_template.jinja").write_text(
+        "{% for each in messages %}"
+        "{{ 'the' if each.role == 'user' else 'a' }} {{ each.content }} <eos> {% endfor %}"
+        "{% if add_generation_prompt %}a {% endif %}"
+    )
+    said = [("user", "cat sat"), ("assistant", "dog ran")]
+    chat = {"chat": [{"role": role, "content": content} for role, content in said]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    pair = {"ask": "the cat sat <eos> a", "say": "dog ran"}  # and its end, as in the template
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    given = ("--dim", 8, "--dtype", "float32")
+    chats = ("--data", "chats.jsonl", "--messages", "chat", "--store", "g")
+    pairs = ("--data", "pairs.jsonl", "--prompt", "ask", "--completion", "say", "--store", "h")
+    assert project(folder, *chats, *given) == project(folder, *pairs, *given) == 0
+    found, expected = GradientStore.open("g"), GradientStore.open("h")
+    assert torch.equal(found.losses, expected.losses)
+    assert torch.equal(found.rows(), expected.rows())
+
+
 def test_texts_of_a_file_that_has_changed_are_not_taken_for_the_samples(
     checkpoint, tmp_path, capsys, caplog
 ):
