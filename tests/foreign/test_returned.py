@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.foreign.foreign import assert_same, next_token_loss, shuffled, tokens
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ghost_core import WrongSplitError
 from ghost_core.testing import GradientHolder, per_sample_gradients
@@ -65,19 +66,74 @@ def test_it_is_followed_from_there_on(meeting: str, n: int, by_index: bool, froz
             assert_same(batch.result.materialize(), reference)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_what_was_proven_where_it_was_followed_does_not_hold_for_the_call(frozen: bool) -> None:
-    """A batch of one token leaves open whether its one row is of a sample."""
+class Checkpointed(nn.Module):
+    """Positions are added inside of a checkpoint, or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.positions, self.inside = Positions(False), True
+
+    def add(self, x: Tensor) -> Tensor:
+        return (x + self.positions(x)).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        added = checkpoint(self.add, x, use_reentrant=False) if self.inside else self.add(x)
+        return self.after(added)
+
+
+def test_what_was_proven_where_it_was_followed_does_not_hold_for_the_call() -> None:
+    """A checkpoint has the module run as a call from then on, and T = N as if it had rows."""
     torch.manual_seed(0)
-    engine = GradientHolder(shuffled(Model(False, MEETINGS["added"])).double())
+    model = shuffled(Checkpointed()).double()
+    engine = GradientHolder(model)
 
     def backward(n: int) -> None:
-        ids = torch.randint(11, (n, n))
-        engine.model(ids).square().sum().backward()
+        model(torch.randn(n, LENGTH, 6).double()).square().sum().backward()
 
-    with engine.frozen() if frozen else engine:
-        for n in (3, 1):
-            with engine.batch(range(n)):
-                backward(n)
-        with pytest.raises(WrongSplitError, match="sample 0"), engine.batch(range(3)):
+    with engine.frozen():
+        with engine.batch(range(1)):
+            backward(1)
+        model.inside = False
+        with engine.batch(range(3)):
             backward(3)
+        with pytest.raises(WrongSplitError, match="sample 0"), engine.batch(range(LENGTH)):
+            backward(LENGTH)
+
+
+class OneRow(Positions):
+    """The same with an axis of one for the samples."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids)[None]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_row_may_be_used_otherwise_in_a_later_batch(frozen: bool) -> None:
+    """It is as the module returned it, and not expanded to a row of each sample."""
+    torch.manual_seed(0)
+    other = []
+
+    def meet(x: Tensor, at: Tensor) -> Tensor:
+        return x + at + (at.sum() * len(at) if other else 0)
+
+    model = shuffled(Model(False, meet)).double()
+    model.positions = OneRow(False).double()
+    engine = GradientHolder(model)
+    batches = []
+    for n in (3, 1, 3, LENGTH):
+        other += [True] * (len(batches) == 2)
+        ids = tokens(n, LENGTH)
+        logits = model(ids)
+        expected = per_sample_gradients(model, next_token_loss(logits, ids))
+        batches.append((ids, logits.detach(), expected))
+    other.clear()
+    with engine.frozen() if frozen else engine:
+        for at, (ids, logits, reference) in enumerate(batches):
+            other += [True] * (at == 2)
+            with engine.batch(range(len(ids))) as batch:
+                found = model(ids)
+                next_token_loss(found, ids).sum().backward()
+            assert torch.equal(found.detach(), logits)
+            assert_same(batch.result.materialize(), reference)

@@ -94,8 +94,8 @@ def may_have_rows(shared: Shared, axis: int, n: int) -> bool:
     """
     value = shared.value
     size = value.shape[axis] if value.dim() > axis else 0
-    if size == 1 or size != n:
-        return size == 1
+    if size != n or n == 1:
+        return False
     return shared.narrow is not None or all(
         value._base is not source.tensor for source in shared.sources
     )
