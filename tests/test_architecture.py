@@ -17,8 +17,8 @@ PACKAGES = ["ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"]
 # Names on one floor do not know each other. The package's own name is its face.
 FLOORS = [
     {"restoring"},
-    {"errors", "_trees", "_modes", "switches"},
-    {"_torch", "_graph", "_distributed", "arguments", "process"},
+    {"errors", "_trees", "_modes", "_graph", "switches"},
+    {"_torch", "_distributed", "arguments", "process"},
     {"algebra", "ranks"},
     {"sampler", "projection", "policy"},
     {"hooks", "state", "batch", "differentiation"},

@@ -138,7 +138,7 @@ def test_a_bar_shows_samples_and_tokens_in_a_second(tmp_path, capsys):
     project_dataset(model, language_loss, Sentences(), tmp_path / "g", **given, **OPTIONS)
     last = capsys.readouterr().err.rsplit("\r", 1)[-1]
     assert "11.0/11.0" in last
-    assert re.search(r"\d(sample/s|s/sample)", last)
+    assert re.search(r"\d([kM]?sample/s|s/sample)", last)
     assert re.search(r"\d[kM]? tokens/s", last)
 
 
