@@ -137,3 +137,29 @@ def test_one_row_may_be_used_otherwise_in_a_later_batch(frozen: bool) -> None:
                 next_token_loss(found, ids).sum().backward()
             assert torch.equal(found.detach(), logits)
             assert_same(batch.result.materialize(), reference)
+
+
+@pytest.mark.parametrize("use", [torch.sum, lambda row: row.detach().sum()])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_row_that_is_expanded_is_watched_in_later_batches_too(
+    use: Callable[[Tensor], Tensor], frozen: bool
+) -> None:
+    """In a checkpoint nothing is followed, and its sum would be that of all samples' rows."""
+    torch.manual_seed(0)
+    model = shuffled(Checkpointed()).double()
+    model.positions = OneRow(False).double()
+    engine = GradientHolder(model)
+
+    def backward() -> None:
+        model(torch.randn(3, LENGTH, 6).double()).square().sum().backward()
+
+    def add(x: Tensor) -> Tensor:
+        row = model.positions(x)
+        return x + row + use(row)
+
+    with engine.frozen() if frozen else engine:
+        with engine.batch(range(3)):
+            backward()
+        model.add = add
+        with pytest.raises(WrongSplitError, match="positions"), engine.batch(range(3)):
+            backward()

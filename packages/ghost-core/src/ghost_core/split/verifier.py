@@ -87,7 +87,7 @@ class Verifier:
         self._unreached: set[Kind] = set()
         self._unprobed: set[object] = set()
         self._unwatched: set[tuple[object, ...]] = set()
-        self._expandable: set[str] = set()
+        self._expands = False
         self._usage: UsageMode | None = None
         self._watching = ExitStack()
         self._checked: set[tuple[object, ...]] = set()
@@ -116,7 +116,8 @@ class Verifier:
         if self.routes or self._moving:
             self._prober.shield_hooks()
         signature = self._signature(n)
-        if signature in self._verified and signature not in self._unwatched:
+        watched = signature in self._verified and signature not in self._unwatched
+        if watched and not self._expands:  # what is expanded may be used otherwise than before
             return
         self._unwatched.discard(signature)
         self._checked.add(signature)
@@ -160,16 +161,15 @@ class Verifier:
         return self._usage is not None
 
     def watch(self, output: Tensor, tracked: TrackedModule) -> None:
-        """Watch an output that was expanded from one row, if the pass is watched.
+        """Watch an output that was expanded from one row, in this pass and all later ones.
 
         Raises:
-            WrongSplitError: If it is not, and no output of the module was in one that was.
+            WrongSplitError: If the pass is not watched, as no output was expanded before.
         """
-        if self._usage is not None:
-            self._usage.watch(output, tracked)
-            self._expandable.add(tracked.name)
-        elif tracked.name not in self._expandable:
+        if self._usage is None:
             raise late_row(tracked)
+        self._usage.watch(output, tracked)
+        self._expands = True
 
     def know(self, value: Tensor, names: frozenset[str]) -> None:
         """Watch for operations on a value as for those on the parameters that it is computed from.
