@@ -223,3 +223,16 @@ def test_complex_outputs_are_refused(x) -> None:
     refused = pytest.raises(CaptureError, match=r"returned complex numbers: exclude it")
     with engine, refused, engine.batch(range(N)):
         losses_of(model(x)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_outputs_are_refused(layout) -> None:
+    model = nn.Sequential(nn.Linear(D, D)).double()
+    rows = [torch.randn(length, D).double() for length in (2, 5)]
+    engine = GradientHolder(model)
+    refused = pytest.raises(CaptureError, match=r"0 \[.*\] returned a nested tensor: pad it, or")
+    with engine, refused, engine.batch(range(2)):
+        sum(
+            each.sum() for each in model(torch.nested.nested_tensor(rows, layout=layout))
+        ).backward()

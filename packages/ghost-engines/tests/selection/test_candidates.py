@@ -260,6 +260,8 @@ def test_scoring_at_the_wrong_time_is_refused(model: Model, x: Tensor) -> None:
     with engine:
         with engine.paused(), pytest.raises(CaptureError, match="while the model is left alone"):
             score(engine, lambda: losses(model, x))
+        with engine.scoring(), pytest.raises(CaptureError, match="there are no candidates"):
+            engine.score(lambda: losses(model, x[:0]), [])
         with engine.batch(IDS):
             with pytest.raises(CaptureError, match="a batch is open already"):
                 score(engine, lambda: losses(model, x))

@@ -243,7 +243,12 @@ def test_tables_of_other_directions_have_no_union(run):
     other = replace(one, directions=("b", "a"))
     with pytest.raises(CaptureError, match="same directions"):
         ValueTable.union([one, other])
-    with pytest.raises(CaptureError, match="same directions"):
-        ValueTable.union([])
+    for given, named in (
+        ([], "nothing"),
+        (3, "int"),
+        ([one, 1], "ValueTable, int|int, ValueTable"),
+    ):
+        with pytest.raises(CaptureError, match=f"must be a list of ValueTable, not {named}"):
+            ValueTable.union(given)
     nobody = ValueTable.union([table_of([], None), one])
     assert nobody.ids.tolist() == one.ids.tolist()

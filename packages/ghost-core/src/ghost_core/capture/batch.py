@@ -96,7 +96,7 @@ class BatchCapture:
         all samples of the batch are taken to be there; the model's output shows whether they are.
         """
         sizes = {
-            leaf.shape[dim]
+            leaf.size(dim)  # which nested tensors have, and no shape
             for leaf in tree_leaves((args, kwargs))
             if isinstance(leaf, Tensor) and leaf.dim() > dim
         }

@@ -284,9 +284,13 @@ class CallHooks:
         return tree_unflatten(leaves, structure)
 
     def _is_reached(self, leaf: object, frozen: bool) -> bool:
-        """Tell whether gradients arrive at an output; refuse complex ones."""
+        """Tell whether gradients arrive at an output; refuse complex and nested ones."""
         if isinstance(leaf, Tensor) and leaf.is_complex():
             raise CaptureError(f"{self.tracked.label} returned complex numbers: exclude it")
+        if isinstance(leaf, Tensor) and leaf.is_nested:
+            raise CaptureError(
+                f"{self.tracked.label} returned a nested tensor: pad it, or exclude it"
+            )
         return _is_differentiable(leaf, frozen)
 
     def _record(

@@ -312,7 +312,7 @@ class CaptureState:
         if self.batch.joined or any(each.shared for each in self.tracked.values()):
             return True
         return any(
-            value.dim() > axis and value.shape[axis] == self.pass_.n
+            value.dim() > axis and value.size(axis) == self.pass_.n
             for value in tensors_in(inputs)
             for axis in (0, self.dim)
         )

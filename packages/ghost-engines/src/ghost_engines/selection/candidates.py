@@ -75,7 +75,8 @@ class Candidates(Listener):
                 remedy="give lambda: per_sample_loss(model, batch)",
             )
         found = as_ids(ids)
-        n = len(found)
+        if not (n := len(found)):
+            raise CaptureError("there are no candidates", remedy="give the ids of one or more")
         self._dots = {key: each.new_zeros(n, len(each)) for key, each in self._stacked.items()}
         self._held = HeldGradients(self.tracking.parameters) if gram else None
         try:

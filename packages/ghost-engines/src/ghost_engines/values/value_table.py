@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +65,13 @@ class ValueTable(Table):
             tables: Of the same directions, but for those without samples.
 
         Raises:
-            CaptureError: If there is none, or directions differ.
+            CaptureError: If there is none, something else is given, or directions differ.
         """
-        tables = [each for each in tables if len(each)] or tables[:1]
+        given = list(tables) if isinstance(tables, Iterable) else [tables]
+        if not given or not all(isinstance(each, cls) for each in given):
+            kinds = ", ".join(dict.fromkeys(type(each).__name__ for each in given)) or "nothing"
+            raise CaptureError(f"tables to unite must be a list of {cls.__name__}, not {kinds}")
+        tables = [each for each in given if len(each)] or given[:1]
         names = {each.directions for each in tables}
         if len(names) != 1:
             raise CaptureError(f"tables to unite must be of the same directions, not {names}")
