@@ -230,7 +230,7 @@ def test_complex_outputs_are_refused(x) -> None:
 def test_nested_outputs_are_refused(layout) -> None:
     model = nn.Sequential(nn.Linear(D, D)).double()
     rows = [torch.randn(length, D).double() for length in (2, 5)]
-    engine = GradientHolder(model)
+    engine = GradientHolder(model, registry=registry())
     refused = pytest.raises(CaptureError, match=r"0 \[.*\] returned a nested tensor: pad it, or")
     with engine, refused, engine.batch(range(2)):
         sum(
