@@ -15,12 +15,12 @@ from ghost_engines import CosineEngine, InRunValues
 def check_cosines(cosines, gradients, directions):
     assert cosines.directions == tuple(directions)
     columns = [{name: each[name][None] for name in gradients} for each in directions.values()]
-    mine = [("total", cosines.cosine, rows(gradients), torch.cat([rows(c) for c in columns]))]
+    mine = [("total", cosines.cosines, rows(gradients), torch.cat([rows(c) for c in columns]))]
     layers, of_columns = by_layer(gradients), [by_layer(each) for each in columns]
-    assert cosines.cosine_by_layer.keys() == layers.keys()
+    assert cosines.cosines_by_layer.keys() == layers.keys()
     for name, layer in layers.items():
         others = torch.cat([each[name] for each in of_columns])
-        mine.append((name, cosines.cosine_by_layer[name], layer, others))
+        mine.append((name, cosines.cosines_by_layer[name], layer, others))
     for name, got, left, right in mine:
         expected = functional.normalize(left) @ functional.normalize(right).mT
         assert_within(got, expected, 1.0, what=name)
@@ -56,7 +56,7 @@ def test_cosines_do_not_depend_on_weights(
         for (name, gradient), axes in zip(own.items(), shape, strict=True)
     }
     assert_scores(batch.result, contributions, directions)
-    assert batch.result.cosine_by_layer.keys() == batch.result.by_layer.keys()
+    assert batch.result.cosines_by_layer.keys() == batch.result.by_layer.keys()
 
 
 def test_cosines_over_passes_and_uses(draw_directions):
@@ -78,8 +78,8 @@ def test_cosine_with_itself_is_one_and_never_more(mlp, inputs):
     engine.add_direction("same", lambda: squares(mlp(inputs[:1].float())).sum())
     with engine, engine.batch(range(1)) as batch:
         squares(mlp(inputs[:1].float())).sum().backward()
-    assert_within(batch.result.cosine, torch.ones(1, 1), 1.0, 1e-6)
-    assert (batch.result.cosine <= 1).all()
+    assert_within(batch.result.cosines, torch.ones(1, 1), 1.0, 1e-6)
+    assert (batch.result.cosines <= 1).all()
 
 
 def test_cosine_of_nothing_is_nan(mlp, inputs):
@@ -90,7 +90,7 @@ def test_cosine_of_nothing_is_nan(mlp, inputs):
     engine.add_direction("zero", zeros)
     with engine, engine.batch(range(4)) as batch:
         (weights * squares(mlp(inputs))).sum().backward()
-    assert batch.result.cosine.isnan().tolist() == [[weight == 0, True] for weight in weights]
+    assert batch.result.cosines.isnan().tolist() == [[weight == 0, True] for weight in weights]
     assert batch.result.finite.all()
 
 
@@ -114,7 +114,7 @@ def test_overflow_gives_no_cosine(mlp, inputs):
     with engine, engine.batch(range(4)) as batch:
         scaler.scale(squares(mlp(inputs.float())).sum()).backward()
     assert batch.result.finite.all()
-    assert batch.result.cosine.isnan().all()
+    assert batch.result.cosines.isnan().all()
 
 
 def test_in_run_values_follow_an_engine_of_cosines(mlp, inputs):

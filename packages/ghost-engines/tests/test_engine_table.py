@@ -116,7 +116,7 @@ def subjects() -> dict[str, Subject]:
             lambda scores: scores.total,
         ),
         "cosines": Subject(
-            scoring(CosineEngine), angles, lambda cosines: cosines.cosine.nan_to_num()
+            scoring(CosineEngine), angles, lambda cosines: cosines.cosines.nan_to_num()
         ),
         "norms": Subject(
             lambda model, **options: NormEngine(model, loss_weights="sum", **options),

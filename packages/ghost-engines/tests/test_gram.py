@@ -73,7 +73,7 @@ def test_cosines_of_contributions_are_those_of_own_gradients_but_for_signs(trans
     with engine, engine.batch(range(5)) as batch:
         (WEIGHTS * losses()).sum().backward()
     whole *= WEIGHTS.sign()[:, None]
-    check_cosines(batch.result.cosine, whole, whole, 1e-9, "cosine")
+    check_cosines(batch.result.cosines, whole, whole, 1e-9, "cosine")
 
 
 @pytest.mark.parametrize("times", [1, 2, 9])
@@ -165,7 +165,7 @@ def test_every_batch_may_have_another_shape(mlp):
 
 def test_batch_without_samples(mlp):
     gram = multiply(mlp, torch.zeros(0, 5, dtype=torch.float64), sum_of_squares, "mean")
-    assert gram.total.shape == gram.cosine.shape == (0, 0)
+    assert gram.total.shape == gram.cosines.shape == (0, 0)
 
 
 def test_selected_layers_only(transformer, tokens):
@@ -227,7 +227,7 @@ def test_float32_model_is_multiplied_in_float32_and_close(transformer, tokens):
     gram = multiply(single, tokens, lambda logits: next_token_losses(logits, tokens).mean(), "mean")
     check_gram(gram, expected, tolerance=1e-4)
     assert gram.total.dtype == torch.float32
-    assert gram.cosine.abs().max() <= 1
+    assert gram.cosines.abs().max() <= 1
 
 
 def backpropagate_without_autocast(model, inputs):
@@ -250,7 +250,7 @@ def test_bfloat16_model_is_within_the_rounding_of_its_own_gradients(transformer,
     whole = rows(per_sample_gradients(exact, next_token_losses(exact(tokens), tokens)))
     gram = multiply(rounded, tokens, lambda logits: next_token_losses(logits.float(), tokens).sum())
     check_products(gram.total, whole, whole, 5e-2, "total")
-    check_cosines(gram.cosine, whole, whole, 5e-2, "cosine")
+    check_cosines(gram.cosines, whole, whole, 5e-2, "cosine")
 
 
 def test_the_scale_of_a_grad_scaler_is_divided_out(mlp, inputs):
@@ -280,7 +280,7 @@ def test_overflow_gives_products_that_are_not_finite(mlp, inputs):
         with refused, engine.reference(range(4)):
             scaler.scale((100 * squares(mlp(inputs.float()))).sum()).backward()
     assert not batch.result.finite.any()
-    assert batch.result.cosine.isnan().all()
+    assert batch.result.cosines.isnan().all()
     assert not engine.has_reference
 
 
@@ -300,17 +300,17 @@ def test_weight_zero_gives_nan(mlp, inputs):
     gram = batch.result
     known = torch.tensor([True, False, True, False])
     assert torch.equal(gram.finite, known)
-    for values in (gram.total, gram.cosine):
+    for values in (gram.total, gram.cosines):
         assert torch.equal(values.isnan(), ~(known[:, None] & known))
     check_products(gram.total[::2, ::2], whole[::2], whole[::2], 1e-9, "total")
-    check_cosines(gram.cosine[::2, ::2], whole[::2], whole[::2], 1e-9, "cosine")
+    check_cosines(gram.cosines[::2, ::2], whole[::2], whole[::2], 1e-9, "cosine")
 
 
 def test_gradient_zero_has_no_cosine(mlp, inputs):
     """It has products, which are zero."""
     used = torch.tensor([1.0, 0.0, 2.0, 1.0])
     gram = multiply(mlp, inputs, lambda outputs: (used * squares(outputs)).sum())
-    assert gram.cosine.isnan().tolist() == [[n == 1 or m == 1 for m in range(4)] for n in range(4)]
+    assert gram.cosines.isnan().tolist() == [[n == 1 or m == 1 for m in range(4)] for n in range(4)]
     assert gram.finite.all()
     assert not gram.total[1].any()
 

@@ -97,9 +97,23 @@ def test_every_result_has_the_same_words(make, name):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_result_says_what_it_is(make, name):
-    assert repr(run(make(name)).result) == SAID[name]
+    batch = run(make(name))
+    assert repr(batch.result) == SAID[name]
+    assert repr(batch) == f"<Batch: N=4, {SAID[name]}>"
     unverified = run(make(name, verify=False)).result
     assert repr(unverified) == SAID[name].replace("verified", "not verified")
+
+
+@pytest.mark.parametrize("name", ["dot product", "cosine"])
+def test_cosines_with_directions_read_as_dots_do(make, name):
+    result = run(make(name, **({"norms": True} if name == "dot product" else {}))).result
+    assert result.cosines.shape == result.total.shape
+    assert result.cosines_by_parameter.keys() == result.by_parameter.keys()
+    assert result.cosines_by_layer.keys() == result.by_layer.keys()
+    squared = sum(result.squared_norms[each] for each in LAYERS["2"])
+    others = sum(result.squared_direction_norms[each] for each in LAYERS["2"])
+    expected = result.by_layer["2"] / (squared[:, None] * others).sqrt()
+    torch.testing.assert_close(result.cosines_by_layer["2"], expected)
 
 
 def test_products_with_a_reference_read_as_those_of_a_batch(make):
@@ -111,7 +125,8 @@ def test_products_with_a_reference_read_as_those_of_a_batch(make):
     between = gram.between
     assert between.ids.tolist() == gram.ids.tolist()
     assert between.reference_ids.tolist() == [0, 1, 2]
-    assert between.total.shape == between.cosine.shape == (N, M)
+    assert between.total.shape == between.cosines.shape == (N, M)
+    assert gram.total.shape == gram.cosines.shape == (N, N)
     assert between.by_parameter.keys() == gram.by_parameter.keys()
     assert between.by_layer.keys() == gram.by_layer.keys()
     assert between.verified is gram.verified is True
@@ -143,6 +158,7 @@ def test_an_open_batch_has_no_result(make, name):
     with engine, engine.batch(range(N)) as batch:
         with pytest.raises(CaptureError, match="no result"):
             _ = batch.result
+        assert repr(batch) == "<Batch: N=4, no result>"
         engine.model(torch.randn(N, 5, dtype=torch.float64)).square().sum().backward()
     assert batch.result.total.any()
 

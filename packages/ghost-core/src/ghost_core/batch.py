@@ -29,6 +29,11 @@ class Batch(Generic[ResultT]):
         self.verified = verified
         self._results: list[ResultT] = []
 
+    def __repr__(self) -> str:
+        """Say how many samples it has, and what came of it."""
+        result = repr(self._results[0]) if self._results else "no result"
+        return f"<{type(self).__name__}: N={self.n}, {result}>"
+
     @property
     def n(self) -> int:
         """Number of samples N."""

@@ -59,3 +59,10 @@ def test_the_error_lists_ten_parameters_at_most(inputs, check, own, doubled):
     with pytest.raises(WrongSplitError, match=r"(?s)and 2 more\nReason: ") as caught:
         found.raise_if_wrong()
     assert str(caught.value).count("(Linear, Faulty)") == 10
+
+
+def test_what_was_found_shows_at_a_glance(model, inputs, check, own, doubled):
+    found = check(model, lambda: own(model(inputs)))
+    assert repr(found) == f"Comparison({found.verdict}; verified)"
+    wrong = check(model, lambda: own(model(inputs)), registry=doubled, verify=False)
+    assert repr(wrong) == f"Comparison({wrong.verdict}; not verified)"

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ghost_core import Batch, Pass, PerSampleGradient, TrackedParameter
 from ghost_engines.held import HeldGradients
-from ghost_engines.results import by_layer, cosines, summed
 from ghost_engines.scores import Scores
 from ghost_engines.scoring import ScoringEngine
 
@@ -28,22 +27,6 @@ class Cosines(Scores):
 
     squared_norms: Mapping[str, Tensor]
     squared_direction_norms: Mapping[str, Tensor]
-
-    @property
-    def cosine(self) -> Tensor:
-        """Cosines of whole gradients with whole directions, `[N, K]`.
-
-        NaN where a norm is zero or not finite.
-        """
-        return cosines(self.total, summed(self.squared_norms), summed(self.squared_direction_norms))
-
-    @property
-    def cosine_by_layer(self) -> dict[str, Tensor]:
-        """Cosines of the parts that belong to one layer, `[N, K]`; they do not add up."""
-        norms, others = by_layer(self.squared_norms), by_layer(self.squared_direction_norms)
-        return {
-            name: cosines(dots, norms[name], others[name]) for name, dots in self.by_layer.items()
-        }
 
 
 class CosineEngine(ScoringEngine[Cosines]):

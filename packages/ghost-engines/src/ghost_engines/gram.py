@@ -30,8 +30,8 @@ class Between(SummedResult):
     reference_squared_norms: Tensor
 
     @property
-    def cosine(self) -> Tensor:
-        """Cosines between whole gradients, `[N, M]`; NaN as in `Gram.cosine`."""
+    def cosines(self) -> Tensor:
+        """Cosines between whole gradients, `[N, M]`; NaN as in `Gram.cosines`."""
         squared = self.squared_norms
         return cosines(self.total, squared, self.reference_squared_norms.to(squared.device))
 
@@ -54,7 +54,7 @@ class Gram(SummedResult):
     reference: Between | None = None
 
     @property
-    def cosine(self) -> Tensor:
+    def cosines(self) -> Tensor:
         """Cosines between whole gradients, `[N, N]`.
 
         They do not depend on the weights of losses, but for their signs. NaN where a gradient is

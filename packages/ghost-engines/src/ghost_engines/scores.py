@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ghost_core import CaptureError
-from ghost_engines.results import Result, SummedResult, cosines, summed
+from ghost_engines.results import Result, SummedResult, by_layer, cosines, summed
 
 DocumentIds = Sequence[Sequence[int] | Tensor | np.ndarray] | Tensor | np.ndarray
 
@@ -118,6 +118,14 @@ class Scores(SummedResult):
         return {
             name: cosines(dots, mine[name], others[name])
             for name, dots in self.by_parameter.items()
+        }
+
+    @property
+    def cosines_by_layer(self) -> dict[str, Tensor]:
+        """Cosines of the parts that belong to one layer, `[N, K]`; they do not add up."""
+        mine, others = (by_layer(each) for each in self._norms())
+        return {
+            name: cosines(dots, mine[name], others[name]) for name, dots in self.by_layer.items()
         }
 
     def _norms(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

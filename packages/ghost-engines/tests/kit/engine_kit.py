@@ -100,7 +100,7 @@ def check_gram(gram, gradients, reference=None, tolerance=1e-9):
     for name, layer in layers.items():
         check_products(gram.by_layer[name], layer, layer, tolerance, name)
     check_products(gram.total, whole, whole, tolerance, "total")
-    check_cosines(gram.cosine, whole, whole, tolerance, "cosine")
+    check_cosines(gram.cosines, whole, whole, tolerance, "cosines")
     assert gram.finite.all()
     if reference is None:
         assert gram.reference is None
@@ -110,7 +110,7 @@ def check_gram(gram, gradients, reference=None, tolerance=1e-9):
     assert gram.between.by_parameter.keys() == reference.keys()
     assert gram.between.verified == gram.verified
     assert torch.equal(gram.between.ids, gram.ids)
-    check_cosines(gram.between.cosine, whole, others, tolerance, "between_cosine")
+    check_cosines(gram.between.cosines, whole, others, tolerance, "cosines between")
     assert gram.between.by_layer.keys() == layers.keys()
     for name, layer in layers.items():
         got, right = gram.between.by_layer[name], other_layers[name]

@@ -145,7 +145,13 @@ def test_norms_of_what_arrives_twice_are_refused(twice, mlp, inputs, draw_direct
 def test_norms_have_to_be_asked_for(mlp, inputs, engine):
     with engine, engine.batch(range(4)) as batch:
         squares(mlp(inputs)).sum().backward()
-    for name in ("norms", "cosines", "norms_by_parameter", "cosines_by_parameter"):
+    for name in (
+        "norms",
+        "cosines",
+        "norms_by_parameter",
+        "cosines_by_parameter",
+        "cosines_by_layer",
+    ):
         with pytest.raises(CaptureError, match="norms=True"):
             getattr(batch.result, name)
 
@@ -169,7 +175,7 @@ def test_norms_beside_exact_dots(transformer, tokens, draw_directions, assert_sc
                 next_token_losses(transformer(tokens), tokens).sum().backward()
     assert_scores(batch.result, gradients, directions)
     check_norms_of(batch.result, gradients, directions)
-    torch.testing.assert_close(batch.result.cosines, cosines.result.cosine)
+    torch.testing.assert_close(batch.result.cosines, cosines.result.cosines)
     check_grads(plain, transformer, 0.0)
 
 

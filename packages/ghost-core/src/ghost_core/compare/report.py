@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghost_core.algebra import (
-    Precision,
-)
+from ghost_core.algebra import Precision
 from ghost_core.compare.remainder import Remainder
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.tracking import TrackedModule
@@ -64,7 +62,7 @@ class ParameterCheck:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What a comparison with autograd found.
 
@@ -81,6 +79,11 @@ class Comparison:
     parameters: tuple[ParameterCheck, ...]
     verified: bool
     reason: str = ""
+
+    def __repr__(self) -> str:
+        """Say what was found."""
+        verified = "verified" if self.verified else "not verified"
+        return f"{type(self).__name__}({self.verdict}; {verified})"
 
     @property
     def wrong(self) -> tuple[ParameterCheck, ...]:
