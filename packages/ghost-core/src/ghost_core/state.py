@@ -69,6 +69,16 @@ class RandomState:
         }
 
 
+def seed_generators(seed: int) -> None:
+    """Seed every global random number generator."""
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:  # where that one would format a stack trace for each kind of device
+        torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # which takes no larger ones
+    random.seed(seed)
+
+
 @contextmanager
 def random_state_kept(devices: Iterable[torch.device] = ()) -> Iterator[None]:
     """Put the random number generators back afterwards: on the CPU, and on these devices too."""

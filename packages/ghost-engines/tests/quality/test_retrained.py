@@ -86,7 +86,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
     with pytest.raises(QualityError, match="has trainings by quality_kit:Add") as caught:
         lds(effects(), returns_nan, **given)
     assert "another folder" in caught.value.remedy
-    with pytest.raises(QualityError, match="3 losses for 2 queries"):
+    with pytest.raises(QualityError, match="has 3 losses, not 2"):
         lds(effects()[:2], Additive(log), **given)
     for path in set(folder.glob("*.json")) - {folder / "train.json"}:
         path.write_text("[1")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gc
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from ghost_core.state import random_state_kept
+from ghost_core.state import random_state_kept, seed_generators
 
 
 def traces(model: nn.Module) -> dict[str, object]:
@@ -51,12 +48,7 @@ def assert_untouched(before: dict[str, object], model: nn.Module, when: str) -> 
 def seeded(seed: int) -> Iterator[None]:
     """Seed every global random number generator inside; restore them afterwards."""
     with random_state_kept():
-        if torch.cuda.is_available():
-            torch.manual_seed(seed)
-        else:  # where that one would format a stack trace for each kind of device
-            torch.default_generator.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        seed_generators(seed)
         yield
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ghost_core.state import seed_generators
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import raised
 from ghost_engines.cli.own import DType
@@ -71,6 +70,4 @@ def seed(number: int) -> None:
     """
     if not 0 <= number < 2**32:
         raise CommandError(f"--seed must be from 0 to 2**32 - 1, not {number}")
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
+    seed_generators(number)

@@ -11,7 +11,8 @@ import numpy as np
 from ghost_core.arguments import whole
 from ghost_engines.quality.errors import QualityError
 from ghost_engines.quality.given import Scores, as_count, as_scores
-from ghost_engines.quality.retraining import Job, Train, Workplace, retrain
+from ghost_engines.quality.jobs import Workplace
+from ghost_engines.quality.retraining import Train, Training, retrain
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +102,7 @@ def lds(
         )
     draw = np.random.default_rng(whole("seed", seed, least=0, error=QualityError))
     chosen = [np.sort(draw.permutation(len(known))[:size]) for _ in range(subsets)]
-    jobs = [Job(np.sort(known[rows]), seed + at) for rows in chosen for at in range(seeds)]
+    jobs = [Training(np.sort(known[rows]), seed + at) for rows in chosen for at in range(seeds)]
     losses = retrain(train, jobs, len(table), Workplace(folder, processes, progress))
     losses = losses.reshape(subsets, seeds, -1).mean(1)
     predicted = np.stack([table[:, rows].sum(1) for rows in chosen])

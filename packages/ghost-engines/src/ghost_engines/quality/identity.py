@@ -16,39 +16,57 @@ from ghost_core.errors import told
 from ghost_engines.quality.errors import QualityError
 
 
-def identity(train: Callable[..., Any]) -> dict[str, str]:
+def identity(function: Callable[..., Any], what: str) -> dict[str, str]:
     """Return what a folder says of the function whose trainings it has: its name and a digest.
 
     The digest is of its pickle, which has the arguments of a `functools.partial`, and the
     attributes of an object. A function of a module is in it by name, whatever its code says.
 
+    Args:
+        function: The function.
+        what: What it is, for the error.
+
     Raises:
         QualityError: If it cannot be pickled.
     """
-    pickled = _Digest()
     try:
-        _Pickler(pickled, protocol=5).dump(train)
+        digest = digest_of(function)
     except Exception as error:
         raise QualityError(
-            f"train cannot be told from other functions: {told(error)}",
+            f"{what} cannot be told from other functions: {told(error)}",
             reason="a folder belongs to one function, which is known by its pickle",
             remedy="write it as a function of a module, or as a class with __call__, not as a "
             "lambda or inside a function; or leave folder out",
         ) from error
-    return {"train": _called(train), "pickle": pickled.sha256.hexdigest()}
+    return {"train": _called(function), "pickle": digest}
 
 
-def check_picklable(train: Callable[..., Any]) -> None:
-    """Refuse a function that cannot be sent to other processes.
+def digest_of(value: object) -> str:
+    """Return the sha256 of a value's pickle, in which tensors stand by their contents.
+
+    Raises:
+        Exception: Whatever it raises if it cannot be pickled.
+    """
+    written = _Digest()
+    _Pickler(written, protocol=5).dump(value)
+    return written.sha256.hexdigest()
+
+
+def pickled(value: object, what: str) -> bytes:
+    """Return what can be sent to another process.
+
+    Args:
+        value: What to send.
+        what: What of it the user gave, for the error.
 
     Raises:
         QualityError: If it cannot be pickled.
     """
     try:
-        pickle.dumps(train)
+        return pickle.dumps(value)
     except Exception as error:
         raise QualityError(
-            f"train cannot be sent to other processes: {told(error)}",
+            f"{what} cannot be sent to other processes: {told(error)}",
             reason="it is pickled, by the name of its module",
             remedy="write it as a function of a module, or as a class with __call__, not inside a "
             "function or a notebook; or run with processes=1",

@@ -14,7 +14,8 @@ from ghost_core.arguments import whole
 from ghost_engines.plots import curves, save
 from ghost_engines.quality.errors import QualityError
 from ghost_engines.quality.given import Scores, as_count, as_scores
-from ghost_engines.quality.retraining import Job, Train, Workplace, retrain
+from ghost_engines.quality.jobs import Workplace
+from ghost_engines.quality.retraining import Train, Training, retrain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,10 +118,10 @@ def removal_curve(
     order = np.argsort(-table.sum(0), kind="stable")
     runs = range(seed, seed + seeds)
     drawn = [np.random.default_rng(run).permutation(len(known)) for run in runs]
-    jobs = [Job(np.sort(known), run) for run in runs]
-    jobs += [Job(np.sort(known[order[count:]]), run) for count in counts for run in runs]
+    jobs = [Training(np.sort(known), run) for run in runs]
+    jobs += [Training(np.sort(known[order[count:]]), run) for count in counts for run in runs]
     jobs += [
-        Job(np.sort(known[rows[count:]]), run)
+        Training(np.sort(known[rows[count:]]), run)
         for count in counts
         for run, rows in zip(runs, drawn, strict=True)
     ]
