@@ -29,6 +29,8 @@ class ProjectedRows(Result):
             rows that were put together by hand.
         norms: Norms of the rows, `[N]`, before they were divided by them if they were; they
             estimate those of the gradients. None for rows that were put together by hand.
+        model: Digest of the model, as of `model_digest`, by which a store that names its own tells
+            rows of others; None if nobody took it, as in training.
     """
 
     rows: Tensor
@@ -36,6 +38,7 @@ class ProjectedRows(Result):
     random: tuple[str, ...] = ()
     manifest: Mapping[str, Any] | None = None
     norms: Tensor | None = None
+    model: str | None = None
 
     @property
     def total(self) -> Tensor:

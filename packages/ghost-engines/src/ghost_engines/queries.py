@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import CaptureError, SampleIds
+from ghost_core.arguments import switch
 from ghost_core.batch import as_ids
 from ghost_core.compare import check_losses
 from ghost_core.state import untouched
+from ghost_engines.digest import model_digest
 from ghost_engines.directions import Gradient, Transform
 from ghost_engines.projected import ProjectedRows
 from ghost_engines.projection import ProjectionEngine
@@ -24,6 +26,7 @@ def project_queries(
     *,
     ids: SampleIds | None = None,
     transform: Transform | None = None,
+    digest: bool = True,
 ) -> ProjectedRows:
     """Project the gradients of a few samples, to search a store with them.
 
@@ -39,14 +42,18 @@ def project_queries(
         ids: One integer per query; by default they are numbered from 0.
         transform: What to make of each gradient: `adam_aware(optimizer)`, `unit_norm`, or any
             function of a direction by parameter name.
+        digest: Whether to take a digest of the model, so that a store by another one refuses the
+            rows. False to ask another model on purpose, such as a later checkpoint.
 
     Returns:
-        Rows `[Q, k_total]`, with the manifest by which a store tells rows of other engines.
+        Rows `[Q, k_total]`, with the manifest by which a store tells rows of other engines, and the
+        digest by which it tells those of other models.
 
     Raises:
         CaptureError: If losses are not one per sample, there are none, or there is another number
             of ids.
     """
+    known = model_digest(engine.model) if switch("digest", digest) else None
     model, names = engine.model, [each.name for each in engine.parameters]
     leaves = {
         name: leaf
@@ -74,4 +81,5 @@ def project_queries(
         rows=rows.to(engine.dtype),
         layout=engine.layout,
         manifest=engine.manifest(),
+        model=known,
     )

@@ -121,7 +121,7 @@ def _projected(model: nn.Module, store: GradientStore, loss: Any, batch: Any) ->
     except (CaptureError, UnknownNameError) as error:
         raise CommandError(f"MODEL does not fit the store: {error}") from error
     with in_one_line("projecting the query"):
-        return project_queries(engine, loss, batch)
+        return project_queries(engine, loss, batch, digest=False)  # which has been compared
 
 
 def _how(option: str, options: Query, model: nn.Module) -> FileOptions:

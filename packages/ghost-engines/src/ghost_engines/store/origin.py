@@ -6,6 +6,7 @@ not say what they are, and are taken as given.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from ghost_engines.store.manifest import Manifest, differences, plain
 from ghost_engines.store.rows import RowBatch
 
 _SHOWN = 6
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+"""What `model_digest` returns."""
 
 _FREE = ("dtype", "verified")
 """What queries may have otherwise: it changes no direction."""
@@ -47,7 +51,7 @@ class OtherRowsError(StoreError):
 
 
 def check_origin(batch: RowBatch, store: Manifest) -> None:
-    """Refuse to store rows of another engine.
+    """Refuse to store rows of another engine or model.
 
     Raises:
         StoreError: If they are.
@@ -59,6 +63,13 @@ def check_origin(batch: RowBatch, store: Manifest) -> None:
             f"{listed(found)}",
             reason="rows that were projected in another way cannot be compared",
             remedy="append what that engine collects, or make another store with "
+            "GradientStore.create(path, engine)",
+        )
+    if _of_another_model(batch, store):
+        raise StoreError(
+            "the rows of the batch are of another model than those in the store",
+            reason="gradients of one model cannot be compared with those of another",
+            remedy="append rows of that model, or make another store with "
             "GradientStore.create(path, engine)",
         )
 
@@ -87,7 +98,7 @@ def query_rows(queries: Tensor | RowBatch, store: Manifest) -> Tensor:
         store: What the rows in the store are.
 
     Raises:
-        StoreError: If they are rows of another engine.
+        StoreError: If they are rows of another engine, or of another model.
     """
     if isinstance(queries, Tensor) or not hasattr(queries, "rows"):
         return queries  # type: ignore[return-value] # the search says what is wrong with others
@@ -99,7 +110,22 @@ def query_rows(queries: Tensor | RowBatch, store: Manifest) -> Tensor:
             remedy="make the queries with an engine like that of the store; its manifest has "
             "the options",
         )
+    if _of_another_model(queries, store):
+        raise StoreError(
+            "the queries are of another model than the rows in the store",
+            reason="its parameters or buffers have other values, and gradients there are others",
+            remedy="project the queries with the model that the store was made with, or, to ask "
+            "another one on purpose, with project_queries(..., digest=False)",
+        )
     return queries.rows
+
+
+def _of_another_model(batch: RowBatch, store: Manifest) -> bool:
+    """Return whether rows are of another model than a store's, if both say which they are of."""
+    stored, made = store.info.get("model"), getattr(batch, "model", None)
+    # What a user calls a model in the store's info need not be a digest.
+    known = isinstance(stored, str) and _DIGEST.fullmatch(stored) is not None
+    return known and made is not None and made != stored
 
 
 def check_alike(ours: Manifest, theirs: Manifest, what: str) -> None:
