@@ -48,6 +48,8 @@ class Case:
         make: Makes the ways by name, for a setting. The first one is what others are compared
             with, a plain step as a rule. No two share a model: an engine leaves hooks on its own.
         goals: The most that ways may cost, as multiples of the first one.
+        seconds: The most seconds that ways may take.
+        volume: Bytes that each way reads or writes, for the table to say how many in a second.
         needs: Packages that it cannot do without, and that a plain checkout may lack.
         group: Name of the list of cases that it belongs to, whose medians are reported; or none.
     """
@@ -56,6 +58,8 @@ class Case:
     subject: str
     make: Callable[[Setting], Mapping[str, Way]]
     goals: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    volume: int = 0
     needs: Sequence[str] = ()
     group: str = ""
 

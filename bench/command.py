@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except GhostError as error:  # the others are worth their time
             refused[case.name] = str(error)
     measured = [case for case in runnable if case.name in results]
-    _write(Path(given.out), device, measured, results)
+    _write(Path(given.out), device, measured, results, tiny=given.tiny)
     for case in cases:
         if missing := _missing(case):
             print(f"left out: {case.name}, which needs {', '.join(missing)}")
@@ -73,9 +73,11 @@ def _missing(case: Case) -> list[str]:
     return [name for name in case.needs if find_spec(name) is None]
 
 
-def _write(out: Path, device: torch.device, cases: Sequence[Case], results: Results) -> None:
+def _write(
+    out: Path, device: torch.device, cases: Sequence[Case], results: Results, *, tiny: bool
+) -> None:
     """Print the table, and write it, the JSON and the plot to a folder."""
-    lines = list(rows(cases, GROUPS, results))
+    lines = list(rows(cases, GROUPS, results, tiny=tiny))
     text = table(lines)
     print(f"\n{text}")
     out.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,8 @@ class Row:
         least: Ratio of the fastest runs, likewise.
         spread: Least and largest ratio of a round, or of a case.
         goal: The most that the ratio may be, if there is a goal.
+        rate: Bytes in a second by the median time, in units of 10⁹, if the case has a volume.
+        limit: The most milliseconds that the median may be, if there is a goal.
     """
 
     case: str
@@ -40,22 +42,48 @@ class Row:
     least: float
     spread: tuple[float, float]
     goal: float | None
+    rate: float | None = None
+    limit: float | None = None
 
     @property
     def verdict(self) -> str:
-        """Whether the goal was reached; nothing if there is none."""
-        if self.goal is None:
-            return ""
-        return f"{'yes' if self.ratio <= self.goal else 'NO'}, goal {self.goal:g}"
+        """Whether the goals were reached; nothing if there are none."""
+        said = [] if self.goal is None else [_verdict(self.ratio, self.goal, "")]
+        if self.limit is not None and self.milliseconds is not None:
+            said.append(_verdict(self.milliseconds, self.limit, " ms"))
+        return "; ".join(said)
 
 
-def rows(cases: Sequence[Case], groups: Sequence[Group], results: Results) -> Iterator[Row]:
-    """Yield the lines of the table: cases as they come, then groups."""
+def _verdict(found: float, goal: float, unit: str) -> str:
+    return f"{'yes' if found <= goal else 'NO'}, goal {goal:g}{unit}"
+
+
+def rows(
+    cases: Sequence[Case], groups: Sequence[Group], results: Results, *, tiny: bool = False
+) -> Iterator[Row]:
+    """Yield the lines of the table: cases as they come, then groups.
+
+    Args:
+        cases: What was measured.
+        groups: Lists of cases.
+        results: What was found.
+        tiny: Whether sizes are tiny, of which times and rates mean nothing.
+    """
     for case in cases:
         for way, timed in results[case.name].items():
             spread = min(timed.ratios), max(timed.ratios)
-            taken, goal = 1000 * median(timed.seconds), case.goals.get(way)
-            yield Row(case.name, way, taken, timed.ratio, timed.least, spread, goal)
+            taken, limit = median(timed.seconds), case.seconds.get(way)
+            yield Row(
+                case.name,
+                way,
+                1000 * taken,
+                timed.ratio,
+                timed.least,
+                spread,
+                case.goals.get(way),
+                case.volume / taken / 1e9 if case.volume and not tiny else None,
+                None if limit is None or tiny else 1000 * limit,
+            )
     for group in groups:
         members = [results[case.name] for case in cases if case.group == group.name]
         for way in members[0] if members else ():
@@ -68,10 +96,10 @@ def rows(cases: Sequence[Case], groups: Sequence[Group], results: Results) -> It
 
 def table(lines: Sequence[Row]) -> str:
     """Lay out the lines in columns."""
-    head = ("case", "way", "ms", "ratio", "fastest", "from-to", "goal reached")
+    head = ("case", "way", "ms", "GB/s", "ratio", "fastest", "from-to", "goals reached")
     cells = [head, *map(_cells, lines)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    left = (0, 1, 6)  # text; the rest are numbers
+    left = (0, 1, 7)  # text; the rest are numbers
 
     def laid_out(line: Sequence[str]) -> str:
         pairs = enumerate(zip(line, widths, strict=True))
@@ -88,6 +116,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.case,
         row.way,
         "" if row.milliseconds is None else f"{row.milliseconds:.2f}",
+        "" if row.rate is None else f"{row.rate:.2f}",
         f"{row.ratio:.3f}",
         f"{row.least:.3f}",
         f"{least:.2f}-{largest:.2f}",

@@ -17,6 +17,9 @@ from ghost_engines import GradientStore
 from ghost_engines.store import StoredRows
 
 COLUMNS = 256
+WRITTEN = 262_144
+SEARCHED = 1_000_000
+"""Rows."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def filled(path: Path, rows: torch.Tensor, unit: int) -> GradientStore:
 
 def writing(setting: Setting) -> Mapping[str, Way]:
     """Write the same rows with numpy and into a store, on a file system in memory."""
-    n, root = 4096 if setting.tiny else 262_144, folder(setting)
+    n, root = 4096 if setting.tiny else WRITTEN, folder(setting)
     rows = torch.randn(n, COLUMNS).half()
 
     def clear() -> None:
@@ -65,7 +68,7 @@ def writing(setting: Setting) -> Mapping[str, Way]:
 
 def searching(setting: Setting, queries: int) -> Mapping[str, Way]:
     """Multiply all rows with queries block by block, and search for the best ten."""
-    n = 8192 if setting.tiny else 1_000_000
+    n = 8192 if setting.tiny else SEARCHED
     rows = torch.randn(n, COLUMNS).half()
     store = filled(folder(setting) / "store", rows, 4096)
     store.search(rows[:1].float())  # compares every shard with its hash, once
@@ -109,11 +112,14 @@ CASES = [
         writing,
         needs=HASHED,
         goals={"store": 1.95},
+        seconds={"store": 2 * COLUMNS * WRITTEN / 1e9},  # 1 GB/s
+        volume=2 * COLUMNS * WRITTEN,
     ),
     Case(
         "store_search_1",
         "1 M rows of 256 fp16, exact top 10 of one query",
         lambda setting: searching(setting, 1),
+        volume=2 * COLUMNS * SEARCHED,
         needs=HASHED,
     ),
     Case(
@@ -122,6 +128,8 @@ CASES = [
         lambda setting: searching(setting, 100),
         needs=HASHED,
         goals={"dot": 1.0},
+        seconds={"dot": 0.8},
+        volume=2 * COLUMNS * SEARCHED,
     ),
     Case("store_open", "a store of 2,000 shards is opened", opening, needs=HASHED),
 ]

@@ -74,6 +74,24 @@ def test_the_table_says_which_goals_were_reached() -> None:
     assert len(table(lines).splitlines()) == 1 + 6
 
 
+@pytest.mark.parametrize(
+    ("seconds", "verdict"),
+    [(0.5, "yes, goal 1; yes, goal 500 ms"), (0.8, "yes, goal 1; NO, goal 500 ms")],
+)
+def test_the_table_says_what_is_done_in_a_second(seconds: float, verdict: str) -> None:
+    goals = {"goals": {"store": 1.0}, "seconds": {"store": 0.5}}
+    case = Case("write", "", lambda _: {}, volume=2_000_000_000, **goals)
+    results = {"write": {"store": Timed([seconds], [1.0])}}
+    (row,) = rows([case], [], results)
+    assert row.rate == pytest.approx(2 / seconds)
+    assert row.verdict == verdict
+    line = table([row]).splitlines()[1]
+    assert f" {1000 * seconds:.2f}  {2 / seconds:.2f} " in line
+    assert verdict in line
+    (tiny,) = rows([case], [], results, tiny=True)
+    assert (tiny.rate, tiny.limit, tiny.verdict) == (None, None, "yes, goal 1")
+
+
 def test_the_command_writes_table_json_and_plot(tmp_path: Path, capsys) -> None:
     pytest.importorskip("matplotlib")
     _run(tmp_path, QUICK)
