@@ -278,6 +278,64 @@ def summed(model: Model, x: Tensor, lengths: Tensor) -> Tensor:
     return losses.new_zeros(len(x)).index_add(0, owner, losses)
 
 
+def views(m: Model, x: Tensor, lengths: Tensor) -> Tensor:
+    """Two views of each sample, one behind the other, `[2N, T, D]`: as pairs are compared."""
+    hidden = m.first(x)
+    both, mask = torch.cat([hidden, hidden.sin()]), valid(x, lengths).repeat(2, 1)
+    return unpacked(both, mask, m.second(both[mask]).tanh())
+
+
+def encoders(m: Model, x: Tensor, lengths: Tensor) -> Tensor:
+    """A vector of each of two encoders, `[2N, D]`: no row matters for two of its sample's."""
+    mask = valid(x, lengths)[..., None]
+    return torch.cat([(m.first(x).tanh() * mask).sum(1), (m.second(x).sin() * mask).sum(1)])
+
+
+def flat(m: Model, x: Tensor, lengths: Tensor) -> Tensor:
+    """All positions of all samples, `[N * T, D]`."""
+    return packed(m, x, lengths).flatten(0, 1)
+
+
+def of_views(model: Model, x: Tensor, lengths: Tensor) -> Tensor:
+    return curved(model(x, lengths)).view(2, len(x)).sum(0)
+
+
+def of_positions(model: Model, x: Tensor, lengths: Tensor) -> Tensor:
+    return curved(model(x, lengths).view(len(x), -1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("first", [FULL, [6, 2, 5, 3], [5, 4, 6, 6]], ids=["full", "even", "odd"])
+@pytest.mark.parametrize(
+    ("body", "losses"), [(views, of_views), (encoders, of_views), (flat, of_positions)]
+)
+def test_several_entries_of_a_sample_in_the_output(
+    body: Body, losses: Body, first: Sequence[int], way: str
+) -> None:
+    """Layers with one row per sample tell their order, whatever is between."""
+    engine = GradientHolder(Model(body))
+    with engine.frozen() if way == "frozen" else engine:
+        for lengths in (first, *LATER):
+            asserted(engine, lengths, drawn(N, T, D), losses)
+
+
+def flat_throughout(m: Model, x: Tensor, lengths: Tensor) -> Tensor:
+    """No layer has one row per sample, and no position sees another."""
+    mask, hidden = valid(x, lengths).flatten(), m.first(x.flatten(0, 1))
+    return unpacked(hidden, mask, m.second(hidden[mask]).tanh())
+
+
+@pytest.mark.parametrize("lengths", [[N, N, 0, 0], [N, 0, 0, 0], FULL, [5, 3, 1, 3]])
+def test_rows_that_were_picked_do_not_tell_the_order_of_others(lengths: Sequence[int]) -> None:
+    """Where only some samples have any, what is picked looks like rows of each."""
+    engine, x = (
+        GradientHolder(Model(flat_throughout)),
+        drawn(N, T, D)[:, : N if 0 in lengths else T],
+    )
+    with engine, pytest.raises(GhostError, match="does not tell 4 samples apart"):
+        asserted(engine, [min(n, x.shape[1]) for n in lengths], x, of_positions)
+
+
 class Attended(torch.autograd.Function):
     """Lets rows of one sample see each other, as kernels for joined sequences do."""
 

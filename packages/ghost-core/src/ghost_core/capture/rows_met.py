@@ -48,13 +48,14 @@ def site_of(state: CaptureState, value: Tensor, names: Sequence[str], operation:
         [*plain, *folded, *flattened], key=lambda axes: axes.outputs[0] not in told
     )
     refusal = None if alternatives else _no_rows(value, names, operation, n)
-    unowned = owner is None or not alternatives
+    unowned = owner is None or not plain  # nobody told of flattened rows that these are all
     routable = state.verifying and unowned and operation and value.dim()
     if refusal is not None and not routable:
         raise refusal
     site = Site(tuple(names), operation or "returned", alternatives, refusal)
     if routable:
-        others = [axis for axis in present if all(axis not in a.outputs for a in alternatives)]
+        known = [*plain, *folded]
+        others = [axis for axis in present if all(axis not in axes.outputs for axes in known)]
         site.spare = [RowAxes(0, (at,), value.shape[at], routed=True) for at in others]
     if state.verifier.routes or refusal is not None:
         site.spread_out()

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ghost_core._graph import leads_to, nodes_behind, outputs_of
+from ghost_core._graph import is_custom, leads_to, nodes_behind, outputs_of
 from ghost_core.split.movers import UNTOLD, Move, made_by
 from ghost_core.split.roles import ROLES, VIEWS, Turn, within
 
@@ -33,10 +33,12 @@ class Moves:
         steps: The operations with their numbers, and where results are used, in the order of the
             graph.
         told: Whether these say all, so that a pass with equal ones has its rows where this has.
+        picks: Whether torch picks rows or puts them somewhere, and samples are in no order in them.
     """
 
     steps: tuple[object, ...] = ()
     told: bool = True
+    picks: bool = False
 
 
 def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leading: bool) -> Moves:
@@ -73,10 +75,12 @@ def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leadi
         axes = [axis for axis in move.along if turned or _may_hold(move.shape, axis, n)]
         if axes and any(_leads(each, start) for each in move.moved):
             steps[node] = type(node).__name__, *_known(move, axes, n, turned)
-    told = all(len(step) > 1 for step in steps.values()) and _are_grouped(outputs, n, dim)
+    untold = [node for node, step in steps.items() if len(step) == 1]
+    told = not untold and _are_grouped(outputs, n, dim)
+    picks = not all(is_custom(type(node)) for node in untold)
     place = {node: at for at, node in enumerate(steps)}
     used = [(place[node], number) for node, number in uses if node in place]
-    return Moves((*steps.values(), *used), told)
+    return Moves((*steps.values(), *used), told, picks)
 
 
 def _leads(node: Any, start: Any) -> bool:

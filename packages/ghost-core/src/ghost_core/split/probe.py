@@ -19,7 +19,6 @@ from ghost_core._torch import Hooks, backward_hooks, run_backward, start_of_back
 from ghost_core.errors import CaptureError
 from ghost_core.split.axes import RowAxes
 from ghost_core.split.owners import Fold, Hit
-from ghost_core.split.reasons import no_samples, unclear_output
 from ghost_core.split.sites import Rows, Site
 from ghost_core.state import buffers_kept, random_state_kept
 
@@ -132,25 +131,14 @@ class Prober:
     Args:
         model: The root module.
         seed: A scalar that every Tap depends on.
-        dim: Axis of the samples in the model's outputs.
     """
 
-    def __init__(self, model: nn.Module, seed: Tensor, dim: int) -> None:
+    def __init__(self, model: nn.Module, seed: Tensor) -> None:
         self._modules = list(model.modules())
         self._seed = seed
-        self._dim = dim
         self._shielded: list[tuple[Hooks, Hooks]] = []
         self.running: Probe | None = None
         """The probe that is running; gradients that arrive meanwhile are its alone."""
-
-    def run(self, output: Any, sample: int, n: int) -> Probe:
-        """Return what NaN in one sample of the model's output reaches.
-
-        Raises:
-            WrongSplitError: If no output has one entry per sample, or none that can be told.
-            CaptureError: If the graph cannot be probed.
-        """
-        return self.run_from(self.places(output, n), sample, n)
 
     def run_from(self, places: Places, sample: int, n: int) -> Probe:
         """Return what NaN in one sample reaches, given where outputs have their samples."""
@@ -173,42 +161,9 @@ class Prober:
             },
         )
 
-    def places(self, output: Any, n: int) -> Places:
-        """Return where outputs have their samples, as far as they have them.
-
-        Where sizes allow several places, probes of that output alone tell.
-
-        Raises:
-            WrongSplitError: If no output has samples, or none that can be told.
-        """
-        leaves = _differentiable(output)
-        plain = {leaf: places for leaf in leaves if (places := self._plain(leaf, n))}
-        if plain:
-            return {leaf: self._told(leaf, each, n) or each[0] for leaf, each in plain.items()}
-        folded = {leaf: places for leaf in leaves if (places := self._folded(leaf, n))}
-        if not folded:
-            raise no_samples(output, leaves, n, self._dim)
-        told = {leaf: self._told(leaf, places, n) for leaf, places in folded.items()}
-        known = {leaf: place for leaf, place in told.items() if place is not None}
-        if not known:
-            raise unclear_output(leaves, n)
-        return known
-
-    def _told(self, leaf: Tensor, places: Sequence[Place], n: int) -> Place | None:
-        """Return the place of samples in one output that probes allow; None if it is unclear."""
-        if len(places) == 1 or n == 1:
-            return places[0]
-        fitting = [
-            place
-            for place in places
-            if not any(self.run_from({leaf: place}, at, n).mixed for at in probed_samples(n))
-        ]
-        return fitting[0] if len(fitting) == 1 else None
-
-    def run_from_others(self, output: Any, n: int) -> Probe:
-        """Return what gradients reach from outputs that do not have one entry per sample."""
-        others = [leaf for leaf in _differentiable(output) if not self._plain(leaf, n)]
-        ones = {leaf: torch.ones_like(leaf) for leaf in others}
+    def run_from_all(self, outputs: Sequence[Tensor], n: int) -> Probe:
+        """Return what gradients reach that start everywhere in some outputs."""
+        ones = {leaf: torch.ones_like(leaf) for leaf in outputs}
         return self._backward(Probe((0,), n), ones) if ones else Probe((0,), n)
 
     def shield_hooks(self) -> None:
@@ -234,26 +189,6 @@ class Prober:
             return hook(*args) if self.running is None else None
 
         return shielded
-
-    def _plain(self, output: Tensor, n: int) -> list[Place]:
-        """Return the axes of an output with one entry per sample, the expected one first.
-
-        A model that is sequence-first inside may return one row per sample all the same.
-        """
-        return [
-            Place(axis)
-            for axis in dict.fromkeys((self._dim, 0))
-            if output.dim() > axis and output.shape[axis] == n
-        ]
-
-    def _folded(self, output: Tensor, n: int) -> list[Place]:
-        """Return the axes of an output with several entries per sample, in either order."""
-        return [
-            Place(axis, fold)
-            for axis in dict.fromkeys((self._dim, 0))
-            if output.dim() > axis and output.shape[axis] and not output.shape[axis] % n
-            for fold in Fold
-        ]
 
     def _backward(self, probe: Probe, gradients: Mapping[Tensor, Tensor]) -> Probe:
         """Run a backward pass that starts with the gradients of some outputs; return the probe."""
@@ -300,7 +235,7 @@ def probed_samples(n: int) -> list[int]:
     return sorted({0, n // 2, n - 1})
 
 
-def _differentiable(outputs: Any) -> list[Tensor]:
+def differentiable(outputs: Any) -> list[Tensor]:
     """Return the tensors in an output that gradients can start from."""
     return [
         leaf

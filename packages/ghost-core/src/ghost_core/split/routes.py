@@ -104,6 +104,17 @@ class Census:
             raise problems[0]
         return whole
 
+    def keeps_apart(self, sites: Collection[Site]) -> bool:
+        """Tell whether each row belongs to one sample at most, wherever sites have theirs."""
+        half = self._ask(sites, nan_in).half
+        if half and not self._are_apart(sites):  # see `Prober.run_from`
+            self._spelt.clear()
+            self._ask(sites, numbers_in)
+        return self._are_apart(sites)
+
+    def _are_apart(self, sites: Collection[Site]) -> bool:
+        return all(not all(map(self._wrong, site.everywhere)) for site in sites)
+
     def _mixed_with_the_first(self) -> list[WrongSplitError]:
         """Return where NaN in the first sample reaches rows of others, as behind a gate of zero."""
         probe = self.prober.send(self.places, (0,), self.n, nan_in)
@@ -127,7 +138,7 @@ class Census:
                 whole.half |= each.half
             before, after = _reached(without), _reached(with_it)
             for site in sites:
-                for axes in site.alternatives:
+                for axes in site.everywhere:
                     spelt = self._spelt.setdefault(id(axes), _Spelling.of(axes.count))
                     nothing = torch.zeros(axes.count, dtype=torch.bool)
                     spelt.add(bit, before.get(id(axes), nothing), after.get(id(axes), nothing))

@@ -58,10 +58,14 @@ class Site:
         folded = self.found is None and self.axes.is_folded(n)
         return {(name, folded) for name in self.names}
 
+    @property
+    def everywhere(self) -> list[RowAxes]:
+        """All places where the rows may be."""
+        return [*self.alternatives, *self.spare]
+
     def spread_out(self) -> None:
         """Take all places into account where rows may be."""
-        self.alternatives = [*self.alternatives, *self.spare]
-        self.spare = []
+        self.alternatives, self.spare = self.everywhere, []
 
     def keep(self, fitting: Sequence[RowAxes]) -> None:
         """Keep the alternatives that fit, unless none does."""
@@ -69,10 +73,10 @@ class Site:
         self.alternatives = left or self.alternatives
 
     def reached(self, grads: Sequence[Tensor | None]) -> list[Rows]:
-        """Return the rows of gradients that are not zero, for each alternative."""
+        """Return the rows of gradients that are not zero, for each place where they may be."""
         return [
             (axes, rows)
-            for axes in self.alternatives
+            for axes in self.everywhere
             for grad in axes.rows_first(grads)
             if grad is not None and grad.dim() and (rows := _rows_of(grad))
         ]

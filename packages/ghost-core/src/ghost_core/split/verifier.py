@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from ghost_core._distributed import in_use, shards
 from ghost_core._torch import will_reach
-from ghost_core._trees import tensors_in
 from ghost_core.errors import WrongSplitError
 from ghost_core.process import eagerly
 from ghost_core.ranks import ALONE, Ranks
-from ghost_core.split.moves import Moves, find_moves
+from ghost_core.split.moves import Moves
 from ghost_core.split.owners import Fold, find_folds, is_in_place
+from ghost_core.split.places import Outputs
 from ghost_core.split.probe import Kind, Places, Probe, Prober, probed_samples
 from ghost_core.split.reasons import doubted, late_row, reached_elsewhere, unreached, wrong_split
 from ghost_core.split.routes import Census
@@ -72,7 +72,7 @@ class Verifier:
         self._ranks = ranks
         self._modules = list(model.modules())
         self._tracked = tracked
-        self._prober = Prober(model, seed, batch_dim)
+        self._prober = Prober(model, seed)
         self._batch_dim = batch_dim
         self._leading = not batch_dim and not any(each.batch_dim for each in tracked.values())
         self._owned = any(each.row_owner for each in tracked.values())
@@ -264,27 +264,26 @@ class Verifier:
         kinds = {kind for site in sites for kind in site.kinds(n)}
         if self.routes:
             kinds = {(name, False) for name, _ in kinds}
-        moves = self._moves(output, n, sites)
+        outputs = self._outputs(output, n, sites)
+        # Whose rows are is told there or asked for anyway.
+        moves = None if n < 2 or self.routes or self._owned else outputs.moves()
         self._moving |= moves not in (None, Moves())
         met = {(site.names, site.operation) for site in sites} <= self._met.get(signature, set())
         known = clear and met and called | kinds <= verified and not self.routes
         placed = moves is None or (moves.told and moves.steps in self._in_place)
         with self._ranks.probing(not known or not placed) as probes:
             if probes and known:
-                self._place(self._prober.places(output, n), n, sites, moves)
+                self._place(outputs.places(), n, sites, moves)
             elif probes:
-                return self._prove(output, n, sites, called, kinds, moves)
+                return self._prove(outputs, called, kinds, moves)
         called |= kinds
         return signature not in self._unwatched
 
-    def _moves(self, output: Any, n: int, sites: Sequence[Site]) -> Moves | None:
-        """Return what moves rows in a pass; None where one is told or asks whose they are."""
-        if n < 2 or self.routes or self._owned:
-            return None
+    def _outputs(self, output: Any, n: int, sites: Sequence[Site]) -> Outputs:
         axes = (axis for site in sites for axes in site.alternatives for axis in axes.outputs)
         leading = self._leading and Fold.SAMPLE_MINOR not in self._folds.values() and not any(axes)
-        return find_moves(
-            tensors_in(output), self._seed_node, n, dim=self._batch_dim, leading=leading
+        return Outputs(
+            output, n, self._batch_dim, self._prober, sites, self._tracked, self._seed_node, leading
         )
 
     def _place(self, places: Places, n: int, sites: Sequence[Site], moves: Moves | None) -> None:
@@ -308,26 +307,21 @@ class Verifier:
             self._in_place.add(moves.steps)
 
     def _prove(
-        self,
-        output: Any,
-        n: int,
-        sites: Sequence[Site],
-        called: set[Kind],
-        kinds: set[Kind],
-        moves: Moves | None,
+        self, outputs: Outputs, called: set[Kind], kinds: set[Kind], moves: Moves | None
     ) -> bool:
         """Probe a pass, as `check` does."""
+        n, sites = outputs.n, outputs.sites
         signature = self._signature(n)
         verified = self._known(signature)
         if self._usage is None and not called | kinds <= verified:
             self._unwatched.add(signature)
-        if self._usage is not None and _any_nan(tree_leaves(output)):
+        if self._usage is not None and _any_nan(tree_leaves(outputs.output)):
             self.doubt = self.doubt or "there is NaN in the model's output"
-        places = self._prober.places(output, n)
+        places = outputs.places()
         reached = self._find(places, n, sites) if self.routes else self._probe(places, n, sites)
         called |= {kind for site in sites for kind in site.kinds(n)}
         if missed := called - reached:
-            found = missed & self._prober.run_from_others(output, n).reached
+            found = missed & self._prober.run_from_all(outputs.others(), n).reached
             if found:
                 raise reached_elsewhere(self._tracked[name] for name, _ in sorted(found))
         self._unreached -= reached
