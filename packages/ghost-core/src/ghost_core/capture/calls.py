@@ -84,7 +84,7 @@ class CallHooks:
         self.state.running.append(running)
         if not torch.is_grad_enabled():
             return
-        if not self.tracked.row_owner and self._is_shared(args, kwargs):
+        if not self.tracked.row_owner and self._let_share(args, kwargs):
             running.shared = True
             if self.state.flags:
                 for local in self.tracked.parameters:
@@ -92,7 +92,7 @@ class CallHooks:
             if not self.tracked.sampler.replays:
                 self._prepare(running)
             return
-        running.lifted, running.lift = self._lifted(args, kwargs)
+        running.lifted, running.lift = self._try_lift(args, kwargs)
         if running.lifted and running.lift is None:
             return
         self._prepare(running)
@@ -105,8 +105,8 @@ class CallHooks:
             with self.tracked.blame:
                 running.before = self.tracked.sampler.prepare(self.tracked.module)
 
-    def _is_shared(self, args: Any, kwargs: Any) -> bool:
-        """Tell whether the module is called on nothing of the samples."""
+    def _let_share(self, args: Any, kwargs: Any) -> bool:
+        """Let the call be followed if it is on nothing of the samples; return whether it is."""
         name, sharing = self.tracked.name, self.state.sharing
         if in_backward():
             return name in self.state.shared_modules
@@ -123,8 +123,8 @@ class CallHooks:
         self.state.shared_modules.add(name)
         return True
 
-    def _lifted(self, args: Any, kwargs: Any) -> tuple[bool, Lift | None]:
-        """Tell whether the module's parameters are followed, instead of running the call again.
+    def _try_lift(self, args: Any, kwargs: Any) -> tuple[bool, Lift | None]:
+        """Decide, or try, to follow the module's parameters instead of running the call again.
 
         Returns:
             Whether they are, and what is noted of it where that is yet to be decided.
@@ -206,7 +206,7 @@ class CallHooks:
                 ended = self._finished()
                 if output is None:
                     return None
-                if ended is not None and self.state.is_lifted(ended, output):
+                if ended is not None and self.state.settle(ended, output):
                     assert self.state.batch is not None
                     self.state.batch.seen.add(self.tracked.name)
                     return None

@@ -109,20 +109,25 @@ class SharedValues(FunctionMode, Sharing):
         Neither do values that have no rows, such as a slice of a table of positions: these are
         followed from there on.
         """
-        found: list[Shared] = []
         for value in tensors_in(values):
             owned = self._sources.owners.get(id(value))
             if owned is not None and owned[2].name in lift.names:
                 return True
+        assert self._state.pass_ is not None
+        n = self._state.pass_.n
+        return any(may_have_rows(each, axis, n) for each in self._followed_in(lift, values))
+
+    def keep_returned(self, values: Any, lift: Lift) -> None:
+        """Follow for good what a call returns, which does not run again."""
+        for each in list(self._followed_in(lift, values)):
+            self._shared[id(each.value)] = self._sources.settled(each, lift)
+
+    def _followed_in(self, lift: Lift, values: Any) -> Iterator[Shared]:
+        """Yield what is followed in a call, among values that it returns."""
+        for value in tensors_in(values):
             shared = self._shared.get(id(value)) if value.dim() else None
             if shared is not None and lift in shared.lifts():
-                found.append(shared)
-        assert self._state.pass_ is not None
-        if any(may_have_rows(each, axis, self._state.pass_.n) for each in found):
-            return True
-        for each in found:
-            self._shared[id(each.value)] = self._sources.settled(each, lift)
-        return False
+                yield shared
 
     def _follow(
         self,

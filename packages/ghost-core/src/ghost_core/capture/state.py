@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from threading import get_ident
@@ -15,42 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghost_core._modes import foreign_modes_left, only_own_modes
 from ghost_core._torch import in_backward
 from ghost_core._trees import tensors_in
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.refusals import in_another_thread
+from ghost_core.capture.silence import is_silent, silent
 from ghost_core.restoring import restored, undo
 from ghost_core.split import Balance, Lift, Site, Verifier
 from ghost_core.tracking import Followed, TrackedModule, parameter_of
-
-_SILENT: ContextVar[frozenset[object]] = ContextVar("silent", default=frozenset())
-"""Batches for which a sampler runs modules in this context, which a thread of its own may share.
-
-An interrupt may leave one here, which then is over.
-"""
-
-
-class _Silence:
-    """Silence for a batch: entered for each call of a module, so that it is no generator."""
-
-    def __init__(self, silence: object) -> None:
-        self._silence = silence
-
-    def __enter__(self) -> None:
-        self._before = _SILENT.get()
-        _SILENT.set(self._before | {self._silence})
-
-    def __exit__(self, *_: object) -> None:
-        _SILENT.set(self._before)
-
-
-@contextmanager
-def _without_foreign_modes(silence: _Silence) -> Iterator[None]:
-    with silence, foreign_modes_left():
-        yield
 
 
 class Audience(Enum):
@@ -124,6 +97,10 @@ class Sharing(ABC):
     def is_returned(self, values: Any, lift: Lift, axis: int) -> bool:
         """Tell whether a call returns what is followed in it, and has to run again for that."""
 
+    @abstractmethod
+    def keep_returned(self, values: Any, lift: Lift) -> None:
+        """Follow for good what a call returns, which does not run again."""
+
 
 @dataclass
 class CaptureState:
@@ -182,7 +159,7 @@ class CaptureState:
     @property
     def paused(self) -> bool:
         """Whether hooks let everything pass that runs in this thread."""
-        silent = self.batch is not None and self.batch.silence in _SILENT.get()
+        silent = self.batch is not None and is_silent(self.batch.silence)
         return self.resting or silent
 
     @property
@@ -214,7 +191,7 @@ class CaptureState:
         batch = self.batch
         if module is not expected or batch is None:
             return False
-        if self.resting or batch.silence in _SILENT.get():  # as `paused` says
+        if self.resting or is_silent(batch.silence):  # as `paused` says
             return False
         if batch.thread == get_ident() or in_backward():
             return True
@@ -352,15 +329,18 @@ class CaptureState:
             if self.balance is not None:
                 self.balance.forget(lift.accounts)
 
-    def is_lifted(self, ended: Running, output: Any) -> bool:
-        """Tell whether what a call did with its parameters was followed, now that it is over."""
+    def settle(self, ended: Running, output: Any) -> bool:
+        """Settle whether what a call did with its parameters is followed, now that it is over."""
         lift, name = ended.lift, ended.tracked.name
         if lift is None:
             return ended.lifted
-        outside, axis = self.verifier.used_outside(lift.names), ended.tracked.batch_dim
-        if outside or (self.sharing is not None and self.sharing.is_returned(output, lift, axis)):
+        hidden, axis = self.verifier.used_outside(lift.names), ended.tracked.batch_dim
+        self.verifier.forget(lift.names)
+        if hidden or (self.sharing is not None and self.sharing.is_returned(output, lift, axis)):
             self.give_up([lift])
         if not lift.given_up:
+            if self.sharing is not None:
+                self.sharing.keep_returned(output, lift)
             self.shared_names |= lift.names
             for parameter, operations in lift.operations.items():
                 self.followed.setdefault(parameter, {}).update(operations)
@@ -379,8 +359,7 @@ class CaptureState:
 
     def silence(self) -> AbstractContextManager[None]:
         """Let calls of modules pass for a while: a sampler runs them, outside of foreign modes."""
-        silence = _Silence(object() if self.batch is None else self.batch.silence)
-        return silence if only_own_modes() else _without_foreign_modes(silence)
+        return silent(object() if self.batch is None else self.batch.silence)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -92,7 +92,7 @@ def _rows_of(grad: Tensor) -> list[int]:
     return rows
 
 
-class Layouts:
+class KnownAxes:
     """Remembers where rows were in passes that were proven, by what happened in them.
 
     A value `[T, N, d]` does not tell where its samples are once T = N; that an earlier pass did
@@ -105,7 +105,7 @@ class Layouts:
     def learn(self, sites: Sequence[Site], n: int) -> None:
         """Remember a proven pass."""
         if any(site.operation for site in sites):
-            self._known[_course(sites)] = [_layout(site.axes, n) for site in sites]
+            self._known[_course(sites)] = [_where(site.axes, n) for site in sites]
 
     def recall(self, sites: Sequence[Site], n: int) -> bool:
         """Choose among alternatives as in a pass before; tell whether nothing is left to choose."""
@@ -114,8 +114,8 @@ class Layouts:
         known = self._known.get(_course(sites))
         if known is None:
             return False
-        for site, layout in zip(sites, known, strict=True):
-            fitting = [each for each in site.alternatives if _layout(each, n) == layout]
+        for site, where in zip(sites, known, strict=True):
+            fitting = [each for each in site.alternatives if _where(each, n) == where]
             if not fitting:
                 return False
             site.keep(fitting)
@@ -126,5 +126,5 @@ def _course(sites: Sequence[Site]) -> object:
     return tuple((site.names, site.operation) for site in sites)
 
 
-def _layout(axes: RowAxes, n: int) -> tuple[tuple[int, ...], bool]:
+def _where(axes: RowAxes, n: int) -> tuple[tuple[int, ...], bool]:
     return axes.outputs, axes.is_folded(n)

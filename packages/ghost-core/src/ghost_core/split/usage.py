@@ -156,16 +156,18 @@ class UsageMode(DispatchMode):
             for name in names:
                 self._know(value, name)
 
-    def forget(self, names: frozenset[str]) -> bool:
-        """Forget what was computed from parameters, and tell whether it was used outside."""
+    def used_outside(self, names: frozenset[str]) -> bool:
+        """Tell whether parameters, or what was computed from them, were used outside."""
+        return not names.isdisjoint(self.outside.keys() | self.inside.keys())
+
+    def forget(self, names: frozenset[str]) -> None:
+        """Forget what was computed from parameters, and where they were used."""
         for value, known in self._computed:
             if known & names:
                 self._names.pop(address(value), None)
         self._computed = [each for each in self._computed if not each[1] & names]
-        seen = names & (self.outside.keys() | self.inside.keys())
-        self.outside = {name: at for name, at in self.outside.items() if name not in seen}
-        self.settle(seen)
-        return bool(seen)
+        self.outside = {name: at for name, at in self.outside.items() if name not in names}
+        self.settle(names)
 
     def settle(self, names: Iterable[str]) -> None:
         """Take note that the custom functions which parameters went into are followed."""

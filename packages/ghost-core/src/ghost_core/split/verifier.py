@@ -26,7 +26,7 @@ from ghost_core.split.places import Outputs
 from ghost_core.split.probe import Kind, Places, Probe, Prober, probed_samples
 from ghost_core.split.reasons import doubted, late_row, reached_elsewhere, unreached, wrong_split
 from ghost_core.split.routes import Census
-from ghost_core.split.sites import Layouts, Site
+from ghost_core.split.sites import KnownAxes, Site
 from ghost_core.split.usage import UsageMode
 from ghost_core.tracking import TrackedModule
 
@@ -81,7 +81,7 @@ class Verifier:
         self._verified: dict[tuple[object, ...], set[Kind]] = {}
         self._met: dict[tuple[object, ...], set[object]] = {}  # calls, and operations met instead
         self._folds: dict[str, Fold] = {}
-        self._layouts = Layouts()
+        self._axes = KnownAxes()
         self._in_place: set[tuple[object, ...]] = set()
         self._moving = False
         self._unreached: set[Kind] = set()
@@ -182,8 +182,13 @@ class Verifier:
             self._usage.know(value, names)
 
     def used_outside(self, names: frozenset[str]) -> bool:
-        """Tell whether parameters were used by what nobody followed, and forget it."""
-        return self._usage is not None and self._usage.forget(names)
+        """Tell whether parameters were used by what nobody followed."""
+        return self._usage is not None and self._usage.used_outside(names)
+
+    def forget(self, names: frozenset[str]) -> None:
+        """Forget where parameters were used, as it is known now how their gradients are told."""
+        if self._usage is not None:
+            self._usage.forget(names)
 
     def settle(self, names: Iterable[str]) -> None:
         """Take note that the custom functions which parameters went into are followed."""
@@ -258,7 +263,7 @@ class Verifier:
         if self._usage is not None:
             self._usage.check_returned(output)
             self._usage.check()
-        clear = self.routes or self._layouts.recall(sites, n)
+        clear = self.routes or self._axes.recall(sites, n)
         signature = self._signature(n)
         verified = self._known(signature)
         kinds = {kind for site in sites for kind in site.kinds(n)}
@@ -329,7 +334,7 @@ class Verifier:
             self._unreached |= missed - verified
             self._unprobed |= {site.place for site in sites if site.operation and not site.probed}
         self._unprobed -= {site.place for site in sites if site.probed}
-        self._layouts.learn(sites, n)
+        self._axes.learn(sites, n)
         if moves is not None and not self.routes and not self.doubt:
             if moves.told:
                 self._in_place.add(moves.steps)
