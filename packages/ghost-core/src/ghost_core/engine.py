@@ -258,7 +258,7 @@ class Engine(Listener, Generic[ResultT]):
         try:
             self._batch, self._open = batch, True
             self.on_start(batch)
-            with self._recorder.capture(self, self.rows(batch), owners) as capture:
+            with self._recorder.capture(self, self.called_on(batch), owners) as capture:
                 yield batch
             if batch.verified and capture.doubt:
                 batch.verified = False
@@ -348,7 +348,7 @@ class Engine(Listener, Generic[ResultT]):
         """Return the object that `batch` yields, for ids `[N]`."""
         return Batch(ids, self.verifies)
 
-    def rows(self, batch: Batch[ResultT]) -> int:
+    def called_on(self, batch: Batch[ResultT]) -> int:
         """Return how many samples the model is called on for a batch; by default its own."""
         return batch.n
 

@@ -6,6 +6,13 @@ import difflib
 from collections.abc import Callable, Iterable
 
 
+def in_lines(what: str, reason: str, remedy: str) -> str:
+    """Say what is wrong, why, and what to do about it, in a line each, as far as there is any."""
+    because = f"Reason: {reason.rstrip('.')}." if reason else ""
+    instead = f"Remedy: {remedy}" if remedy else ""
+    return "\n".join(filter(None, (what, because, instead)))
+
+
 class GhostError(Exception):
     """Base class of all ghost errors. They can be pickled, to cross processes.
 
@@ -24,9 +31,7 @@ class GhostError(Exception):
 
     def __init__(self, what: str = "", *, reason: str = "", remedy: str = "") -> None:
         self.what, self.reason, self.remedy = what, reason, remedy
-        because = f"Reason: {reason.rstrip('.')}." if reason else ""
-        instead = f"Remedy: {remedy}" if remedy else ""
-        super().__init__("\n".join(filter(None, (what, because, instead))))
+        super().__init__(in_lines(what, reason, remedy))
 
     def __reduce__(self) -> tuple[Callable[..., GhostError], tuple[object, ...]]:
         return _rebuild, (type(self), self.args, vars(self))

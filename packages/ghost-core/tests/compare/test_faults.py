@@ -130,7 +130,7 @@ def test_one_wrong_sample_is_found_with_its_row_and_error(row, model, inputs, ch
         assert each.sample == row
         assert each.error == pytest.approx(0.01, rel=1e-6)
         assert not each.ok
-    assert found.reason.startswith(f"Reason: the loss of sample {row} reaches its own row only")
+    assert found.reason.startswith(f"the loss of sample {row} reaches its own row only")
 
 
 def test_a_small_fault_is_within_a_large_tolerance_only(model, inputs, check, own, faulty):

@@ -97,7 +97,7 @@ def test_errors_that_may_be_rounding_are_said_to_be(inputs, check, own, doubled,
     model, registry = narrow(NarrowOutput)
     found = check(model, lambda: own(model(inputs)), registry=registry)
     assert {each.parameter for each in found.wrong} == {"first.weight", "first.bias"}
-    assert found.reason.startswith("Reason: errors this small are rounding, if these modules")
+    assert found.reason.startswith("errors this small are rounding, if these modules")
     assert check(model, lambda: own(model(inputs)), registry=registry, tolerance=1e-4).ok
     other = check(model, lambda: own(model(inputs)), registry=doubled, exclude="first")
     assert "rounding" not in other.reason

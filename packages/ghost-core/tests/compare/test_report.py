@@ -25,7 +25,7 @@ def test_the_table_is_aligned_and_sorted_worst_first(model, inputs, check, own, 
     assert len({line.index("Linear ") for line in lines[1:]}) == 1
     ratios = [each.error / each.tolerance for each in found.parameters]
     assert ratios == sorted(ratios, reverse=True)
-    assert found.rows()[1][3] == "4"
+    assert found.lines()[1][3] == "4"
     assert "4×4" in found.table()
 
 
@@ -51,6 +51,8 @@ def test_the_verdict_is_a_sentence(model, inputs, check, own, doubled):
     assert len(listed) == 4
     assert reason.startswith("Reason: ")
     assert remedy.startswith("Remedy: ")
+    assert caught.value.reason == wrong.reason
+    assert caught.value.remedy == wrong.remedy
 
 
 def test_the_error_lists_ten_parameters_at_most(inputs, check, own, doubled):

@@ -34,7 +34,7 @@ class Joined(Engine[Tensor]):
         loss = train_weight * losses[:n].sum() + validation_weight * losses[n:].sum()
         (loss if self._grad_scaler is None else self._grad_scaler.scale(loss)).backward()
 
-    def rows(self, batch: Batch[Tensor]) -> int:
+    def called_on(self, batch: Batch[Tensor]) -> int:
         return batch.n + self._m
 
     def on_start(self, batch: Batch[Tensor]) -> None:

@@ -57,7 +57,7 @@ def make(kind: type[Engine]) -> Callable[[nn.Module], Engine]:
 
 
 def test_engines_without_faults_pass() -> None:
-    check_engine(hold, rows=lambda held: held.n, result_holds_capture=True, steps=3)
+    check_engine(hold, covers=lambda held: held.n, result_holds_capture=True, steps=3)
     check_engine(make(Norms), steps=3)
     check_engine(make(Fused), gradient_error=1e-5, steps=2)
 
@@ -196,7 +196,7 @@ def test_a_fault_in_an_engine_that_makes_gradients() -> None:
 
 def test_rows_can_be_counted_by_the_caller() -> None:
     with pytest.raises(AssertionError, match="covers 63 samples of 64"):
-        check_engine(make(Norms), rows=lambda norms: len(norms) - 1, steps=2)
+        check_engine(make(Norms), covers=lambda norms: len(norms) - 1, steps=2)
 
 
 def test_what_the_holder_holds() -> None:
@@ -208,7 +208,7 @@ def test_what_the_holder_holds() -> None:
     assert isinstance(held, Held)
     assert held.n == 3
     assert held.uses.keys() == {"0.bias", "0.weight"}
-    assert held.uses["0.weight"][0].rows == slice(0, 3)
+    assert held.uses["0.weight"][0].samples == slice(0, 3)
     torch.testing.assert_close(held.materialize()["0.weight"], x[:, None].expand(3, 2, 2))
 
 

@@ -167,7 +167,7 @@ class DotProductEngine(ScoringEngine[Scores]):
 
     # As an engine
 
-    def rows(self, batch: Batch[Scores]) -> int:
+    def called_on(self, batch: Batch[Scores]) -> int:
         """Return how many samples the model is called on: those of validation too, if any."""
         return batch.n if self._both is None else sum(self._both.sizes(batch.n))
 
@@ -228,7 +228,7 @@ class DotProductEngine(ScoringEngine[Scores]):
     ) -> Tensor | None:
         """Multiply with the directions, take norms, and form the sum where it is wanted."""
         name, terms = parameter.name, self._terms
-        alone = terms is None or terms.is_alone(pass_, parameter)
+        alone = terms is None or terms.arrives_alone(pass_, parameter)
         directions: Tensor | None = self._stacked[name]
         if self._tokens is not None:
             super().multiply(pass_, parameter, gradient)

@@ -17,13 +17,14 @@ from ghost_core.algebra.numerics import (
 )
 from ghost_core.algebra.outer import Outer
 from ghost_core.algebra.owned import Owned
-from ghost_core.algebra.precision import INSIDE, PRECISIONS, Precision, floating_dtypes
+from ghost_core.algebra.precision import INSIDE, PRECISIONS, TF32, Precision, floating_dtypes
 from ghost_core.algebra.reduced import Reduced
 from ghost_core.algebra.weighing import weighed, weight_of
 
 __all__ = [
     "INSIDE",
     "PRECISIONS",
+    "TF32",
     "Dense",
     "InputFactor",
     "Lookups",

@@ -47,6 +47,9 @@ Below float64 the tolerance includes what the backward pass of the layer itself 
 INSIDE = 1e-5
 """Error of a layer that computes in float32 inside, as norms do, whatever dtype it is given."""
 
+TF32 = 2.0**-7
+"""Share of a row's largest entry by which float32 outputs may be off on other devices than CPUs."""
+
 
 def floating_dtypes(kept: Record | PerSampleGradient) -> Iterator[torch.dtype]:
     """Yield the floating dtypes of the tensors in a record or gradient."""

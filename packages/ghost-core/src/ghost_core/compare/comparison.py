@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from ghost_core.algebra import chunks
 from ghost_core.arguments import whole
+from ghost_core.compare.computation import Computation, Losses
 from ghost_core.compare.diagnosis import diagnose
 from ghost_core.compare.report import Comparison, check_parameters
-from ghost_core.compare.run import Losses, Run
 from ghost_core.errors import CaptureError
 from ghost_core.plugins import select
 from ghost_core.tracking import Selection
@@ -80,23 +80,27 @@ def compare(
         )
     if tolerance is not None and not 0 < tolerance < 1:
         raise CaptureError(f"tolerance must be between 0 and 1, not {tolerance}")
-    run = Run(model, losses, select() if selection is None else selection, verify, owners)
-    with run.attached():
-        n = len(run.expected)
-        rows, weights = choose_samples(n, samples), _weights(n)
+    asked = select() if selection is None else selection
+    computed = Computation(model, losses, asked, verify, owners)
+    with computed.attached():
+        n = len(computed.expected)
+        chosen, weights = choose_samples(n, samples), _weights(n)
         verified, remainders = True, []
-        for part in chunks(len(rows), sum(map(Tensor.numel, run.parameters.values())), _ELEMENTS):
-            remainder = run.differentiate(rows[part], progress)
-
-            verified &= run.backpropagate(weights, partial(remainder.subtract, weights))
+        elements = sum(map(Tensor.numel, computed.parameters.values()))
+        for part in chunks(len(chosen), elements, _ELEMENTS):
+            remainder = computed.differentiate(chosen[part], progress)
+            verified &= computed.backpropagate(weights, partial(remainder.subtract, weights))
             remainders.append(remainder)
-        checks = check_parameters(remainders, run.tracking.modules, run.dtypes, tolerance)
-        found = Comparison(n, rows, checks, verified)
-        return found if found.ok else replace(found, reason=diagnose(run, found))
+        checks = check_parameters(remainders, computed.tracking.modules, computed.dtypes, tolerance)
+        found = Comparison(n, chosen, checks, verified)
+        if found.ok:
+            return found
+        reason, remedy = diagnose(computed, found)
+        return replace(found, reason=reason, remedy=remedy)
 
 
 def choose_samples(n: int, samples: int) -> tuple[int, ...]:
-    """Return rows of some of N samples, spread evenly, first and last included.
+    """Return the positions of some of N samples, spread evenly, first and last included.
 
     Raises:
         CaptureError: If `samples` is not positive.

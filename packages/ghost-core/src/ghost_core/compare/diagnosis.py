@@ -7,23 +7,26 @@ from torch import Tensor
 
 from ghost_core.algebra import INSIDE, PerSampleGradient
 from ghost_core.capture import Pass
+from ghost_core.compare.computation import Computation
 from ghost_core.compare.report import Comparison
-from ghost_core.compare.run import Run
 from ghost_core.tracking import TrackedParameter
 
 
-def diagnose(run: Run, found: Comparison) -> str:
+def diagnose(computed: Computation, found: Comparison) -> tuple[str, str]:
     """Find out why gradients are wrong: see which rows one sample's loss reaches, and who its row.
 
     Args:
-        run: Computes the losses, attached.
+        computed: Computes the losses, attached.
         found: What is wrong.
+
+    Returns:
+        The reason, and the remedy.
     """
     row = found.wrong[0].sample
     alone = torch.zeros(found.n)
     alone[row] = 1
-    reached = _rows_reached(run, alone)
-    reached_by_others = _rows_reached(run, 1 - alone)
+    reached = _samples_reached(computed, alone)
+    reached_by_others = _samples_reached(computed, 1 - alone)
     others = {name: rows - {row} for name, rows in reached.items() if rows - {row}}
     met = {name for name, rows in reached_by_others.items() if row in rows}
     mixed = {name: None for name in reached if name in others or name in met}
@@ -31,15 +34,15 @@ def diagnose(run: Run, found: Comparison) -> str:
         samplers = ", ".join(dict.fromkeys(check.sampler for check in found.wrong))
         if all(check.error < INSIDE for check in found.wrong):
             return (
-                "Reason: errors this small are rounding, if these modules compute in float32 "
-                f"whatever the dtype of their parameters is; else {samplers} is slightly off.\n"
-                "Remedy: find out which; for rounding, allow for it with tolerance=1e-4."
+                "errors this small are rounding, if these modules compute in float32 "
+                f"whatever the dtype of their parameters is; else {samplers} is slightly off",
+                "find out which; for rounding, allow for it with tolerance=1e-4",
             )
         return (
-            f"Reason: the loss of sample {row} reaches its own row only, and no other loss does. "
+            f"the loss of sample {row} reaches its own row only, and no other loss does. "
             f"So these modules compute another function than {samplers} takes them for, or their "
-            "parameters are used outside of them as well.\n"
-            "Remedy: leave them out with exclude=..., or mend the sampler."
+            "parameters are used outside of them as well",
+            "leave them out with exclude=..., or mend the sampler",
         )
     where = next(iter(mixed))
     how = (
@@ -49,21 +52,21 @@ def diagnose(run: Run, found: Comparison) -> str:
     )
     if all(name in mixed for name, rows in (reached | reached_by_others).items() if rows):
         return (
-            f"Reason: {how}, at every module. The losses depend on each other, as contrastive ones "
+            f"{how}, at every module. The losses depend on each other, as contrastive ones "
             "and those normalised over the batch do, or something behind all of these modules "
-            "mixes samples.\n"
-            "Remedy: give losses that depend on one sample each. What a loss over the batch "
+            "mixes samples",
+            "give losses that depend on one sample each. What a loss over the batch "
             "backpropagates is split by row of the model's output; these parts are exact, but not "
-            "the gradient of any one loss."
+            "the gradient of any one loss",
         )
     return (
-        f"Reason: {how}, at {where} and not everywhere. Something behind it mixes samples, as "
-        "BatchNorm does in training, or its sampler takes another axis for the samples.\n"
-        "Remedy: leave such modules out with exclude=..., or put them into evaluation mode."
+        f"{how}, at {where} and not everywhere. Something behind it mixes samples, as "
+        "BatchNorm does in training, or its sampler takes another axis for the samples",
+        "leave such modules out with exclude=..., or put them into evaluation mode",
     )
 
 
-def _rows_reached(run: Run, weights: Tensor) -> dict[str, set[int]]:
+def _samples_reached(computed: Computation, weights: Tensor) -> dict[str, set[int]]:
     """Backpropagate weighted losses, and return the rows with a gradient by parameter."""
     reached: dict[str, set[int]] = {}
 
@@ -71,7 +74,7 @@ def _rows_reached(run: Run, weights: Tensor) -> dict[str, set[int]]:
         rows = (gradient.paired(gradient) != 0).nonzero().flatten() + pass_.start
         reached.setdefault(parameter.name, set()).update(rows.tolist())
 
-    run.backpropagate(weights, look)
+    computed.backpropagate(weights, look)
     return reached
 
 

@@ -21,14 +21,14 @@ class Remainder:
     """What is left of the expected gradients once ghost's are taken away.
 
     Attributes:
-        rows: Rows of the K samples in the batch.
+        samples: Positions of the K samples in the batch.
         left: `[K, *shape]` by parameter.
         norms: Norms of what was there at first, float64 `[K]` by parameter.
         strays: How far ghost's operations are from ghost's own gradients, float64 `[K]` by
             parameter.
     """
 
-    rows: tuple[int, ...]
+    samples: tuple[int, ...]
     left: dict[str, Tensor]
     norms: dict[str, Tensor]
     strays: dict[str, Tensor] = field(init=False)
@@ -41,7 +41,7 @@ class Remainder:
         cls,
         losses: Tensor,
         parameters: dict[str, nn.Parameter],
-        rows: Sequence[int],
+        samples: Sequence[int],
         progress: Callable[[int], object] | None = None,
     ) -> Remainder:
         """Ask autograd for the gradients of some samples, one call each.
@@ -49,7 +49,7 @@ class Remainder:
         Args:
             losses: One loss per sample, `[N]`.
             parameters: The tracked parameters by name.
-            rows: Rows of the samples.
+            samples: Positions of the samples.
             progress: Called with 1 after each sample.
 
         Raises:
@@ -57,15 +57,15 @@ class Remainder:
         """
         left = {
             name: torch.zeros(
-                len(rows),
+                len(samples),
                 *parameter.shape,
                 dtype=accumulation_dtype(parameter),
                 device=parameter.device,
             )
             for name, parameter in parameters.items()
         }
-        for at, row in enumerate(rows):
-            gradients = _gradients(losses[row], list(parameters.values()))
+        for at, sample in enumerate(samples):
+            gradients = _gradients(losses[sample], list(parameters.values()))
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     left[name][at] = gradient.to_dense()
@@ -78,7 +78,7 @@ class Remainder:
                     f"the gradient of {name} is not finite for a sample, also without ghost: there "
                     "is nothing to compare with"
                 )
-        return cls(tuple(rows), left, norms)
+        return cls(tuple(samples), left, norms)
 
     def subtract(
         self, weights: Tensor, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
@@ -92,10 +92,10 @@ class Remainder:
             gradient: The gradients of the pass's samples.
         """
         start, name = pass_.start, parameter.name
-        for at, row in enumerate(self.rows):
-            if start <= row < start + gradient.n:
-                weight = float(weights[row])
-                one = gradient.narrow(slice(row - start, row - start + 1))
+        for at, sample in enumerate(self.samples):
+            if start <= sample < start + gradient.n:
+                weight = float(weights[sample])
+                one = gradient.narrow(slice(sample - start, sample - start + 1))
                 values = one.materialize()
                 self.left[name][at] -= values[0] / weight
                 self.strays[name][at] += _stray(one, values) / weight

@@ -25,7 +25,7 @@ class ParameterCheck:
         shape: Its shape.
         error: Largest `‖got − expected‖` of a sample, relative to `‖expected‖` or to the floor
             (see `Precision`), whichever is larger. Infinite where `got` is not finite.
-        sample: Row of that sample in the batch.
+        sample: Position of that sample in the batch.
         tolerance: Error allowed.
         norm: Largest `‖expected‖` of a sample.
         tested: Whether a gradient of zero would have been found wrong. It would not where the
@@ -49,7 +49,7 @@ class ParameterCheck:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The check as text, under the titles of `Comparison.rows`."""
+        """The check as text, under the titles of `Comparison.lines`."""
         return (
             self.parameter,
             self.module,
@@ -68,10 +68,11 @@ class Comparison:
 
     Attributes:
         n: Number of samples N in the batch.
-        samples: Rows of the samples that were compared.
+        samples: Positions of the samples that were compared.
         parameters: One check per tracked parameter, worst first.
         verified: Whether the split by sample was verified too, as it is in every batch by default.
-        reason: What was found out about wrong numbers; empty if there are none.
+        reason: Why numbers are wrong, as far as that was found out; empty if none is.
+        remedy: What to do about it; likewise.
     """
 
     n: int
@@ -79,6 +80,7 @@ class Comparison:
     parameters: tuple[ParameterCheck, ...]
     verified: bool
     reason: str = ""
+    remedy: str = ""
 
     def __repr__(self) -> str:
         """Say what was found."""
@@ -116,18 +118,18 @@ class Comparison:
             f"{besides}; the largest error is {most}"
         )
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """Return the checks as text, worst first, below a row of titles."""
+    def lines(self) -> list[tuple[str, ...]]:
+        """Return the checks as text, worst first, below a line of titles."""
         titles = ("parameter", "class", "sampler", "shape", "error", "sample", "tolerance", "ok")
         return [titles, *(check.cells for check in self.parameters)]
 
     def table(self) -> str:
         """Return the checks as an aligned table, worst first."""
-        rows = self.rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = self.lines()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
         )
 
     def raise_if_wrong(self) -> None:
@@ -144,7 +146,8 @@ class Comparison:
             for check in self.wrong
         ]
         more = [f"  and {len(listed) - 10} more"] if len(listed) > 10 else []
-        raise WrongSplitError("\n".join([self.verdict, *listed[:10], *more, self.reason]).rstrip())
+        what = "\n".join([self.verdict, *listed[:10], *more])
+        raise WrongSplitError(what, reason=self.reason, remedy=self.remedy)
 
 
 def check_parameters(
@@ -168,7 +171,7 @@ def check_parameters(
     for tracked in modules:
         for parameter in tracked.parameters.values():
             owners.setdefault(parameter.name, []).append(tracked)
-    rows = [row for remainder in remainders for row in remainder.rows]
+    samples = [sample for remainder in remainders for sample in remainder.samples]
     norms = {name: _joined(each.norms[name] for each in remainders) for name in owners}
     whole = torch.stack(list(norms.values())).square().sum(0).sqrt()
     checks = []
@@ -186,7 +189,7 @@ def check_parameters(
                 sampler=_listed(type(tracked.sampler) for tracked in owned),
                 shape=tuple(remainders[0].left[name].shape[1:]),
                 error=float(errors[worst]),
-                sample=rows[worst],
+                sample=samples[worst],
                 tolerance=allowed,
                 norm=float(norms[name].max()),
                 tested=bool((norms[name] > allowed * scale).any()),

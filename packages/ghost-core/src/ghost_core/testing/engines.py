@@ -40,7 +40,7 @@ def check_engine(
     values: Callable[[Any], Tensor] | None = None,
     examples: Mapping[str, LayerExample] = LAYERS,
     tolerance: float = 1e-6,
-    rows: Callable[[Any], int] | None = None,
+    covers: Callable[[Any], int] | None = None,
     gradient_error: float | None = 0.0,
     result_holds_capture: bool = False,
     concatenated: bool = False,
@@ -86,7 +86,7 @@ def check_engine(
         values: Picks from a result what `expected` computes; by default, the result is a tensor.
         examples: What numbers are compared for, by name.
         tolerance: Error allowed in them, relative to the largest number of the result.
-        rows: Returns how many samples a result covers; by default, the result is searched for a
+        covers: Returns how many samples a result covers; by default, the result is searched for a
             tensor with one row per sample.
         gradient_error: Error that the engine may make in `.grad`, relative to its norm, in
             float32. Zero stands for bit-identical training. None is for engines that give the
@@ -116,15 +116,15 @@ def check_engine(
         watched = _train((make_engine,), autocast, steps, feed)
         _compare(plain, watched, gradient_error, how)
         for batch in watched.batches:
-            _check_rows(batch, rows)
+            _check_covers(batch, covers)
         if gradient_error == 0.0:
             both = _train((make_engine, make_engine), autocast, 3, feed)
             _compare(_train((), autocast, 3, feed), both, gradient_error, f"{how}, two engines")
             for batch in both.batches:
-                _check_rows(batch, rows)
+                _check_covers(batch, covers)
     _check_leaving(make_engine, result_holds_capture, feed)
     _check_many_batches(make_engine, feed)
-    _check_frozen(make_engine, rows, feed)
+    _check_frozen(make_engine, covers, feed)
 
 
 @dataclass
@@ -200,14 +200,14 @@ def _compare(plain: _Trained, watched: _Trained, error: float | None, how: str) 
             )
 
 
-def _check_rows(batch: Batch[Any], rows: Callable[[Any], int] | None) -> None:
-    if rows is not None:
-        if (count := rows(batch.result)) != batch.n:
+def _check_covers(batch: Batch[Any], covers: Callable[[Any], int] | None) -> None:
+    if covers is not None:
+        if (count := covers(batch.result)) != batch.n:
             raise AssertionError(f"the result covers {count} samples of {batch.n}")
     elif not any(leaf.dim() and leaf.shape[0] == batch.n for leaf in tensors_in(batch.result)):
         raise AssertionError(
             f"the result, {type(batch.result).__name__}, holds no tensor with {batch.n} rows; if "
-            "it is right, tell check_engine(rows=...) how to count them"
+            "it is right, tell check_engine(covers=...) how to count them"
         )
 
 
@@ -289,14 +289,14 @@ def _check_many_batches(make_engine: EngineFactory, feed: Feed) -> None:
 
 
 def _check_frozen(
-    make_engine: EngineFactory, rows: Callable[[Any], int] | None, feed: Feed
+    make_engine: EngineFactory, covers: Callable[[Any], int] | None, feed: Feed
 ) -> None:
     model = _model()
     found, engine, tokens = traces(model), make_engine(model), _tokens(N, seed=0)
     with engine.frozen():
         (batch,) = feed.run([engine], [tokens], torch.arange(N), _losses_of(model), 1.0)
     assert_untouched(found, model, "after frozen()")
-    _check_rows(batch, rows)
+    _check_covers(batch, covers)
     if made := [name for name, p in model.named_parameters() if p.grad is not None]:
         raise AssertionError(f"frozen() made gradients of {', '.join(made)}")
 

@@ -16,11 +16,11 @@ class Use:
     """One use of a parameter, as it arrived in a backward pass.
 
     Attributes:
-        rows: Rows of its samples in the batch.
+        samples: Positions of its samples in the batch.
         gradient: The gradients of these samples.
     """
 
-    rows: slice
+    samples: slice
     gradient: PerSampleGradient
 
 
@@ -49,7 +49,7 @@ class Held:
     def _total(self, parameter: TrackedParameter) -> Tensor:
         total = torch.zeros(self.n, *parameter.shape, dtype=torch.float64, device=parameter.device)
         for use in self.uses[parameter.name]:
-            total[use.rows] += use.gradient.materialize().double()
+            total[use.samples] += use.gradient.materialize().double()
         return total
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ghost_core import UnsupportedLayerError, WrongSplitError
 from ghost_core.compare import Comparison, compare
+from ghost_core.errors import in_lines
 from ghost_core.plugins import select
 from ghost_engines.cli.batches import load_batch
 from ghost_engines.cli.functions import in_one_line, reporting
@@ -87,11 +88,9 @@ def _print_findings(model: nn.Module, found: Comparison) -> None:
     rows = ", ".join(map(str, found.samples))
     print(f"\n{tracked_of(model, len(found.parameters))}")
     print(f"compared: samples {rows} of {found.n}\n")
-    titles, *checks = found.rows()
+    titles, *checks = found.lines()
     shown = max(_SHOWN, len(found.wrong)) if sys.stdout.isatty() else len(checks)
     print_table(titles, checks[:shown])
     if len(checks) > shown:
         print(f"... and {len(checks) - shown} more, which are within their tolerances")
-    print(plain(f"\n{found.verdict}"))
-    if found.reason:
-        print(plain(found.reason))
+    print(plain(f"\n{in_lines(found.verdict, found.reason, found.remedy)}"))

@@ -9,7 +9,8 @@ from torch import Tensor
 from ghost_core import CaptureError, Pass, TrackedParameter
 from ghost_engines.held import HeldGradients
 
-_Rows = tuple[int, int]
+_Samples = tuple[int, int]
+"""Positions of the first of some samples, and of the one after the last."""
 
 
 class Terms:
@@ -29,12 +30,12 @@ class Terms:
         self._purpose, self._instead = purpose, instead
         self.held = HeldGradients(self._parameters)
         """Those that are held."""
-        self._several: set[tuple[str, _Rows]] = set()
-        self._alone: set[tuple[str, _Rows]] = set()
-        self._squared: dict[str, dict[_Rows, Tensor]] = {}
+        self._several: set[tuple[str, _Samples]] = set()
+        self._alone: set[tuple[str, _Samples]] = set()
+        self._squared: dict[str, dict[_Samples, Tensor]] = {}
 
-    def is_alone(self, pass_: Pass, parameter: TrackedParameter) -> bool:
-        """Tell whether the gradient that arrives is all that does for its samples.
+    def arrives_alone(self, pass_: Pass, parameter: TrackedParameter) -> bool:
+        """Note that a gradient arrives; return whether it is all that does for its samples.
 
         One that is not is to be held.
 
@@ -68,7 +69,7 @@ class Terms:
             CaptureError: If something that is held was overwritten.
         """
         total = self.held.squared_norms(n)
-        for name, by_rows in self._squared.items():
-            for (start, stop), squared in by_rows.items():
+        for name, by_samples in self._squared.items():
+            for (start, stop), squared in by_samples.items():
                 total[name][start:stop] += squared
         return total

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ghost_core import UnknownNameError
 from ghost_core.tracking import Patterns
-from ghost_engines.search.together import Stores, compare
+from ghost_engines.search.together import Stores, scan_of
 from ghost_engines.store import By, Labels, Queries, StoreError
 
 REDUCTIONS = ("mean", "sum")
@@ -74,7 +74,7 @@ def group_scores(
     """
     if reduce not in REDUCTIONS:
         raise UnknownNameError("reduce", reduce, REDUCTIONS)
-    comparison = compare(
+    comparison = scan_of(
         stores, queries, by=by, weights=weights, parameters=parameters, device=device, block=block
     )
     numbers = _numbers(groups) if isinstance(groups, Labels) else groups

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ghost_core.tracking import Patterns
-from ghost_engines.store import By, Comparison, GradientStore, Neighbours, Queries, best
+from ghost_engines.store import By, GradientStore, Neighbours, Queries, Scan, best
 
 Stores = GradientStore | Sequence[GradientStore]
 """A store; or several of the same samples in the same order, such as those of checkpoints."""
@@ -33,7 +33,7 @@ class RowScores:
         return f"{type(self).__name__}(Q={q}, N={n})"
 
 
-def compare(
+def scan_of(
     stores: Stores,
     queries: Queries | Sequence[Queries],
     *,
@@ -43,11 +43,11 @@ def compare(
     parameters: Patterns | None,
     device: torch.device | str | None,
     block: int,
-) -> Comparison:
+) -> Scan:
     """Compare the rows of one store or of several with queries, as `search` does."""
     if isinstance(stores, GradientStore):
         stores, queries = [stores], [queries]  # type: ignore[list-item] # those of the one store
-    return Comparison(
+    return Scan(
         stores, queries, by=by, weights=weights, row_weights=row_weights, parameters=parameters,  # type: ignore[arg-type]
         device=device, block=block,
     )  # fmt: skip
@@ -100,11 +100,11 @@ def search(
         StoreError: If the stores hold different samples, or something else does not fit.
         DamagedStoreError: If a file went missing or was altered.
     """
-    comparison = compare(
+    scan = scan_of(
         stores, queries, by=by, weights=weights, row_weights=row_weights, parameters=parameters,
         device=device, block=block,
     )  # fmt: skip
-    return best(comparison, k, largest=largest, progress=progress)
+    return best(scan, k, largest=largest, progress=progress)
 
 
 def scores(
@@ -137,15 +137,13 @@ def scores(
         StoreError: If the stores hold different samples, or something else does not fit.
         DamagedStoreError: If a file went missing or was altered.
     """
-    comparison = compare(
+    scan = scan_of(
         stores, queries, by=by, weights=weights, row_weights=row_weights, parameters=parameters,
         device=device, block=block,
     )  # fmt: skip
-    ids = torch.empty(comparison.n, dtype=torch.int64, device="cpu")
-    table = torch.empty(
-        comparison.q, comparison.n, dtype=comparison.dtype, device=comparison.device
-    )
-    for start, those, found in comparison.scores("scores", progress):
+    ids = torch.empty(scan.n, dtype=torch.int64, device="cpu")
+    table = torch.empty(scan.q, scan.n, dtype=scan.dtype, device=scan.device)
+    for start, those, found in scan.scores("scores", progress):
         ids[start : start + len(those)] = those
-        table[:, start : start + len(those)] = comparison.unscaled(found)
+        table[:, start : start + len(those)] = scan.unscaled(found)
     return RowScores(ids, table)

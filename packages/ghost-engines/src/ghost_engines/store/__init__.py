@@ -2,7 +2,6 @@
 
 from ghost_engines.store.beside import Column
 from ghost_engines.store.columns import Columns, columns_of, parameter_columns
-from ghost_engines.store.comparison import Comparison
 from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import (
@@ -24,6 +23,7 @@ from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.origin import OtherRowsError, check_alike
 from ghost_engines.store.powers import in_range, overflow, powers_for, times
 from ghost_engines.store.rows import StoredRows
+from ghost_engines.store.scan import Scan
 from ghost_engines.store.scorer import (
     METRICS,
     By,
@@ -44,7 +44,6 @@ __all__ = [
     "By",
     "Column",
     "Columns",
-    "Comparison",
     "DamagedStoreError",
     "DataFile",
     "GradientStore",
@@ -56,6 +55,7 @@ __all__ = [
     "OtherRowsError",
     "Queries",
     "RowReader",
+    "Scan",
     "Scorer",
     "SeenIds",
     "SeveralRowsError",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ghost_core.arguments import switch, whole
-from ghost_engines.store.comparison import Comparison
 from ghost_engines.store.errors import StoreError
+from ghost_engines.store.scan import Scan
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,13 +32,11 @@ class Neighbours:
         return f"{type(self).__name__}(Q={q}, k={k}, {dtype})"
 
 
-def best(
-    comparison: Comparison, k: int, *, largest: bool = True, progress: bool | None = None
-) -> Neighbours:
+def best(scan: Scan, k: int, *, largest: bool = True, progress: bool | None = None) -> Neighbours:
     """Find the best rows for each query.
 
     Args:
-        comparison: What the scores are.
+        scan: What the scores are.
         k: How many rows to find for each query. If there are fewer, all are returned.
         largest: Whether the largest scores are the best, or the smallest.
         progress: Whether to show a progress bar.
@@ -49,13 +47,13 @@ def best(
     """
     k = whole("k", k, least=1, error=StoreError)
     smallest = not switch("largest", largest)
-    found = _nothing(comparison.q, min(k, comparison.n), comparison.dtype, comparison.device)
+    found = _nothing(scan.q, min(k, scan.n), scan.dtype, scan.device)
     least = found.scores[:, -1:]  # changes with what is found
-    for ordinals, ids, scores in comparison.above(least, "search", progress, smallest=smallest):
+    for ordinals, ids, scores in scan.above(least, "search", progress, smallest=smallest):
         _update(found, scores, ids, ordinals)
     if smallest:
         found.scores.neg_().add_(0)  # no zero keeps its sign
-    return replace(found, scores=comparison.unscaled(found.scores))
+    return replace(found, scores=scan.unscaled(found.scores))
 
 
 def _nothing(q: int, k: int, dtype: torch.dtype, device: torch.device) -> Neighbours:

@@ -15,7 +15,6 @@ from ghost_core.batch import as_ids
 from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
 from ghost_engines.store.beside import LOSS
-from ghost_engines.store.comparison import Comparison
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.index import INDEX
 from ghost_engines.store.labels import Labels
@@ -24,6 +23,7 @@ from ghost_engines.store.lookup import ordinals_of, several_times
 from ghost_engines.store.neighbours import Neighbours, best
 from ghost_engines.store.pieces import Pieces
 from ghost_engines.store.rows import StoredRows
+from ghost_engines.store.scan import Scan
 from ghost_engines.store.scorer import By, Queries
 from ghost_engines.store.shards import check_contents
 
@@ -236,10 +236,8 @@ class StoreReader(Pieces):
                 of another engine, or the whitening is of other rows.
             DamagedStoreError: If a file went missing.
         """
-        comparison = Comparison(
-            [self], [queries], by=by, parameters=parameters, device=device, block=block
-        )
-        return best(comparison, k, largest=largest, progress=progress)
+        scan = Scan([self], [queries], by=by, parameters=parameters, device=device, block=block)
+        return best(scan, k, largest=largest, progress=progress)
 
     def verify(self, progress: bool | None = None) -> None:
         """Compare all that is on disk with its hashes, and what several writers wrote by sample.

@@ -8,10 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from ghost_core.algebra import Precision
-
-_TF32 = 2.0**-7
-"""Share of a row's largest entry by which float32 on other devices than CPUs may be off."""
+from ghost_core.algebra import TF32, Precision
 
 
 def same_rows(got: Tensor, expected: Tensor, dtypes: Collection[torch.dtype]) -> bool:
@@ -30,7 +27,7 @@ def same_rows(got: Tensor, expected: Tensor, dtypes: Collection[torch.dtype]) ->
         return True
     tolerance = Precision.of(dtypes).tolerance
     if torch.float32 in dtypes and expected.device.type != "cpu":
-        tolerance = max(tolerance, _TF32)
+        tolerance = max(tolerance, TF32)
     if _are_near(got, expected, tolerance):
         return True
     mine, theirs = got.double(), expected.double()

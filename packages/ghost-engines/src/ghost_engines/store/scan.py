@@ -26,7 +26,7 @@ _ENOUGH = 256
 ValueT = TypeVar("ValueT")
 
 
-class Comparison:
+class Scan:
     """Scores of the rows of stores with queries, added up over the stores.
 
     Args:

@@ -24,7 +24,7 @@ Receive = Callable[[Pass, TrackedParameter, PerSampleGradient], None]
 """Takes the gradients of one use of a parameter."""
 
 
-class Run(Listener):
+class Computation(Listener):
     """Runs losses on a model, whatever engines are attached to it, and leaves no trace.
 
     Args:
@@ -76,12 +76,12 @@ class Run(Listener):
             yield
 
     def differentiate(
-        self, rows: Sequence[int], progress: Callable[[int], object] | None
+        self, samples: Sequence[int], progress: Callable[[int], object] | None
     ) -> Remainder:
         """Ask autograd, without ghost, for the gradients of some samples; see `Remainder.of`."""
         with self._without_ghost():
             losses = check_losses(self._losses(), self.expected)
-            return Remainder.of(losses, self.parameters, rows, progress)
+            return Remainder.of(losses, self.parameters, samples, progress)
 
     def backpropagate(self, weights: Tensor, receive: Receive) -> bool:
         """Backpropagate weighted losses in a batch, and return whether it is verified.
