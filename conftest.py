@@ -3,8 +3,10 @@
 import gc
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
+from tests.fresh import Fresh, waiting
 
 # One thread of arithmetic: the tensors of the tests are tiny, and other processes run beside, so
 # that more threads would only wait for each other. Set before torch and numpy are imported, and
@@ -43,3 +45,10 @@ def spare(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     session.stash[SPARED] = len(sys.modules)
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[Fresh]:
+    """Run programs in processes of their own that have imported torch, and nothing of ghost's."""
+    with waiting() as run:
+        yield run

@@ -1,7 +1,6 @@
 """The first verified batch of a program imports neither torch's compiler nor sympy."""
 
-import subprocess
-import sys
+from tests.fresh import Fresh
 
 _PROGRAM = """
 import sys
@@ -48,7 +47,7 @@ print(*(name for name in ("torch._dynamo", "sympy") if name in sys.modules))
 """
 
 
-def test_a_verified_batch_imports_no_compiler_and_no_computer_algebra() -> None:
-    run = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True)
+def test_a_verified_batch_imports_no_compiler_and_no_computer_algebra(fresh: Fresh) -> None:
+    run = fresh(_PROGRAM)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from tests.foreign.foreign import WAYS, Foreign, assert_same, check, curved
 from tests.foreign.rows import Scalar
+from tests.fresh import Fresh
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
@@ -62,22 +61,17 @@ def test_checkpoint_wrapper_around(name: str) -> None:
         check(foreign, way)
 
 
-def run_alone(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own, which may die."""
-    lines = [
-        "import torch",
-        "from torch import nn",
-        "from ghost_core.testing import GradientHolder",
-        *code.splitlines(),
-    ]
-    return subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
-    )
+IMPORTS = """
+import torch
+from torch import nn
+from ghost_core.testing import GradientHolder
+"""
 
 
-def test_replays_after_backend_flags_are_disabled() -> None:
+def test_replays_after_backend_flags_are_disabled(fresh: Fresh) -> None:
     """The flags cannot be set any more, which replays do."""
-    ran = run_alone("""torch.backends.disable_global_flags()
+    ran = fresh(f"""{IMPORTS}
+torch.backends.disable_global_flags()
 class Scale(nn.Module):
     def __init__(self):
         super().__init__()
@@ -101,9 +95,10 @@ ALONE = {
 @pytest.mark.stress
 @pytest.mark.parametrize("way", ["engine", "engine.frozen()"])
 @pytest.mark.parametrize("name", ALONE)
-def test_channels_last_group_norm_without_bias(name: str, way: str) -> None:
+def test_channels_last_group_norm_without_bias(fresh: Fresh, name: str, way: str) -> None:
     """Torch dies where only the weight's gradient is asked for, as ghost does for each sample."""
-    ran = run_alone(f"""class Norm(nn.GroupNorm):
+    ran = fresh(f"""{IMPORTS}
+class Norm(nn.GroupNorm):
     def forward(self, x):
         return nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 class Noise(nn.Module):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.foreign.foreign import curved
+from tests.fresh import Fresh
 from torch import nn
 
 import ghost_core
@@ -47,16 +45,6 @@ BROKEN = {
 UNREADABLE = ("not text", "no value")
 
 
-def run(code: str, *paths: str) -> subprocess.CompletedProcess[str]:
-    """Run code in another process that finds packages in some folders besides its own."""
-    # torch itself looks for plugins, and cannot be imported beside what it cannot read.
-    alone = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | alone
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-
-
 @pytest.mark.parametrize(
     "how",
     [
@@ -64,7 +52,9 @@ def run(code: str, *paths: str) -> subprocess.CompletedProcess[str]:
         *(pytest.param(name, marks=pytest.mark.stress) for name in BROKEN if name != "not text"),
     ],
 )
-def test_broken_entry_points_of_an_unrelated_package(tmp_path: Path, how: str) -> None:
+def test_broken_entry_points_of_an_unrelated_package(
+    fresh: Fresh, tmp_path: Path, how: str
+) -> None:
     folder = tmp_path / "unrelated-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: unrelated\nVersion: 1.0\n")
@@ -73,20 +63,21 @@ def test_broken_entry_points_of_an_unrelated_package(tmp_path: Path, how: str) -
         (folder / "entry_points.txt").mkdir()
     else:
         (folder / "entry_points.txt").write_bytes(content)
-    ran = run(USE, str(tmp_path), *SOURCES)
+    # torch, which looks for plugins itself, cannot be imported beside what it cannot read.
+    ran = fresh(USE, paths=(tmp_path, *SOURCES))
     assert ran.returncode == 0, ran.stderr.splitlines()[-1]
     assert ran.stdout.split() == ["used", "True"]
     said = "the entry points of unrelated cannot be read, so it has no plugins" in ran.stderr
     assert said == (how in UNREADABLE)
 
 
-def test_attached_models_load_where_ghost_is_not_installed(tmp_path: Path) -> None:
+def test_attached_models_load_where_ghost_is_not_installed(fresh: Fresh, tmp_path: Path) -> None:
     for frozen in (False, True):
         model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
         engine = GradientHolder(model)
         with engine.frozen() if frozen else engine:
             torch.save(model, tmp_path / f"{frozen}.pt")
-    ran = run(
+    ran = fresh(
         "import sys\n"
         "sys.modules |= dict.fromkeys(['ghost_core', 'ghost_layers', 'ghost_engines'])\n"
         "import torch\n"

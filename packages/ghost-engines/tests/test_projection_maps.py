@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -95,15 +93,10 @@ print(digest.hexdigest(), *(block.parameter for block in engine.layout))
 """
 
 
-def run_script(**values):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(**values)], capture_output=True, text=True, check=True
-    )
-    return done.stdout.split()
-
-
-def test_maps_are_equal_in_every_process_and_independent_of_module_order():
-    first = run_script(seed=2, names=["b", "a"], init="orthonormal")
+def test_maps_are_equal_in_every_process_and_independent_of_module_order(fresh):
+    done = fresh(SCRIPT.format(seed=2, names=["b", "a"], init="orthonormal"))
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.split()
     assert first[1:] == ["a.bias", "a.weight", "b.bias", "b.weight"]
     model = nn.ModuleDict({"c": nn.Linear(3, 3), "b": nn.Linear(30, 20), "a": nn.Linear(30, 20)})
     engine = ProjectionEngine(model, dim=12, min_dim=2, seed=5, init="orthonormal")

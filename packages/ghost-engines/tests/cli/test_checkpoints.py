@@ -129,15 +129,35 @@ PLANTED = "transformers regex yaml tokenizers safetensors sympy jinja2 tqdm rand
 """Modules that may be imported while a checkpoint is loaded and verified."""
 
 
-def test_no_file_that_lies_in_a_checkpoint_is_imported(checkpoint, texts, tmp_path):
+COMMAND = ["verify", ".", "--data=texts.txt"]
+
+
+def alone(_, folder):
+    command = [sys.executable, "-P", "-m", "ghost_engines.cli", *COMMAND]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def where_torch_is_imported(fresh, folder):
+    code = f"""
+import runpy, sys
+del sys.path[0]
+sys.argv = ["ghost", *{COMMAND}]
+runpy.run_module("ghost_engines.cli", run_name="__main__", alter_sys=True)
+"""
+    return fresh(code, cwd=folder)
+
+
+@pytest.mark.parametrize(
+    "run", [where_torch_is_imported, pytest.param(alone, marks=pytest.mark.stress)]
+)
+def test_no_file_that_lies_in_a_checkpoint_is_imported(run, fresh, checkpoint, texts, tmp_path):
     folder = tmp_path / "downloaded"
     shutil.copytree(checkpoint, folder)
     shutil.copy(texts, folder / "texts.txt")
     for name in PLANTED:
         code = f"from pathlib import Path\nPath({str(tmp_path)!r}, 'ran-{name}').touch()\n"
         (folder / f"{name}.py").write_text(code)
-    command = [sys.executable, "-P", "-m", "ghost_engines.cli", "verify", ".", "--data=texts.txt"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = run(fresh, folder)
     assert list(tmp_path.glob("ran-*")) == []
     assert (done.returncode, done.stderr) == (0, "")
 

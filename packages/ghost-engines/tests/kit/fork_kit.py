@@ -7,7 +7,6 @@ import itertools
 import os
 import signal
 import struct
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -70,6 +69,7 @@ def script(code, *arguments):
     return [sys.executable, "-c", path + textwrap.dedent(code), *map(str, arguments)]
 
 
-def run_script(code, *arguments):
-    done = subprocess.run(script(code, *arguments), capture_output=True, text=True, timeout=600)
+def run_script(fresh, code, *arguments):
+    """Run a script, which can import the kit, in a process of its own."""
+    done = fresh(textwrap.dedent(code), *arguments, paths=[Path(__file__).parent])
     assert done.returncode == 0, done.stderr

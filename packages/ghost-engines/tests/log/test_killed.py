@@ -112,10 +112,12 @@ KILLER = """
 """
 
 
-def test_no_acknowledged_step_is_lost_or_doubled_whatever_step_a_writer_is_killed_at(tmp_path):
-    run_script(KILLER, tmp_path / "log", 151, 4)
+def test_no_acknowledged_step_is_lost_or_doubled_whatever_step_a_writer_is_killed_at(
+    fresh, tmp_path
+):
+    run_script(fresh, KILLER, tmp_path / "log", 151, 4)
 
 
 @pytest.mark.stress
-def test_no_acknowledged_step_is_lost_or_doubled_at_any_step(tmp_path):
-    run_script(KILLER, tmp_path / "log", 1, 0)
+def test_no_acknowledged_step_is_lost_or_doubled_at_any_step(fresh, tmp_path):
+    run_script(fresh, KILLER, tmp_path / "log", 1, 0)

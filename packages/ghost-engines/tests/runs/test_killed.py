@@ -121,15 +121,15 @@ KILLER = """
 """
 
 
-def test_a_killed_run_goes_on_as_one(tmp_path):
-    run_script(KILLER, tmp_path, 263)
+def test_a_killed_run_goes_on_as_one(fresh, tmp_path):
+    run_script(fresh, KILLER, tmp_path, 263)
 
 
 @pytest.mark.stress
-def test_a_run_that_is_killed_at_every_other_call_goes_on_as_one(tmp_path):
-    run_script(KILLER, tmp_path, 2)
+def test_a_run_that_is_killed_at_every_other_call_goes_on_as_one(fresh, tmp_path):
+    run_script(fresh, KILLER, tmp_path, 2)
 
 
 @pytest.mark.stress
-def test_a_killed_run_that_chooses_goes_on_as_one(tmp_path):
-    run_script(KILLER, tmp_path, 67, "chooses")
+def test_a_killed_run_that_chooses_goes_on_as_one(fresh, tmp_path):
+    run_script(fresh, KILLER, tmp_path, 67, "chooses")

@@ -144,8 +144,8 @@ KILLER = """
 
 # The arguments: how many steps there are between kills, and how many kills come at random.
 @pytest.mark.parametrize("kills", [(19, 4), pytest.param((1, 500), marks=pytest.mark.stress)])
-def test_no_acknowledged_row_is_lost_or_doubled_whenever_a_writer_is_killed(tmp_path, kills):
-    run_script(KILLER, "often", tmp_path, *kills)
+def test_no_acknowledged_row_is_lost_or_doubled_whenever_a_writer_is_killed(fresh, tmp_path, kills):
+    run_script(fresh, KILLER, "often", tmp_path, *kills)
 
 
 def test_a_forked_child_neither_writes_nor_keeps_the_next_writer_out(tmp_path):
