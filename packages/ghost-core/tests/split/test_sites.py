@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ghost_core.split import RowAxes, Site
-from ghost_core.split.verifier import _is_finite, _is_nan
+from ghost_core.split.nan import has_nan, is_finite
 
 NAN, INF = float("nan"), float("inf")
 LEAST = 2.0**-133  # of bfloat16, and no normal number of float32
@@ -48,15 +48,15 @@ def test_a_row_of_one_number():
 @pytest.mark.parametrize("name", ROWS)
 def test_nan_and_infinity_are_told_apart(name):
     values = torch.tensor(ROWS[name][0])
-    assert _is_nan(values) == bool(values.isnan().any())
-    assert _is_finite(values) == bool(values.isfinite().all())
-    assert not _is_nan(values[:0])
-    assert _is_finite(values[:0])
+    assert has_nan(values) == bool(values.isnan().any())
+    assert is_finite(values) == bool(values.isfinite().all())
+    assert not has_nan(values[:0])
+    assert is_finite(values[:0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_nan_is_found_among_numbers_of_eight_bits(dtype):
     """Of which torch finds no largest one; a model may return such."""
     values = torch.tensor([0.0, -1.0]).to(dtype)
-    assert not _is_nan(values)
-    assert _is_nan(torch.tensor([0.0, NAN]).to(dtype))
+    assert not has_nan(values)
+    assert has_nan(torch.tensor([0.0, NAN]).to(dtype))

@@ -72,6 +72,12 @@ def reduce_outer(
 
     Nothing is done for each of them but the arithmetic: there is one for each sample and layer.
 
+    Each sample's gradient is built where the one before was:
+
+        built = left.T @ right   [a, b], which stays in the cache
+        dots  = ⟨built, v⟩, squared = ⟨built, built⟩
+        total += built
+
     Args:
         lefts: `[N, T, a]`, of at least one sample.
         rights: `[N, T, b]`, of the same dtype.

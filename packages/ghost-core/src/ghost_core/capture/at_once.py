@@ -31,6 +31,9 @@ def all_at_once(
 ) -> list[Tensor | None] | None:
     """Differentiate for all samples in one backward pass.
 
+        0.5 * table[:T]             multiplied and sliced: one pass for all samples
+        MyFunction.apply(table)     None: whoever wrote it may look at numbers
+
     Args:
         value: A value with its graph, which is kept.
         tensors: What to differentiate for.

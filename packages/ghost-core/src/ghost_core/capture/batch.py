@@ -94,6 +94,12 @@ class BatchCapture:
 
         Inputs tell, or owners of their rows. Where neither does, as with graphs joined into one,
         all samples of the batch are taken to be there; the model's output shows whether they are.
+
+        In a batch of 4 samples, the leading sizes of the inputs are
+
+            4, 20   4 samples
+            2       2 samples: a micro-batch
+            9, 24   nodes and edges of joined graphs: 4 samples, if the model's output has these
         """
         sizes = {
             leaf.size(dim)  # which nested tensors have, and no shape

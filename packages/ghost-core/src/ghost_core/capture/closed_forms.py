@@ -72,6 +72,14 @@ def closed_forms(
     Most operations have none, and are differentiated once for each sample. Forms are of the
     value that a shared one is an expansion of, if it is one.
 
+    Of a table `p [T, d]`, the same for all samples, and samples `x [N, T, d]`, given row n of the
+    gradient of the result:
+
+        x + p            that row
+        x * p            that row times x[n]
+        linear(x, p)     an outer product of that row and x[n]
+        x ** p           none: differentiated once for each sample
+
     Args:
         func: The operation.
         args: Its positional inputs.
@@ -165,7 +173,14 @@ def _scaled(factor: Callable[[], Tensor], shape: Size, dims: int, axis: int) -> 
 def _added(
     shape: Size, dims: int, axis: int, rows: Tensor, dtype: torch.dtype | None = None
 ) -> PerSampleGradient:
-    """Return the gradient of a value that was added: that of the sum, where it was broadcast."""
+    """Return the gradient of a value that was added: that of the sum, where it was broadcast.
+
+    Of a sum `[N, T, d]` with the gradient `rows`, sample n has
+
+        [T, d]      rows[n]
+        [T, 1]      rows[n], summed over d
+        [N, T, d]   rows[n] in row n, zeros in all others
+    """
     aligned = _aligned(shape, dims)
     moved = [aligned[axis], *aligned[:axis], *aligned[axis + 1 :]]
     if moved[0] != 1:  # it had rows already

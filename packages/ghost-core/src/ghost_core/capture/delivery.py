@@ -213,6 +213,11 @@ def keep(
 ) -> tuple[list[Kept], list[Tensor]]:
     """Let every engine keep records in its own way; equal ways share tensors and later work.
 
+    Three engines and one record, of inputs `x [N, T, d]`:
+
+        dot products, norms   x itself: one way for both, saved once
+        projection            x mixed, [N, T, k]: another way
+
     Returns:
         How they are kept, and the tensors to save for the backward pass.
     """

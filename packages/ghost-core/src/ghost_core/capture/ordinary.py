@@ -34,6 +34,12 @@ def on_samples_alone(
 
     False says nothing: dictionaries, for one, are for others to look into.
 
+    Where a layer with a weight of its own runs, on samples x:
+
+        linear(x, weight)   true: x has a graph, and the weight is the layer's to use
+        x + positions       false: positions are followed
+        x * other.scale     false: a parameter of another module is to be followed
+
     Args:
         given: What it is given, one by one; tuples and lists are taken apart in it.
         shared: Identities of values that are followed.

@@ -14,6 +14,12 @@ from ghost_core.split import RowAxes, Site
 def site_of(state: CaptureState, value: Tensor, names: Sequence[str], operation: str) -> Site:
     """Return where a value may have its rows, the likeliest first: probes tell.
 
+    With 4 samples, a value that positions and samples were combined to may be
+
+        [4, 4, d]   rows on axis 0 or 1: two alternatives, of which probes leave one
+        [8, d]      folded rows on axis 0
+        [5, 7]      none of these: on axis 0 or 1 if rows are routed, else refused
+
     Args:
         state: What the hooks on the model share.
         value: The value.

@@ -279,6 +279,12 @@ def take_back(
 ) -> None:
     """Take the gradient of each sample back through the graph to what a value comes from.
 
+    With one table as the only source:
+
+        table            the gradients as they are
+        table.view(-1)   in the table's shape
+        0.5 * table[:T]  one backward pass for each sample, or one for all; see `all_at_once`
+
     Args:
         pass_: The pass.
         value: A value with its graph.

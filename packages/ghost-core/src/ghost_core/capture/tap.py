@@ -36,6 +36,10 @@ def tap(
     autograd runs all that a graph leads to: parameters there would get gradients of zero, where
     they have none without ghost, and so weight decay and momentum.
 
+        y = linear(x)        one output: one Tap
+        y, state = lstm(x)   two outputs: a Branch behind each, and one Tap before them, which runs
+                             once, with both gradients, or with that of y alone
+
     Args:
         deliver: Takes the gradients.
         seed: A scalar that requires grad, so that the node is part of the graph even where nothing

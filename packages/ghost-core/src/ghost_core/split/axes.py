@@ -86,6 +86,13 @@ def find_axes(
 ) -> tuple[RowAxes, WrongSplitError | None]:
     """Find the rows of a call.
 
+    With 3 samples on axis 0, outputs of a module may be
+
+        [3, T, d]   rows that are samples
+        [1, T, d]   one row for all samples
+        [6, d]      6 = 2 · 3 rows, folded: probes tell in which order
+        [4, d]      rows in any number: routed, and asked for in every pass, or refused
+
     Args:
         tracked: The module.
         outputs: Its differentiable outputs.

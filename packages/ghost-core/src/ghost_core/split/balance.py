@@ -168,6 +168,11 @@ class Balance:
     def check(self) -> None:
         """Raise if something is missing.
 
+        Of two parameters, in float32:
+
+            autograd 5.0, contributions 5.00001   rounding
+            autograd 5.0, contributions 3.5       what is missing came another way: refused
+
         Raises:
             UnbalancedError: Naming the worst parameter.
         """

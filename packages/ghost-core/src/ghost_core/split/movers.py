@@ -54,6 +54,12 @@ class Move:
 def _kept_by(numbers: Tensor, size: int, n: int, turned: bool) -> object:
     """Return which orders of samples rows keep, given where each is taken from or written to.
 
+    With 2 samples that have 2 of 4 rows each, rows are taken from
+
+        1 0 3 2   in order, [N, k] flattened: each sample keeps its rows
+        2 3 0 1   in turn, [k, N] flattened: the same
+        0 2 1 3   in neither: nothing is known
+
     Args:
         numbers: Where, on an axis of some size, int64 `[R]`.
         size: That size.
@@ -154,7 +160,12 @@ def _at(node: Any, name: str, size: int) -> object:
 
 
 def _positions(node: Any, shape: Sequence[int]) -> dict[int, object]:
-    """Return the numbers along each axis, given what tensors take in brackets."""
+    """Return the numbers along each axis, given what tensors take in brackets.
+
+    x[:, mask]         axis 1, with the entries at which the mask `[T]` is true
+    x[rows, columns]   axes 0 and 1, with the numbers of each
+    x[mask]            axes 0 and 1 of a mask `[N, T]`, with the entries at which it is true
+    """
     indices = _tensor(node, "indices")
     if indices is None:
         return dict.fromkeys(range(len(shape)), UNTOLD)
@@ -210,7 +221,14 @@ def _by_entry(node: Any) -> Move:
 
 
 def _masked(node: Any) -> Move:
-    """Describe picks of the entries of a mask, or writing these: as many for each sample?"""
+    """Describe picks of the entries of a mask, or writing these: as many for each sample?
+
+    Of 2 samples with 3 entries each, a mask takes
+
+        1 1 1   1 1 1   all: rows stay where they are
+        0 1 1   1 1 0   as many of each: samples stay in order
+        0 1 1   1 0 0   2 and 1: nothing is known
+    """
     sizes = sizes_into(node)
     writes = len(sizes) > 1
     made, into = made_by(node), sizes[-1]

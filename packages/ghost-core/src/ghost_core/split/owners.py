@@ -123,6 +123,12 @@ def owner_of_rows(
 ) -> Tensor | None:
     """Return the sample of each row at a site, int64 `[R]`; None where rows are samples.
 
+    With 2 samples:
+
+        [2, ...]   None: rows are samples
+        [4, ...]   0 0 1 1, or 0 1 0 1, as probes told
+        [5, ...]   0 1 1 0 1, say, as found for this pass alone
+
     Args:
         tracked: The module.
         site: Where it has its rows.

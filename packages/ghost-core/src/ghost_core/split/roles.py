@@ -29,6 +29,11 @@ class Turn:
         """Tell whether it may bring an axis before that of n samples, in a result of a shape.
 
         It does not where the axes before its own have a multiple of n entries.
+
+        With 4 samples, of values `[4, T, d]` and `[4, T, h, d]`:
+
+            transpose(1, 2)   no: one axis, of 4 entries, comes before
+            transpose(0, 1)   yes: none does
         """
         return bool(self.axes) and prod(shape[: min(self.axes)]) % n != 0
 

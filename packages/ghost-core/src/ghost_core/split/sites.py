@@ -19,6 +19,12 @@ Rows = tuple[RowAxes, Sequence[int]]
 class Site:
     """A place in one pass where a Tap stands.
 
+    In a pass of 4 samples:
+
+        linear(x)        a call, rows on axis 0: one alternative
+        pos + x          samples are met in `add`, of 4 positions: rows on axis 0 or 1
+        expert(x[idx])   a call with 5 rows: routed, and `found` says 2 0 3 3 1
+
     Attributes:
         names: The modules whose parameters it is about.
         operation: The operation whose result it is; empty for a module's call.

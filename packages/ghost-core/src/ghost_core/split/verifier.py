@@ -2,7 +2,11 @@
 
 That contributions sum to the batch gradient proves nothing: sequence-first models with as many
 positions as samples, sorted rows, BatchNorm and folded rows all pass that check with wrong splits.
-`UsageMode` and `Prober` take its place.
+`UsageMode` and `Prober` take its place. Of a model that packs its rows by a mask:
+
+    batch 1   nothing is known: watched and probed, and its rows are in order
+    batch 2   the mask leaves nothing out, as in batch 1: nothing to do
+    batch 3   it leaves rows out: these are asked whose they are, and all passes are from now on
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from ghost_core.errors import WrongSplitError
 from ghost_core.process import eagerly
 from ghost_core.ranks import ALONE, Ranks
 from ghost_core.split.moves import Moves
+from ghost_core.split.nan import any_nan, is_finite
 from ghost_core.split.owners import Fold, find_folds, is_in_place
 from ghost_core.split.places import Outputs
 from ghost_core.split.probe import Kind, Places, Probe, Prober, probed_samples
@@ -29,24 +34,6 @@ from ghost_core.split.routes import Census
 from ghost_core.split.sites import KnownAxes, Site
 from ghost_core.split.usage import UsageMode
 from ghost_core.tracking import TrackedModule
-
-
-def _any_nan(values: Iterable[Any]) -> bool:
-    """Tell whether there is NaN in any tensor; infinity is what masks are made of."""
-    return any(
-        isinstance(each, Tensor) and each.is_floating_point() and _is_nan(each) for each in values
-    )
-
-
-def _is_nan(value: Tensor) -> bool:
-    """Tell whether there is NaN in a tensor: its largest entry is then, whatever else there is."""
-    if value.itemsize == 1:  # of which torch finds no largest
-        return bool(value.isnan().any())
-    return bool(value.numel()) and bool(value.amax().isnan())
-
-
-def _is_finite(value: Tensor) -> bool:
-    return not value.numel() or bool(value.abs().amax().isfinite())
 
 
 class Verifier:
@@ -216,9 +203,9 @@ class Verifier:
         """
         if self._usage is None or self.doubt:
             return
-        if _any_nan(saved):
+        if any_nan(saved):
             self.doubt = f"there is NaN in the inputs of {name}"
-        elif not all(_is_finite(grad) for grad in grads if grad is not None):
+        elif not all(is_finite(grad) for grad in grads if grad is not None):
             self.doubt = f"gradients that are not finite arrived at {name}"
 
     def finish(self) -> None:
@@ -297,7 +284,7 @@ class Verifier:
         Raises:
             WrongSplitError: If rows belong to several samples.
         """
-        if _any_nan(places):
+        if any_nan(places):
             self.doubt = self.doubt or "there is NaN in the model's output"
             return
         for site in sites:
@@ -320,7 +307,7 @@ class Verifier:
         verified = self._known(signature)
         if self._usage is None and not called | kinds <= verified:
             self._unwatched.add(signature)
-        if self._usage is not None and _any_nan(tree_leaves(outputs.output)):
+        if self._usage is not None and any_nan(tree_leaves(outputs.output)):
             self.doubt = self.doubt or "there is NaN in the model's output"
         places = outputs.places()
         reached = self._find(places, n, sites) if self.routes else self._probe(places, n, sites)

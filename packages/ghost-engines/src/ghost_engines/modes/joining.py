@@ -79,6 +79,14 @@ class Joiner:
         return kind(entries)
 
     def _tensor(self, train: Tensor, validation: Tensor, name: str) -> Tensor:
+        """Join the tensors under a name.
+
+        Of 4 training samples and 2 of validation:
+
+            [4, 7] and [2, 5]       [6, 7], where the shorter ones are filled up
+            [7] and [7], the same   [7], as positions are
+            [7] and [5]             refused
+        """
         self._names.append(name)
         sizes = [each.shape[self._dim : self._dim + 1] for each in (train, validation)]
         if sizes != [(self._n,), (self._m,)]:

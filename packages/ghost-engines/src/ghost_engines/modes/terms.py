@@ -39,6 +39,10 @@ class Terms:
 
         One that is not is to be held.
 
+            a weight that is used once               true: it is reduced, and dropped
+            a weight that is used twice              false, each time: both are held
+            once, and once more in a further pass    true, then an error: the first is gone
+
         Raises:
             CaptureError: If another one arrived before that was not held.
         """

@@ -101,6 +101,10 @@ class Together:
     def averages(self, name: str, gradient: Tensor) -> bool:
         """Average a gradient, in its memory, if all processes are known to be at its parameter.
 
+            process 0 is at weight 3, 1 at weight 3   both average it
+            process 0 is at weight 4, 1 at weight 6   neither does: both leave theirs for the end
+            process 0 has failed                      process 1 raises
+
         Returns:
             Whether it is averaged. It is to be left for the end if not.
 

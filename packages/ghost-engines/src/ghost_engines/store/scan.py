@@ -132,6 +132,12 @@ class Scan:
 
         Rows are left out if they score no more than some number for any query; others may be.
 
+        The best 10 rows, in blocks of 4096:
+
+            block 1   nothing is known of the best: all rows are scored, and yielded
+            block 2   3 rows may be among the best: they wait
+            block 3   260 more may: all 263 are scored, and yielded
+
         Args:
             least: The numbers `[Q, 1]`, which may change from block to block.
             title: As for `scores`.

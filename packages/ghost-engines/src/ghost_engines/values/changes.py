@@ -123,7 +123,12 @@ class Changes:
         return prints({name: grad for name, grad in gradients.items() if grad is not None})
 
     def _compared(self, after: Mapping[str, Tensor]) -> Change:
-        """Compare prints with those that were left; the one place that waits for a GPU."""
+        """Compare prints with those that were left; the one place that waits for a GPU.
+
+        left   2, 4   1, 1   3, 0   5, 1
+        now    gone   1, 1   6, 0   5, 7
+               lost          × 2    changed in another way
+        """
         before, now = read(*prints_of_all(self._ranks, self._left, after))
         filled = {name for name, each in before.items() if each.filled}
         lost = {

@@ -135,6 +135,12 @@ def read(*found: Mapping[str, Tensor]) -> list[dict[str, Print]]:
 def ratio(before: Print, after: Print, dtype: torch.dtype) -> float | None:
     """Return what a gradient was multiplied with; None if it was changed in another way.
 
+    A gradient that became
+
+        g / 2          has half of all three sums: 0.5
+        -g             has the same magnitudes, and the weighted sum with the other sign: -1
+        g with noise   has sums that changed by different factors: None
+
     Args:
         before: Its print.
         after: Its print after the change.

@@ -86,6 +86,12 @@ def differentiate(
 ) -> dict[str, PerSampleGradient]:
     """Return the per-sample gradients from one backward pass for all samples.
 
+    A recurrent layer computes `W x_t + U h_t` in each of three steps, six maps in all:
+
+        W   inputs x_0, x_1, x_2 as three tokens, with the gradients of their results
+        U   inputs h_0, h_1, h_2 likewise
+        b   added to each: the gradients of the results, as they are for W
+
     Args:
         outputs: What the loss depends on.
         slopes: Gradients of the loss, laid out as the outputs.

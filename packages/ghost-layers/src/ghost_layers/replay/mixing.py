@@ -90,6 +90,12 @@ def _reaches_others(
 ) -> bool:
     """Send NaN, which survives multiplication by zero, into the gradient of one row.
 
+    NaN in row 1 of the outputs of three samples reaches
+
+        row 1 of the inputs    no sample is mixed
+        rows 0, 1, 2           they are, as where something normalises over the batch
+        rows 0, 1              so they are; in half precision numbers have to reach both, too
+
     Args:
         outputs: Outputs, and where they have their rows.
         sources: Inputs with rows, rows first.

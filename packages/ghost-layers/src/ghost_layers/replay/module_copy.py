@@ -129,6 +129,11 @@ def _copied(module: nn.Module) -> nn.Module:
 def own_copy(value: Any, copies: dict[int, Any]) -> Any:
     """Return what a copy has in place of a value: of whatever can be written to, another one.
 
+        7, "relu", torch.float32   themselves
+        {"steps": [1, 2]}          another dictionary, with another list in it
+        torch.Generator()          another one in the same state
+        self.last = layer(x)       something whose use is an error: it would keep the graph
+
     Args:
         value: The value of an attribute, or an argument that is no tensor.
         copies: Copies by the identity of what they are copies of.

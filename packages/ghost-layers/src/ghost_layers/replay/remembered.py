@@ -79,6 +79,11 @@ class Question:
     def known(self, replay: Replay) -> tuple[Plan, frozenset[str]] | None:
         """Return the plan that was found for calls like this one, which may not hold for it.
 
+        A call `x * a * b` that was seen with a = b = 0, where neither gradient tells anything:
+
+            a = b = 0   the plan that was found, with both untold
+            a = 1       the same: once the gradient of b is not zero, it is proven anew
+
         Returns:
             The plan, and the parameters whose gradients proved nothing of it, as they were zero:
             once one of them is not, it is to be proven anew. None if that is to be done now.
