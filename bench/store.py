@@ -67,11 +67,15 @@ def writing(setting: Setting) -> Mapping[str, Way]:
 
 
 def searching(setting: Setting, queries: int) -> Mapping[str, Way]:
-    """Multiply all rows with queries block by block, and search for the best ten."""
+    """Multiply all rows with queries block by block, and search for the best ten.
+
+    Products are of rows in memory, as searches of the store that is held are; others read files.
+    """
     n = 8192 if setting.tiny else SEARCHED
     rows = torch.randn(n, COLUMNS).half()
     store = filled(folder(setting) / "store", rows, 4096)
     store.search(rows[:1].float())  # compares every shard with its hash, once
+    held = store.held(progress=False)
     asked = torch.randn(queries, COLUMNS)
 
     def plain() -> None:
@@ -82,6 +86,8 @@ def searching(setting: Setting, queries: int) -> Mapping[str, Way]:
         "products": Way(plain),
         "dot": Way(lambda: store.search(asked)),
         "cosine": Way(lambda: store.search(asked, by="cosine")),
+        "held": Way(lambda: held.search(asked)),
+        "held, cosine": Way(lambda: held.search(asked, by="cosine")),
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ghost_engines.store.beside import LOSS
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.held_rows import HeldRows
 from ghost_engines.store.index import WORTH_KEEPING, kept_index
 from ghost_engines.store.labels import Labels, Names
 from ghost_engines.store.lookup import IdIndex
@@ -62,6 +63,7 @@ class Pieces:
     ) -> None:
         self._place = Place(path / MANIFEST)
         self._check = check
+        self._held: HeldRows | None = None
         self._checked: dict[tuple[str, int], tuple[int, int, int]] = {}
         self.path = path
         self.manifest = manifest
@@ -106,6 +108,11 @@ class Pieces:
     def dtype(self) -> torch.dtype:
         """Dtype of the rows."""
         return self.manifest.torch_dtype
+
+    @property
+    def held_rows(self) -> HeldRows | None:
+        """All rows, if they are held in memory."""
+        return self._held
 
     def _leave_out_replaced(self) -> None:
         """Read the rows alone that no later one of the same sample replaces."""

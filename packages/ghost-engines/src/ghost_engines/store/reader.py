@@ -167,7 +167,8 @@ class StoreReader(Pieces):
     def scan(self, size: int = 4096) -> Iterator[StoredRows]:
         """Yield all rows in order, without their losses, in memory that the next ones take over.
 
-        They are read and not mapped: a disk that fails is an error then, and no signal.
+        They are read and not mapped: a disk that fails is an error then, and no signal. Rows that
+        are in memory already are not copied: do not write to any.
 
         Args:
             size: The most rows to yield at once. Blocks end where a shard ends.
@@ -177,6 +178,9 @@ class StoreReader(Pieces):
             DamagedStoreError: If a file went missing or was altered.
         """
         size = whole("the rows of a block", size, least=1, error=StoreError)
+        if self._held is not None:
+            yield from self._held.blocks(size)
+            return
         room = torch.empty(0, self.k_total, dtype=self.dtype, device="cpu")
         for slot, part in self._parts(0, len(self)):
             if (piece := self._in_memory(slot, part)) is not None:

@@ -15,6 +15,8 @@ from ghost_core.tracking import Patterns
 from ghost_engines.progress import Progress
 from ghost_engines.store.errors import StoreError
 from ghost_engines.store.given import check_store
+from ghost_engines.store.half_sieve import HalfSieve
+from ghost_engines.store.held_rows import HeldRows
 from ghost_engines.store.powers import in_range, level_weights, overflow, powers_for
 from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.scorer import By, Queries, RowReader, Scorer
@@ -149,31 +151,48 @@ class Scan:
             DamagedStoreError: As for `scores`.
         """
         sieve, passed = self._sieve(smallest), _Passed()
-        for start, found in self._blocks(title, progress):
-            ordinals = torch.arange(start, start + len(found[0]), device="cpu")
+        for start, found in self._blocks(title, progress, sieved=sieve is not None):
             at = None
             if sieve is not None:
                 with full_precision(self.device):
-                    at = sieve.passing(found[0].rows)
+                    at = sieve.passing(found[0].rows, self._lengths(start, len(found[0])))
             if at is not None and len(at):
-                passed.add(ordinals[at], found[0][at])
+                passed.add(at + start, found[0][at])
             if at is not None and passed.n < _ENOUGH:
                 continue
             if passed.n:
                 yield self._scored(passed, smallest)
             if at is None:
-                scores = self._scores(start, found)
-                yield ordinals, found[0].ids, scores.neg_() if smallest else scores
+                yield from self._all(start, found, smallest)
             if sieve is not None:
                 sieve.raise_to(least)
         if passed.n:
             yield self._scored(passed, smallest)
 
-    def _sieve(self, smallest: bool) -> Sieve | None:
+    @property
+    def _held(self) -> HeldRows | None:
+        """All rows, if there is one store and they are in memory."""
+        return self._stores[0].held_rows if len(self._stores) == 1 else None
+
+    def _sieve(self, smallest: bool) -> Sieve | HalfSieve | None:
         """Return what tells which rows may be among the best, where that is worth its time."""
         if len(self._stores) > 1 or self._row_weights is not None:
             return None
-        return self._scorers[0].sieve(min(self._block, self.n), smallest=smallest)
+        return self._scorers[0].sieve(min(self._block, self.n), self._held, smallest=smallest)
+
+    def _lengths(self, start: int, n: int) -> Tensor | None:
+        """Return what rows are long, if it is known."""
+        return None if self._held is None else self._held.lengths[start : start + n]
+
+    def _all(
+        self, start: int, found: list[StoredRows], smallest: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield ordinals, ids and scores of all rows that were found, block by block."""
+        for at in range(0, len(found[0]), self._block):
+            rows = [each[at : at + self._block] for each in found]
+            scores = self._scores(start + at, rows)
+            ordinals = torch.arange(start + at, start + at + len(rows[0]), device="cpu")
+            yield ordinals, rows[0].ids, scores.neg_() if smallest else scores
 
     def _scored(self, passed: _Passed, smallest: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return ordinals, ids and scores of rows that passed the sieve."""
@@ -181,10 +200,18 @@ class Scan:
         scores = self._scores(0, [rows])
         return ordinals, rows.ids, scores.neg_() if smallest else scores
 
-    def _blocks(self, title: str, progress: bool | None) -> Iterator[tuple[int, list[StoredRows]]]:
-        """Yield the first ordinal of blocks, and what each store has of them."""
+    def _blocks(
+        self, title: str, progress: bool | None, *, sieved: bool = False
+    ) -> Iterator[tuple[int, list[StoredRows]]]:
+        """Yield the first ordinal of blocks, and what each store has of them.
+
+        Blocks of rows in memory grow if they go through a sieve, where each costs some calls.
+        """
         start = 0
-        scans = [store.scan(self._block) for store in self._stores]
+        if sieved and self._held is not None:
+            scans = [self._held.growing(self._block)]
+        else:
+            scans = [store.scan(self._block) for store in self._stores]
         with Progress(self.n, title, progress) as bar:
             for found in aligned(scans):
                 yield start, found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isfinite
+from math import inf, isfinite
 from typing import Protocol
 
 import torch
@@ -15,6 +15,8 @@ from ghost_core.tracking import Patterns
 from ghost_engines.store.columns import Columns, columns_of, count
 from ghost_engines.store.errors import StoreError
 from ghost_engines.store.given import check_store, device_of, number
+from ghost_engines.store.half_sieve import HalfSieve
+from ghost_engines.store.held_rows import HeldRows
 from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.origin import query_rows
 from ghost_engines.store.powers import times
@@ -58,6 +60,10 @@ class RowReader(Protocol):
 
     def digest(self) -> str:
         """Return what tells the rows from others."""
+
+    @property
+    def held_rows(self) -> HeldRows | None:
+        """All rows, if they are held in memory."""
 
 
 class Metric(Protocol):
@@ -148,11 +154,24 @@ class Scorer:
         """Take products with queries times two to these powers `[Q, 1]` from now on."""
         self._asked = times(self.queries, powers).to(self.device, self.dtype)
 
-    def sieve(self, block: int, *, smallest: bool) -> Sieve | None:
+    def sieve(
+        self, block: int, held: HeldRows | None, *, smallest: bool
+    ) -> Sieve | HalfSieve | None:
         """Return what tells which rows may be among the best, where that is worth its time."""
-        if not Sieve.pays(self._store_dtype, self._asked, block):
+        asked, columns, cosine = self._asked, self.columns, self._cosine
+        if Sieve.pays(self._store_dtype, asked, block):
+            return Sieve(asked, columns, block, cosine=cosine, smallest=smallest)
+        if held is None or not isinstance(columns, slice):
             return None
-        return Sieve(self._asked, self.columns, block, cosine=self._cosine, smallest=smallest)
+        known = not cosine or count(columns) == held.rows.rows.shape[1]
+        if (
+            not known
+            or not held.longest < inf
+            or not HalfSieve.pays(self._store_dtype, asked, block)
+        ):
+            return None
+        dtype, longest = self._store_dtype, held.longest
+        return HalfSieve(asked, columns, dtype, longest, cosine=cosine, smallest=smallest)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the scores `[Q, B]` of rows `[B, k_total]`, in place of those returned before."""

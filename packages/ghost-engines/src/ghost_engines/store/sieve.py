@@ -128,11 +128,12 @@ class Sieve:
         self._found = bool(least.isfinite().all())  # else not enough rows were found so far
         self._limit_for = torch.nan
 
-    def passing(self, rows: Tensor) -> Tensor | None:
+    def passing(self, rows: Tensor, known: Tensor | None = None) -> Tensor | None:
         """Return which rows pass.
 
         Args:
             rows: `[B, k_total]`, float16, bfloat16 or float32 on the CPU.
+            known: What they are long, as a sum in float32 says, `[B]`; None to find it out.
 
         Returns:
             Their places, rising, int64 `[n]`; None for all.
@@ -142,7 +143,8 @@ class Sieve:
             return None
         passed = []
         for start in range(0, len(rows), self._tile):
-            tile = self.passing_of(rows[start : start + self._tile])
+            place = slice(start, start + self._tile)
+            tile = self.passing_of(rows[place], None if known is None else known[place])
             if tile is None:
                 return None
             passed.append(tile + start)
@@ -154,12 +156,14 @@ class Sieve:
         self._rest = self._left = min(max(1, 2 * self._rest), _LONGEST_REST)
         return None
 
-    def passing_of(self, rows: Tensor) -> Tensor | None:
+    def passing_of(self, rows: Tensor, known: Tensor | None = None) -> Tensor | None:
         """Return which rows of a tile pass, int64 `[n]`; None where no bound is known."""
         n, q = rows.shape[0], self._asked.shape[0]
-        wide, narrow, lengths = self._wide[:n], self._rows[:n], self._lengths[:n]
+        wide, narrow = self._wide[:n], self._rows[:n]
         wide.copy_(rows[:, self._columns])
-        torch.linalg.vector_norm(wide, dim=1, out=lengths)
+        lengths = known
+        if lengths is None or rows.shape[1] > wide.shape[1]:
+            lengths = torch.linalg.vector_norm(wide, dim=1, out=self._lengths[:n])
         shortest, longest = (each.item() for each in lengths.aminmax())
         if not _LENGTHS[self._cosine][0] < shortest <= longest < _LENGTHS[self._cosine][1]:
             return None

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from ghost_engines.files import make_root
 from ghost_engines.store.beside import Column, check_new
 from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.errors import DamagedStoreError, StoreError
+from ghost_engines.store.held_rows import HeldRows
 from ghost_engines.store.listing import clean, has_shards
 from ghost_engines.store.lock import JOINING, WriterLock
 from ghost_engines.store.manifest import MANIFEST, Manifest, RowEngine
@@ -255,6 +257,35 @@ class GradientStore(StoreWriter):
         store = cls(root, manifest, found, None, check=check)
         if manifest.duplicates == "replace":
             store._leave_out_replaced()
+        return store
+
+    def held(self, progress: bool | None = None) -> Self:
+        """Return the store with all its rows in memory, for many searches.
+
+        They are read here, once, and compared with their hashes as ever. Searches, tables of
+        scores and whitenings among them find what they find in the store, and read nothing; what
+        is beside the rows is read from the files, and so are `rows()` and `blocks()`. It takes as
+        much memory as the rows do on disk, and is let go with what is returned.
+
+        Args:
+            progress: Whether to show a progress bar. By default at a terminal, if it takes long.
+
+        Raises:
+            StoreError: If the store is open for writing.
+            DamagedStoreError: If a file went missing or was altered.
+            OSError: If a file cannot be read.
+            RuntimeError: If there is not as much memory.
+        """
+        if self._lock is not None:
+            raise StoreError(
+                f"the store at {self.path} is open for writing, and cannot be held in memory",
+                reason="what is held are the rows that there were at some time",
+                remedy="close it, or hold what is on disk: GradientStore.open(path).held()",
+            )
+        shape = len(self), self.k_total
+        found = HeldRows.of(self.scan(), shape, self.dtype, progress)
+        store = copy(self)
+        store._held = found
         return store
 
 
