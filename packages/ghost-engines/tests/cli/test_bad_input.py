@@ -142,7 +142,7 @@ OPTIONS = [
     ("--device", "cuda:99"), ("--device", "meta"), ("--device", "\ud800"), ("--device", "tpu9"),
     ("--device", "privateuseone"), ("--layers", ""), ("--layers", ","), ("--layers", "["),
     ("--layers", "nope"), ("--layers", "\0"), ("--layers", "x" * 10_000), ("--exclude", "*"),
-    ("--exclude", "nope"), ("--batch-size", 10**30), ("--truncate", -3), ("--field", "body"),
+    ("--exclude", "nope"), ("--batch-size", 10**30), ("--truncate", -3), ("--text", "body"),
 ]  # fmt: skip
 
 STORES = ["missing", "a-file", ".", "/dev/null", "a-file/x", "a\0b", "\ud800", "x" * 5000, ""]
@@ -219,7 +219,7 @@ CHOSEN = [
         for option in OPTIONS
         if option in [
             ("--seed", -1), ("--seed", 2**32), ("--tolerance", "nan"), ("--device", "meta"),
-            ("--layers", "nope"), ("--exclude", "*"), ("--samples", 0), ("--field", "body"),
+            ("--layers", "nope"), ("--exclude", "*"), ("--samples", 0), ("--text", "body"),
         ]
     ),
     *(["store", "info", path] for path in ("missing", "a-file", "\ud800")),

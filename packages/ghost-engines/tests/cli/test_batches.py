@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from ghost_core import GhostError
 from ghost_engines.cli.batches import load_data
+from ghost_engines.cli.corpora import CorpusOptions
 
 # Data
 
@@ -73,12 +74,6 @@ def test_a_batch_is_what_a_file_starts_with(tmp_path):
         ("a.safetensors", {"x": torch.zeros(2).int()}, r"not int32 of shape \(2,\)"),
         ("a.safetensors", {"x": torch.zeros(1), "y": torch.ones(1)}, "just one tensor, not x, y"),
         ("a.safetensors", b"nonsense", "cannot be read"),
-        ("a.txt", b"", "has no text"),
-        ("a.txt", b"\xff\xfe", "is not UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"test": "b"}', "text 2 of a.jsonl is no JSON object with"),
-        ("a.jsonl", b"[1]", "text 1 of a.jsonl is no JSON object with 'text'; --field names"),
-        ("a.jsonl", b"a", "text 1 of a.jsonl is no JSON object"),
-        ("a.jsonl", b'{"text": 1}', "'text' of text 1 of a.jsonl is a int, no text"),
         ("a.npy", np.full((2, 3), 2**63, np.uint64), "the id 9223372036854775808, which does not"),
         (
             "a.safetensors",
@@ -86,7 +81,7 @@ def test_a_batch_is_what_a_file_starts_with(tmp_path):
             "the id 18446744073709551615, which does not fit into int64",
         ),
         ("a.txt", b"a text", "only a checkpoint's folder has a tokenizer"),
-        ("a.csv", b"", "neither a .txt, .jsonl, .npy or .safetensors file nor"),
+        ("a.csv", b"", "neither a .txt, .jsonl, .parquet, .npy, .safetensors file, nor"),
     ],
 )
 def test_files_that_are_no_batch(name, values, what, tmp_path, capsys):
@@ -111,9 +106,8 @@ def test_rows_without_a_token_to_predict_are_refused_by_every_command(tmp_path, 
     told = ": bad.npy: row 1 has no token to predict"
     with pytest.raises(GhostError, match=told):  # before any work is done
         load_data(
-            "bad.npy", "--data", "subjects:tiny", torch.nn.Identity(),
-            field=None, batch_size=1, truncate=None,
-        )  # fmt: skip
+            CorpusOptions(data="bad.npy", model="subjects:tiny"), torch.nn.Identity(), batch_size=1
+        )
     given = ("subjects:tiny", "--data")
     assert verify(*given, "bad.npy") == 2
     assert f"--data{told}" in capsys.readouterr().err
@@ -134,8 +128,11 @@ def test_a_file_that_does_not_exist(name, capsys):
     assert len(said.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("data", ["subjects:ids", "a.npy", "a.txt"])
-def test_a_key_of_texts_goes_with_lines_of_json(data, capsys):
-    assert verify("subjects:tiny", "--data", data, "--field", "body") == 2
-    said = capsys.readouterr().err
-    assert said == f"ghost: --field is for .jsonl files, and {data} is none\n"
+@pytest.mark.parametrize("data", ["subjects:ids", "a.npy"])
+def test_a_field_goes_with_texts(data, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.array([[1, 2, 3]]))
+    for option in ("--text", "--messages"):
+        assert verify("subjects:tiny", "--data", data, option, "body") == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"ghost: {option} is for texts: {data} ")
+        assert len(said.splitlines()) == 1

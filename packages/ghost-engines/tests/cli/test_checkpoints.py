@@ -1,6 +1,5 @@
 """Commands on checkpoints of transformers."""
 
-import importlib.util
 import json
 import shutil
 import socket
@@ -9,50 +8,17 @@ import sys
 
 import pytest
 import torch
-from command_kit import parts, project, score, verify
+from command_kit import batch_of, parts, project, score, verify
 from safetensors.torch import load_file, save_file
 
 from ghost_engines import GradientStore, cli, project_dataset
 from ghost_engines.cli import models
-from ghost_engines.cli.batches import load_batch
 from ghost_engines.cli.losses import next_token_losses
 from ghost_engines.cli.models import load_model
 from ghost_engines.corpus import TokenWriter, token_path
 from ghost_engines.store import DataFile
 
 # Checkpoints of transformers
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A folder with a small GPT-2 in bfloat16, and a tokenizer of words."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = tmp_path_factory.mktemp("checkpoint")
-    config = transformers.GPT2Config(
-        vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
-    )
-    torch.manual_seed(0)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.GPT2LMHeadModel(config).bfloat16().save_pretrained(folder)
-    transformers.utils.logging.enable_progress_bar()
-    words = ["<unk>", "<eos>", "the", "a", "cat", "dog", "sat", "ran", "on", "mat", "and"]
-    known = tokenizers.models.WordLevel(
-        {word: at for at, word in enumerate(words)}, unk_token="<unk>"
-    )
-    tokenizer = tokenizers.Tokenizer(known)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _logged():
-    """Let the logger of transformers take a stream that outlives each test."""
-    if importlib.util.find_spec("transformers"):
-        importlib.import_module("transformers.utils.logging").get_logger()
 
 
 @pytest.fixture
@@ -100,7 +66,7 @@ def test_texts_are_looked_up_in_a_store_and_shown(checkpoint, texts, tmp_path, c
         return next_token_losses(model, batch)
 
     texts.write_text(texts.read_text().replace("a dog ran", "<b>a</b> dog ran"))
-    batch = load_batch(str(texts), str(checkpoint), model := load_model(str(checkpoint))).batch
+    batch = batch_of(texts, checkpoint, model := load_model(str(checkpoint)))
     files = [DataFile.of(texts)]
     project_dataset(model, losses, [batch], tmp_path / "g", files=files, layers="*.mlp.*")
     page = tmp_path / "out.html"
@@ -114,7 +80,7 @@ def test_texts_are_looked_up_in_a_store_and_shown(checkpoint, texts, tmp_path, c
     assert "<b>a" not in page.read_text()
     again = tmp_path / "asked.jsonl"
     again.write_text('{"q": "the cat sat on the mat"}\n{"q": "the dog"}\n')
-    assert cli.main([*asked, "--file", str(again), "--field", "q", "--json"]) == 0
+    assert cli.main([*asked, "--file", str(again), "--text", "q", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [each["text"] for each in said["queries"]] == ["the cat sat on the mat", "the dog"]
     assert [each["found"][0]["id"] for each in said["queries"]] == [0, 2]
@@ -165,7 +131,7 @@ def test_no_file_that_lies_in_a_checkpoint_is_imported(run, fresh, checkpoint, t
 def test_a_checkpoint_and_lines_of_json(checkpoint, tmp_path, capsys):
     lines = [{"body": "the cat sat"}, {"body": "a dog ran then", "id": 1}]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    arguments = (checkpoint, "--data", "texts.jsonl", "--field", "body")
+    arguments = (checkpoint, "--data", "texts.jsonl", "--text", "body")
     assert verify(*arguments, "--truncate", 3, "--train") == 0
     assert "batch\t2 × 3 tokens, 0 % padding\n" in capsys.readouterr().out
     assert verify(*arguments, "--batch-size", 1) == 0
@@ -285,6 +251,36 @@ def test_bars_of_transformers_are_shown_at_a_terminal_only(checkpoint, monkeypat
     assert seen == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.txt", b"", "has no text"),
+        ("a.txt", b"\xff\xfe", "is not UTF-8"),
+        (
+            "a.jsonl",
+            b'{"text": "a a"}\n\n{"test": "b"}',
+            "text 2 of a.jsonl has no field 'text', but",
+        ),
+        ("a.jsonl", b"[1]", "text 1 of a.jsonl is no JSON object"),
+        ("a.jsonl", b"a", "text 1 of a.jsonl is no JSON object"),
+        ("a.jsonl", b'{"text": 1}', "'text' of text 1 of a.jsonl is a int, no text"),
+        ("a.parquet", b"nonsense", "is no Parquet file"),
+    ],
+)
+def test_files_that_have_no_texts(checkpoint, name, content, what, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    for run, option in ((verify, "--data"), (score, "--data"), (score, "--targets a")):
+        given = ("--data", name) if option == "--data" else ("--data", "good.jsonl")
+        (tmp_path / "good.jsonl").write_text('{"text": "the cat"}\n')
+        targets = () if run is verify else ("--targets", f"a={name}")
+        assert run(checkpoint, *given, *targets) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"ghost: {option}: ")
+        assert len(said.err.splitlines()) == 1
+        assert what in said.err
+
+
 @pytest.mark.usefixtures("_offline")
 def test_domains_of_texts_are_projected_and_kept_apart(checkpoint, texts, tmp_path, capsys):
     (tmp_path / "d").mkdir()
@@ -324,7 +320,7 @@ def test_no_command_cuts_a_text_unasked_but_verify_which_says_so(checkpoint, tex
         given = ("--data", data, "--targets", f"a={target}")
         assert score(checkpoint, *given) == 2
         assert f"{option}: {told}" in (said := capsys.readouterr().err)
-        assert "Remedy: cut what is longer (--truncate 8)\n" in said
+        assert "Remedy: cut what is longer (--truncate 8), or pack all texts into" in said
         assert score(checkpoint, *given, "--truncate", 8, "--dtype", "float64") == 0
     assert verify(checkpoint, "--data", texts, "--truncate", 9) == 2
     assert "text 4" in capsys.readouterr().err
@@ -439,9 +435,9 @@ def test_texts_of_a_file_that_has_changed_are_not_taken_for_the_samples(
     assert cli.main([*asked]) == 0
     said = f"cannot be shown: {path} has changed since the store was made\n"
     assert capsys.readouterr().err.endswith(said)
-    assert "not the file" not in caplog.text
+    assert "not what" not in caplog.text
     assert cli.main([*asked, "--data", str(path)]) == 0
-    assert f"{path} is not the file that the store was made of" in caplog.text
+    assert f"{path} is not what the store was made of" in caplog.text
 
 
 def test_blocks_of_tokens_are_shown_as_texts(checkpoint, tmp_path, capsys):

@@ -136,7 +136,8 @@ def test_help_names_the_options(capsys):
     said = capsys.readouterr().out
     for option in (
         "MODEL", "--data", "--loss", "--samples", "--batch-size", "--dtype", "--layers",
-        "--exclude", "--tolerance", "--seed", "--train", "--field", "--truncate", "--device",
+        "--exclude", "--tolerance", "--seed", "--train", "--truncate", "--device",
+        "--text", "--prompt", "--completion", "--messages", "--block", "--domains", "--split",
     ):  # fmt: skip
         assert option in said
     assert "Exits with 0 if all are exact; 1 if one is wrong" in said

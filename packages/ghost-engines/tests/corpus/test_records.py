@@ -183,6 +183,11 @@ def test_labels_leave_out_what_is_not_learnt(tmp_path):
     records = lines(tmp_path / "a.jsonl", {"prompt": "the cat", "completion": "sat"})
     sample = Examples(records, PromptForm(), Tokenizer())[0]
     assert sample["labels"].tolist() == [-100, -100, 5, 0]
+    alone = lines(tmp_path / "c.jsonl", {"prompt": "", "completion": "the cat"})
+    sample = Examples(alone, PromptForm(), Tokenizer())[0]  # shares a batch with others
+    assert sample["labels"].tolist() == sample["input_ids"].tolist() == [1, 3, 0]
+    block = Blocks(alone, PromptForm(), Tokenizer(), block=2)[0]
+    assert block["labels"].tolist() == [1, 3]
     assert (
         "labels"
         not in Examples(lines(tmp_path / "b.jsonl", {"text": "a dog"}), TextForm(), Tokenizer())[0]

@@ -1,7 +1,9 @@
 """Batches of samples of tokens, and of anything else."""
 
+import pytest
 import torch
 
+from ghost_core import CaptureError
 from ghost_engines.dataset import IGNORED, collated
 
 
@@ -28,6 +30,15 @@ def test_a_mask_that_is_there_is_kept():
 def test_samples_of_one_length_need_no_mask():
     batch = collated([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])
     assert {name: each.tolist() for name, each in batch.items()} == {"input_ids": [[1, 2], [3, 4]]}
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 3)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_labels_of_some_samples_are_not_dropped(sizes, which):
+    samples = [{"input_ids": torch.ones(size).long()} for size in sizes]
+    samples[which]["labels"] = torch.full((sizes[which],), IGNORED)
+    with pytest.raises(CaptureError, match="only one has labels"):
+        collated(samples)
 
 
 def test_other_samples_are_batched_as_torch_does():

@@ -4,6 +4,7 @@ import torch
 
 from ghost_engines import cli
 from ghost_engines.cli.batches import load_batch
+from ghost_engines.cli.corpora import CorpusOptions
 
 SUBJECTS = """
 import numpy as np
@@ -129,5 +130,7 @@ def parts(said):
     return [[line.split("\t") for line in table.splitlines()] for table in tables], text
 
 
-def batch_of(data, **options):
-    return load_batch(str(data), "subjects:tiny", torch.nn.Identity(), **options).batch
+def batch_of(data, model="subjects:tiny", loaded=None, *, batch_size=None, **options):
+    """Return the batch that commands look at, as `load_batch` takes it from data."""
+    how = CorpusOptions(data=str(data), model=str(model), **options)
+    return load_batch(how, loaded or torch.nn.Identity(), batch_size=batch_size).batch

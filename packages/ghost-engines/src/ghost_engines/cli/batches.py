@@ -1,19 +1,21 @@
-"""Finds the data that a command is given: texts, token ids, or what a function returns."""
+"""Batches of the data that a command is given, for commands that write no store."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ghost_engines.cli.corpora import Corpus, CorpusOptions, load_corpus
 from ghost_engines.cli.errors import CommandError
-from ghost_engines.cli.functions import find_function
-from ghost_engines.cli.sources import FileOptions, Source, open_source
+from ghost_engines.cli.token_files import TokenRows
+from ghost_engines.corpus import CorpusError, Examples, Mixture
+from ghost_engines.dataset import collated
+from ghost_engines.ids import ID_FIELD
 
 BATCH_SIZE = 16
 
@@ -26,8 +28,8 @@ class Sample:
     """A batch to look at.
 
     Attributes:
-        batch: For files, `input_ids` and `attention_mask`, int64 `[N, T]`; else what the function
-            returns.
+        batch: For files, `input_ids` and `attention_mask`, int64 `[N, T]`, and `labels` where not
+            all tokens are part of the loss; else what the function returns.
         cut: How many of its texts are cut, and to how many tokens; None if none is.
     """
 
@@ -36,123 +38,93 @@ class Sample:
 
 
 def load_batch(
-    data: str,
-    model: str,
-    loaded: nn.Module,
-    *,
-    field: str | None = None,
-    batch_size: int | None = None,
-    truncate: int | None = None,
+    options: CorpusOptions, loaded: nn.Module, *, batch_size: int | None = None
 ) -> Sample:
     """Load one batch, to look at.
 
     Args:
-        data: A file of texts or token ids, or `module:function`.
-        model: What the model was loaded from, for its tokenizer.
+        options: How data are read; of a text, 128 tokens are taken where they do not say how many,
+            and not more than the model takes.
         loaded: The model, for its largest number of positions.
-        field: Key of the text in lines of JSON; "text" by default.
         batch_size: Samples to take from a file.
-        truncate: Tokens to take of each sample; by default 128 of a text, and not more than the
-            model takes.
 
     Raises:
-        CommandError: If there is no batch in it, or as `Source.take` does.
-        MissingExtraError: If texts need transformers, and it is not installed.
+        CommandError: If there is no batch in it, or a sample cannot be taken.
+        MissingExtraError: If a library for it is not installed.
     """
-    _check(data, {"--batch-size": batch_size})
-    check_field(field, [data])
+    if batch_size is not None and batch_size < 1:
+        raise CommandError(f"--batch-size must be at least 1, not {batch_size}")
     size = BATCH_SIZE if batch_size is None else batch_size
-    options = FileOptions("--data", model, loaded, field, truncate, TEXT_TOKENS)
-    found = find_data(data, options, limit=size)
-    if not isinstance(found, Source):
-        return Sample(found())
-    rows = range(min(size, len(found)))
-    return Sample(found.take(rows), found.cut(rows))
+    corpus = load_corpus(options, loaded, limit=size, unasked=TEXT_TOKENS)
+    if corpus.made:
+        if batch_size is not None:
+            raise CommandError(f"--batch-size is for files: {options.data} decides itself")
+        return Sample(corpus.samples)
+    rows = range(min(size, len(corpus.samples)))
+    batch = batch_of(corpus, options, rows)
+    texts = corpus.samples
+    cut = texts.cut(rows) if isinstance(texts, Examples) else 0
+    longest = batch["input_ids"].shape[1]
+    return Sample(batch, f"cut to {longest}: {cut} of {len(rows)}" if cut else None)
 
 
-def load_data(
-    data: str,
-    option: str,
-    model: str,
-    loaded: nn.Module,
-    *,
-    field: str | None,
-    batch_size: int,
-    truncate: int | None,
-) -> Any:
+def load_data(options: CorpusOptions, loaded: nn.Module, *, batch_size: int) -> Any:
     """Load a data set.
 
     Args:
-        data: A file of texts or token ids, or `module:function`.
-        option: The option that names it, for errors.
-        model: What the model was loaded from, for its tokenizer.
+        options: How data are read.
         loaded: The model, for its largest number of positions.
-        field: Key of the text in lines of JSON; "text" by default.
         batch_size: Samples in a batch of a file.
-        truncate: Tokens to take of each sample; by default all.
 
     Returns:
-        For files, a loader of batches as `load_batch` makes them, in the order of the file; else
-        what the function returns.
+        For files, a loader of batches as `load_batch` makes them, in the order of the file, with
+        ids where samples have their own; else what the function returns.
 
     Raises:
-        CommandError: If there is no sample in it, or as `Source.take` does.
-        MissingExtraError: If texts need transformers, and it is not installed.
+        CommandError: If there is no sample in it, or one cannot be taken.
+        MissingExtraError: If a library for it is not installed.
     """
-    options = FileOptions(option, model, loaded, field, truncate)
-    found = find_data(data, options)
-    if not isinstance(found, Source):
-        return found()
-    found.check()
+    corpus = load_corpus(options, loaded)
+    if corpus.made:
+        return corpus.samples
+    _check(corpus.samples, options)
     return DataLoader(
-        range(len(found)),  # type: ignore[arg-type]  # it has a length and items
+        corpus.samples,
         batch_size=batch_size,
-        collate_fn=found.take,
+        collate_fn=_with_masks,
         generator=torch.Generator(),
     )
 
 
-def check_field(field: str | None, data: Iterable[str]) -> None:
-    """Refuse a key of texts where there are no lines of JSON.
-
-    Args:
-        field: The key, if one was given.
-        data: All that was given as data.
+def batch_of(corpus: Corpus, options: CorpusOptions, rows: Sequence[int]) -> dict[str, Any]:
+    """Return some samples of files as a batch, without ids.
 
     Raises:
-        CommandError: If nobody would look for it.
+        CommandError: If one cannot be taken.
     """
-    if field is not None and not any(Path(each).suffix == ".jsonl" for each in data):
-        raise CommandError(f"--field is for .jsonl files, and {', '.join(data)} is none")
+    try:
+        batch = _with_masks([corpus.samples[row] for row in rows])
+    except CorpusError as error:
+        raise CommandError(f"{options.option}: {error}") from error
+    batch.pop(ID_FIELD, None)
+    return batch
 
 
-def _check(data: str, numbers: dict[str, int | None]) -> None:
-    """Refuse numbers below 1, and those that a function does not know of."""
-    for option, value in numbers.items():
-        if value is not None and value < 1:
-            raise CommandError(f"{option} must be at least 1, not {value}")
-        if value is not None and ":" in data and not Path(data).exists():
-            raise CommandError(f"{option} is for files: {data} decides itself")
+def _with_masks(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a batch, always with a mask, which a model or loss may ask for."""
+    batch: dict[str, Any] = collated(
+        [{"attention_mask": torch.ones_like(each["input_ids"]), **each} for each in samples]
+    )
+    return batch
 
 
-def find_data(data: str, options: FileOptions, limit: int | None = None) -> Any:
-    """Return the samples of a file, or the function that is named.
-
-    Args:
-        data: A file of texts or token ids, or `module:function`.
-        options: How to read a file.
-        limit: How many texts to read at most; all of them by default.
-
-    Raises:
-        CommandError: If it is neither.
-        MissingExtraError: If texts need transformers, and it is not installed.
-    """
-    _check(data, {"--truncate": options.truncate})
-    if (source := open_source(Path(data), options, limit)) is not None:
-        return source
-    if ":" not in data:
-        raise CommandError(
-            f"{options.option}: {data} is neither a .txt, .jsonl, .npy or .safetensors file nor "
-            "module:function"
-        )
-    return find_function(data, options.option)
+def _check(samples: Any, options: CorpusOptions) -> None:
+    """Take each sample of files of records or rows once, so that none is refused in the middle."""
+    if isinstance(samples, TokenRows):
+        samples.check()
+    elif isinstance(samples, Examples | Mixture):
+        try:
+            for row in range(len(samples)):
+                samples[row]
+        except CorpusError as error:
+            raise CommandError(f"{options.option}: {error}") from error

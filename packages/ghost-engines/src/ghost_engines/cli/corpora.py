@@ -5,21 +5,21 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ghost_core import UnknownNameError
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import find_function
-from ghost_engines.cli.models import is_folder, load_tokenizer
-from ghost_engines.cli.sources import FileOptions, Source, open_source, positions_of, tokenizer_of
+from ghost_engines.cli.models import is_folder, load_tokenizer, positions_of, tokenizer_of
+from ghost_engines.cli.reading import DataOptions, Reading
+from ghost_engines.cli.token_files import TOKENS, open_tokens
 from ghost_engines.corpus import (
     BLOCKS_PER_DOMAIN,
     SUFFIXES,
@@ -41,36 +41,27 @@ from ghost_engines.store import DataFile, GradientStore
 Column = tuple[str, Callable[[Tensor], Any]]
 """A dtype as stores declare it, and the values of samples by their ids."""
 
-_TOKENS = (".npy", ".safetensors")
-
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
+class CorpusOptions(DataOptions):
     """How a corpus is read.
 
     Attributes:
-        data: What is given as `--data`.
+        data: What is given as data.
         model: What the model was loaded from, for its tokenizer.
-        text: Field of a text.
-        prompt: Field of a prompt.
-        completion: Field of its completion.
-        messages: Field of a conversation.
-        truncate: Tokens to take of each sample.
-        block: Tokens of a block that texts are packed into.
-        domains: Names of domains, separated by commas.
-        split: Which token memmaps to read.
+        option: The option that names the data, for errors.
     """
 
     data: str
     model: str
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    truncate: int | None = None
-    block: int | None = None
-    domains: str | None = None
-    split: str = "train"
+    option: str = "--data"
+
+    @classmethod
+    def of(cls, options: Reading, data: str, model: str, option: str, text: str | None) -> Self:
+        """Return how data are read by the options of a command, with the field of their texts."""
+        names = [entry.name for entry in fields(Reading)]
+        given = {name: getattr(options, name) for name in names}
+        return cls(data=data, model=model, option=option, text=text, **given)
 
     @property
     def form(self) -> Form:
@@ -100,6 +91,19 @@ class CorpusOptions:
             if getattr(self, name) is not None:
                 raise CommandError(f"--{name} is for texts: {self.data} {what}")
 
+    def check(self) -> Form:
+        """Return what a record is, if options go together and cut or pack something.
+
+        Raises:
+            CommandError: If they do not.
+        """
+        for name in ("truncate", "block"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise CommandError(f"--{name} must be at least 1, not {number}")
+        if self.truncate is not None and self.block is not None:
+            raise CommandError("--truncate and --block exclude each other: give one")
+        return self.form
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -110,55 +114,76 @@ class Corpus:
         columns: What else is known of each sample, by name, as `project_dataset` takes it.
         files: The files that it is read from.
         shown: Returns a sample as a text for people, by its id; None if it has none.
+        made: Whether a function made it, and may have made anything.
     """
 
     samples: Any
     columns: Mapping[str, Column] = field(default_factory=dict)
     files: Sequence[DataFile] = ()
     shown: Callable[[int], str] | None = None
+    made: bool = False
 
 
-def load_corpus(options: CorpusOptions, loaded: nn.Module) -> Corpus:
+def load_corpus(
+    options: CorpusOptions,
+    loaded: nn.Module,
+    *,
+    limit: int | None = None,
+    unasked: int | None = None,
+) -> Corpus:
     """Open a corpus; texts are read and made tokens when they are asked for.
 
     Args:
         options: How.
         loaded: The model, for its largest number of positions.
+        limit: How many texts of a file to look for at most, where they are not packed.
+        unasked: Tokens to take of each text of a file, and not more than the model takes, where
+            nobody said how they are cut or packed: for a look at some of them.
 
     Raises:
         CommandError: If there is none, or options do not go with it.
         MissingExtraError: If a library for it is not installed.
     """
-    form, path = options.form, Path(options.data)
-    if options.truncate is not None and options.block is not None:
-        raise CommandError("--truncate and --block exclude each other: give one")
+    form, path = options.check(), Path(options.data)
     try:
         if options.domains is not None or (path.is_dir() and named(path)):
             return _domains(options, path, form, loaded)
-        if (records := open_records(path)) is not None:
+        records = open_records(path, limit if options.block is None else None)
+        if records is not None:
+            if options.truncate is None and options.block is None and unasked is not None:
+                options = replace(options, truncate=min(unasked, positions_of(loaded) or unasked))
             texts = _texts(options, records, form, loaded)
             columns = _places({0: texts}) if isinstance(texts, Examples) else {}
-            return Corpus(texts, columns, _files([records]), texts.text)
-        if path.suffix in _TOKENS:
+            files = _files([records]) if limit is None else []
+            return Corpus(texts, columns, files, texts.text)
+        if path.suffix in TOKENS:
             options.refuse_texts("has token ids")
-            return _token_rows(options, path, loaded)
+            rows = open_tokens(path, options.option, options.truncate)
+            return Corpus(rows, files=[DataFile.of(path)] if limit is None else [])
     except OSError as error:
         why = error.strerror or error
-        raise CommandError(f"--data: {path} cannot be read: {why}") from error
+        raise CommandError(f"{options.option}: {path} cannot be read: {why}") from error
     except (CorpusError, UnknownNameError) as error:
-        raise CommandError(f"--data: {error}") from error
+        raise CommandError(f"{options.option}: {error}") from error
+    return _made(options, path)
+
+
+def _made(options: CorpusOptions, path: Path) -> Corpus:
+    """Return what a function makes."""
     if path.is_dir() and (names := [*_text_files(path)]):
         raise CommandError(
-            f"--data: {path} is a folder with files of texts: say which to read, --domains "
-            f"{','.join(names)}"
+            f"{options.option}: {path} is a folder with files of texts: say which to read, "
+            f"--domains {','.join(names)}"
         )
-    options.refuse_texts("decides itself")
     if ":" not in options.data:
         raise CommandError(
-            f"--data: {options.data} is neither a {', '.join((*SUFFIXES, *_TOKENS))} file, nor a "
-            "folder of token memmaps or of a data set, nor module:function"
+            f"{options.option}: {options.data} is neither a {', '.join((*SUFFIXES, *TOKENS))} "
+            "file, nor a folder of token memmaps or of a data set, nor module:function"
         )
-    return Corpus(find_function(options.data, "--data")())
+    options.refuse_texts("decides itself")
+    if options.truncate is not None:
+        raise CommandError(f"--truncate is for files: {options.data} decides itself")
+    return Corpus(find_function(options.data, options.option)(), made=True)
 
 
 def corpus_of(store: GradientStore, model: str, loaded: nn.Module) -> Corpus | None:
@@ -175,15 +200,14 @@ def corpus_of(store: GradientStore, model: str, loaded: nn.Module) -> Corpus | N
     Raises:
         CommandError: If the files are not there any more, or are others now.
     """
-    config, files = store.manifest.notes.get("config"), store.manifest.data_files
-    names = {entry.name for entry in fields(CorpusOptions)} - {"model"}
-    if not isinstance(config, dict) or not names <= config.keys() or not files:
+    how, files = stored_options(store, model), store.manifest.data_files
+    if how is None or not files:
         return None
-    given = {name: config[name] for name in names}
-    if not Path(given["data"]).exists():  # its path may have been relative to another folder
+    if not Path(how.data).exists():  # its path may have been relative to another folder
         first = Path(files[0].path)
-        given["data"] = str(first.parent if given["domains"] or first.suffix == ".bin" else first)
-    corpus = load_corpus(CorpusOptions(model=model, **given), loaded)
+        inside = how.domains is not None or first.suffix == ".bin"
+        how = replace(how, data=str(first.parent if inside else first))
+    corpus = load_corpus(how, loaded)
     for known, found in zip_longest(files, corpus.files):
         if known is None or found is None or known.digest != found.digest:
             changed = (found or known).path
@@ -191,10 +215,24 @@ def corpus_of(store: GradientStore, model: str, loaded: nn.Module) -> Corpus | N
     return corpus
 
 
+def stored_options(store: GradientStore, model: str) -> CorpusOptions | None:
+    """Return how the data of a store were read, if it is one by `ghost project`.
+
+    Args:
+        store: The store.
+        model: What the model was loaded from, for its tokenizer.
+    """
+    config = store.manifest.notes.get("config")
+    names = {"data", *(entry.name for entry in fields(DataOptions))}
+    if not isinstance(config, dict) or not names <= config.keys():
+        return None
+    return CorpusOptions(model=model, **{name: config[name] for name in names})
+
+
 def _texts(
     options: CorpusOptions, records: Records, form: Form, loaded: nn.Module
 ) -> Examples | Blocks:
-    tokenizer = tokenizer_of(options.model, f"--data: {records.path}")
+    tokenizer = tokenizer_of(options.model, f"{options.option}: {records.path}")
     if options.block is not None:
         return Blocks(records, form, tokenizer, block=options.block)
     return Examples(
@@ -286,26 +324,3 @@ def _files(records: Sequence[Records]) -> list[DataFile]:
         whole = hashlib.sha256("\n".join(digests).encode()).hexdigest()
         found.append(DataFile(str(each.path.absolute()), f"sha256 of parts:{whole}"))
     return found
-
-
-def _token_rows(options: CorpusOptions, path: Path, loaded: nn.Module) -> Corpus:
-    file = FileOptions("--data", options.model, loaded, None, options.truncate)
-    source = open_source(path, file, None)
-    assert source is not None
-    return Corpus(_Rows(source), files=[DataFile.of(path)])
-
-
-class _Rows(Dataset[dict[str, Tensor]]):
-    """Rows of token ids, without their padding."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        batch = self._source.take([index])
-        ids, mask = batch["input_ids"][0], batch["attention_mask"][0]
-        end = int(mask.nonzero().max()) + 1 if mask.any() else 1
-        return {"input_ids": ids[:end], "attention_mask": mask[:end]}

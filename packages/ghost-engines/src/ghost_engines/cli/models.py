@@ -66,6 +66,31 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def tokenizer_of(model: str, what: str) -> Any:
+    """Return the tokenizer of a checkpoint, for texts.
+
+    Args:
+        model: What the model was loaded from.
+        what: Where the texts are, for the error.
+
+    Raises:
+        CommandError: If it has none.
+        MissingExtraError: If transformers is not installed.
+    """
+    if not is_folder(model):
+        raise CommandError(
+            f"{what} has texts, and only a checkpoint's folder has a tokenizer; {model} is none: "
+            "give token ids"
+        )
+    return load_tokenizer(Path(model))
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many tokens a model takes at most, if it says so."""
+    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def is_folder(text: str) -> bool:
     """Tell whether a model is given as a folder."""
     return Path(text).is_dir()

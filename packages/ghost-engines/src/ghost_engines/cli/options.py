@@ -13,11 +13,12 @@ from typing import Annotated, Literal
 import tyro
 
 from ghost_engines.cli.folder_options import Plugins, Store, Values
-from ghost_engines.cli.own import Count, DType, Named, Own
+from ghost_engines.cli.own import Configured, Count, DType, Named, Own
+from ghost_engines.cli.reading import DataOptions, Reading
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(Own):
+class Verify(Configured, DataOptions):
     """Compare ghost's per-sample gradients with one autograd call each, on a model of yours.
 
     Exits with 0 if all are exact; 1 if one is wrong, or ghost refuses the model; 2 if it could not
@@ -25,15 +26,16 @@ class Verify(Own):
 
     Args:
         model: Folder of a checkpoint of transformers, or module:function that returns a module.
-        data: File of texts (.txt, one a line; .jsonl) or of token ids [N, T] (.npy, .safetensors;
-            negative ids are padding), or module:function that returns a batch.
+        data: File of texts (.txt, one a line; .jsonl; .parquet), of token ids [N, T] (.npy,
+            .safetensors; negative ids are padding), folder of a data set of Hugging Face or of
+            token memmaps (SPLIT-DOMAIN.bin), or module:function that returns a batch.
         loss: mean or sum over the next tokens of a sample, or module:function that takes model and
             batch and returns one loss per sample, [N]. The mean by default.
         samples: How many samples to compare.
         batch_size: How many samples to take from a file, from its start; 16 by default.
         truncate: Tokens to take of each sample in a file; by default 128 of a text, and not more
-            than the model takes. The output says how many texts are cut.
-        field: Key of the text in lines of JSON (.jsonl); text by default.
+            than the model takes, unless --block or --domains is given. The output says how many
+            texts are cut.
         dtype: What to cast model and batch to. Only float64 tells rounding from mistakes.
         layers: Globs over names of modules or parameters, separated by commas: what to track.
         exclude: Globs, separated by commas: what to leave out of it.
@@ -48,8 +50,6 @@ class Verify(Own):
     loss: Annotated[str | None, Named(metavar="LOSS")] = None
     samples: int = 8
     batch_size: Count = None
-    truncate: Count = None
-    field: Annotated[str | None, Named(metavar="KEY")] = None
     dtype: DType = "float64"
     layers: Annotated[str, Named(metavar="GLOBS")] = "*"
     exclude: Annotated[str, Named(metavar="GLOBS")] = ""
@@ -60,7 +60,7 @@ class Verify(Own):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coverage(Own):
+class Coverage(Configured):
     """List which sampler handles which module of a model; no data are needed.
 
     Exits with 0; 1 if a module has no sampler; 2 if it could not be tried.
@@ -79,7 +79,7 @@ class Coverage(Own):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(Own):
+class Score(Configured, DataOptions):
     """Score every sample of a data set against targets: which would help, and which would hurt?
 
     A score is the dot product of the gradient of the sample's own loss with that of the target's
@@ -90,10 +90,12 @@ class Score(Own):
 
     Args:
         model: Folder of a checkpoint of transformers, or module:function that returns a module.
-        data: File of texts (.txt, one a line; .jsonl) or of token ids [N, T] (.npy, .safetensors;
-            negative ids are padding), or module:function that returns a data set, a loader, a list
-            of batches, or one batch.
-        targets: Data to score against, as NAME=DATA, one or several; DATA as for --data.
+        data: File of texts (.txt, one a line; .jsonl; .parquet), of token ids [N, T] (.npy,
+            .safetensors; negative ids are padding), folder of a data set of Hugging Face or of
+            token memmaps (SPLIT-DOMAIN.bin), or module:function that returns a data set, a loader,
+            a list of batches, or one batch.
+        targets: Data to score against, as NAME=DATA, one or several; DATA as for --data, and read
+            in the same way.
         engine: Name of the engine to score with, of ghost or of a plugin: see `ghost plugins`.
         loss: mean or sum over the next tokens of a sample, or module:function that takes model and
             batch and returns one loss per sample, [N]. The mean by default.
@@ -103,9 +105,6 @@ class Score(Own):
         no_norms: Leave norms and cosines out.
         ids: Key of a batch that its samples' ids are under; by default they are numbered from 0.
         batch_size: Samples in a batch.
-        truncate: Tokens to take of each sample in a file; without it, a text that is too long for
-            the model is an error.
-        field: Key of the text in lines of JSON (.jsonl); text by default.
         dtype: What to cast model and batches to; by default nothing is cast.
         layers: Globs over names of modules or parameters, separated by commas: what to track.
         exclude: Globs, separated by commas: what to leave out of it.
@@ -124,8 +123,6 @@ class Score(Own):
     no_norms: bool = False
     ids: Annotated[str | None, Named(metavar="KEY")] = None
     batch_size: int = 16
-    truncate: Count = None
-    field: Annotated[str | None, Named(metavar="KEY")] = None
     dtype: DType = "as-is"
     layers: Annotated[str, Named(metavar="GLOBS")] = "*"
     exclude: Annotated[str, Named(metavar="GLOBS")] = ""
@@ -134,7 +131,7 @@ class Score(Own):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Project(Own):
+class Project(Configured, DataOptions):
     """Project the gradient of every sample's own loss into a store, which can be searched then.
 
     Goes on where a store has some of the samples. Ctrl-C keeps what is computed.
@@ -144,23 +141,13 @@ class Project(Own):
     Args:
         model: Folder of a checkpoint of transformers, or module:function that returns a module.
         data: File of texts (.txt, one a line; .jsonl; .parquet), of token ids [N, T] (.npy,
-            .safetensors), folder of a data set of Hugging Face or of token memmaps
-            (SPLIT-DOMAIN.bin), or module:function that returns a data set.
+            .safetensors; negative ids are padding), folder of a data set of Hugging Face or of
+            token memmaps (SPLIT-DOMAIN.bin), or module:function that returns a data set.
         store: Folder of the store.
-        config: File of YAML with any of these options, by name; what is given here too goes first.
         loss: mean or sum over the next tokens of a sample, or module:function that takes model and
             batch and returns one loss per sample, [N].
-        text: Field of the text; text by default.
-        prompt: Field of a prompt. Only the completion is part of the loss then.
-        completion: Field of its completion.
-        messages: Field of a conversation, for the tokenizer's chat template. Only the answers are
-            part of the loss then.
-        truncate: Tokens to take of each sample; without it, one that is too long for the model is
-            an error.
-        block: Pack all texts into blocks of so many tokens instead.
-        domains: Names of domains in the folder --data, separated by commas: of token memmaps, or of
-            files of texts (DOMAIN.jsonl, ...). They are told apart in the store.
-        split: Which token memmaps of a folder to read.
+        domains: Names of domains in the folder of the data, separated by commas: of token memmaps,
+            or of files of texts (DOMAIN.jsonl, ...). They are told apart in the store.
         ids: Key of a batch that its samples' ids are under, for module:function; by default they
             are numbered from 0.
         dim: Dimensions per parameter, or whole; 256 if --total-dim is not given.
@@ -186,16 +173,7 @@ class Project(Own):
     model: Annotated[tyro.conf.Positional[str], Named(metavar="MODEL")]
     data: Annotated[str, Named(metavar="DATA")]
     store: Annotated[Path, Named(metavar="FOLDER")]
-    config: Annotated[Path | None, Named(metavar="FILE")] = None
     loss: Annotated[str, Named(metavar="LOSS")] = "mean"
-    text: Annotated[str | None, Named(metavar="FIELD")] = None
-    prompt: Annotated[str | None, Named(metavar="FIELD")] = None
-    completion: Annotated[str | None, Named(metavar="FIELD")] = None
-    messages: Annotated[str | None, Named(metavar="FIELD")] = None
-    truncate: Count = None
-    block: Count = None
-    domains: Annotated[str | None, Named(metavar="NAMES")] = None
-    split: str = "train"
     ids: Annotated[str | None, Named(metavar="KEY")] = None
     dim: Annotated[str | None, Named(metavar="DIM")] = None
     total_dim: Count = None
@@ -216,7 +194,7 @@ class Project(Own):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query(Own):
+class Query(Configured, Reading):
     """Find the samples in a store that a model learns most alike from as from a text.
 
     Projects the gradient of the query's loss as the rows of the store were projected, and compares
@@ -229,11 +207,20 @@ class Query(Own):
     Args:
         store: Folder of the store.
         model: Folder of a checkpoint of transformers, or module:function that returns a module.
-        text: Texts to ask for, one or several.
-        file: Data to ask for instead: a file of texts (.txt, one a line; .jsonl) or of token ids
-            [N, T] (.npy, .safetensors), or module:function that returns a batch.
-        data: File of texts that the store was made of, to print what is found: the sample with id 0
-            is the first one. By default the file that the store names, where it is one of texts.
+        text: Texts to ask for, one or several; with --file, the field of the text.
+        prompt: Prompt to ask for, with its completion; with --file, the field of a prompt. Only the
+            completion is part of the loss then.
+        completion: Completion of the prompt; with --file, its field.
+        messages: Conversation to ask for, as JSON, for the tokenizer's chat template:
+            '[{"role": "user", "content": "..."}, ...]'; with --file, its field. Only the answers
+            are part of the loss then.
+        file: Data to ask for instead: a file of texts (.txt, one a line; .jsonl; .parquet), of
+            token ids [N, T] (.npy, .safetensors; negative ids are padding), folder of a data set of
+            Hugging Face or of token memmaps (SPLIT-DOMAIN.bin), or module:function that returns a
+            batch.
+        data: Data that the store was made of, to print what is found: the sample with id 0 is the
+            first one. Read as the store says, else as texts. By default what the store names.
+        data_text: Field of the text in --data, where the store does not say; text by default.
         k: How many samples to find for each query.
         by: dot, of gradients as they are; cosine; or whitened, where directions count less in which
             all gradients are long: their second moments are kept in the store's folder.
@@ -246,9 +233,6 @@ class Query(Own):
         loss: mean or sum over the next tokens of a query, or module:function that takes model and
             batch and returns one loss per sample, [N]. By default that of the store if it says so,
             else the mean.
-        truncate: Tokens to take of each query; without it, one that is too long for the model is an
-            error.
-        field: Key of the text in lines of JSON (.jsonl); text by default.
         dtype: What to cast model and batch to; by default nothing is cast.
         seed: Seed of the random number generators, for a function that makes the model.
         device: Where to compute: cpu, cuda, cuda:1, ...
@@ -257,8 +241,12 @@ class Query(Own):
     store: Annotated[tyro.conf.Positional[Path], Named(metavar="STORE")]
     model: Annotated[tyro.conf.Positional[str], Named(metavar="MODEL")]
     text: Annotated[tuple[str, ...], Named(metavar="TEXT ...")] = ()
+    prompt: Annotated[str | None, Named(metavar="TEXT")] = None
+    completion: Annotated[str | None, Named(metavar="TEXT")] = None
+    messages: Annotated[str | None, Named(metavar="JSON")] = None
     file: Annotated[str | None, Named(metavar="DATA")] = None
-    data: Annotated[Path | None, Named(metavar="FILE")] = None
+    data: Annotated[str | None, Named(metavar="DATA")] = None
+    data_text: Annotated[str | None, Named(metavar="FIELD")] = None
     k: Annotated[int, Named(aliases=("-k",))] = 10
     by: Literal["dot", "cosine", "whitened"] = "dot"
     damping: float = 0.1
@@ -268,8 +256,6 @@ class Query(Own):
     html: Annotated[Path | None, Named(metavar="FILE")] = None
     json: bool = False
     loss: Annotated[str | None, Named(metavar="LOSS")] = None
-    truncate: Count = None
-    field: Annotated[str | None, Named(metavar="KEY")] = None
     dtype: DType = "as-is"
     seed: int = 0
     device: str = "cpu"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -20,3 +22,14 @@ class Own:
         module = import_module(f"ghost_engines.cli.{type(self).__name__.lower()}")
         status: int = module.run(self)
         return status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configured(Own):
+    """A command whose options may be in a file.
+
+    Args:
+        config: File of YAML with any of these options, by name; what is given here too goes first.
+    """
+
+    config: Annotated[Path | None, Named(metavar="FILE")] = None

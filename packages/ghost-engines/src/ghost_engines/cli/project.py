@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,8 @@ def run(options: Project) -> int:
     """Project, print what was done, and return the exit status."""
     projection, ranks = _projection(options), Ranks.now()
     subject = Subject.load(options, options.loss, ranks.device(options.device))
-    named = {entry.name for entry in fields(CorpusOptions)}
-    given = {name: value for name, value in asdict(options).items() if name in named}
-    corpus = load_corpus(CorpusOptions(**given), subject.model)
+    how = CorpusOptions.of(options, options.data, options.model, "--data", options.text)
+    corpus = load_corpus(how, subject.model)
     try:
         done = _projected(options, projection, corpus, subject, ranks)
     except (UnsupportedLayerError, WrongSplitError) as error:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,30 @@ from ghost_core import (
 )
 from ghost_engines import ProjectedRows, ProjectionEngine, project_queries
 from ghost_engines.cli.answers import Answer, Asked, Found, as_json, print_answers
-from ghost_engines.cli.batches import check_field, find_data
-from ghost_engines.cli.corpora import corpus_of
+from ghost_engines.cli.asked import asked_for, check_asked
+from ghost_engines.cli.corpora import (
+    Corpus,
+    CorpusOptions,
+    corpus_of,
+    load_corpus,
+    stored_options,
+)
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import in_one_line
 from ghost_engines.cli.options import Query
 from ghost_engines.cli.query_page import write_page
-from ghost_engines.cli.sources import FileOptions, Source, given_texts, open_source
 from ghost_engines.cli.subject import Subject
 from ghost_engines.cli.tables import one_line, while_read
+from ghost_engines.corpus import SUFFIXES
 from ghost_engines.digest import model_digest
 from ghost_engines.results import layers
 from ghost_engines.search import Whitening, score_parts
-from ghost_engines.store import By, DataFile, GradientStore
+from ghost_engines.store import By, GradientStore
 
 logger = logging.getLogger(__name__)
 
 Shown = Callable[[int], str | None]
 """Returns a sample as a text for people, by its id."""
-
-_WITH_TEXTS = (".txt", ".jsonl")
 
 
 def run(options: Query) -> int:
@@ -47,7 +52,7 @@ def run(options: Query) -> int:
     subject = Subject.load(options, options.loss or _known_loss(store), options.device)
     model = subject.model
     _check_model(model, options, store)
-    batch, texts = _batch(options, model)
+    batch, texts = asked_for(options, model)
     rows = _projected(model, store, subject.losses, batch)
     stored = _stored_texts(options, store, model)
     by: By = Whitening.of(store, options.damping) if options.by == "whitened" else options.by
@@ -69,13 +74,9 @@ def run(options: Query) -> int:
 
 def _check(options: Query) -> None:
     """Refuse what does not fit together before the work is done."""
-    if bool(options.text) == (options.file is not None):
-        raise CommandError("give either --text or --file: what is asked for")
+    check_asked(options)
     if options.k < 1:
         raise CommandError(f"-k must be at least 1, not {options.k}")
-    check_field(options.field, [str(each) for each in (options.file, options.data) if each])
-    if options.truncate is not None and options.truncate < 1:
-        raise CommandError(f"--truncate must be at least 1, not {options.truncate}")
     if options.html is not None and not options.html.absolute().parent.is_dir():
         raise CommandError(f"--html: there is no folder {options.html.absolute().parent}")
 
@@ -101,19 +102,6 @@ def _known_loss(store: GradientStore) -> str | None:
     return known if isinstance(known, str) and (known in ("mean", "sum") or ":" in known) else None
 
 
-def _batch(options: Query, model: nn.Module) -> tuple[Any, list[str] | None]:
-    """Return what is asked for as a batch, and its texts, if it has any."""
-    if options.file is None:
-        found: Any = given_texts(options.text, _how("--text", options, model))
-    else:
-        found = find_data(options.file, _how("--file", options, model))
-    if not isinstance(found, Source):
-        return found(), None
-    rows = range(len(found))
-    texts = [text for row in rows if (text := found.text(row)) is not None]
-    return found.take(rows), texts or None
-
-
 def _projected(model: nn.Module, store: GradientStore, loss: Any, batch: Any) -> ProjectedRows:
     """Return the projected gradients of the queries' own losses."""
     try:
@@ -124,58 +112,63 @@ def _projected(model: nn.Module, store: GradientStore, loss: Any, batch: Any) ->
         return project_queries(engine, loss, batch, digest=False)  # which has been compared
 
 
-def _how(option: str, options: Query, model: nn.Module) -> FileOptions:
-    return FileOptions(option, options.model, model, options.field, options.truncate)
-
-
-def _source(path: Path, option: str, options: Query, model: nn.Module) -> Source:
-    source = open_source(path, _how(option, options, model), None)
-    if source is None:
-        raise CommandError(f"{option}: {path} is no file of texts or token ids")
-    return source
-
-
 def _stored_texts(options: Query, store: GradientStore, model: nn.Module) -> Shown | None:
     """Return what shows the samples that the store was made of, if they can be found."""
-    path = options.data
-    if path is None:
-        try:
-            corpus = corpus_of(store, options.model, model)
-        except CommandError as error:
-            _say_why_not_shown(str(error))
-            return None
-        if corpus is not None:
-            return corpus.shown
-        named = [Path(file.path) for file in store.manifest.data_files]
-        known = "config" in store.manifest.notes  # which says more than a file's name does
-        if known or len(named) != 1 or named[0].suffix not in _WITH_TEXTS or not named[0].is_file():
-            return None
-        (path,) = named
-        if not _is_data_of(store, path):
-            _say_why_not_shown(f"{path} has changed since the store was made")
-            return None
-    elif path.is_file() and not _is_data_of(store, path):
-        logger.warning(
-            "%s is not the file that the store was made of, or has changed since: what is shown "
-            "may be others than the samples that were found", path,
-        )  # fmt: skip
-    source = _source(path, "--data", options, model)
+    if options.data is not None:
+        given = _opened(options, options.data, store, model)
+        if not _is_data_of(store, given):
+            logger.warning(
+                "%s is not what the store was made of, or has changed since: what is shown may be "
+                "others than the samples that were found", options.data,
+            )  # fmt: skip
+        return _shown(given)
+    try:
+        corpus = corpus_of(store, options.model, model)
+    except CommandError as error:
+        _say_why_not_shown(str(error))
+        return None
+    if corpus is not None:
+        return corpus.shown
+    named = [Path(file.path) for file in store.manifest.data_files]
+    known = "config" in store.manifest.notes  # which says more than a file's name does
+    if known or len(named) != 1 or named[0].suffix not in SUFFIXES or not named[0].is_file():
+        return None
+    corpus = _opened(options, str(named[0]), store, model)
+    if not _is_data_of(store, corpus):
+        _say_why_not_shown(f"{named[0]} has changed since the store was made")
+        return None
+    return _shown(corpus)
 
+
+def _opened(options: Query, data: str, store: GradientStore, model: nn.Module) -> Corpus:
+    """Open data that a store is said to be made of, as it says that they were read."""
+    how = stored_options(store, options.model)
+    if how is None or options.data_text is not None:
+        how = CorpusOptions(data=data, model=options.model, text=options.data_text)
+    corpus = load_corpus(replace(how, data=data), model)
+    if corpus.shown is None:
+        raise CommandError(f"--data: {data} has no texts to show")
+    return corpus
+
+
+def _is_data_of(store: GradientStore, corpus: Corpus) -> bool:
+    """Return whether files are those that a store was made of, as they were, if that is known."""
+    known = {file.digest for file in store.manifest.data_files}
+    return not known or {file.digest for file in corpus.files} <= known
+
+
+def _shown(corpus: Corpus) -> Shown:
     def shown(id_: int) -> str:
-        if not 0 <= id_ < len(source):
+        assert corpus.shown is not None
+        try:
+            return corpus.shown(id_)
+        except IndexError as error:
             raise CommandError(
-                f"--data has {len(source)} samples, and the store has one with the id {id_}: give "
-                "the file that it was made of"
-            )
-        return str(source.text(id_))
+                f"--data has {len(corpus.samples)} samples, and the store has one with the id "
+                f"{id_}: give what it was made of"
+            ) from error
 
     return shown
-
-
-def _is_data_of(store: GradientStore, path: Path) -> bool:
-    """Return whether a file is one that a store was made of, as it was then, if that is known."""
-    known = [file.digest for file in store.manifest.data_files]
-    return not known or DataFile.of(path).digest in known
 
 
 def _say_why_not_shown(reason: str) -> None:

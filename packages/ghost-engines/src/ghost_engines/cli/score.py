@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ghost_core import UnsupportedLayerError, WrongSplitError
-from ghost_engines.cli.batches import check_field, load_data
+from ghost_engines.cli.batches import load_data
+from ghost_engines.cli.corpora import CorpusOptions
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import in_one_line
 from ghost_engines.cli.options import Score
@@ -21,7 +22,6 @@ def run(options: Score) -> int:
     targets = _named(options.targets)
     if not targets and options.engine == "dot_product":
         raise CommandError("--targets: give at least one, as NAME=DATA")
-    check_field(options.field, [options.data, *targets.values()])
     check_outputs(options.top, options.out, options.plot)
     subject = Subject.load(options, options.loss, options.device)
     try:
@@ -52,10 +52,8 @@ def _scored(options: Score, targets: dict[str, str], subject: Subject) -> ScoreT
     """Load the data and score them."""
 
     def load(data: str, option: str) -> Any:
-        return load_data(
-            data, option, options.model, subject.model,
-            field=options.field, batch_size=options.batch_size, truncate=options.truncate,
-        )  # fmt: skip
+        how = CorpusOptions.of(options, data, options.model, option, options.text)
+        return load_data(how, subject.model, batch_size=options.batch_size)
 
     train = load(options.data, "--data")
     loaded = {name: load(data, f"--targets {name}") for name, data in targets.items()}

@@ -16,6 +16,7 @@ from ghost_core.compare import Comparison, compare
 from ghost_core.errors import in_lines
 from ghost_core.plugins import select
 from ghost_engines.cli.batches import load_batch
+from ghost_engines.cli.corpora import CorpusOptions
 from ghost_engines.cli.functions import in_one_line, reporting
 from ghost_engines.cli.options import Verify
 from ghost_engines.cli.subject import Subject, refused, tracked_of
@@ -28,14 +29,8 @@ def run(options: Verify) -> int:
     """Compare, print what was found, and return the exit status."""
     subject = Subject.load(options, options.loss, options.device)
     model = subject.model
-    sample = load_batch(
-        options.data,
-        options.model,
-        model,
-        field=options.field,
-        batch_size=options.batch_size,
-        truncate=options.truncate,
-    )
+    how = CorpusOptions.of(options, options.data, options.model, "--data", options.text)
+    sample = load_batch(how, model, batch_size=options.batch_size)
     batch = subject.place.batch(sample.batch)
     reporting(model.train, "MODEL: its method train")(options.train)
     described = [

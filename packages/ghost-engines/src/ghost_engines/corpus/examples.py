@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ghost_engines.dataset import IGNORED
 logger = logging.getLogger(__name__)
 
 Example = dict[str, Tensor]
-"""`input_ids`, int64 `[T]`, and `labels` where not every token is part of the loss."""
+"""`input_ids`, int64 `[T]`, and `labels` if only some tokens of its form are part of the loss."""
 
 
 class Examples(Dataset[Example]):
@@ -62,15 +63,36 @@ class Examples(Dataset[Example]):
             CorpusError: If the record has no such field or nothing to learn, or is longer than the
                 model takes and nobody said that it may be cut.
         """
-        what = self.records.called(index)
-        found = self.form.tokens(self.records[index], self._tokenizer, what)
+        what, found = self.records.called(index), self._tokens(index)
         instead = f", or pack all texts into blocks (--block {self._positions})"
-        return _example(
-            found.taken(what, truncate=self._truncate, positions=self._positions, instead=instead)
+        taken = found.taken(
+            what, truncate=self._truncate, positions=self._positions, instead=instead
         )
+        return _example(taken, self.form)
+
+    def cut(self, rows: Iterable[int]) -> int:
+        """Return how many of some samples are cut.
+
+        Raises:
+            CorpusError: If one cannot be read.
+        """
+        most = self._truncate
+        return 0 if most is None else sum(len(self._tokens(row)) > most for row in rows)
+
+    def _tokens(self, index: int) -> Tokens:
+        """Return all tokens of a record."""
+        what = self.records.called(index)
+        return self.form.tokens(self.records[index], self._tokenizer, what)
 
     def text(self, index: int) -> str:
-        """Return a record as a text for people."""
+        """Return a record as a text for people.
+
+        Raises:
+            IndexError: If there is none with that number.
+            CorpusError: If it cannot be read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} samples, and none with number {index}")
         return self.form.shown(self.records[index], self.records.called(index))
 
 
@@ -92,7 +114,8 @@ class Blocks(Dataset[Example]):
 
     def __init__(self, records: Records, form: Form, tokenizer: Any, *, block: int) -> None:
         _check(records)
-        self._tokenizer, self._block = tokenizer, whole("block", block, least=2, error=CorpusError)
+        self._form, self._tokenizer = form, tokenizer
+        self._block = whole("block", block, least=2, error=CorpusError)
         ids, learnt = [], []
         for index in range(len(records)):
             found = form.tokens(records[index], tokenizer, records.called(index))
@@ -117,7 +140,7 @@ class Blocks(Dataset[Example]):
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} blocks, and none with number {index}")
         part = slice(index * self._block, (index + 1) * self._block)
-        return _example(Tokens(self._ids[part].tolist(), self._learnt[part].tolist()))
+        return _example(Tokens(self._ids[part].tolist(), self._learnt[part].tolist()), self._form)
 
     def text(self, index: int) -> str:
         """Return a block as a text for people."""
@@ -133,8 +156,9 @@ def _check(records: Records) -> None:
         raise CorpusError(f"{records.path} has no text")
 
 
-def _example(tokens: Tokens) -> Example:
+def _example(tokens: Tokens, form: Form) -> Example:
+    """Return a sample: of a form all have labels or none, since a batch has what all of it have."""
     ids = torch.tensor(tokens.ids, dtype=torch.int64)
-    if all(tokens.learnt):
+    if form.whole:
         return {"input_ids": ids}
     return {"input_ids": ids, "labels": ids.masked_fill(~torch.tensor(tokens.learnt), IGNORED)}

@@ -6,7 +6,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ghost_engines.corpus.errors import CorpusError
 
@@ -60,7 +60,13 @@ class Tokens:
 
 
 class Form(ABC):
-    """Which fields of a record are read, and which of their tokens are part of the loss."""
+    """Which fields of a record are read, and which of their tokens are part of the loss.
+
+    Attributes:
+        whole: Whether all tokens are, whatever the record.
+    """
+
+    whole: ClassVar[bool] = False
 
     @abstractmethod
     def tokens(self, record: Mapping[str, Any], tokenizer: Any, what: str) -> Tokens:
@@ -91,6 +97,8 @@ class TextForm(Form):
     Attributes:
         field: The field that it is under.
     """
+
+    whole: ClassVar[bool] = True
 
     field: str = "text"
 

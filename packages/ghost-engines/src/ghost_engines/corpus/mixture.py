@@ -54,7 +54,13 @@ class Mixture(Dataset[dict[str, Any]]):
         return [self._names[number // BLOCKS_PER_DOMAIN] for number in ids.tolist()]
 
     def text(self, sample: int) -> str:
-        """Return a sample as a text for people, by its id."""
+        """Return a sample as a text for people, by its id.
+
+        Raises:
+            IndexError: If there is none with that id.
+        """
         domain, position = divmod(sample, BLOCKS_PER_DOMAIN)
+        if not 0 <= domain < len(self._names):
+            raise IndexError(f"there are {len(self._names)} domains, and no sample {sample}")
         found: str = self.domains[self._names[domain]].text(position)
         return found

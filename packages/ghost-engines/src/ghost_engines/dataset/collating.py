@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ghost_core import CaptureError
+
 IGNORED = -100
 """The label of a token that is no part of the loss."""
 
@@ -18,9 +20,13 @@ def collated(samples: list[Any]) -> Any:
 
     Rows of tokens are padded at their ends: `labels` with -100, others with 0. Where they are not
     of one length and have no `attention_mask`, they get one.
+
+    Raises:
+        CaptureError: If samples with `input_ids` have other fields than each other.
     """
     if not all(isinstance(sample, Mapping) and "input_ids" in sample for sample in samples):
         return default_collate(samples)
+    _check_fields(samples)
     lengths = [len(sample["input_ids"]) for sample in samples]
     if len(set(lengths)) == 1:
         return default_collate([_as_tensors(sample) for sample in samples])
@@ -33,6 +39,17 @@ def collated(samples: list[Any]) -> Any:
         places = torch.arange(longest)
         batch["attention_mask"] = (places < torch.tensor(lengths)[:, None]).long()
     return batch
+
+
+def _check_fields(samples: list[Mapping[str, Any]]) -> None:
+    """Refuse samples of which some would lose a field: those of the first one make the batch."""
+    for sample in samples:
+        if other := sorted(map(str, sample.keys() ^ samples[0].keys())):
+            raise CaptureError(
+                f"of two samples in a batch, only one has {', '.join(other)}",
+                reason="a batch has the fields that all of its samples have",
+                remedy="give all samples the same fields, as labels to all or to none",
+            )
 
 
 def _as_tensors(sample: Mapping[str, Any]) -> dict[str, Any]:
