@@ -58,12 +58,20 @@ IMPORTED_WHERE_USED = {
 }
 
 USE_PRIVATE_NAMES = {
-    f"ghost_core.{name}" for name in ("_modes", "_torch", "_trees", "process", "split.reasons")
+    f"ghost_core.{name}"
+    for name in ("_distributed", "_graph", "_modes", "_torch", "_trees", "process", "split.reasons")
 }
 """Where private names of torch stand, with the version that each was seen in; the last one looks at
 a base class of torch's, for the words of a refusal."""
 
-TOLD_TO_USE = ("torch.utils._pytree.", "torch.utils._python_dispatch.TorchDispatchMode")
+NO_NAMES_OF_TORCH = {"_exit", "_fields", "_getframe", "_replace", "_to_copy"}
+"""Private names of Python's, and of an operation."""
+
+TOLD_TO_USE = (
+    "torch.utils._pytree.",
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "something._saved_",
+)
 """What only looks private: torch's own pages say to use it."""
 
 Graph = dict[str, set[str]]
@@ -235,8 +243,19 @@ def test_nothing_is_imported_inside_a_function_for_the_order_of_imports():
     assert found == IMPORTED_WHERE_USED
 
 
-def private(tree: ast.AST) -> set[str]:
-    """Return the private names of torch that a module uses, by attribute or by import."""
+def names_of_ghost() -> set[str]:
+    """Return the private names that ghost defines itself."""
+    nodes = [node for tree in parsed().values() for node in ast.walk(tree)]
+    defined = {each.name for each in nodes if isinstance(each, ast.FunctionDef | ast.ClassDef)}
+    written = (each for each in nodes if isinstance(getattr(each, "ctx", None), ast.Store))
+    return defined | {str(getattr(each, "attr", getattr(each, "id", ""))) for each in written}
+
+
+def private(tree: ast.AST, own: set[str]) -> set[str]:
+    """Return the private names of torch that a module uses, by attribute or by import.
+
+    What is no attribute of torch is told by its name: nothing of ghost's is called so.
+    """
     found = set()
     for node in ast.walk(tree):
         match node:
@@ -244,13 +263,18 @@ def private(tree: ast.AST) -> set[str]:
                 found.add(f"torch.{name}")
             case ast.ImportFrom(module=str(module), names=names) if module.startswith("torch."):
                 found |= {f"{module}.{each.name}" for each in names}
+            case ast.Attribute(attr=name) if name not in own | NO_NAMES_OF_TORCH:
+                found.add(f"something.{name}")
     return {
         name for name in found if re.search(r"\._[^_]", name) and not name.startswith(TOLD_TO_USE)
     }
 
 
 def test_private_names_of_torch_are_used_in_few_files():
-    assert {name for name, tree in parsed().items() if private(tree)} == USE_PRIVATE_NAMES
+    own = names_of_ghost()
+    assert {name for name, tree in parsed().items() if private(tree, own)} == USE_PRIVATE_NAMES
+    assert private(ast.parse("x = value._base"), own) == {"something._base"}
+    assert private(ast.parse("from torch.nn.modules import module as _module"), own) == set()
 
 
 def test_no_file_is_longer_than_four_hundred_lines():

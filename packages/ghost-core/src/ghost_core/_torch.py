@@ -247,6 +247,11 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def base_of(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that one is a view of for autograd; None for others. Torch 2.11."""
+    return tensor._base
+
+
 def address(value: object) -> int:
     """Return where a tensor's memory starts; 0 for what has none of its own. Torch 2.11."""
     if not isinstance(value, Tensor) or value.is_nested or value.layout is not torch.strided:
@@ -256,6 +261,16 @@ def address(value: object) -> int:
     if is_composed(value):
         return 0
     return value.untyped_storage().data_ptr()
+
+
+def written_by(operation: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return what an operation writes to, of what it is given. Torch 2.11."""
+    schema = operation._schema
+    if not schema.is_mutable:
+        return []
+    given = {each.name: value for each, value in zip(schema.arguments, args, strict=False)} | kwargs
+    written = (each for each in schema.arguments if each.alias_info and each.alias_info.is_write)
+    return [given.get(each.name) for each in written]
 
 
 # Hooks
@@ -361,3 +376,25 @@ def flat_weights(layer: nn.RNNBase) -> list[Tensor] | None:
     found = direct_parameters(layer)
     names = layer._flat_weights_names
     return [found[name] for name in names] if found.keys() >= set(names) else None  # type: ignore[misc]
+
+
+def renew_weights(layer: nn.RNNBase) -> None:
+    """Tell a recurrent layer, which keeps a list of its weights, that they are others. Torch 2.11.
+
+    It is left alone if some are computed from other parameters.
+    """
+    if (weights := flat_weights(layer)) is not None:
+        state: dict[str, Any] = vars(layer)
+        state["_flat_weights"] = weights
+        state["_flat_weight_refs"] = [None] * len(weights)
+
+
+def own_padding(layer: Any) -> list[int]:
+    """Return what a convolution that pads by itself puts around its input. Torch 2.11."""
+    sides: list[int] = layer._reversed_padding_repeated_twice
+    return sides
+
+
+def rank_without_samples(norm: Any) -> int:
+    """Return the number of axes of an instance norm's input without samples. Torch 2.11."""
+    return int(norm._get_no_batch_dim())

@@ -18,6 +18,7 @@ from ghost_core import (
     PerSampleGradient,
     Record,
 )
+from ghost_core._torch import own_padding
 from ghost_layers.affine import AffineSampler
 from ghost_layers.shapes import channels_last, check_samples, only_input
 
@@ -188,7 +189,7 @@ def _padded(
     """Return the input as the kernel got it, and the zeros that the kernel put around it."""
     nothing = (0,) * len(kernel)
     if module.padding_mode != "zeros":
-        sides = module._reversed_padding_repeated_twice
+        sides = own_padding(module)
         return functional.pad(x, sides, mode=module.padding_mode), nothing
     if module.padding == "valid":
         return x, nothing

@@ -18,6 +18,7 @@ from ghost_core import (
     Record,
     WrongSplitError,
 )
+from ghost_core._torch import rank_without_samples
 from ghost_core.algebra import accumulation_dtype
 from ghost_layers.affine import AffineSampler
 from ghost_layers.shapes import channels_last, check_samples, only_input
@@ -156,8 +157,7 @@ class InstanceNormSampler(ChannelScaleSampler):
 
     def record(self, call: Call) -> Mapping[str, Record]:
         """Keep the input."""
-        module: Any = call.module
-        check_samples(call, rank=1 + module._get_no_batch_dim())
+        check_samples(call, rank=1 + rank_without_samples(call.module))
         return super().record(call)
 
     def normalized(self, call: Call) -> Normalized | Standardized:

@@ -21,7 +21,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ghost_core._graph import dtypes_into, is_custom, outputs_of
+from ghost_core._graph import dtypes_into, function_of, is_custom, outputs_of
 from ghost_core._modes import own_mode_left
 from ghost_core._torch import run_apart, version, without_gradients
 from ghost_core.algebra import Dense, Owned, Precision, chunks, full_precision
@@ -139,7 +139,7 @@ def _behind(node: Any) -> Iterator[Any]:
 
 
 def _is_tap(node: Any) -> bool:
-    return getattr(node, "_forward_cls", None) in (Tap, Branch)
+    return function_of(type(node)) in (Tap, Branch)
 
 
 def _is_behind_tap(node: Any) -> bool:

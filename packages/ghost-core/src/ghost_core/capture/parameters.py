@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ghost_core._torch import base_of
 from ghost_core.capture.ordinary import Owners
 from ghost_core.capture.sources import ParameterSource, Shared, Source
 from ghost_core.capture.state import Audience, CaptureState
@@ -97,5 +98,5 @@ def may_have_rows(shared: Shared, axis: int, n: int) -> bool:
     if size != n or n == 1:
         return False
     return shared.narrow is not None or all(
-        value._base is not source.tensor for source in shared.sources
+        base_of(value) is not source.tensor for source in shared.sources
     )

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ghost_core._modes import DispatchMode
+from ghost_core._torch import address
 
 
-class CastMode(TorchDispatchMode):
+class CastMode(DispatchMode):
     """Notes the floating dtypes that parameters are cast to, by autocast or by their module.
+
+    Gemma's norms compute in float32, in a model of float64 too: an error of 1e-7 is rounding there.
 
     Args:
         parameters: The parameters by name.
@@ -22,16 +26,15 @@ class CastMode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._names: dict[int, set[str]] = defaultdict(set)
         for name, parameter in parameters.items():
-            if parameter.layout is torch.strided and parameter.numel():
-                self._names[parameter.untyped_storage().data_ptr()].add(name)
+            if at := address(parameter):
+                self._names[at].add(name)
         self.dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
         """Dtypes by name of the parameter."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and look at what it is if it casts."""
         result = func(*args, **(kwargs or {}))
-        casts = func is torch.ops.aten._to_copy.default and result.is_floating_point()
-        if casts and args[0].layout is torch.strided:
-            for name in self._names.get(args[0].untyped_storage().data_ptr(), ()):
+        if func is torch.ops.aten._to_copy.default and result.is_floating_point():
+            for name in self._names.get(address(args[0]), ()):
                 self.dtypes[name].add(result.dtype)
         return result

@@ -68,7 +68,6 @@ class Computation(Listener):
         training = self._recorder.attached and not self._recorder.flags
         self._check_hooks(training)
         with self._recorder.serving(self, Freeze.NEVER if training else Freeze.PASS):
-            # Gemma's norms compute in float32, whatever the dtype: 1e-7 is no error there.
             casts = CastMode(self.parameters)
             with casts, self._without_ghost():
                 self.expected = check_losses(self._losses()).detach()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ghost_core import WrongSplitError
 from ghost_core._modes import DispatchMode
-from ghost_core._torch import address
+from ghost_core._torch import address, written_by
 from ghost_core._trees import tensors_in
 
 
@@ -64,8 +64,9 @@ class Guard(DispatchMode):
         given = {address(value) for value in tensors_in((args, kwargs))} - {0}
         for place in given:
             self._check_use(place, func)
-        if func._schema.is_mutable:
-            self._check_writes(func, args, kwargs)
+        for written in written_by(func, args, kwargs):
+            if {address(value) for value in tensors_in(written)} - self._made:
+                raise writes(func)
         # Modes below are for the user's own passes; autograd is done with the operation.
         kernel = self._differentiable and func is torch.ops.aten.mkldnn_rnn_layer.default
         with torch.set_grad_enabled(kernel):
@@ -87,15 +88,6 @@ class Guard(DispatchMode):
                 f"the module inside that has it ({func})",
                 remedy="use its own name for it, or call that module",
             )
-
-    def _check_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        arguments = func._schema.arguments
-        values = {each.name: value for each, value in zip(arguments, args, strict=False)} | kwargs
-        for each in arguments:
-            if each.alias_info is None or not each.alias_info.is_write:
-                continue
-            if {address(value) for value in tensors_in(values.get(each.name))} - self._made:
-                raise writes(func)
 
 
 def writes(how: object) -> WrongSplitError:

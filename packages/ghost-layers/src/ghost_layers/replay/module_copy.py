@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from ghost_core._torch import backward_hooks, flat_weights, forward_hooks, forward_pre_hooks
+from ghost_core._torch import backward_hooks, forward_hooks, forward_pre_hooks, renew_weights
 from ghost_core._trees import tree_flatten
 from ghost_core.hooks import is_own
 from ghost_core.tracking import dotted_name
@@ -82,7 +82,7 @@ class Template:
             vars(modules[slot.module])[slot.kind][slot.name] = values[slot.key]
         for module in modules:
             if isinstance(module, nn.RNNBase):
-                _flatten(module)
+                renew_weights(module)
         return copied
 
     def tensors(self, module: nn.Module, kind: str) -> dict[str, Tensor]:
@@ -176,14 +176,6 @@ def _copied_object(value: Any, copies: dict[int, Any]) -> Any:
         if attributes is not None:
             vars(copied).update({name: own_copy(each, copies) for name, each in attributes.items()})
     return copied
-
-
-def _flatten(module: nn.RNNBase) -> None:
-    """Tell a recurrent layer, which keeps a list of its weights, that they are others now."""
-    if (weights := flat_weights(module)) is not None:
-        state: dict[str, Any] = vars(module)
-        state["_flat_weights"] = weights
-        state["_flat_weight_refs"] = [None] * len(weights)
 
 
 def why_not_copied(module: nn.Module) -> str | None:

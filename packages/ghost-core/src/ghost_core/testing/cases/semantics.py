@@ -128,8 +128,8 @@ def _relations(module: Any) -> Iterator[tuple[str, Hashable]]:
         yield "kernel", tuple(k % 2 == 0 if same else _count(k) for k in module.kernel_size)
         gaps = [s > k for s, k in zip(module.stride, module.kernel_size, strict=True)]
         yield "beyond the kernel", any(gaps)
-    if hasattr(module, "_qkv_same_embed_dim"):
-        yield "one width", module._qkv_same_embed_dim
+    if isinstance(module, nn.MultiheadAttention):
+        yield "one width", module.kdim == module.vdim == module.embed_dim
 
 
 def _watched_calls(module: nn.Module, n: int) -> dict[Any, list[Any]]:
