@@ -102,33 +102,25 @@ DDP = [
 _JOINED = {"mode": "concatenated", "norms": True}
 _OTHER_SIZES: Parts = (range(2), range(2, 6))
 
+
+def _in_buckets(name: str, steps: Sequence[Sequence[Parts]], option: str, **more: Any) -> Case:
+    """Return a case of joined batches, with an option of DDP and a bucket for each parameter."""
+    options = {option: True, "bucket_cap_mb": 1e-5}
+    return Case(
+        f"joined, {name}", steps, options, engine=_JOINED, validation=_HALVES, clips=True, **more
+    )
+
+
 JOINED = [
     Case("joined", [[_PLAIN], [_UNEVEN], [_NEXT]], engine=_JOINED),
     Case("joined, parts", [[_PLAIN], [_NEXT], [_UNEVEN]], engine=_JOINED, validation=_OTHER_SIZES),
-    Case(
-        "joined, accumulated",
-        [[_PLAIN, _NEXT], [_UNEVEN, _PLAIN]],
-        {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-5},
-        engine=_JOINED,
-        validation=_HALVES,
-        clips=True,
-    ),
-    Case(
-        "joined, static graph",
-        [[_PLAIN], [_NEXT], [_UNEVEN]],
-        {"static_graph": True, "bucket_cap_mb": 1e-5},
-        engine=_JOINED,
-        validation=_HALVES,
-        clips=True,
-    ),
-    Case(
-        "joined, other layers",
+    _in_buckets("accumulated", [[_PLAIN, _NEXT], [_UNEVEN, _PLAIN]], "gradient_as_bucket_view"),
+    _in_buckets("static graph", [[_PLAIN], [_NEXT], [_UNEVEN]], "static_graph"),
+    _in_buckets(
+        "other layers",
         [[_PLAIN, _NEXT], [_UNEVEN], [_PLAIN]],
-        {"find_unused_parameters": True, "bucket_cap_mb": 1e-5},
-        engine=_JOINED,
-        validation=_HALVES,
+        "find_unused_parameters",
         heads=((0, None), (1, 0)),
-        clips=True,
     ),
     Case(
         "joined, a layer twice",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ghost_core import UnknownNameError
-from ghost_engines.corpus.errors import CorpusError
+from ghost_engines.corpus.errors import CorpusError, position
 from ghost_engines.corpus.memmap import Block, TokenMemmap
 from ghost_engines.corpus.sidecar import missing, named, token_path
 
@@ -91,12 +91,10 @@ class TokenCorpus(Dataset[Block]):
             IndexError: If there is none with that number.
             CorpusError: If a token id is outside the vocabulary.
         """
-        position = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= position < len(self):
-            raise IndexError(f"the corpus has {len(self)} blocks, and none with number {index}")
-        at = bisect.bisect_right(self._ends, position)
+        number = position(index, len(self), f"the corpus has {len(self)} blocks", backwards=True)
+        at = bisect.bisect_right(self._ends, number)
         domain = list(self.domains.values())[at]
-        return domain[position - (self._ends[at] - len(domain))]
+        return domain[number - (self._ends[at] - len(domain))]
 
     def domain_of(self, sample: int) -> str:
         """Return the name of the domain that a sample belongs to, by its id.

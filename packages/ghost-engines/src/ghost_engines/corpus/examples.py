@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ghost_core.arguments import whole
-from ghost_engines.corpus.errors import CorpusError
+from ghost_engines.corpus.errors import CorpusError, position
 from ghost_engines.corpus.forms import Form, Tokens
 from ghost_engines.corpus.records import Records
 from ghost_engines.dataset import IGNORED
@@ -91,9 +91,8 @@ class Examples(Dataset[Example]):
             IndexError: If there is none with that number.
             CorpusError: If it cannot be read.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} samples, and none with number {index}")
-        return self.form.shown(self.records[index], self.records.called(index))
+        at = position(index, len(self), f"there are {len(self)} samples")
+        return self.form.shown(self.records[at], self.records.called(at))
 
 
 class Blocks(Dataset[Example]):
@@ -137,9 +136,8 @@ class Blocks(Dataset[Example]):
         Raises:
             IndexError: If there is none with that number.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} blocks, and none with number {index}")
-        part = slice(index * self._block, (index + 1) * self._block)
+        at = position(index, len(self), f"there are {len(self)} blocks")
+        part = slice(at * self._block, (at + 1) * self._block)
         return _example(Tokens(self._ids[part].tolist(), self._learnt[part].tolist()), self._form)
 
     def text(self, index: int) -> str:

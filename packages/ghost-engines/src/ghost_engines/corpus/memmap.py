@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ghost_engines.corpus.errors import CorpusError
+from ghost_engines.corpus.errors import CorpusError, position
 from ghost_engines.corpus.sidecar import DTYPES, TokenFormat, missing
 
 _PART = 1 << 24
@@ -70,18 +70,16 @@ class TokenMemmap(Dataset[Block]):
             IndexError: If there is none with that number.
             CorpusError: If a token id is outside the vocabulary.
         """
-        position = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= position < len(self):
-            raise IndexError(f"{self.path} has {len(self)} blocks, and none with number {index}")
-        start = position * self.format.length
+        number = position(index, len(self), f"{self.path} has {len(self)} blocks", backwards=True)
+        start = number * self.format.length
         tokens = self._tokens[start : start + self.format.length].astype(np.int64)
         if (highest := int(tokens.max())) >= self.format.vocabulary:
             raise CorpusError(
-                f"{self.path}: block {position} has the token id {highest}, outside the vocabulary "
+                f"{self.path}: block {number} has the token id {highest}, outside the vocabulary "
                 f"of {self.format.vocabulary}",
                 reason="the file was altered, or its sidecar is another's",
             )
-        return {"input_ids": torch.from_numpy(tokens), "sample_id": self.format.first_id + position}
+        return {"input_ids": torch.from_numpy(tokens), "sample_id": self.format.first_id + number}
 
     @property
     def ids(self) -> range:

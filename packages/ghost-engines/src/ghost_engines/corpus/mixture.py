@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ghost_engines.corpus.errors import CorpusError
+from ghost_engines.corpus.errors import CorpusError, position
 from ghost_engines.corpus.sidecar import BLOCKS_PER_DOMAIN
 
 
@@ -42,12 +42,11 @@ class Mixture(Dataset[dict[str, Any]]):
         Raises:
             IndexError: If there is none with that number.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} samples, and none with number {index}")
-        domain = bisect.bisect_right(self._ends, index)
+        number = position(index, len(self), f"there are {len(self)} samples")
+        domain = bisect.bisect_right(self._ends, number)
         data = self.domains[self._names[domain]]
-        position = index - (self._ends[domain] - len(data))
-        return {**data[position], "sample_id": domain * BLOCKS_PER_DOMAIN + position}
+        at = number - (self._ends[domain] - len(data))
+        return {**data[at], "sample_id": domain * BLOCKS_PER_DOMAIN + at}
 
     def groups(self, ids: Tensor) -> list[str]:
         """Return the name of the domain of each sample, by their ids, int64 `[n]`."""
@@ -59,8 +58,8 @@ class Mixture(Dataset[dict[str, Any]]):
         Raises:
             IndexError: If there is none with that id.
         """
-        domain, position = divmod(sample, BLOCKS_PER_DOMAIN)
+        domain, at = divmod(sample, BLOCKS_PER_DOMAIN)
         if not 0 <= domain < len(self._names):
             raise IndexError(f"there are {len(self._names)} domains, and no sample {sample}")
-        found: str = self.domains[self._names[domain]].text(position)
+        found: str = self.domains[self._names[domain]].text(at)
         return found
