@@ -11,8 +11,9 @@ from ghost_engines.files import closed_after, make_root
 from ghost_engines.log.manifest import Manifest, make_log
 from ghost_engines.log.reader import LogReader
 from ghost_engines.log.shards import Shard, find_shards, read_shard, remove_shard, write_shard
-from ghost_engines.log.steps import Step, Steps, Tail, checked
+from ghost_engines.log.steps import Steps, Tail, checked
 from ghost_engines.store import StoreError, WriterLock, clean
+from ghost_engines.values import CreditedStep
 
 logger = logging.getLogger(__name__)
 
@@ -158,11 +159,11 @@ class ScoreLog(LogReader):
 
     # Writing
 
-    def append(self, step: Step) -> None:
+    def append(self, step: CreditedStep) -> None:
         """Add a step, and write the shard that it fills.
 
         Args:
-            step: What a step credited, such as a `CreditedStep`. It is copied.
+            step: What a step credited. It is copied.
 
         Raises:
             StoreError: If the log is not open for writing, the step does not come after the last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,30 +13,6 @@ from ghost_engines.store import StoreError
 from ghost_engines.values import CreditedStep
 
 Directions = tuple[str, ...]
-
-
-class Step(Protocol):
-    """What a step of training credited, as `CreditedStep` is."""
-
-    @property
-    def step(self) -> int:
-        """Number of the step, from 1."""
-
-    @property
-    def ids(self) -> Tensor:
-        """Sample ids, int64 `[N]`."""
-
-    @property
-    def values(self) -> Tensor:
-        """What each was credited with, float64 `[N, K]`."""
-
-    @property
-    def directions(self) -> Directions:
-        """Names of the K directions."""
-
-    @property
-    def altered(self) -> bool:
-        """Whether gradients were changed in a way that the values do not know."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +132,7 @@ class Tail:
         return type(self)(self.unit, kept, sum(1 + len(each.ids) for each in kept), len(kept))
 
 
-def checked(step: Step, last: int | None, directions: Directions) -> CreditedStep:
+def checked(step: CreditedStep, last: int | None, directions: Directions) -> CreditedStep:
     """Return a copy of a step on the CPU.
 
     Args:
