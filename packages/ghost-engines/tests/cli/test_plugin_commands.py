@@ -11,7 +11,8 @@ from ghost_engines import ProjectionEngine, cli
 
 CODE = '''
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 
 from ghost_core import GhostError, Override, hookimpl
 
@@ -74,10 +75,45 @@ class Mine:
         return 0
 
 
+class Tone(Enum):
+    LOUD = 1
+    QUIET = 2
+
+
+@dataclass(frozen=True)
+class Many:
+    """Take options of many types, which are looked at once all are there."""
+
+    numbers: list[int]
+    tone: Tone
+    share: float = 0.5
+    names: tuple[str, ...] = ()
+    pair: tuple[int, str] = (1, "a")
+    extra: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        assert len(self.numbers) == 2
+
+    def run(self):
+        print(self.numbers, self.tone.name, self.share, self.names, self.extra)
+        return 0
+
+
+@dataclass(frozen=True)
+class Configured:
+    """Have an option of that name itself."""
+
+    config: str
+
+    def run(self):
+        print(f"its own {self.config}")
+        return 0
+
+
 @hookimpl
 def ghost_commands():
-    return {"greet": Greet, "fail": Fail, "unreadable": Unreadable, "store": Mine,
-            "plugins-too": Mine, "verify": Override(Mine)}
+    return {"greet": Greet, "many": Many, "configured": Configured, "fail": Fail,
+            "unreadable": Unreadable, "store": Mine, "plugins-too": Mine, "verify": Override(Mine)}
 '''
 
 
@@ -174,6 +210,42 @@ def test_they_run_with_what_they_are_told(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["greet", "--nam", "you"])
     assert ended.value.code == 2
+
+
+def test_their_options_come_from_a_file_too(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    (tmp_path / "c.yaml").write_text("name: you\ntimes: 2\n")
+    assert cli.main(["greet", "--config", "c.yaml"]) == 3
+    assert cli.main(["greet", "--config=c.yaml", "--times", "1"]) == 3
+    assert capsys.readouterr().out == "hello you hello you\nhello you\n"
+    assert cli.main(["configured", "--config", "c.yaml"]) == 0
+    assert capsys.readouterr().out == "its own c.yaml\n"
+    (tmp_path / "c.yaml").write_text("numbers: [1, 2]\ntone: LOUD\nshare: 1\nnames: {a: b}\n")
+    assert cli.main(["many", "--config", "c.yaml"]) == 0
+    assert cli.main(["many", "--config", "c.yaml", "--numbers", "3", "4", "--extra", "a", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "[1, 2] LOUD 1.0 ('a=b',) {}", "[3, 4] LOUD 1.0 ('a=b',) {'a': 1}"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("nam: you", "unknown option in c.yaml 'nam'; did you mean 'names'?"),
+        ("numbers: [1, a]", "numbers in c.yaml is [1, 'a'], and should be whole"),
+        ("tone: loud", "tone in c.yaml is 'loud', and should be LOUD, QUIET"),
+        ("share: half", "share in c.yaml is 'half', and should be a number"),
+        ("pair: [1, a]", "pair in c.yaml is [1, 'a'], and can be given in the shell only"),
+        ("extra: {a: 1}", "extra in c.yaml is {'a': 1}, and can be given in the shell only"),
+    ],
+)
+def test_what_is_wrong_in_their_file_is_one_line(text, told, tmp_path, capsys):
+    pytest.importorskip("yaml")
+    (tmp_path / "c.yaml").write_text(text)
+    assert cli.main(["many", "--config", "c.yaml"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("ghost: ")
+    assert told in line
 
 
 def test_they_are_among_the_plugins(capsys):

@@ -41,41 +41,6 @@ def test_a_store_has_projected_gradients_of_a_data_set(capsys):
     assert "projected now\t0\n" in capsys.readouterr().out
 
 
-def test_options_come_from_a_file_too(tmp_path, capsys):
-    pytest.importorskip("yaml")
-    (tmp_path / "c.yaml").write_text(
-        "model: subjects:mlp\ndata: subjects:dataset\nloss: subjects:of_pairs\n"
-        "dim: 8\nmin-dim: 1\ndims: {'0': whole}\nunit-norm: true\nstore: g\nseed: 1\n"
-    )
-    assert project("--config", "c.yaml", "--seed", 5) == 0
-    config = json.loads((tmp_path / "g/project.json").read_text())["config"]
-    assert (config["seed"], config["dim"], config["unit_norm"]) == (5, "8", True)
-    assert config["dims"] == ["0=whole"]
-    capsys.readouterr()
-    for text, told in {
-        "dimm: 8": "unknown option in c.yaml 'dimm'; did you mean 'dim'?",
-        "unit: many": "unit in c.yaml is 'many'",
-        "dim: {a: 1}": "dim in c.yaml is {'a': 1}, and should be one value",
-        "seed: {a: 1}": "seed in c.yaml is {'a': 1}, and should be whole",
-        "batch_size: {a: 1}": "batch_size in c.yaml is {'a': 1}, and should be whole",
-        "unit: [1, 2]": "unit in c.yaml is [1, 2], and should be whole",
-        "store: {a: 1}": "store in c.yaml is {'a': 1}, and should be one value",
-        "unit_norm: 3": "unit_norm in c.yaml is 3, and should be true or false",
-        "storage: int8": "storage in c.yaml is 'int8'; there are float64, float32,",
-        "storage: {a: 1}": "storage in c.yaml is {'a': 1}; there are",
-        "init: null": "init in c.yaml is None, and should be one value",
-        "layers: [a, {b: 1}]": "layers in c.yaml is ['a', {'b': 1}], and should be one value",
-        "- 1": "has no options by name",
-        "a: [": "is no YAML",
-    }.items():
-        (tmp_path / "c.yaml").write_text(text)
-        assert project("--config", "c.yaml") == 2
-        said = capsys.readouterr()
-        assert told in said.err
-        assert said.err.count("\n") == 1
-        assert said.out == ""
-
-
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -9,14 +9,15 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any
 
 import tyro
 
-from ghost_engines.cli.config import config_of, defaults_from
+from ghost_engines.cli.config import config_of, defaults_from, takes_config
+from ghost_engines.cli.folder_options import STORE, Store
 from ghost_engines.cli.options import COMMANDS
+from ghost_engines.cli.own import Configured
 from ghost_engines.cli.tables import one_line, open_streams, stop_printing
 from ghost_engines.versions import version
 
@@ -26,8 +27,11 @@ _OWN = {"ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"}
 
 _ABOUT = (
     "Per-sample gradients for PyTorch. `ghost --version` prints the version. Every command exits "
-    "with 130 if it is interrupted."
+    "with 130 if it is interrupted. Every command with options, a plugin's too, reads them from a "
+    "file of YAML with --config FILE."
 )
+
+_PARSER = (tyro.conf.FlagCreatePairsOff,)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,24 +95,25 @@ def _answered(arguments: list[str]) -> int:
 
 def _told(commands: Mapping[str, type[Any]], arguments: Sequence[str]) -> Any:
     """Return the command that is named, with its options."""
-    config = (tyro.conf.FlagCreatePairsOff,)
     if arguments and (kind := commands.get(arguments[0])) is not None:
         name, *rest = arguments
-        # Parsed alone, so that an error names the help of the command.
-        return tyro.cli(kind, prog=f"ghost {name}", args=rest, config=config, **_file(kind, rest))
+        if kind is Store and rest and rest[0] in STORE:
+            return Store(_parsed(STORE[rest[0]], f"{name} {rest[0]}", rest[1:]))
+        return _parsed(kind, name, rest)
     app = tyro.extras.SubcommandApp()
     for name, kind in commands.items():
         app.command(name=name)(kind)
-    return app.cli(prog="ghost", description=_ABOUT, args=arguments, config=config)
+    return app.cli(prog="ghost", description=_ABOUT, args=arguments, config=_PARSER)
 
 
-def _file(kind: Any, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the defaults of a command of ghost's whose options come from a file too."""
-    path = config_of(arguments)
-    if kind not in COMMANDS.values() or path is None:
-        return {}
-    takes = "config" in (each.name for each in fields(kind))
-    return {"default": defaults_from(path, kind)} if takes else {}
+def _parsed(kind: Any, name: str, arguments: Sequence[str]) -> Any:
+    """Return one command with its options, parsed alone, so that an error names its help."""
+    given: dict[str, Any] = {}
+    path, others = config_of(arguments)
+    if path is not None and takes_config(kind):
+        given["default"] = defaults_from(path, kind)
+        arguments = arguments if issubclass(kind, Configured) else others
+    return tyro.cli(kind, prog=f"ghost {name}", args=arguments, config=_PARSER, **given)
 
 
 def _commands() -> Mapping[str, type[Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from ghost_engines.cli.own import Count, Named, Own
+from ghost_engines.cli.own import Configured, Count, Named, Own
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Plugins(Own):
 
 
 @dataclass(frozen=True)
-class Values(Own):
+class Values(Own, Configured):
     """Add up a score log: the most helpful and the most harmful samples of a training run.
 
     Exits with 0; 1 if --verify finds damage; 2 if there is no log, or a file cannot be written.
@@ -42,7 +42,7 @@ class Values(Own):
 
 
 @dataclass(frozen=True)
-class StoreInfo:
+class StoreInfo(Configured):
     """Describe a store: its rows, what is beside them, and how they were made.
 
     Exits with 0; 2 if there is no store that can be read.
@@ -55,7 +55,7 @@ class StoreInfo:
 
 
 @dataclass(frozen=True)
-class StoreVerify:
+class StoreVerify(Configured):
     """Compare all that a store has on disk with its hashes.
 
     Exits with 0; 1 if it is damaged; 2 if there is no store, or it cannot be read.
@@ -68,7 +68,7 @@ class StoreVerify:
 
 
 @dataclass(frozen=True)
-class StoreMerge:
+class StoreMerge(Configured):
     """Copy the rows of stores of one kind, or of the parts of one, into a store with one writer.
 
     The stores stay as they are. Goes on where it was if it was interrupted.
@@ -90,7 +90,7 @@ class StoreMerge:
 
 
 @dataclass(frozen=True)
-class StoreExport:
+class StoreExport(Configured):
     """Write the rows, ids, losses and columns of a store for other programs.
 
     Exits with 0; 2 if there is something at the place already, or a file cannot be read or written.
@@ -115,3 +115,7 @@ class Store(Own):
         | Annotated[StoreExport, tyro.conf.subcommand("export", prefix_name=False)],
         Named(name=""),
     ]
+
+
+STORE = {"info": StoreInfo, "verify": StoreVerify, "merge": StoreMerge, "export": StoreExport}
+"""What can be done with stores, by name."""

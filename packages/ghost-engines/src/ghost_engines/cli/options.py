@@ -18,7 +18,7 @@ from ghost_engines.cli.reading import DataOptions, Reading
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verify(Configured, DataOptions):
+class Verify(Own, Configured, DataOptions):
     """Compare ghost's per-sample gradients with one autograd call each, on a model of yours.
 
     Exits with 0 if all are exact; 1 if one is wrong, or ghost refuses the model; 2 if it could not
@@ -60,7 +60,7 @@ class Verify(Configured, DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coverage(Configured):
+class Coverage(Own, Configured):
     """List which sampler handles which module of a model; no data are needed.
 
     Exits with 0; 1 if a module has no sampler; 2 if it could not be tried.
@@ -79,7 +79,7 @@ class Coverage(Configured):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(Configured, DataOptions):
+class Score(Own, Configured, DataOptions):
     """Score every sample of a data set against targets: which would help, and which would hurt?
 
     A score is the dot product of the gradient of the sample's own loss with that of the target's
@@ -131,7 +131,7 @@ class Score(Configured, DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Project(Configured, DataOptions):
+class Project(Own, Configured, DataOptions):
     """Project the gradient of every sample's own loss into a store, which can be searched then.
 
     Goes on where a store has some of the samples. Ctrl-C keeps what is computed.
@@ -194,7 +194,7 @@ class Project(Configured, DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query(Configured, Reading):
+class Query(Own, Configured, Reading):
     """Find the samples in a store that a model learns most alike from as from a text.
 
     Projects the gradient of the query's loss as the rows of the store were projected, and compares

@@ -25,8 +25,8 @@ class Own:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Configured(Own):
-    """A command whose options may be in a file.
+class Configured:
+    """What may have its options in a file.
 
     Args:
         config: File of YAML with any of these options, by name; what is given here too goes first.
