@@ -1,6 +1,7 @@
 """The picture of docs/architecture.md: who may import what, how long files are, what they are."""
 
 import ast
+import gc
 import graphlib
 import re
 import runpy
@@ -100,8 +101,22 @@ def parsed() -> dict[str, ast.Module]:
 @pytest.fixture(scope="module", autouse=True)
 def _forget() -> Iterator[None]:
     """Keep half a million objects no longer than needed: every look for garbage meets them."""
+    gc.disable()
     yield
     parsed.cache_clear()
+    gc.enable()
+
+
+def walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield a node and all below it, as `ast.walk` does in three times the time."""
+    left = [tree]
+    while left:
+        yield (node := left.pop())
+        for value in vars(node).values():
+            if isinstance(value, ast.AST):
+                left.append(value)
+            elif type(value) is list:
+                left += [each for each in value if isinstance(each, ast.AST)]
 
 
 def imported(node: ast.AST) -> Iterator[str]:
@@ -122,7 +137,7 @@ def imported(node: ast.AST) -> Iterator[str]:
 
 def imports(tree: ast.AST) -> set[str]:
     """Return what a module imports anywhere: inside functions and for the type checker, too."""
-    return {name for node in ast.walk(tree) for name in imported(node)}
+    return {name for node in walk(tree) for name in imported(node)}
 
 
 def graph(trees: Mapping[str, ast.AST]) -> Graph:
@@ -182,9 +197,9 @@ def late(tree: ast.AST) -> set[str]:
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
     return {
         name
-        for function in ast.walk(tree)
+        for function in walk(tree)
         if isinstance(function, functions)
-        for node in ast.walk(function)
+        for node in walk(function)
         for name in imported(node)
     }
 
@@ -257,7 +272,7 @@ def private(tree: ast.AST, own: set[str]) -> set[str]:
     What is no attribute of torch is told by its name: nothing of ghost's is called so.
     """
     found = set()
-    for node in ast.walk(tree):
+    for node in walk(tree):
         match node:
             case ast.Attribute(value=ast.Name(id="torch"), attr=name):
                 found.add(f"torch.{name}")

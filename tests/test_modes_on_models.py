@@ -59,7 +59,14 @@ def test_every_architecture_with_random_numbers(name, mode):
     compare_mode(FAMILIES[name].case(6, training=True), mode)
 
 
-@pytest.mark.parametrize(("name", "mode"), REFUSED)
+def refused():
+    """Leave to the stress tests what is refused before it matters which mode it is."""
+    for name, mode in REFUSED:
+        again = REFUSED[name, mode] == COUPLED and (name, mode) != ("clip", "concatenated")
+        yield pytest.param(name, mode, marks=pytest.mark.stress if again else ())
+
+
+@pytest.mark.parametrize(("name", "mode"), [*refused()])
 def test_refused_by_name(name, mode):
     with pytest.raises(GhostError, match=REFUSED[name, mode]):
         compare_mode(FAMILIES[name].case(6), mode)

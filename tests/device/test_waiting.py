@@ -69,8 +69,17 @@ def waits(device: torch.device, run: Callable[[], object]) -> Counter[str]:
     return Counter([*names, *(str(each.message) for each in said if "sync" in str(each.message))])
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
-@pytest.mark.parametrize("kind", ENGINES)
+def ways() -> Iterator[Any]:
+    """Yield engines, and whether batches are frozen, which by default is tried with two."""
+    for kind in ENGINES:
+        for frozen in (False, True):
+            again = frozen and kind not in ("dots", "rows")
+            marks = pytest.mark.stress if again else ()
+            name = f"{kind}-{'frozen' if frozen else 'training'}"
+            yield pytest.param(kind, frozen, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "frozen"), [*ways()])
 @pytest.mark.parametrize(
     "name",
     ["gpt2", *(pytest.param(each, marks=pytest.mark.stress) for each in ("llama", "resnet"))],

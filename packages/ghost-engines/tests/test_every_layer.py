@@ -29,12 +29,29 @@ EXACT = {n: example for n, example in (LAYERS | VARIANTS).items() if example.ref
 def marked(name: str) -> object:
     """Leave to the stress tests what engines get in a form that they get from others, too.
 
-    What is replayed, and takes long; what is there in another size; and convolutions along one or
-    three axes, where those along two are there.
+    What is replayed, and takes long; what is there in another size; convolutions along one or
+    three axes, where those along two are there; and what only the layer's own formula sees, which
+    the tests of the layers check for each.
     """
     along_two = re.sub("conv[13]d", "conv2d", name)
     again = EXACT[name].generic or name in VARIANTS or (along_two != name and along_two in EXACT)
-    return pytest.param(name, marks=pytest.mark.stress if again else ())
+    return pytest.param(name, marks=pytest.mark.stress if again or INSIDE.search(name) else ())
+
+
+INSIDE = re.compile(
+    "|".join(
+        [
+            r"^conv\dd, (stride|padding|valid|same|dilation|reflect|replicate|circular|kernel)",
+            r"^conv\dd, (along one axis|channels last, groups|groups, stride|depthwise,)",
+            r"^embedding, (max_norm|int32|keyword|subclass|sparse, padding|not contiguous)",
+            r"^embedding, (two|three) axes of tokens",
+            r"^embedding bag, .*(max_norm|sparse|int32|by position|include_last|as many entries)",
+            r"^rms norm, |[013] spatial axes|norm [13]d",
+            r"^linear, .*axes of tokens|^linear, (input by keyword|subclass|of multi-head|sorted)",
+        ]
+    )
+)
+"""Names of examples that differ in how the layer computes, not in what engines get of it."""
 
 
 @pytest.fixture(params=map(marked, EXACT))

@@ -87,7 +87,7 @@ def doubles(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("uses", [pytest.param(1, marks=pytest.mark.stress), 2])
 def test_conformance(uses: int) -> None:
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
     inputs = [torch.randn(3, tokens, 4) for tokens in (5, 3, 3)]

@@ -36,14 +36,26 @@ REFUSED = {
 
 
 def marked(name: str) -> object:
-    """Leave to the stress tests what is the same in another size or along other axes.
+    """Leave to the stress tests what is the same in another size, or that others stand for.
 
-    That is what the table calls variants, and options of convolutions along one or three axes that
-    those along two have.
+    That is what the table calls variants, and options that another layer with the same code has:
+    convolutions and norms along two axes, an LSTM but for biases and states, an encoder layer.
     """
-    along_two = re.sub("conv[13]d", "conv2d", name)
-    again = name in VARIANTS or (along_two != name and "," in name and along_two in LAYERS)
+    other = name
+    for layers, standing in STANDING_FOR.items():
+        other = re.sub(layers, standing, other)
+    again = name in VARIANTS or (other != name and "," in name and other in LAYERS)
     return pytest.param(name, marks=pytest.mark.stress if again else ())
+
+
+STANDING_FOR = {
+    "conv[13]d": "conv2d",
+    "norm [13]d": "norm 2d",
+    "[013] spatial": "2 spatial",
+    "^(rnn|gru), (?!no bias|given)": "lstm, ",
+    "^decoder layer": "encoder layer",
+}
+"""Layers, and those that stand for them in the default tests."""
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

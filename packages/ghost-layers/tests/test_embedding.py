@@ -16,12 +16,22 @@ def indices(*shape: int, size: int = 7) -> Tensor:
     return torch.randint(size, shape)
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 4), (4, 4), (3, 2, 3), (2, 2, 3, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (5,),
+        (4, 4),
+        *(  # other numbers of tokens; the table of cases has these, too
+            pytest.param(shape, marks=pytest.mark.stress)
+            for shape in [(3, 4), (3, 2, 3), (2, 2, 3, 2)]
+        ),
+    ],
+)
 def test_embedding(shape: tuple[int, ...]) -> None:
     check_sampler(EmbeddingSampler, nn.Embedding(7, 3), indices(*shape))
 
 
-@pytest.mark.parametrize("padding", [0, 2, -1])
+@pytest.mark.parametrize("padding", [0, pytest.param(2, marks=pytest.mark.stress), -1])
 def test_padding_contributes_nothing(padding: int) -> None:
     index = torch.tensor([[0, 2, 6, 6], [1, 1, 2, 3], [6, 0, 2, 5]])
     check_sampler(EmbeddingSampler, nn.Embedding(7, 3, padding_idx=padding), index, uses=2)
@@ -35,15 +45,15 @@ def test_input_by_keyword() -> None:
     check_sampler(EmbeddingSampler, nn.Embedding(7, 3), input=indices(3, 4))
 
 
-@pytest.mark.parametrize("norm_type", [2.0, 1.0])
+@pytest.mark.parametrize("norm_type", [pytest.param(2.0, marks=pytest.mark.stress), 1.0])
 def test_renormalised_table(norm_type: float) -> None:
     module = nn.Embedding(7, 3, max_norm=0.5, norm_type=norm_type)
     check_sampler(EmbeddingSampler, module, indices(3, 4))
 
 
-BAGS: list[dict[str, Any]] = [
-    {"mode": "sum"},
-    {"mode": "mean"},
+BAGS: list[Any] = [
+    pytest.param({"mode": "sum"}, marks=pytest.mark.stress),  # the table of cases has both
+    pytest.param({"mode": "mean"}, marks=pytest.mark.stress),
     {"mode": "sum", "padding_idx": 2},
     {"mode": "mean", "padding_idx": -1},
     {"mode": "mean", "max_norm": 0.5},
@@ -57,7 +67,7 @@ def test_embedding_bag(options: dict[str, Any], uses: int) -> None:
     check_sampler(EmbeddingBagSampler, nn.EmbeddingBag(7, 3, **options), index, uses=uses)
 
 
-@pytest.mark.parametrize("padding", [None, 2])
+@pytest.mark.parametrize("padding", [pytest.param(None, marks=pytest.mark.stress), 2])
 def test_embedding_bag_with_weights(padding: int | None) -> None:
     module = nn.EmbeddingBag(7, 3, mode="sum", padding_idx=padding)
     index, weights = indices(3, 4), torch.randn(3, 4)

@@ -89,12 +89,11 @@ def doubles(*shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "uses"),
     [
-        (nn.RNN, 2),
-        (nn.GRU, 1),
-        (nn.LSTM, 2),
+        (nn.GRU, 1),  # the new gate takes two biases
+        (nn.LSTM, 2),  # two states
         *(
             pytest.param(*each, marks=pytest.mark.stress)
-            for each in [(nn.RNN, 1), (nn.GRU, 2), (nn.LSTM, 1)]
+            for each in [(nn.RNN, 1), (nn.RNN, 2), (nn.GRU, 2), (nn.LSTM, 1)]
         ),
     ],
 )
@@ -103,7 +102,7 @@ def test_conformance(kind: type[nn.RNNBase], uses: int) -> None:
     check_sampler(RecurrentSampler, layer, torch.randn(4, 3, 3), uses=uses)
 
 
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("kind", [pytest.param(nn.RNNCell, marks=pytest.mark.stress), *CELLS[1:]])
 def test_cells(kind: type[nn.RNNCellBase]) -> None:
     states = [torch.randn(4, 2), torch.randn(4, 2)]
     given: Any = tuple(states) if kind is nn.LSTMCell else states[0]
@@ -114,9 +113,9 @@ def test_cells(kind: type[nn.RNNCellBase]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.stress),
         {"num_layers": 2, "bidirectional": True, "batch_first": True},
-        {"num_layers": 3, "dropout": 0.5},
+        pytest.param({"num_layers": 3, "dropout": 0.5}, marks=pytest.mark.stress),
         {"num_layers": 2, "dropout": 0.5, "bidirectional": True, "bias": False},
     ],
 )

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from ghost_core.testing import LayerExample, N, normal
 
 FEW = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],

@@ -16,11 +16,16 @@ from .modules import Behind, check, doubles, losses, registry
 @pytest.mark.parametrize(
     ("module", "shapes"),
     [
-        (nn.ConvTranspose1d(3, 4, 2, stride=2), [(3, 3, 5)]),
         (nn.ConvTranspose2d(4, 6, 3, groups=2, output_padding=1, stride=2), [(3, 4, 3, 2)]),
-        (nn.ConvTranspose3d(2, 3, 2), [(3, 2, 2, 3, 2)]),
         (nn.Bilinear(3, 4, 5), [(4, 3), (4, 4)]),
         (nn.PReLU(3), [(4, 3, 2)]),
+        *(  # along other axes
+            pytest.param(*each, marks=pytest.mark.stress)
+            for each in (
+                (nn.ConvTranspose1d(3, 4, 2, stride=2), [(3, 3, 5)]),
+                (nn.ConvTranspose3d(2, 3, 2), [(3, 2, 2, 3, 2)]),
+            )
+        ),
     ],
 )
 def test_layers_of_torch(module: nn.Module, shapes: list[tuple[int, ...]]) -> None:

@@ -30,7 +30,6 @@ from ghost_core.testing.tiny import TinyTransformer, next_token_losses
 N = 32
 MICRO_BATCHES = 2
 TOKENS = 6
-SHORT_BATCHES = 20
 
 
 def check_engine(
@@ -55,7 +54,7 @@ def check_engine(
       Python afterwards;
     * after leaving, also by an exception in the batch, in the forward or in the backward pass:
       hooks, attributes and `requires_grad` are as found, and no captured tensor lives;
-    * forty short batches leave no more tensors behind than twenty;
+    * twice `steps` short batches leave no more tensors behind than `steps`;
     * the result has one row per sample;
     * two engines at once change nothing either, where one alone leaves training bit-identical;
     * `frozen()` makes no weight gradient and restores `requires_grad`;
@@ -94,7 +93,7 @@ def check_engine(
         result_holds_capture: Whether the engine's result consists of what was captured, as that of
             `GradientHolder` does: then memory is looked at after the engine is gone.
         concatenated: Whether the engine takes training and validation samples in one batch.
-        steps: Optimizer steps.
+        steps: Optimizer steps; and half of the short batches.
 
     Raises:
         AssertionError: Naming what changed, and when; or the number that is wrong.
@@ -123,7 +122,7 @@ def check_engine(
             for batch in both.batches:
                 _check_covers(batch, covers)
     _check_leaving(make_engine, result_holds_capture, feed)
-    _check_many_batches(make_engine, feed)
+    _check_many_batches(make_engine, steps, feed)
     _check_frozen(make_engine, covers, feed)
 
 
@@ -272,19 +271,19 @@ def _check_usable(make_engine: EngineFactory, model: TinyTransformer, feed: Feed
             _step(model, [engine], False, step, feed)
 
 
-def _check_many_batches(make_engine: EngineFactory, feed: Feed) -> None:
+def _check_many_batches(make_engine: EngineFactory, steps: int, feed: Feed) -> None:
     model = _model()
     engine, tokens, counts = make_engine(model), _tokens(2, seed=0), []
     losses_of, ids = _losses_of(model), torch.arange(2)
     with engine:
         for _ in range(2):
-            for _ in range(SHORT_BATCHES):
+            for _ in range(steps):
                 feed.run([engine], [tokens], ids, losses_of, 1.0)
             counts.append(live_tensors())
     if counts[1] > counts[0]:
         raise AssertionError(
-            f"{2 * SHORT_BATCHES} batches left {counts[1]} tensors behind, {SHORT_BATCHES} left "
-            f"{counts[0]}: memory grows"
+            f"{2 * steps} batches left {counts[1]} tensors behind, {steps} left {counts[0]}: "
+            "memory grows"
         )
 
 
