@@ -15,7 +15,7 @@ from store_kit import DTYPES, FakeEngine, assert_holds, batch, files, fill, make
 from ghost_engines import ProjectionEngine
 from ghost_engines.store import GradientStore, StoredRows, StoreError
 from ghost_engines.store.listing import shard_path
-from ghost_engines.store.tensor_layout import header_length
+from ghost_engines.store.tensor_header import header_length
 
 # What it holds
 

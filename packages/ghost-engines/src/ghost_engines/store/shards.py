@@ -25,7 +25,7 @@ from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.parts import Part
 from ghost_engines.store.rows import StoredRows
 from ghost_engines.store.tensor_files import TensorFile, header, write_tensors
-from ghost_engines.store.tensor_layout import SAFETENSORS_NAMES
+from ghost_engines.store.tensor_header import SAFETENSORS_NAMES
 
 _LOSS_DTYPES = {SAFETENSORS_NAMES[dtype]: dtype for dtype in STORAGE_DTYPES.values()}
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from ghost_engines.files import make_root
 from ghost_engines.store.beside import Column, check_new
+from ghost_engines.store.committed import COMMITTED, check_committed, read_committed
 from ghost_engines.store.data_files import DataFile
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.held_rows import HeldRows
@@ -28,7 +29,6 @@ from ghost_engines.store.parts import (
     register,
     registered,
 )
-from ghost_engines.store.record import RECORD, check_record, read_record
 from ghost_engines.store.shards import Shard, find_shards
 from ghost_engines.store.writer import StoreWriter
 
@@ -215,7 +215,7 @@ class GradientStore(StoreWriter):
             else:
                 _check_empty(root)
                 manifest.write(root)
-            if has_shards(root) or (root / RECORD).exists():
+            if has_shards(root) or (root / COMMITTED).exists():
                 raise StoreError(
                     f"the store at {root} was written by one writer, and has no parts",
                     reason="rows of several writers are kept apart",
@@ -318,10 +318,10 @@ def _make(root: Path) -> None:
 
 def _check_empty(root: Path) -> None:
     """Raise if a folder without a manifest has rows, and remove what killed writers left."""
-    if has_shards(root) or (root / RECORD).exists():
+    if has_shards(root) or (root / COMMITTED).exists():
         raise DamagedStoreError(
             f"{root / MANIFEST} is missing, but there are shards: restore it, or remove them and "
-            f"{root / RECORD}"
+            f"{root / COMMITTED}"
         )
     if has_parts(root):
         raise DamagedStoreError(
@@ -344,7 +344,7 @@ def _check_same(root: Path, manifest: Manifest, now: Manifest) -> None:
 def _read(part: Part, manifest: Manifest) -> tuple[int, list[Shard]]:
     """Return how many rows a part must have, and its shards, of which it has as many."""
     # A writer may add to the part meanwhile, so what must be there is read first.
-    recorded = read_record(part.root, manifest)
+    recorded = read_committed(part.root, manifest)
     shards = find_shards(part, manifest)
-    check_record(part.root, recorded, sum(shard.n for shard in shards))
+    check_committed(part.root, recorded, sum(shard.n for shard in shards))
     return recorded, shards

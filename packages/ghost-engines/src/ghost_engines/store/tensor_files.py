@@ -13,7 +13,7 @@ from torch import Tensor
 from ghost_engines.files import open_regular, write_atomically
 from ghost_engines.store.errors import DamagedStoreError, StoreError
 from ghost_engines.store.hashes import HASHES, bytes_of, hash_of, hash_of_pieces
-from ghost_engines.store.tensor_layout import (
+from ghost_engines.store.tensor_header import (
     LENGTH_BYTES,
     Place,
     decode,

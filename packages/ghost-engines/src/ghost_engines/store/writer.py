@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ghost_engines.files import closed_after
 from ghost_engines.store.beside import ColumnValues
+from ghost_engines.store.committed import write_committed
 from ghost_engines.store.errors import StoreError
 from ghost_engines.store.labels import Names
 from ghost_engines.store.lock import WriterLock
@@ -20,7 +21,6 @@ from ghost_engines.store.manifest import Manifest
 from ghost_engines.store.origin import check_origin, check_verified
 from ghost_engines.store.parts import Part
 from ghost_engines.store.reader import StoreReader
-from ghost_engines.store.record import write_record
 from ghost_engines.store.rows import RowBatch, check_finite, checked, with_tables
 from ghost_engines.store.seen import SeenIds, twice
 from ghost_engines.store.shards import Shard, check_contents, rows_of, write_shard
@@ -220,7 +220,7 @@ class StoreWriter(StoreReader):
     def _record(self) -> None:
         """Record how many rows are on disk, if that has changed."""
         if self._recorded != self.committed:
-            write_record(self._part.root, self.manifest, self.committed)
+            write_committed(self._part.root, self.manifest, self.committed)
             self._recorded = self.committed
 
     def _check_writable(self) -> None:

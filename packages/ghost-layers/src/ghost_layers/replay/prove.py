@@ -55,7 +55,7 @@ class Search:
             WrongSplitError: If there is none.
         """
         plan = self._as_it_was()
-        for other in self._candidates(plan) if plan.count > 1 else ():
+        for other in self._ways(plan) if plan.count > 1 else ():
             if self._holds(other) and self._gives_the_gradients_of(plan, other):
                 if self._shares_gradients(plan, other):
                     check_unmixed(self.trial, plan, self._expected)
@@ -111,7 +111,7 @@ class Search:
             )
         return plan
 
-    def _candidates(self, plan: Plan) -> Iterator[Plan]:
+    def _ways(self, plan: Plan) -> Iterator[Plan]:
         if plan.rewritten is not None:
             yield replace(plan, way=Way.REWRITTEN)
         for rows in self._sharings(plan.input_rows):

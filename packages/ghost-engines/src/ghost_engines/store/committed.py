@@ -13,18 +13,18 @@ from ghost_engines.files import read_regular, write_json
 from ghost_engines.store.errors import DamagedStoreError
 from ghost_engines.store.manifest import Manifest
 
-RECORD = "committed.json"
+COMMITTED = "committed.json"
 _LONGEST = 4096
 
 
-def read_record(root: Path, manifest: Manifest) -> int:
+def read_committed(root: Path, manifest: Manifest) -> int:
     """Return how many rows a store must have at least; 0 if nothing is recorded.
 
     Raises:
         DamagedStoreError: If the record was altered, or is that of another store.
         OSError: If it cannot be read.
     """
-    path = root / RECORD
+    path = root / COMMITTED
     try:
         content = json.loads(read_regular(path, _LONGEST))
     except FileNotFoundError:
@@ -39,17 +39,17 @@ def read_record(root: Path, manifest: Manifest) -> int:
     raise DamagedStoreError(f"{path} is no record of a store's rows: {content!r}")
 
 
-def write_record(root: Path, manifest: Manifest, rows: int) -> None:
+def write_committed(root: Path, manifest: Manifest, rows: int) -> None:
     """Record that a number of rows is on disk.
 
     Raises:
         OSError: If that fails; the record from before still is there.
     """
     content = {"fingerprint": manifest.fingerprint, "rows": rows}
-    write_json(root / RECORD, content, root, indent=None)
+    write_json(root / COMMITTED, content, root, indent=None)
 
 
-def check_record(root: Path, recorded: int, rows: int) -> None:
+def check_committed(root: Path, recorded: int, rows: int) -> None:
     """Raise if a store has fewer rows than were committed.
 
     Raises:
@@ -59,5 +59,6 @@ def check_record(root: Path, recorded: int, rows: int) -> None:
         raise DamagedStoreError(
             f"{root} holds {rows} rows, but {recorded} were committed",
             reason="the last shards are missing, or were replaced by older versions",
-            remedy=f"put them back, as from a copy; to go on without them, remove {root / RECORD}",
+            remedy="put them back, as from a copy; to go on without them, remove "
+            f"{root / COMMITTED}",
         )
