@@ -178,3 +178,22 @@ def test_verify_looks_at_answers_alone(talking, tmp_path):
     labels = [[number if learnt else -100 for number, learnt in each] for each in ANSWERS]
     assert batch["labels"].tolist() == [each + [-100] * (5 - len(each)) for each in labels]
     assert batch["attention_mask"].sum(1).tolist() == [4, 5, 4]
+
+
+def test_a_field_of_texts_is_for_data_that_have_fields(talking, model, tmp_path, capsys):
+    data = lines(tmp_path / "a", "texts")
+    (tmp_path / "b.txt").write_text("\n".join(TEXTS) + "\n")
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef ids():\n    return torch.tensor([[2, 4, 6], [3, 5, 7]])\n"
+    )
+    targets = ("--targets", f"a={data}", "b=b.txt", "c=mine:ids")
+    given = (talking, "--data", data, *targets, "--dtype", "float64")
+    assert score(*given, "--text", "body", "--out", "s.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    exact = gradients(model, PLAIN)
+    mine = gradients(model, [tokens("the cat sat"), tokens("a dog ran")]).mean(0)
+    for name, expected in (("a", exact.mean(0)), ("b", exact.mean(0)), ("c", mine)):
+        assert [row[f"score_{name}"] for row in rows] == pytest.approx((exact @ expected).tolist())
+    capsys.readouterr()
+    assert score(talking, "--data", "b.txt", "--targets", "b=b.txt", "--text", "body") == 2
+    assert "--data: text 1 of b.txt has no field 'body'" in capsys.readouterr().err

@@ -81,6 +81,13 @@ class CorpusOptions(DataOptions):
             TextForm(self.text or "text") if self.messages is None else MessagesForm(self.messages)
         )
 
+    @property
+    def has_fields(self) -> bool:
+        """Whether the data have records with fields, so that a text is under one of them."""
+        path = Path(self.data)
+        named_so = path.suffix in SUFFIXES and path.suffix != ".txt"
+        return named_so or self.domains is not None or (path.is_dir() and not named(path))
+
     def refuse_texts(self, what: str) -> None:
         """Refuse options that are for texts.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from ghost_core import UnsupportedLayerError, WrongSplitError
 from ghost_engines.cli.batches import load_data
@@ -50,19 +50,19 @@ def run(options: Score) -> int:
 
 def _scored(options: Score, targets: dict[str, str], subject: Subject) -> ScoreTable:
     """Load the data and score them."""
-
-    def load(data: str, option: str) -> Any:
-        how = CorpusOptions.of(options, data, options.model, option, options.text)
-        return load_data(how, subject.model, batch_size=options.batch_size)
-
-    train = load(options.data, "--data")
-    loaded = {name: load(data, f"--targets {name}") for name, data in targets.items()}
+    given = {"--data": options.data} | {f"--targets {name}": targets[name] for name in targets}
+    how = _read_as(options, given)
+    loaded = {
+        option: load_data(each, subject.model, batch_size=options.batch_size)
+        for option, each in how.items()
+    }
+    train = loaded.pop("--data")
     with in_one_line("scoring"):
         return score_dataset(
             subject.model,
             subject.losses,
             train,
-            loaded,
+            dict(zip(targets, loaded.values(), strict=True)),
             norms=not options.no_norms,
             engine=options.engine,
             ids=options.ids,
@@ -70,6 +70,23 @@ def _scored(options: Score, targets: dict[str, str], subject: Subject) -> ScoreT
             layers=options.layers,
             exclude=options.exclude,
         )
+
+
+def _read_as(options: Score, given: dict[str, str]) -> dict[str, CorpusOptions]:
+    """Return how each of several data is read, by its option.
+
+    The field of the text is that of data with fields; others among them have none, and need none.
+    """
+    how = {
+        option: CorpusOptions.of(options, data, options.model, option, options.text)
+        for option, data in given.items()
+    }
+    if any(each.has_fields for each in how.values()):
+        how = {
+            option: each if each.has_fields else replace(each, text=None)
+            for option, each in how.items()
+        }
+    return how
 
 
 def _named(texts: Sequence[str]) -> dict[str, str]:
