@@ -335,3 +335,29 @@ def test_the_rules_see_what_breaks_them():
         "ghost_core.split",
         "ghost_core.batch",
     ]
+
+
+def nouns() -> set[str]:
+    """Return the words of the glossary, as classes are named."""
+    page = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    words = re.findall(r"^\| ([a-z ,]+) \|", page, re.M)
+    return {each.title().replace(" ", "") for word in words for each in word.split(", ")} - {"Word"}
+
+
+def test_a_word_of_the_glossary_names_one_class_at_most():
+    found: dict[str, list[str]] = {word: [] for word in nouns()}
+    for name, tree in parsed().items():
+        if not name.startswith("ghost_examples"):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef) and node.name in found:
+                    found[node.name].append(name)
+    assert sum(map(bool, found.values())) >= 20
+    assert {word: names for word, names in found.items() if len(names) > 1} == {}
+
+
+def test_classes_in_the_glossary_are_there():
+    page = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([A-Z]\w+)`", page))
+    nodes = [node for tree in parsed().values() for node in ast.walk(tree)]
+    assert len(named) >= 10
+    assert named <= {node.name for node in nodes if isinstance(node, ast.ClassDef)}

@@ -9,7 +9,7 @@ from torch import nn
 
 from ghost_core import Dense, InputFactor, Outer, UnbalancedError
 from ghost_engines import DotProductEngine, ProjectionEngine
-from ghost_engines.directions import Source
+from ghost_engines.directions import ClosureSource
 from ghost_layers import convolution
 
 OFF = "entries are off"
@@ -193,7 +193,7 @@ def test_rows_with_rounded_gradients(dtype, llama, assert_rows):
 
 def test_direction_of_sums_multiplied(llama, monkeypatch, assert_dots):
     """A direction of several samples as ΣA·ΣB, in place of ΣAB."""
-    exact = Source.tensors
+    exact = ClosureSource.tensors
 
     def multiplied(source):
         found, model = exact(source), source.model
@@ -215,7 +215,7 @@ def test_direction_of_sums_multiplied(llama, monkeypatch, assert_dots):
             found[f"{path}.weight"] = torch.outer(grads[path], inputs[path])
         return found
 
-    monkeypatch.setattr(Source, "tensors", multiplied)
+    monkeypatch.setattr(ClosureSource, "tensors", multiplied)
     with pytest.raises(AssertionError, match=rf"(lm_head|_proj)\.weight.*{OFF}"):
         assert_dots(llama)
 

@@ -3,7 +3,7 @@
 from ghost_engines.corpus.domains import TokenCorpus
 from ghost_engines.corpus.errors import CorpusError
 from ghost_engines.corpus.examples import Blocks, Examples
-from ghost_engines.corpus.forms import Form, MessagesForm, PromptForm, TextForm, Tokens
+from ghost_engines.corpus.forms import Form, MessagesForm, PromptForm, TextForm, TextTokens
 from ghost_engines.corpus.memmap import TokenMemmap
 from ghost_engines.corpus.mixture import Mixture
 from ghost_engines.corpus.records import SUFFIXES, TEXT, NoRecordError, Records, open_records
@@ -30,11 +30,11 @@ __all__ = [
     "PromptForm",
     "Records",
     "TextForm",
+    "TextTokens",
     "TokenCorpus",
     "TokenFormat",
     "TokenMemmap",
     "TokenWriter",
-    "Tokens",
     "domain_number",
     "named",
     "open_records",

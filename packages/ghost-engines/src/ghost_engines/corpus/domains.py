@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 
 from ghost_core import UnknownNameError
 from ghost_engines.corpus.errors import CorpusError, position
-from ghost_engines.corpus.memmap import Block, TokenMemmap
+from ghost_engines.corpus.memmap import TokenBlock, TokenMemmap
 from ghost_engines.corpus.sidecar import missing, named, token_path
 
 
-class TokenCorpus(Dataset[Block]):
+class TokenCorpus(Dataset[TokenBlock]):
     """The blocks of several domains, one after another.
 
     Positions depend on which domains are read; ids do not: see `TokenMemmap`.
@@ -84,7 +84,7 @@ class TokenCorpus(Dataset[Block]):
         parts = ", ".join(f"{name} {len(each)}" for name, each in self.domains.items())
         return f"<TokenCorpus: {len(self)} blocks of {self.length} tokens: {parts}>"
 
-    def __getitem__(self, index: int) -> Block:
+    def __getitem__(self, index: int) -> TokenBlock:
         """Return a block.
 
         Raises:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ghost_core.arguments import whole
 from ghost_engines.corpus.errors import CorpusError, position
-from ghost_engines.corpus.forms import Form, Tokens
+from ghost_engines.corpus.forms import Form, TextTokens
 from ghost_engines.corpus.records import Records
 from ghost_engines.dataset import IGNORED
 
@@ -79,7 +79,7 @@ class Examples(Dataset[Example]):
         most = self._truncate
         return 0 if most is None else sum(len(self._tokens(row)) > most for row in rows)
 
-    def _tokens(self, index: int) -> Tokens:
+    def _tokens(self, index: int) -> TextTokens:
         """Return all tokens of a record."""
         what = self.records.called(index)
         return self.form.tokens(self.records[index], self._tokenizer, what)
@@ -138,7 +138,9 @@ class Blocks(Dataset[Example]):
         """
         at = position(index, len(self), f"there are {len(self)} blocks")
         part = slice(at * self._block, (at + 1) * self._block)
-        return _example(Tokens(self._ids[part].tolist(), self._learnt[part].tolist()), self._form)
+        return _example(
+            TextTokens(self._ids[part].tolist(), self._learnt[part].tolist()), self._form
+        )
 
     def text(self, index: int) -> str:
         """Return a block as a text for people."""
@@ -154,7 +156,7 @@ def _check(records: Records) -> None:
         raise CorpusError(f"{records.path} has no text")
 
 
-def _example(tokens: Tokens, form: Form) -> Example:
+def _example(tokens: TextTokens, form: Form) -> Example:
     """Return a sample: of a form all have labels or none, since a batch has what all of it have."""
     ids = torch.tensor(tokens.ids, dtype=torch.int64)
     if form.whole:

@@ -12,7 +12,7 @@ from ghost_engines.corpus.errors import CorpusError
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TextTokens:
     """Tokens of a record.
 
     Attributes:
@@ -29,7 +29,7 @@ class Tokens:
 
     def taken(
         self, what: str, *, truncate: int | None, positions: int | None, instead: str = ""
-    ) -> Tokens:
+    ) -> TextTokens:
         """Return those that a model gets: all, unless it was said that they may be cut.
 
         Args:
@@ -41,7 +41,7 @@ class Tokens:
         Raises:
             CorpusError: If there are more than the model takes, or none to predict.
         """
-        found = Tokens(self.ids[:truncate], self.learnt[:truncate])
+        found = TextTokens(self.ids[:truncate], self.learnt[:truncate])
         if positions is not None and len(found) > positions:
             raise CorpusError(
                 f"{what} has {len(found)} tokens, and the model takes {positions}",
@@ -69,7 +69,7 @@ class Form(ABC):
     whole: ClassVar[bool] = False
 
     @abstractmethod
-    def tokens(self, record: Mapping[str, Any], tokenizer: Any, what: str) -> Tokens:
+    def tokens(self, record: Mapping[str, Any], tokenizer: Any, what: str) -> TextTokens:
         """Return the tokens of a record.
 
         Args:
@@ -102,10 +102,10 @@ class TextForm(Form):
 
     field: str = "text"
 
-    def tokens(self, record: Mapping[str, Any], tokenizer: Any, what: str) -> Tokens:
+    def tokens(self, record: Mapping[str, Any], tokenizer: Any, what: str) -> TextTokens:
         """Return the text's tokens, with those that the tokenizer adds."""
         ids = list(tokenizer(self.shown(record, what))["input_ids"])
-        return Tokens(ids, [True] * len(ids))
+        return TextTokens(ids, [True] * len(ids))
 
     def shown(self, record: Mapping[str, Any], what: str) -> str:
         """Return the text."""
@@ -124,14 +124,14 @@ class PromptForm(Form):
     prompt: str = "prompt"
     completion: str = "completion"
 
-    def tokens(self, record: Mapping[str, Any], tokenizer: Any, what: str) -> Tokens:
+    def tokens(self, record: Mapping[str, Any], tokenizer: Any, what: str) -> TextTokens:
         """Return the tokens of both, which are not joined across the border."""
         before = list(tokenizer(_text(record, self.prompt, what))["input_ids"])
         answer = tokenizer(_text(record, self.completion, what), add_special_tokens=False)
         after = list(answer["input_ids"])
         if tokenizer.eos_token_id is not None:
             after.append(tokenizer.eos_token_id)
-        return Tokens(before + after, [False] * len(before) + [True] * len(after))
+        return TextTokens(before + after, [False] * len(before) + [True] * len(after))
 
     def shown(self, record: Mapping[str, Any], what: str) -> str:
         """Return both, the completion on a line of its own unless there is space between them."""
@@ -150,7 +150,7 @@ class MessagesForm(Form):
 
     field: str = "messages"
 
-    def tokens(self, record: Mapping[str, Any], tokenizer: Any, what: str) -> Tokens:
+    def tokens(self, record: Mapping[str, Any], tokenizer: Any, what: str) -> TextTokens:
         """Return the tokens of the whole conversation.
 
         Raises:
@@ -180,7 +180,7 @@ class MessagesForm(Form):
                     "completions",
                 )
             learnt[len(before) : len(after)] = [True] * (len(after) - len(before))
-        return Tokens(ids, learnt)
+        return TextTokens(ids, learnt)
 
     def shown(self, record: Mapping[str, Any], what: str) -> str:
         """Return what was said, a line for each message."""

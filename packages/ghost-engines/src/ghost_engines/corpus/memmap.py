@@ -17,7 +17,7 @@ from ghost_engines.corpus.sidecar import DTYPES, TokenFormat, missing
 _PART = 1 << 24
 
 
-class Block(TypedDict):
+class TokenBlock(TypedDict):
     """A sample: a block of tokens with its id.
 
     Attributes:
@@ -29,7 +29,7 @@ class Block(TypedDict):
     sample_id: int
 
 
-class TokenMemmap(Dataset[Block]):
+class TokenMemmap(Dataset[TokenBlock]):
     """The blocks of T tokens of a file, read when they are asked for.
 
     The file is mapped, not loaded. Workers of a `DataLoader` map it anew: what is pickled is the
@@ -63,7 +63,7 @@ class TokenMemmap(Dataset[Block]):
         """Say what it holds."""
         return f"<TokenMemmap {self.path}: {len(self)} blocks of {self.format.length} tokens>"
 
-    def __getitem__(self, index: int) -> Block:
+    def __getitem__(self, index: int) -> TokenBlock:
         """Return a block.
 
         Raises:

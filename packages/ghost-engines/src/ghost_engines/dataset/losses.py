@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ghost_core import CaptureError, TrackedParameter
 from ghost_core.compare import check_losses
 from ghost_engines.dataset.batches import Batches
-from ghost_engines.directions import Source
+from ghost_engines.directions import ClosureSource
 
 PerSampleLoss = Callable[[Any, Any], Tensor]
 """Runs the model, its first argument, on a batch, its second, and returns a loss for each sample,
@@ -80,7 +80,7 @@ def target_gradient(
             sizes.append(len(losses))
             return losses.sum()
 
-        found = Source(name, summed, model, parameters).tensors()
+        found = ClosureSource(name, summed, model, parameters).tensors()
         dtypes = {key: value.dtype for key, value in found.items()}
         for key, value in found.items():
             sums[key] = sums[key].add_(value) if key in sums else value.double()

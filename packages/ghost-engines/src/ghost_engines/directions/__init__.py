@@ -1,6 +1,6 @@
 """Directions: what per-sample gradients are multiplied with."""
 
-from ghost_engines.directions.closures import Closure, Source
+from ghost_engines.directions.closures import Closure, ClosureSource
 from ghost_engines.directions.collection import Directions
 from ghost_engines.directions.factored import (
     FactoredDirection,
@@ -20,11 +20,11 @@ from ghost_engines.directions.transforms import (
 
 __all__ = [
     "Closure",
+    "ClosureSource",
     "Directions",
     "FactoredDirection",
     "Factors",
     "Gradient",
-    "Source",
     "Transform",
     "Uses",
     "adam_aware",

@@ -47,7 +47,7 @@ def check_closure(name: str, closure: Closure) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
+class ClosureSource:
     """A closure, and how it is called: without touching the training around it.
 
     Random number generators, buffers, modes and `.grad` are as before afterwards. Where several

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ghost_core import CaptureError, TrackedParameter
 from ghost_core.arguments import whole
 from ghost_core.ranks import ALONE, Ranks
-from ghost_engines.directions.closures import Closure, Source, check_closure
+from ghost_engines.directions.closures import Closure, ClosureSource, check_closure
 from ghost_engines.directions.factored import FactoredDirection, Factors, Uses, sum_of
 from ghost_engines.directions.given import finite, given, widened
 from ghost_engines.directions.transforms import Gradient, Transform
@@ -36,7 +36,7 @@ class Direction:
     """
 
     name: str
-    source: Source | None
+    source: ClosureSource | None
     fixed: Gradient
     transform: Transform | None
     refresh: int | None
@@ -187,7 +187,7 @@ def direction_of(
         check_closure(name, closure)
         if factored is not None:
             factored = _kept(name, factored, every, transform, ranks, factors)
-        source = Source(name, closure, model, parameters, training, ranks)
+        source = ClosureSource(name, closure, model, parameters, training, ranks)
         fixed = Gradient({}, source, leaves)
         return Direction(name, source, fixed, transform, every or 1, ranks, factored=factored)
     raise CaptureError(

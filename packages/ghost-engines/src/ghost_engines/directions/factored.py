@@ -22,7 +22,7 @@ from ghost_core.algebra import Lookups, Tokens, gram_of_uses
 from ghost_core.arguments import whole
 from ghost_core.capture import Listener, Recorder
 from ghost_core.tracking import Tracking
-from ghost_engines.directions.closures import Closure, Source
+from ghost_engines.directions.closures import Closure, ClosureSource
 
 WAYS = ("cheaper", "factors", "built")
 
@@ -88,7 +88,7 @@ class Factors(Listener):
     balanced = False
 
     def __init__(
-        self, tracking: Tracking, verifies: bool, source: Source, given: FactoredDirection
+        self, tracking: Tracking, verifies: bool, source: ClosureSource, given: FactoredDirection
     ) -> None:
         self.tracking, self.verifies = tracking, verifies
         self._source, self._given = source, given

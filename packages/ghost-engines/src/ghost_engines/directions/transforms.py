@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ghost_core import CaptureError
 from ghost_core._distributed import whole
 from ghost_core._torch import tells_of_steps
-from ghost_engines.directions.closures import Source
+from ghost_engines.directions.closures import ClosureSource
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Gradient(dict[str, Tensor]):
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        source: Source | None,
+        source: ClosureSource | None,
         leaves: Mapping[str, nn.Parameter],
     ) -> None:
         super().__init__(tensors)
