@@ -44,3 +44,26 @@ def test_what_becomes_of_the_memory_of_ids_does_not_matter():
 def test_ids_that_stand_more_than_once(ids):
     found = twice(torch.tensor(ids, dtype=torch.int64)).tolist()
     assert set(found) == {each for each in ids if ids.count(each) > 1}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_only_ids_greater_than_all_before_extend_it(seed):
+    draw = random.Random(seed)
+    seen, expected, extended = SeenIds(torch.tensor([4, -7])), {4, -7}, 0
+    for at in range(400):
+        start = max(expected) + draw.randint(0, 9) if at % 40 else draw.randint(-99, 99)
+        ids = sorted(draw.randint(start, start + 9) for _ in range(draw.randint(0, 4)))
+        ids = torch.tensor(ids[:: draw.choice([1, 1, 1, -1])], dtype=torch.int64)
+        in_order = len(set(ids.tolist())) == len(ids) > 0 and ids.tolist() == sorted(ids.tolist())
+        assert seen.extend(ids) == (in_order and ids[0].item() > max(expected))
+        if not (in_order and ids[0].item() > max(expected)):
+            continue
+        expected.update(ids.tolist())
+        ids += 1000
+        extended += 1
+        assert len(seen) == len(expected)
+        if at % 90 == 0:
+            asked = torch.arange(-100, max(expected) + 9)
+            assert seen.known(asked).tolist() == sorted(expected)
+    assert extended > 100
+    assert seen.known(torch.arange(-100, max(expected) + 9)).tolist() == sorted(expected)

@@ -174,6 +174,8 @@ class StoreWriter(StoreReader):
             return
         if self._seen is None or len(self._seen) != len(self):  # as after an interrupt
             self._seen = SeenIds(self.ids)
+        if self._seen.extend(ids):
+            return
         for found, how in ((self._seen.known(ids), "stored already"), (twice(ids), "in it twice")):
             if not len(found):
                 continue
