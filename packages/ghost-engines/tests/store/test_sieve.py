@@ -14,7 +14,7 @@ Q = 30
 @pytest.fixture
 def forced(monkeypatch):
     """Use the sieve whatever the CPU does well; return how many rows were scored all the same."""
-    monkeypatch.setattr(Sieve, "pays", staticmethod(lambda *_: True))
+    monkeypatch.setattr(Sieve, "pays", staticmethod(lambda *_, **known: True))
     scored, plain = [], Scorer.__call__
 
     def counted(self, rows):
@@ -26,7 +26,7 @@ def forced(monkeypatch):
 
 
 def without(monkeypatch):
-    monkeypatch.setattr(Sieve, "pays", staticmethod(lambda *_: False))
+    monkeypatch.setattr(Sieve, "pays", staticmethod(lambda *_, **known: False))
 
 
 # The bound
@@ -177,7 +177,8 @@ def test_it_is_left_alone_where_it_does_not_pay(monkeypatch):
         assert Sieve.pays(torch.float16, queries, 4096)
         assert not Sieve.pays(torch.float64, queries, 4096)
         assert not Sieve.pays(torch.float16, queries.double(), 4096)
-        assert not Sieve.pays(torch.float16, queries[:2], 4096)
+        assert not Sieve.pays(torch.float16, queries[:9], 4096)
+        assert Sieve.pays(torch.float16, queries[:9], 4096, known=True)
         assert not Sieve.pays(torch.float16, queries, 10)
         assert not Sieve.pays(torch.float16, queries[:, :3], 4096)
         torch.backends.mkldnn.enabled = False

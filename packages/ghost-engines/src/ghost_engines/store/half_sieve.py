@@ -1,4 +1,4 @@
-"""Which rows may be among the best for one query: products with rows as they are stored."""
+"""Which rows may be among the best for a few queries: products with rows as they are stored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ghost_engines.store.powers import times
 
-_MOST_QUERIES = 2
+_MOST_QUERIES = 3
 """Up to how many products with stored rows take less time than widening them."""
 
 _FEWEST_ROWS = 256
@@ -37,7 +37,7 @@ _LARGEST = {torch.float16: 15, torch.bfloat16: 60}
 
 
 class HalfSieve:
-    """Tells which rows of a block may score more than what was found so far, for a query or two.
+    """Tells which rows of a block may score more than what was found so far, for few queries.
 
     Products are taken of rows as they are stored, in float16 or bfloat16, which is done when these
     were read once; to score them, they are widened first. They decide nothing but which rows

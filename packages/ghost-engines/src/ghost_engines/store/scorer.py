@@ -159,16 +159,14 @@ class Scorer:
     ) -> Sieve | HalfSieve | None:
         """Return what tells which rows may be among the best, where that is worth its time."""
         asked, columns, cosine = self._asked, self.columns, self._cosine
-        if Sieve.pays(self._store_dtype, asked, block):
+        whole = held is not None and count(columns) == held.rows.rows.shape[1]
+        if Sieve.pays(self._store_dtype, asked, block, known=whole):
             return Sieve(asked, columns, block, cosine=cosine, smallest=smallest)
         if held is None or not isinstance(columns, slice):
             return None
-        known = not cosine or count(columns) == held.rows.rows.shape[1]
-        if (
-            not known
-            or not held.longest < inf
-            or not HalfSieve.pays(self._store_dtype, asked, block)
-        ):
+        # Of some columns alone, rows are as long as whole ones at most, and maybe shorter.
+        known = held.longest < inf and (whole or not cosine)
+        if not known or not HalfSieve.pays(self._store_dtype, asked, block):
             return None
         dtype, longest = self._store_dtype, held.longest
         return HalfSieve(asked, columns, dtype, longest, cosine=cosine, smallest=smallest)

@@ -14,8 +14,8 @@ from ghost_engines.store.columns import Columns
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of rows that bfloat16 has the range of."""
 
-_FEWEST_QUERIES, _FEWEST_ROWS = 24, 256
-"""From where on products in bfloat16 cost less than they save."""
+_FEWEST_QUERIES, _FEWEST_IF_KNOWN, _FEWEST_ROWS = 24, 8, 256
+"""From where on products in bfloat16 cost less than they save; where lengths are known, sooner."""
 
 _COLUMNS = range(16, 2**20)
 """Of how many columns they do, and what they are off is known."""
@@ -103,16 +103,21 @@ class Sieve:
         self.raise_to(torch.full((len(exact), 1), -torch.inf, device="cpu"))
 
     @staticmethod
-    def pays(rows: torch.dtype, queries: Tensor, block: int) -> bool:
+    def pays(rows: torch.dtype, queries: Tensor, block: int, *, known: bool = False) -> bool:
         """Return whether a sieve takes less time than it saves.
 
         Args:
             rows: Dtype of the rows.
             queries: `[Q, c]`.
             block: How many rows there are in a block.
+            known: Whether it will be told what rows are long.
         """
         q, c = queries.shape
-        enough = q >= _FEWEST_QUERIES and c in _COLUMNS and block >= _FEWEST_ROWS
+        enough = (
+            q >= (_FEWEST_IF_KNOWN if known else _FEWEST_QUERIES)
+            and c in _COLUMNS
+            and block >= _FEWEST_ROWS
+        )
         at_hand = queries.device.type == "cpu" and rows in _DTYPES
         at_hand = at_hand and queries.dtype is torch.float32
         return enough and at_hand and bool(torch.backends.mkldnn.enabled) and _multiplies_bfloat16()
