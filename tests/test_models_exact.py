@@ -19,18 +19,31 @@ def assert_exact(request, assert_dots, assert_rows):
     return assert_dots if request.param == "dots" else assert_rows
 
 
+EACH_WITH_ONE = pytest.mark.parametrize(
+    ("name", "assert_exact"),
+    [
+        ("gpt2", "dots"),
+        ("llama", "rows"),
+        pytest.param("gpt2", "rows", marks=pytest.mark.stress),
+        pytest.param("llama", "dots", marks=pytest.mark.stress),
+    ],
+    indirect=["assert_exact"],
+)
+"""Both models and both engines; by default one engine for each."""
+
+
 @pytest.mark.parametrize(("n", "length"), SHAPES)
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@EACH_WITH_ONE
 def test_language_models(name, n, length, make_language_task, assert_exact):
     assert_exact(make_language_task(name, n, length))
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@EACH_WITH_ONE
 def test_language_models_with_padding_on_the_left(name, make_language_task, assert_exact):
     assert_exact(make_language_task(name, padding_side="left"))
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@EACH_WITH_ONE
 def test_language_models_without_verification(name, make_language_task, assert_exact):
     """Verification looks; it must not be what makes the numbers right."""
     assert_exact(make_language_task(name), verify=False)

@@ -14,6 +14,9 @@ from ghost_layers import convolution
 
 OFF = "entries are off"
 
+ROUNDED = [pytest.param(torch.bfloat16, marks=pytest.mark.stress), torch.float32]
+"""What rounds a number more is found more easily."""
+
 
 @pytest.fixture(scope="module")
 def found_exact():
@@ -104,7 +107,7 @@ def test_rows_with_their_axes_swapped_by_the_engine(llama, assert_rows):
         assert_rows(llama, Broken)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.stress)])
 def test_rows_with_their_axes_swapped_by_the_algebra(name, request, monkeypatch, assert_rows):
     task, project = request.getfixturevalue(name), Outer.project
 
@@ -164,7 +167,7 @@ def test_dots_in_bfloat16(llama, assert_dots):
         assert_dots(llama, Broken)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ROUNDED)
 def test_dots_with_a_rounded_direction(dtype, llama, assert_dots):
     class Broken(DotProductEngine):
         def on_start(self, batch):
@@ -177,7 +180,7 @@ def test_dots_with_a_rounded_direction(dtype, llama, assert_dots):
         assert_dots(llama, Broken)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ROUNDED)
 def test_rows_with_rounded_gradients(dtype, llama, assert_rows):
     class Broken(ProjectionEngine):
         def on_gradient(self, pass_, parameter, gradient):

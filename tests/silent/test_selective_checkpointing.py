@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -111,15 +112,23 @@ IMPOSSIBLE = ("everything", BEHIND)
 """What torch itself cannot run."""
 
 
-CASES = [
-    pytest.param(
-        context, inner, marks=[] if context in ("matrices", "roots") else [pytest.mark.stress]
-    )
-    for context in CONTEXTS
-    for inner in INNER
-    if (context, inner) != IMPOSSIBLE
-]
-"""All contexts and inner modules."""
+VERIFIED = {("matrices", True), ("roots", False)}
+"""Contexts of the default tests, and whether engines verify."""
+
+
+def cases(ways: Sequence[str] = ("",)) -> list[object]:
+    """Return all contexts, inner modules, ways and whether to verify, most for the stress tests.
+
+    By default verified batches are attached and others frozen, where there are ways.
+    """
+    found = []
+    for context, inner, way, verify in product(CONTEXTS, INNER, ways, (True, False)):
+        if (context, inner) != IMPOSSIBLE:
+            quick = (context, verify) in VERIFIED and way == (ways[0] if verify else ways[-1])
+            marks = () if quick else pytest.mark.stress
+            given = (context, inner, way, verify) if way else (context, inner, verify)
+            found.append(pytest.param(*given, marks=marks))
+    return found
 
 
 def models(context: str, inner: str) -> tuple[nn.Module, nn.Module]:
@@ -145,20 +154,17 @@ def check_numbers(way: str, context: str, inner: str, *, verify: bool) -> None:
     assert exact_or_refused(model, lambda: squares(model(x)), way, **options) == "exact"
 
 
-@pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize(("context", "inner"), CASES)
+@pytest.mark.parametrize(("context", "inner", "verify"), cases())
 def test_training(context: str, inner: str, verify: bool) -> None:
     check_training(context, inner, verify=verify)
 
 
-@pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize(("context", "inner"), CASES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("context", "inner", "way", "verify"), cases(WAYS))
 def test_numbers(way: str, context: str, inner: str, verify: bool) -> None:
     check_numbers(way, context, inner, verify=verify)
 
 
-@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("verify", [True, pytest.param(False, marks=pytest.mark.stress)])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_block_that_is_not_tracked(context: str, verify: bool) -> None:
     """No hook runs in it, and the probe's backward passes go through it all the same."""

@@ -204,7 +204,15 @@ def test_exact(
         assert_held(batch.result, expected)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind",
+    [  # one for each kind of use
+        kind
+        if kind in (Added, Prefixed, Keys, Tied, RelativeBias, Windows, Returned, SharedWeight)
+        else pytest.param(kind, marks=pytest.mark.stress)
+        for kind in MODELS
+    ],
+)
 def test_training_is_untouched(hold: Hold, kind: Callable[[], nn.Module]) -> None:
     def trained(watched: bool) -> nn.Module:
         torch.manual_seed(0)

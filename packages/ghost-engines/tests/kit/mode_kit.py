@@ -51,7 +51,7 @@ def table(samples: int = 1) -> list[object]:
     Args:
         samples: The fewest samples that examples have.
     """
-    quick = {*list(EXACT)[::23], *(name for name in EXACT if "used twice" in name)}
+    quick = {*list(EXACT)[::41], *(name for name in EXACT if "used twice" in name)}
     quick = {name for name in (*quick, *TIED) if not EXACT[name].generic}
     return [
         pytest.param(name, marks=() if name in quick else pytest.mark.stress)

@@ -110,7 +110,7 @@ FIXTURES = HealthCheck.function_scoped_fixture  # they return functions
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(FEW, max_examples=10, suppress_health_check=[*FEW.suppress_health_check, FIXTURES])
+@settings(FEW, max_examples=5, suppress_health_check=[*FEW.suppress_health_check, FIXTURES])
 @given(example=layers())
 def test_drawn(
     mode: str, example: LayerExample, assert_scores: CheckScores, draw_directions: Draw

@@ -84,9 +84,21 @@ def test_rows_without_a_bound_all_pass():
 # Searches
 
 
-@pytest.mark.parametrize("by", ["dot", "cosine"])
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("by", "largest", "dtype"),
+    [  # by default, any two of them meet
+        pytest.param(by, largest, dtype, marks=() if quick == largest else pytest.mark.stress)
+        for largest in (True, False)
+        for by, dtype, quick in (
+            ("dot", torch.float16, True),
+            ("cosine", torch.float16, False),
+            ("dot", torch.bfloat16, False),
+            ("cosine", torch.bfloat16, True),
+            ("dot", torch.float32, True),
+            ("cosine", torch.float32, False),
+        )
+    ],
+)
 def test_a_search_finds_what_comparing_everything_finds(tmp_path, forced, by, largest, dtype):
     rows = (torch.randn(3000, 64) * torch.rand(3000, 1).add(0.2)).to(dtype)
     queries = torch.randn(Q, 64)
@@ -101,7 +113,9 @@ def test_a_search_finds_what_comparing_everything_finds(tmp_path, forced, by, la
     assert sum(forced) < 0.8 * len(rows)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(1, 4))]
+)
 def test_equal_scores_come_in_order_with_and_without_it(tmp_path, forced, monkeypatch, seed):
     torch.manual_seed(seed)
     rows = torch.randint(-2, 3, (2000, 16)).half()

@@ -13,6 +13,7 @@ from ghost_core.testing import assert_within, per_sample_gradients, shapley, sub
 from ghost_engines import DotProductEngine, InRunValues, adam_aware
 
 N, RATE = 16, 0.05
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.stress) for seed in (1, 2))]
 
 
 def pearson(one, other):
@@ -93,7 +94,7 @@ class Task:
         return torch.tensor([values[n] for n in range(N)], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_both_orders_against_all_subsets(seed):
     """The second order leaves a hundredth of the error of the first, and less."""
     task = Task(seed)
@@ -162,7 +163,7 @@ def adam_step(task, optimizer):
     return moved
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_under_adam_the_preconditioned_direction_is_nearer_to_all_subsets(seed):
     task = Task(seed)
     optimizer = torch.optim.Adam(task.model.parameters(), lr=0.01)

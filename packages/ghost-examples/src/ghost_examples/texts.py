@@ -160,9 +160,10 @@ class Vocabulary:
             ValueError: If an id is outside the vocabulary.
         """
         parts: list[bytes] = []
+        size = self.size
         for token in tokens:
-            if not 0 <= token < self.size:
-                raise ValueError(f"token id {token} is outside the vocabulary of {self.size}")
+            if not 0 <= token < size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {size}")
             parts.append(self._spellings[token])
         return b"".join(parts).decode("utf-8", errors="replace")
 
@@ -269,7 +270,8 @@ def passages(
     return tuple(found)
 
 
-def _cut(name: str, length: int, vocabulary: Vocabulary) -> list[Passage]:
+@functools.lru_cache(maxsize=16)
+def _cut(name: str, length: int, vocabulary: Vocabulary) -> tuple[Passage, ...]:
     text = load_domain(name)
     tokens = vocabulary.encode(text)
     cut: list[Passage] = []
@@ -284,7 +286,7 @@ def _cut(name: str, length: int, vocabulary: Vocabulary) -> list[Passage]:
             )
         position += len(spelled)
         cut.append(Passage(name, index, spelled, part))
-    return cut
+    return tuple(cut)
 
 
 def _merges(counts: Counter[str], number: int) -> list[str]:
@@ -301,7 +303,8 @@ def _merges(counts: Counter[str], number: int) -> list[str]:
     merged: dict[str, None] = {}
     while pairs and len(merged) < number:
         # The pair itself breaks ties, or the result would depend on the order of the counts.
-        left, right = best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        most = max(pairs.values())
+        left, right = best = max(pair for pair, count in pairs.items() if count == most)
         merged[left + right] = None
         for i in users.pop(best):
             parts, count = words[i]
