@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ghost_core import GhostError, MissingExtraError
+from ghost_core.errors import told
 
 
 def needed(module: str, extra: str, purpose: str, *, package: str | None = None) -> Any:
@@ -44,6 +45,24 @@ def read_yaml(path: Path, purpose: str, what: str, refusal: type[GhostError]) ->
     """
     yaml = needed("yaml", "yaml", purpose, package="pyyaml")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise refusal(f"{what} is no YAML: {error}") from error
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_loader(yaml))
+    except OSError:
+        raise
+    except Exception as error:  # of what makes values of it, too, which raises whatever it likes
+        raise refusal(f"{what} is no YAML: {told(error)}") from error
+
+
+def _loader(yaml: Any) -> Any:
+    """Return a loader of plain values, which refuses a name that is there twice."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for at, name in enumerate(names):
+                if name in names[:at]:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{name!r} is there twice", node.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
+    return Loader

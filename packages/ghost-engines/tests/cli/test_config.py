@@ -82,6 +82,26 @@ def test_what_is_given_in_the_shell_goes_first(tmp_path, capsys):
     assert capsys.readouterr().out.count("most helpful\t") == 1 + 2 * 2
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"3", b"null", b"\xff\xfe\x00", b"[" * 5000, b"a: &a [*a]", b"a: 1\na: 2", b"? [1]\n: 2",
+     b"!!python/object/apply:os.getcwd []", b"model: !!timestamp x", b"top: 1" + b"0" * 5000,
+     b"a: b: c", None],
+)  # fmt: skip
+@pytest.mark.parametrize("words", [("score",), ("store", "merge")], ids=" ".join)
+def test_what_is_no_file_of_options_is_one_line(words, content, tmp_path, capsys):
+    for name in ("c.yaml", "a\0b", "x" * 300, ".", "\ud800"):
+        if content is not None:
+            (tmp_path / "c.yaml").write_bytes(content)
+        assert cli.main([*words, "--config", name]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("ghost: ")
+        assert len(said.err.splitlines()) == 1
+        assert said.out == ""
+        content = None if name == "c.yaml" else content
+        (tmp_path / "c.yaml").unlink(missing_ok=True)
+
+
 def test_what_is_wrong_in_a_file_is_one_line(tmp_path, capsys):
     pytest.importorskip("yaml")
     (tmp_path / "c.yaml").write_text(
@@ -107,6 +127,8 @@ def test_what_is_wrong_in_a_file_is_one_line(tmp_path, capsys):
         "init: null": "init in c.yaml is None, and should be one value",
         "layers: [a, {b: 1}]": "layers in c.yaml is ['a', {'b': 1}], and should be one value",
         "- 1": "has no options by name",
+        "dim: 8\ndim: 9": "'dim' is there twice",
+        "min-dim: 8\nmin_dim: 9": "min_dim is there twice in c.yaml",
         "a: [": "is no YAML",
     }.items():
         (tmp_path / "c.yaml").write_text(text)

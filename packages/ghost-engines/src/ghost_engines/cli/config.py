@@ -67,6 +67,8 @@ def defaults_from(path: Path, kind: type[OptionsT]) -> OptionsT:
         name = str(written).replace("-", "_")
         if name not in known:
             raise UnknownOptionError(f"option in {path}", str(written), known)
+        if name in values:
+            raise CommandError(f"--config: {name} is there twice in {path}")
         values[name] = value
     return _options(kind, _parsed(kind, values, path))
 
