@@ -69,6 +69,19 @@ class RandomState:
         }
 
 
+def generators_to_save() -> dict[str, Any]:
+    """Return the states of torch's generators on all devices, as tensors that a file can hold."""
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": on_gpu}
+
+
+def load_generators(state: Mapping[str, Any]) -> None:
+    """Put torch's generators into the state that `generators_to_save` returned."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
 def seed_generators(seed: int) -> None:
     """Seed every global random number generator."""
     if torch.cuda.is_available():

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
-
 from ghost_core import CaptureError
+from ghost_core.state import generators_to_save, load_generators
 
 
 class Stateful(Protocol):
@@ -24,10 +23,9 @@ class Stateful(Protocol):
 
 def state_beside(objects: Mapping[str, Stateful]) -> dict[str, Any]:
     """Return the states of objects by name, and those of torch's random number generators."""
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
         "objects": {name: each.state_dict() for name, each in objects.items()},
-        "random": {"cpu": torch.get_rng_state(), "cuda": on_gpu},
+        "random": generators_to_save(),
     }
 
 
@@ -49,6 +47,4 @@ def load_beside(objects: Mapping[str, Stateful], state: Mapping[str, Any]) -> No
     """Go on with what `state_beside` returned."""
     for name, each in objects.items():
         each.load_state_dict(state["objects"][name])
-    torch.set_rng_state(state["random"]["cpu"])
-    if state["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    load_generators(state["random"])
