@@ -85,6 +85,21 @@ def assert_training_untouched(model: nn.Module, losses: Losses, n: int, **option
     assert_same_training(found, expected)
 
 
+class Counted(torch.autograd.Function):
+    """Counts backward passes."""
+
+    runs = 0
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        Counted.runs += 1
+        return grad
+
+
 def drawn(*shape: int) -> Tensor:
     """Return random numbers in float64."""
     generator = torch.Generator().manual_seed(1)

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from tests.foreign.foreign import assert_same, curved
-from tests.silent.compare import WAYS, drawn
+from tests.silent.compare import WAYS, Counted, drawn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -372,21 +372,6 @@ def test_rows_that_a_model_returns_are_exact_or_refused(body: Body, way: str) ->
             asserted(engine, FULL, drawn(N, T, D), summed)
         with pytest.raises(GhostError, match="does not tell 4 samples apart"):
             asserted(engine, [6, 2, 6, 2], drawn(N, T, D), summed)
-
-
-class Counted(torch.autograd.Function):
-    """Counts backward passes."""
-
-    runs = 0
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        Counted.runs += 1
-        return grad
 
 
 def pooled(m: Model, x: Tensor, lengths: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.foreign.foreign import assert_same
-from tests.silent.compare import drawn
+from tests.silent.compare import Counted, drawn
 from torch import Tensor, nn
 
 from ghost_core.testing import GradientHolder, per_sample_gradients
@@ -18,31 +18,16 @@ Body = Callable[["Model", Tensor], Tensor]
 
 
 class Model(nn.Module):
-    """Two layers, of which the second sees rows as a body says."""
+    """Layers, of which the second sees rows as a body says."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second = nn.Linear(D, D), nn.Linear(D, D)
+        self.first, self.second, self.third = (nn.Linear(D, D) for _ in range(3))
         self.double()
 
     def forward(self, x: Tensor, body: Body) -> Tensor:
         return body(self, Counted.apply(self.first(x).tanh()))
-
-
-class Counted(torch.autograd.Function):
-    """Counts backward passes."""
-
-    runs = 0
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        Counted.runs += 1
-        return grad
 
 
 def flat(m: Model, x: Tensor) -> Tensor:
@@ -111,6 +96,15 @@ def test_exact_in_every_batch(before: Body, after: Body) -> None:
     engine = GradientHolder(Model())
     with engine:
         for body in (before, after, before, after):
+            asserted(engine, body, T)
+
+
+@pytest.mark.parametrize(("before", "after"), [(flat, turned), (turned, flat)])
+def test_exact_where_a_layer_is_new_in_the_other_order(before: Body, after: Body) -> None:
+    """The pass is probed for the layer, and tells of all others, too."""
+    engine = GradientHolder(Model())
+    with engine:
+        for body in (before, lambda m, x: m.third(after(m, x)), before):
             asserted(engine, body, T)
 
 

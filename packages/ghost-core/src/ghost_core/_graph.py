@@ -83,30 +83,43 @@ def is_kept_elsewhere(node: Any, name: str) -> bool:
     return any(saved is not None and saved.unpack_hook is not None for saved in each)
 
 
-def nodes_behind(
-    starts: Iterable[Any], wanted: Mapping[type, object]
-) -> tuple[list[Any], list[tuple[Any, int]]]:
-    """Find the nodes of wanted kinds that a backward pass from some nodes may run. Torch 2.11.
+class Behind(NamedTuple):
+    """What a backward pass may run, in an order that depends on the graph alone.
 
-    Returns:
-        The nodes, and each use of one of them with the number of the output that is used, both in
-        an order that depends on the graph alone.
+    Attributes:
+        nodes: The nodes of the kinds that were asked for.
+        uses: Each use of one of them, with the number of the output that is used.
+        edges: The kinds of nodes that lead to each other, of all nodes.
     """
+
+    nodes: list[Any]
+    uses: list[tuple[Any, int]]
+    edges: set[tuple[type, type]]
+
+
+def nodes_behind(starts: Iterable[Any], wanted: Mapping[type, object]) -> Behind:
+    """Find what a backward pass from some nodes may run, and nodes of wanted kinds. Torch 2.11."""
     waiting = list(dict.fromkeys(node for node in starts if node is not None))
     seen, found = set(waiting), [node for node in waiting if wanted[type(node)]]
     uses: list[tuple[Any, int]] = []
+    edges: set[tuple[type, type]] = set()
     while waiting:
-        for behind, number in waiting.pop().next_functions:
+        node = waiting.pop()
+        leading = type(node)
+        for behind, number in node.next_functions:
             if behind is None:
                 continue
-            if wanted[type(behind)]:
-                uses.append((behind, number))
-                if behind not in seen:
-                    found.append(behind)
-            if behind not in seen:
+            kind = type(behind)
+            edges.add((leading, kind))
+            is_new = behind not in seen
+            if is_new:
                 seen.add(behind)
                 waiting.append(behind)
-    return found, uses
+            if wanted[kind]:
+                uses.append((behind, number))
+                if is_new:
+                    found.append(behind)
+    return Behind(found, uses, edges)
 
 
 def leads_to(node: Any, end: Any) -> bool:

@@ -14,7 +14,7 @@ it keeps their order it does no harm; what is left identifies a pass, and is pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ghost_core._graph import is_custom, leads_to, nodes_behind, outputs_of
 from ghost_core.split.movers import UNTOLD, Move, made_by
-from ghost_core.split.roles import ROLES, VIEWS, Turn, within
+from ghost_core.split.roles import ROLES, VIEWS, Role, Turn, within
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,14 @@ class Moves:
             graph.
         told: Whether these say all, so that a pass with equal ones has its rows where this has.
         picks: Whether torch picks rows or puts them somewhere, and samples are in no order in them.
+        course: The kinds of operations, each with those that it leads to, and which axes are
+            combined: another pass that has other ones may mix samples.
     """
 
     steps: tuple[object, ...] = ()
     told: bool = True
     picks: bool = False
+    course: frozenset[object] = field(default=frozenset(), compare=False)
 
 
 def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leading: bool) -> Moves:
@@ -58,10 +61,12 @@ def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leadi
         leading: Whether samples are on the first axis of the model's inputs and of all modules.
     """
     outputs = [output for output in outputs if output.grad_fn is not None]
-    nodes, uses = nodes_behind((output.grad_fn for output in outputs), ROLES)
+    nodes, uses, edges = nodes_behind((output.grad_fn for output in outputs), ROLES)
     roles = [(node, role) for node in nodes if (role := ROLES[type(node)]) is not None]
+    course = _course(edges, roles)
     if any(role.nests for _, role in roles):  # what has no sizes
-        return Moves(told=False)
+        return Moves(told=False, course=course)
+    roles = [(node, role) for node, role in roles if not role.kept]
     steps: dict[Any, tuple[object, ...]] = {}
     turned = not leading or any(
         role.turn is not None
@@ -86,7 +91,21 @@ def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leadi
     picks = not all(is_custom(type(node)) for node in untold)
     place = {node: at for at, node in enumerate(steps)}
     used = [(place[node], number) for node, number in uses if node in place]
-    return Moves((*steps.values(), *used), told, picks)
+    return Moves((*steps.values(), *used), told, picks, course)
+
+
+def _course(
+    edges: Iterable[tuple[type, type]], roles: Iterable[tuple[Any, Role]]
+) -> frozenset[object]:
+    """Return what operations there are, by name: kinds of users' functions may be made anew."""
+    names = {(_name(one), _name(other)) for one, other in edges}
+    combined = {(type(node).__name__, *role.combines(node)) for node, role in roles if role.kept}
+    return frozenset(names | combined)
+
+
+def _name(kind: type) -> str:
+    """Return the name of a kind; torch makes an alias of a slice that leaves nothing out."""
+    return "SliceBackward0" if kind.__name__ == "AliasBackward0" else kind.__name__
 
 
 def _leads(node: Any, start: Any) -> bool:
@@ -121,7 +140,7 @@ def _are_grouped(outputs: Sequence[Tensor], n: int, dim: int) -> bool:
     rows = {
         size for output in outputs for size in (*output.shape[dim : dim + 1], *output.shape[:1])
     }
-    views, _ = nodes_behind((output.grad_fn for output in outputs), VIEWS)
+    views, *_ = nodes_behind((output.grad_fn for output in outputs), VIEWS)
     for view in views:
         before, after = view._saved_self_sym_sizes, outputs_of(view)[0].shape
         joined = len(before) > 1 and n in before[:2] and before[0] * before[1] in rows

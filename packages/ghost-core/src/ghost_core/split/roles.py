@@ -87,6 +87,10 @@ _TURNING: dict[str, Callable[[Any], Turn]] = {
 """What may bring another axis to the front, by the name of its node without its ending."""
 
 
+_COMBINED = ("_saved_dim", "_saved_training")
+"""What sums, softmaxes and norms keep of the axes that they work along."""
+
+
 @dataclass(frozen=True)
 class Role:
     """What nodes of a kind may do to rows.
@@ -96,12 +100,18 @@ class Role:
         turn: Tells how one puts axes elsewhere; None if none does.
         keeps_axis: Whether a node keeps the one axis that it works along, and its sizes show.
         nests: Whether they join rows in a nested tensor, or take them out of one.
+        kept: The names of what tells which rows they combine, where they do.
     """
 
     describe: Callable[[Any], Move] | None
     turn: Callable[[Any], Turn] | None
     keeps_axis: bool
     nests: bool
+    kept: Sequence[str]
+
+    def combines(self, node: Any) -> tuple[object, ...]:
+        """Return what a node keeps of which rows it combines."""
+        return tuple(getattr(node, name) for name in self.kept)
 
 
 def within(node: Any, n: int) -> bool:
@@ -119,9 +129,10 @@ def _role(kind: type) -> Role | None:
     name = kind.__name__.partition("Backward")[0]
     describe = custom if is_custom(kind) or name == "CppFunction" else MOVING.get(name)
     turn, nests = _TURNING.get(name), name.startswith("Nested")
-    if describe is None and turn is None and not nests:
+    kept = () if describe or turn or is_custom(kind) else [x for x in _COMBINED if hasattr(kind, x)]
+    if describe is None and turn is None and not nests and not kept:
         return None
-    return Role(describe, turn, describe in ALONG_ONE_AXIS, nests)
+    return Role(describe, turn, describe in ALONG_ONE_AXIS, nests, kept)
 
 
 def _view(kind: type) -> bool:

@@ -29,7 +29,14 @@ from ghost_core.split.nan import any_nan, is_finite
 from ghost_core.split.owners import Fold, find_folds, is_in_place
 from ghost_core.split.places import Outputs
 from ghost_core.split.probe import Kind, Places, Probe, Prober, probed_samples
-from ghost_core.split.reasons import doubted, late_row, reached_elsewhere, unreached, wrong_split
+from ghost_core.split.reasons import (
+    doubted,
+    late_row,
+    reached_elsewhere,
+    unclear_fold,
+    unreached,
+    wrong_split,
+)
 from ghost_core.split.routes import Census
 from ghost_core.split.sites import KnownAxes, Site
 from ghost_core.split.usage import UsageMode
@@ -70,7 +77,7 @@ class Verifier:
         self._folds: dict[str, Fold] = {}
         self._axes = KnownAxes()
         self._in_place: set[tuple[object, ...]] = set()
-        self._moving = False
+        self._courses: dict[tuple[object, ...], frozenset[object]] = {}
         self._unreached: set[Kind] = set()
         self._unprobed: set[object] = set()
         self._unwatched: set[tuple[object, ...]] = set()
@@ -100,8 +107,7 @@ class Verifier:
         """Watch from now on to the end of the batch, if passes like it are not verified yet."""
         if self._usage is not None:
             return
-        if self.routes or self._moving:
-            self._prober.shield_hooks()
+        self._prober.shield_hooks()
         signature = self._signature(n)
         watched = signature in self._verified and signature not in self._unwatched
         if watched and not self._expands:  # what is expanded may be used otherwise than before
@@ -114,7 +120,6 @@ class Verifier:
             for tracked in self._tracked.values()
             for parameter in tracked.parameters.values()
         }
-        self._prober.shield_hooks()
         # The memory of those under fully_shard is given away before the pass ends; their sums tell.
         passing = {in_use(shard) for shard in shards(self._model).values()}
         staying = {name: parameters[name] for name in names if parameters[name] not in passing}
@@ -224,8 +229,8 @@ class Verifier:
         self._prober.restore_hooks()
         if self.doubt:  # the next batch is verified in place of this one
             for signature in self._checked:
-                self._verified.pop(signature, None)
-                self._met.pop(signature, None)
+                for known in (self._verified, self._met, self._courses):
+                    known.pop(signature, None)
             self._in_place = set()
         self._checked, self.doubt = set(), ""
 
@@ -257,12 +262,10 @@ class Verifier:
         if self.routes:
             kinds = {(name, False) for name, _ in kinds}
         outputs = self._outputs(output, n, sites)
-        # Whose rows are is told there or asked for anyway.
-        moves = None if n < 2 or self.routes or self._owned else outputs.moves()
-        self._moving |= moves not in (None, Moves())
+        moves = None if n < 2 or self.routes else outputs.moves()  # it is asked for there
         met = {(site.names, site.operation) for site in sites} <= self._met.get(signature, set())
         known = clear and met and called | kinds <= verified and not self.routes
-        placed = moves is None or (moves.told and moves.steps in self._in_place)
+        placed = moves is None or self._is_placed(moves, signature)
         with self._ranks.probing(not known or not placed) as probes:
             if probes and known:
                 self._place(outputs.places(), n, sites, moves)
@@ -278,8 +281,20 @@ class Verifier:
             output, n, self._batch_dim, self._prober, sites, self._tracked, self._seed_node, leading
         )
 
+    def _is_placed(self, moves: Moves, signature: tuple[object, ...]) -> bool:
+        """Tell whether rows are where they were in a proven pass, and nothing else happens."""
+        known = moves.course <= self._courses.get(signature, frozenset())
+        return known and (self._owned or (moves.told and moves.steps in self._in_place))
+
+    def _learn(self, moves: Moves, n: int) -> None:
+        """Remember what happened in a proven pass."""
+        signature = self._signature(n)
+        self._courses[signature] = self._courses.get(signature, frozenset()) | moves.course
+        if moves.told:
+            self._in_place.add(moves.steps)
+
     def _place(self, places: Places, n: int, sites: Sequence[Site], moves: Moves | None) -> None:
-        """Find whose is each row where rows may have been moved since a proven pass.
+        """Find whose is each row where rows may have been moved or mixed since a proven pass.
 
         Raises:
             WrongSplitError: If rows belong to several samples.
@@ -295,8 +310,8 @@ class Verifier:
             return
         for site in sites:
             site.found = None
-        if moves is not None and moves.told:
-            self._in_place.add(moves.steps)
+        if moves is not None:
+            self._learn(moves, n)
 
     def _prove(
         self, outputs: Outputs, called: set[Kind], kinds: set[Kind], moves: Moves | None
@@ -307,7 +322,7 @@ class Verifier:
         verified = self._known(signature)
         if self._usage is None and not called | kinds <= verified:
             self._unwatched.add(signature)
-        if self._usage is not None and any_nan(tree_leaves(outputs.output)):
+        if any_nan(tree_leaves(outputs.output)):
             self.doubt = self.doubt or "there is NaN in the model's output"
         places = outputs.places()
         reached = self._find(places, n, sites) if self.routes else self._probe(places, n, sites)
@@ -323,8 +338,8 @@ class Verifier:
         self._unprobed -= {site.place for site in sites if site.probed}
         self._axes.learn(sites, n)
         if moves is not None and not self.routes and not self.doubt:
-            if moves.told:
-                self._in_place.add(moves.steps)
+            if moves.told or self._owned:
+                self._learn(moves, n)
             else:
                 self._place(places, n, sites, moves)
         self._verified[signature] = verified | called
@@ -361,7 +376,11 @@ class Verifier:
         chosen = range(n) if owned else probed_samples(n)
         probes = [self._run(places, sample, n) for sample in chosen]
         hits = [hit for probe in probes if not probe.mixed for hit in probe.hits]
-        self._folds |= find_folds(hits, n, self._tracked)
+        folds = find_folds(hits, n, self._tracked)
+        for name, fold in folds.items():
+            if self._folds.get(name, fold) is not fold:  # passes proven before have the other one
+                raise unclear_fold(self._tracked[name], several=False)
+        self._folds |= folds
         return {kind for probe in probes for kind in probe.reached}
 
     def _run(self, places: Places, sample: int, n: int) -> Probe:
