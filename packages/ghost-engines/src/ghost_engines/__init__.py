@@ -1,8 +1,8 @@
 """Engines that use per-sample gradients: dot products, norms, projections; a store, its search."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # of `typing`, which may lie in the working directory while __main__ starts
 if TYPE_CHECKING:
     from ghost_engines.blocks import Block
     from ghost_engines.corpus import CorpusError, TokenCorpus, TokenMemmap, TokenWriter
@@ -118,7 +118,7 @@ _ROOMS = (
 
 if not TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         """Import a public name when it is asked for (PEP 562).
 
         The command `ghost` lives in this package, and its help should not wait for torch.

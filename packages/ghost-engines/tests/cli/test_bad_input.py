@@ -327,7 +327,7 @@ OTHER_STREAMS = [
 )
 def test_streams_that_cannot_be_written(arguments, streams, status, unbuffered, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    command = f'"{sys.executable}" -m ghost_engines.cli {arguments} {streams}'
+    command = f'"{sys.executable}" -m ghost_engines {arguments} {streams}'
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.returncode == status
     assert len(done.stderr.splitlines()) == (1 if status else 0)

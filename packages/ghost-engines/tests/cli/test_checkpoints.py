@@ -91,7 +91,10 @@ def test_texts_are_looked_up_in_a_store_and_shown(checkpoint, texts, tmp_path, c
     assert "--data has 1 samples" in capsys.readouterr().err
 
 
-PLANTED = "transformers regex yaml tokenizers safetensors sympy jinja2 tqdm random".split()  # noqa: SIM905
+PLANTED = """
+    transformers regex yaml tokenizers safetensors sympy jinja2 tqdm random tyro signal typing json
+    dataclasses torch
+""".split()  # noqa: SIM905
 """Modules that may be imported while a checkpoint is loaded and verified."""
 
 
@@ -99,16 +102,16 @@ COMMAND = ["verify", ".", "--data=texts.txt"]
 
 
 def alone(_, folder):
-    command = [sys.executable, "-P", "-m", "ghost_engines.cli", *COMMAND]
+    command = [sys.executable, "-m", "ghost_engines", *COMMAND]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def where_torch_is_imported(fresh, folder):
     code = f"""
-import runpy, sys
-del sys.path[0]
+import os, runpy, sys
+sys.path[0] = os.getcwd()
 sys.argv = ["ghost", *{COMMAND}]
-runpy.run_module("ghost_engines.cli", run_name="__main__", alter_sys=True)
+runpy.run_module("ghost_engines", run_name="__main__", alter_sys=True)
 """
     return fresh(code, cwd=folder)
 
@@ -117,6 +120,7 @@ runpy.run_module("ghost_engines.cli", run_name="__main__", alter_sys=True)
     "run", [where_torch_is_imported, pytest.param(alone, marks=pytest.mark.stress)]
 )
 def test_no_file_that_lies_in_a_checkpoint_is_imported(run, fresh, checkpoint, texts, tmp_path):
+    """As launchers of processes run the command, for which Python adds the working directory."""
     folder = tmp_path / "downloaded"
     shutil.copytree(checkpoint, folder)
     shutil.copy(texts, folder / "texts.txt")

@@ -312,7 +312,7 @@ os.dup2(writing, 1)
 os.close(writing)
 os.close(reading)
 sys.argv = ["ghost", "plugins"]
-runpy.run_module("ghost_engines.cli", run_name="__main__", alter_sys=True)
+runpy.run_module("ghost_engines", run_name="__main__", alter_sys=True)
 """
     done = fresh(code)
     assert (done.returncode, done.stderr) == (0, "")

@@ -122,7 +122,7 @@ def test_at_a_terminal_all_that_is_wrong_is_shown(capsys, monkeypatch):
 
 @pytest.mark.stress
 def test_a_verdict_that_nobody_reads_is_no_success():
-    command = [sys.executable, "-m", "ghost_engines.cli", "verify", *MLP[:4], "subjects:coupled"]
+    command = [sys.executable, "-m", "ghost_engines", "verify", *MLP[:4], "subjects:coupled"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         running.stdout.close()
         assert running.stderr.read() == b""
