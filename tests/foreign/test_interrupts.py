@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,6 +57,21 @@ class Replayed(nn.Module):
         return self.inner(x) * self.scale
 
 
+class Packing(nn.Module):
+    """Packs what is not padded: in the second batch, whose rows are then asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x.abs().sum(-1) > 0
+        rows = self.second(self.first(x)[mask].tanh())
+        padded = rows.new_zeros(*mask.shape, 2)
+        padded[mask] = rows
+        return padded
+
+
 class Tracer:
     """Counts the lines that run in ghost's packages, and raises KeyboardInterrupt at one of them.
 
@@ -91,16 +107,41 @@ class Tracer:
         return self._line
 
 
-def run(model: nn.Module, way: str, tracer: Tracer, traced: int) -> None:
+@dataclass(frozen=True)
+class Kind:
+    """A model, and what it is given.
+
+    Attributes:
+        make: Makes the model.
+        options: Options of the engine.
+        padded: Lengths of samples in the second batch, which are padded to 4; nothing for `[N, 3]`.
+    """
+
+    make: Callable[[], nn.Module]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    padded: tuple[int, ...] = ()
+
+    def inputs(self, number: int = 1) -> Tensor:
+        """Return the samples of a batch."""
+        generator = torch.Generator().manual_seed(2)
+        shape = (N, 4, 3) if self.padded else (N, 3)
+        x = torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for sample, length in zip(x, self.padded, strict=False):
+            sample[length if number == 2 else 4 :] = 0
+        return x
+
+
+def run(kind: Kind, model: nn.Module, way: str, tracer: Tracer, traced: int) -> None:
     """Attach, run two batches and detach.
 
     Args:
+        kind: What the model is given.
         model: The model.
         way: One of `WAYS`.
         tracer: Counts lines, and interrupts.
         traced: The batch in which it does, 1 or 2; 0 for all that is not in a batch.
     """
-    engine, x = GradientHolder(model), inputs()
+    engine = GradientHolder(model, **kind.options)
 
     def outside() -> AbstractContextManager[None]:
         return nullcontext() if traced else tracer.tracing()
@@ -112,6 +153,7 @@ def run(model: nn.Module, way: str, tracer: Tracer, traced: int) -> None:
     try:
         for number in (1, 2) if traced else ():
             traced_now = tracer.tracing() if number == traced else nullcontext()
+            x = kind.inputs(number)
             with traced_now, engine.batch(range(N)):
                 curved(model(x)).sum().backward()
     except BaseException as raised:
@@ -122,17 +164,17 @@ def run(model: nn.Module, way: str, tracer: Tracer, traced: int) -> None:
         raise error
 
 
-def inputs() -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(N, 3, dtype=torch.float64, generator=generator)
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"small": lambda: nn.Linear(3, 2), "large": Replayed}
+KINDS = {
+    "small": Kind(lambda: nn.Linear(3, 2)),
+    "large": Kind(Replayed),
+    "packing": Kind(Packing, padded=(4, 2, 3)),
+    "unit": Kind(Replayed, {"units": "inner"}),
+}
 
 
 def made(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    return MODELS[kind]().double()
+    return KINDS[kind].make().double()
 
 
 def interrupted(kind: str, way: str, traced: int, at: int) -> str:
@@ -140,10 +182,10 @@ def interrupted(kind: str, way: str, traced: int, at: int) -> str:
     model, tracer = made(kind), Tracer(at)
     found = traces(model)
     try:
-        run(model, way, tracer, traced)
+        run(KINDS[kind], model, way, tracer, traced)
         left = "it was not interrupted"
     except KeyboardInterrupt:
-        left = tracer.open or left_behind(model, found, works=at % 25 == 0)
+        left = tracer.open or left_behind(kind, model, found, works=at % 25 == 0)
     except Exception as error:  # another one in its place
         left = f"{type(error).__name__}: {error}"
     finally:
@@ -198,7 +240,7 @@ def close_modes() -> None:
     torch.set_grad_enabled(True)
 
 
-def left_behind(model: nn.Module, found: dict[str, object], *, works: bool) -> str:
+def left_behind(kind: str, model: nn.Module, found: dict[str, object], *, works: bool) -> str:
     """Return what is not as it was found; empty if all is, and a new engine works if asked."""
     if modes := open_modes():
         return modes
@@ -206,26 +248,29 @@ def left_behind(model: nn.Module, found: dict[str, object], *, works: bool) -> s
         assert_untouched(found, model, "interrupted")
         model.zero_grad()
         if works:
-            assert_works(model)
+            assert_works(kind, model)
     except (AssertionError, GhostError) as error:
         return str(error)
     return ""
 
 
-def assert_works(model: nn.Module) -> None:
-    """Assert that a new engine gives exact numbers."""
-    engine, x = GradientHolder(model), inputs()
-    expected = per_sample_gradients(model, curved(model(x)))
-    with engine, engine.batch(range(N)) as batch:
-        curved(model(x)).sum().backward()
-    assert_same(batch.result.materialize(), expected)
+def assert_works(kind: str, model: nn.Module) -> None:
+    """Assert that a new engine gives exact numbers, in a first batch and in a later one."""
+    engine = GradientHolder(model, **KINDS[kind].options)
+    with engine:
+        for x in (KINDS[kind].inputs(1), KINDS[kind].inputs(2)):
+            with engine.paused():
+                expected = per_sample_gradients(model, curved(model(x)))
+            with engine.batch(range(N)) as batch:
+                curved(model(x)).sum().backward()
+            assert_same(batch.result.materialize(), expected)
 
 
 def interrupt_everywhere(kind: str, way: str, traced: int, step: int = 1) -> list[str]:
     """Interrupt at every `step`-th line, and return those that left something behind."""
-    assert_works(made(kind))  # what is done once in a process is not worth tracing
+    assert_works(kind, made(kind))  # what is done once in a process is not worth tracing
     counter = Tracer()
-    run(made(kind), way, counter, traced)
+    run(KINDS[kind], made(kind), way, counter, traced)
     assert counter.count > 20
     found = (interrupted(kind, way, traced, at) for at in range(1, counter.count + 1, step))
     return [left for left in found if left]
@@ -254,16 +299,22 @@ def test_inside_a_batch(step: int, number: int, way: str) -> None:
 @pytest.mark.stress
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("number", [1, 2])
-def test_inside_a_batch_with_replays(number: int, way: str) -> None:
-    """Every 30th line, since there are tens of thousands and each takes a batch."""
-    assert interrupt_everywhere("large", way, number, step=30) == []
+@pytest.mark.parametrize(("kind", "step"), [("large", 30), ("unit", 30), ("packing", 10)])
+def test_inside_a_batch_with_replays(kind: str, step: int, number: int, way: str) -> None:
+    """Some lines, since there are tens of thousands and each takes a batch."""
+    assert interrupt_everywhere(kind, way, number, step) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_while_the_rows_of_a_later_batch_are_asked_for(way: str) -> None:
+    assert interrupt_everywhere("packing", way, 2, step=211) == []
 
 
 def score_candidates(engine: DotProductEngine, model: nn.Module, tracer: Tracer) -> None:
     """Score twice while the engine is attached; the second time is traced."""
     for traced_now in (nullcontext(), tracer.tracing()):
         with traced_now, engine.scoring():
-            engine.score(lambda: curved(model(inputs())), range(N), gram=True)
+            engine.score(lambda: curved(model(KINDS["small"].inputs())), range(N), gram=True)
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.stress), 29])
@@ -284,7 +335,7 @@ def test_while_candidates_are_scored(step: int) -> None:
                 left.append(f"{tracer.where}: {wrong}")
             close_modes()
         with engine.batch(range(N)) as batch:
-            curved(model(inputs())).sum().backward()
+            curved(model(KINDS["small"].inputs())).sum().backward()
     assert left == []
     assert batch.result.verified
 

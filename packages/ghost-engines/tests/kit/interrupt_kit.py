@@ -1,20 +1,23 @@
-"""Interrupts before any line of the code that stores and logs are written with."""
+"""Interrupts before any line of the code that stores and logs are written with, or of all code."""
 
 import random
 import sys
 from pathlib import Path
 
+import ghost_core
 import ghost_engines
 
 ROOT = Path(ghost_engines.__file__).parent
 WATCHED = tuple(str(ROOT / part) for part in ("store", "search", "log", "files.py"))
+EVERYWHERE = (str(ROOT), str(Path(ghost_core.__file__).parent))
 
 
 class Interrupt:
-    """Raises before the n-th line of the store's code that runs in the block."""
+    """Raises before the n-th line of the store's code, or of others, that runs in the block."""
 
-    def __init__(self, at):
-        self.at, self.lines = at, 0
+    def __init__(self, at, watched=WATCHED):
+        self.at, self.lines, self.where = at, 0, ""
+        self._watched = watched
 
     def __enter__(self):
         self._before = sys.gettrace()
@@ -25,12 +28,13 @@ class Interrupt:
         sys.settrace(self._before)
 
     def _called(self, frame, event, argument):
-        return self._line if frame.f_code.co_filename.startswith(WATCHED) else None
+        return self._line if frame.f_code.co_filename.startswith(self._watched) else None
 
     def _line(self, frame, event, argument):
         if event == "line":
             self.lines += 1
             if self.lines == self.at:
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 raise KeyboardInterrupt
         return self._line
 
@@ -38,8 +42,8 @@ class Interrupt:
 class Listed(Interrupt):
     """Notes when each line of the code runs, and interrupts nothing."""
 
-    def __init__(self):
-        super().__init__(0)
+    def __init__(self, watched=WATCHED):
+        super().__init__(0, watched)
         self.runs = {}
 
     def _line(self, frame, event, argument):
@@ -55,11 +59,11 @@ class Listed(Interrupt):
         return sorted(draw.choice(runs) for runs in self.runs.values())
 
 
-def attempts(stride):
+def attempts(stride, watched=WATCHED):
     """Yield interrupts before later and later lines, until one comes too late."""
     at = 1
     while True:
-        interrupt = Interrupt(at)
+        interrupt = Interrupt(at, watched)
         yield interrupt
         if interrupt.lines < at:
             break

@@ -1,10 +1,15 @@
 """Writers that are interrupted before any line of the store's code, and go on."""
 
+from contextlib import suppress
+
 import pytest
-from interrupt_kit import attempts
+import torch
+from interrupt_kit import EVERYWHERE, attempts
 from kill_kit import TOTAL, UNIT, FakeEngine, append, assert_holds_exactly, batch, leftovers
+from search_kit import best_of, stored
 
 from ghost_engines.store import GradientStore, StoreError
+from ghost_engines.store.sieve import Sieve
 
 
 def strides(*small):
@@ -130,3 +135,29 @@ def test_an_interrupted_reader_can_read_on(tmp_path, stride):
         except KeyboardInterrupt:
             pass
         assert_holds_exactly(store, TOTAL)
+
+
+@pytest.mark.parametrize("stride", strides(53))
+def test_an_interrupted_search_with_a_sieve_can_be_repeated(tmp_path, monkeypatch, stride):
+    """What it found so far, and the room that it works in, are of that search alone."""
+    monkeypatch.setattr(Sieve, "pays", staticmethod(lambda *_: True))
+    torch.manual_seed(0)
+    store = stored(tmp_path, torch.randn(900, 16).half(), unit=250)
+    queries = torch.randn(5, 16)
+    before = store.search(queries, k=3, block=256)
+    expected = best_of(queries.double() @ store.rows().double().T, 3)
+    assert torch.equal(before.ordinals, expected)
+    found = precision()
+    for interrupt in attempts(stride, EVERYWHERE):
+        with suppress(KeyboardInterrupt), interrupt:
+            store.search(queries, k=3, block=256)
+        assert precision() == found
+        again = store.search(queries, k=3, block=256)
+        assert torch.equal(again.ordinals, expected)
+        assert torch.equal(again.scores, before.scores)
+
+
+def precision():
+    """Return what a search sets in the whole process for a while."""
+    products = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+    return torch.get_float32_matmul_precision(), getattr(products, "fp32_precision", None)
