@@ -119,7 +119,14 @@ def test_ids_of_any_kind_of_integer_are_taken() -> None:
         assert sorted(as_ids(ids).tolist()) == [1, wide]
 
 
-@pytest.mark.parametrize("ids", [{1: 2}, {1, 2}, iter([1, 2]), None, [None], [[1], [2, 3]], [1.5]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        {1: 2}, {1, 2}, iter([1, 2]), None, [None], [[1], [2, 3]], [1.5], [2, True],
+        [2, np.bool_(True)], [2, torch.tensor(True)], [2, torch.tensor(3.0)], [2, np.float64(3)],
+        torch.arange(2, device="meta"), torch.arange(2).to_sparse(),
+    ],
+)  # fmt: skip
 def test_what_is_no_ids_is_explained(ids: object) -> None:
     with pytest.raises(CaptureError, match="ids must be one integer per sample") as caught:
         as_ids(ids)

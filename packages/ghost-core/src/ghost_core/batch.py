@@ -70,12 +70,16 @@ def as_ids(ids: SampleIds) -> Tensor:
         if any(isinstance(sample, str) for sample in ids):
             raise _no_ids(", not strings")
         ids = [int(each) if isinstance(each, np.integer) else each for each in ids]
+        if any(_is_bool(each) for each in ids):  # of which torch makes 1 and 0 beside integers
+            raise _no_ids(", not True or False")
         if any(isinstance(each, int) and not _MIN <= each <= _MAX for each in ids):
             raise _too_large()
     try:
         tensor = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _no_ids(f", not a {type(ids).__name__}", str(error)) from error
+    if tensor.is_meta or tensor.is_sparse:
+        raise _no_ids(", not a tensor that is sparse or on meta")
     if tensor.numel() == 0 and tensor.dim() == 1:
         return tensor.to("cpu", torch.int64)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -90,6 +94,10 @@ def as_ids(ids: SampleIds) -> Tensor:
 
 
 _MIN, _MAX = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool)
 
 
 def _no_ids(

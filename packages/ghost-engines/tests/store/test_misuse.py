@@ -68,6 +68,40 @@ def test_what_is_no_rows_cannot_be_appended(tmp_path, given, message, remedy):
         assert len(store) == 0
 
 
+FORMS = {
+    "sparse": torch.Tensor.to_sparse,
+    "on meta": lambda tensor: tensor.to("meta"),
+    "nested": lambda tensor: torch.nested.nested_tensor(list(tensor)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    ("which", "form"),
+    [
+        *(("rows", form) for form in FORMS),
+        *(("queries", form) for form in FORMS),
+        *((which, form) for which in ("ids", "loss", "column") for form in ("sparse", "on meta")),
+    ],
+)
+def test_tensors_that_are_no_table_of_numbers(tmp_path, form, which):
+    rows, change = batch(0, 2), FORMS[form]
+    given = {"loss": torch.zeros(2), "ids": rows.ids, "rows": rows.rows, "column": torch.ones(2)}
+    make(tmp_path / "read", 3)
+    with GradientStore.create(tmp_path / "g", FakeEngine(), columns={"n": "float32"}) as store:
+        if which == "queries":
+            store, act = GradientStore.open(tmp_path / "read"), GradientStore.search
+            refused(f"queries .*{form}", act, store, change(rows.rows))
+            return
+        given[which] = change(given[which])
+        put = SimpleNamespace(ids=given["ids"], rows=given["rows"])
+        name = "column n" if which == "column" else which
+        refused(
+            f"{name} .*{form}", store.append, put, given["loss"], columns={"n": given["column"]}
+        )
+        assert len(store) == 0
+
+
 @pytest.mark.parametrize("name", ["info", "notes"])
 @pytest.mark.parametrize("given", ["run1", ["run1"], {"run1"}, 3])
 def test_info_and_notes_are_mappings(tmp_path, name, given):

@@ -144,6 +144,7 @@ def test_an_unknown_metric_lists_those_that_exist(stored):
     [
         (torch.randn(2, 3), {}, r"must be floating point \[Q, 4\], not torch.float32 of shape"),
         (torch.randn(4), {}, r"must be floating point \[Q, 4\]"),
+        (torch.ones(1, 4).to(torch.float8_e5m2), {}, r"must be .* not torch.float8_e5m2"),
         (torch.ones(1, 4).long(), {}, r"must be floating point \[Q, 4\]"),
         (torch.tensor([[0.0] * 4, [float("nan")] * 4]), {}, r"queries \[1\] are not finite"),
         (torch.tensor([[1.0] * 4, [0.0] * 4]), {"by": "cosine"}, r"queries \[1\] are zero"),

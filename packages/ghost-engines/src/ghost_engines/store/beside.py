@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import StoreError
+from ghost_engines.store.given import check_tensor
 from ghost_engines.store.labels import Labels, Names
 
 LOSS = "loss"
@@ -182,6 +183,7 @@ def _numbers(name: str, values: ColumnValues, n: int, column: Column) -> Tensor:
     if not isinstance(tensor, Tensor):
         found = f"an array of {values.dtype}" if isinstance(values, np.ndarray) else repr(values)
         raise StoreError(f"column {name} must be a tensor or an array of numbers, not {found}")
+    check_tensor(f"column {name}", tensor)
     if tensor.shape != (n,) or tensor.dtype != column.torch_dtype:
         raise StoreError(
             f"column {name} must be {column.dtype} [{n}], not {tensor.dtype} of shape "

@@ -1,4 +1,4 @@
-"""Checks of what users give a search: numbers, devices, stores."""
+"""Checks of what users give a store or a search: tensors, numbers, devices, stores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,33 @@ import torch
 from torch import Tensor
 
 from ghost_engines.store.errors import StoreError
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuse what is no tensor, or has no number for each of its places.
+
+    Args:
+        name: What it is, for the error.
+        value: What was given.
+
+    Raises:
+        StoreError: If it is something else, sparse, nested, or on meta.
+    """
+    if not isinstance(value, Tensor):
+        raise StoreError(
+            f"{name} is a {type(value).__name__}, not a tensor",
+            reason="nothing is cast here",
+            remedy="make a tensor of it, in the dtype that is to be stored",
+        )
+    form = "nested" if value.is_nested else "sparse" if value.layout is not torch.strided else ""
+    if value.is_meta:
+        form = "on meta"
+    if form:
+        raise StoreError(
+            f"{name} is a tensor that is {form}",
+            reason="it has no number for each place of a table",
+            remedy="give a dense tensor on a device that keeps numbers, such as tensor.to_dense()",
+        )
 
 
 def number(name: str, value: Any) -> float:

@@ -14,6 +14,7 @@ from ghost_engines.store.beside import LOSS, ColumnValues, checked_columns
 from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import StoreError
 from ghost_engines.store.finite import all_finite
+from ghost_engines.store.given import check_tensor
 from ghost_engines.store.labels import Labels, Names
 from ghost_engines.store.manifest import Manifest
 
@@ -170,18 +171,9 @@ def _check_tensors(batch: object, loss: object) -> None:
             else "append what a ProjectionEngine found: engine.collect()",
         )
     for name in ("ids", "rows"):
-        _check_tensor(f"{name} of a {kind}", getattr(batch, name))
+        check_tensor(f"{name} of a {kind}", getattr(batch, name))
     if loss is not None:
-        _check_tensor("loss", loss)
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise StoreError(
-            f"{name} is a {type(value).__name__}, not a tensor",
-            reason="nothing is cast here",
-            remedy="make a tensor of it, in the dtype that is to be stored",
-        )
+        check_tensor("loss", loss)
 
 
 def _kind(tensor: Tensor) -> str:

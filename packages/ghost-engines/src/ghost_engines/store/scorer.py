@@ -13,8 +13,9 @@ from ghost_core import UnknownNameError
 from ghost_core.algebra import accumulation_dtype, full_precision
 from ghost_core.tracking import Patterns
 from ghost_engines.store.columns import Columns, columns_of, count
+from ghost_engines.store.dtypes import STORAGE_DTYPES
 from ghost_engines.store.errors import StoreError
-from ghost_engines.store.given import check_store, device_of, number
+from ghost_engines.store.given import check_store, check_tensor, device_of, number
 from ghost_engines.store.half_sieve import HalfSieve
 from ghost_engines.store.held_rows import HeldRows
 from ghost_engines.store.manifest import Manifest
@@ -206,7 +207,9 @@ def _check_queries(store: RowReader, queries: Tensor) -> torch.dtype:
             f"queries must be a tensor [Q, {store.k_total}] or rows such as engine.collect(), not "
             f"{type(queries).__name__}"
         )
-    if queries.dim() != 2 or queries.shape[1] != store.k_total or not queries.is_floating_point():
+    check_tensor("queries", queries)
+    known = queries.dtype in STORAGE_DTYPES.values()
+    if queries.dim() != 2 or queries.shape[1] != store.k_total or not known:
         raise StoreError(
             f"queries must be floating point [Q, {store.k_total}], not {queries.dtype} of shape "
             f"{list(queries.shape)}"
