@@ -1,5 +1,7 @@
 """What is switched off while ghost's own code runs, and is on again whatever happens there."""
 
+import sys
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from ghost_core import _modes
 from ghost_core._modes import FunctionMode, uncompiled, unseen
 from ghost_core._torch import without_gradients
+from ghost_core.restoring import graphs_kept
 
 
 class Own(FunctionMode):
@@ -67,3 +70,36 @@ def test_the_compiler_reads_no_table_of_all_modules(monkeypatch):
     monkeypatch.setattr(_modes, "torch", compiles)
     monkeypatch.setattr(_modes, "sys", SimpleNamespace())
     assert uncompiled(abs)(-1) == "left alone"
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_graphs_are_kept_as_before_wherever_an_interrupt_comes(kept, before):
+    with torch.set_grad_enabled(before):
+        at = 0
+        while interrupted(kept, at := at + 1):
+            assert torch.is_grad_enabled() is before, at
+    assert at > 10
+
+
+def interrupted(kept, at):
+    """Interrupt before a line, of ghost's or of what it calls; tell whether that was in time."""
+    lines = count(1)
+
+    def line(frame, event, argument):
+        if event == "line" and next(lines) == at:
+            raise KeyboardInterrupt
+        return line
+
+    def use():
+        with graphs_kept(kept):
+            assert torch.is_grad_enabled() is kept
+
+    sys.settrace(lambda frame, event, argument: line)
+    try:
+        use()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False

@@ -25,6 +25,7 @@ from ghost_core._distributed import (
     whole,
 )
 from ghost_core.errors import CaptureError
+from ghost_core.restoring import graphs_kept
 
 _Made = TypeVar("_Made")
 
@@ -115,7 +116,7 @@ class Ranks:
     def average(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the means over all processes, in the memory of what is given."""
         if self.several:
-            with torch.no_grad():
+            with graphs_kept(False):
                 waiting = [
                     distributed.all_reduce(each, group=self.group, async_op=True)
                     for each in tensors.values()

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 
 @contextmanager
 def restored() -> Iterator[ExitStack]:
@@ -45,3 +47,15 @@ def undo(stack: ExitStack, function: Callable[..., object], *args: object) -> No
     """Have a stack undo something: twice, since an interrupt may end the first."""
     stack.callback(function, *args)
     stack.callback(function, *args)
+
+
+@contextmanager
+def graphs_kept(kept: bool) -> Iterator[None]:
+    """Let autograd build graphs inside, or not.
+
+    `torch.no_grad()` in a with statement stays on where Ctrl-C comes as the block ends.
+    """
+    with restored() as stack:
+        undo(stack, torch.set_grad_enabled, torch.is_grad_enabled())
+        torch.set_grad_enabled(kept)
+        yield

@@ -12,6 +12,7 @@ from ghost_core import CaptureError, SampleIds
 from ghost_core.arguments import switch
 from ghost_core.batch import as_ids
 from ghost_core.compare import check_losses
+from ghost_core.restoring import graphs_kept
 from ghost_core.state import untouched
 from ghost_engines.digest import model_digest
 from ghost_engines.directions import Gradient, Transform
@@ -61,7 +62,7 @@ def project_queries(
         if name in set(names)
     }
     parts: list[Tensor] = []
-    with torch.enable_grad(), untouched(model):
+    with graphs_kept(True), untouched(model):
         model.eval()
         losses = check_losses(per_sample_loss(model, batch))
         found = torch.arange(len(losses)) if ids is None else as_ids(ids)

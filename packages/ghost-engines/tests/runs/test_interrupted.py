@@ -56,7 +56,8 @@ class Loop:
         """Return what an interrupt has left behind; nothing if nothing."""
         stacks = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
         if any(stacks) or not torch.is_grad_enabled():
-            return f"modes are open: {stacks}"
+            close_modes()  # so that the next interrupt is judged by itself
+            return f"modes are open: {stacks}, or gradients are off"
         now = self.traces()
         return ", ".join(name for name in now if now[name] != self.found[name])
 
@@ -66,6 +67,14 @@ class Loop:
         ]
         metrics = (self.folder / "metrics.jsonl").read_text()
         return [each.tolist() for each in self.model.parameters()], log, metrics
+
+
+def close_modes():
+    while torch._C._len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack(None)
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    torch.set_grad_enabled(True)
 
 
 CASES = [

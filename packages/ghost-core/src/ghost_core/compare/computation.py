@@ -14,6 +14,7 @@ from ghost_core.capture import Freeze, Listener, Pass, Recorder
 from ghost_core.compare.casts import CastMode
 from ghost_core.compare.remainder import Remainder
 from ghost_core.errors import CaptureError
+from ghost_core.restoring import graphs_kept
 from ghost_core.state import untouched
 from ghost_core.tracking import Selection, TrackedParameter, track
 
@@ -93,7 +94,7 @@ class Computation(Listener):
         n = len(self.expected)
         with (
             untouched(self._model),
-            torch.enable_grad(),
+            graphs_kept(True),
             self._recorder.capture(self, n, self._owners) as batch,
         ):
             losses = check_losses(self._losses(), self.expected)
@@ -115,7 +116,7 @@ class Computation(Listener):
 
     @contextmanager
     def _without_ghost(self) -> Iterator[None]:
-        with self._recorder.paused(), untouched(self._model), torch.enable_grad():
+        with self._recorder.paused(), untouched(self._model), graphs_kept(True):
             yield
 
     def _check_hooks(self, training: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from ghost_core.restoring import graphs_kept
 from ghost_core.state import RandomState, random_state_kept
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def warn_of_draws(run: Callable[[], object], devices: Iterable[torch.device]) ->
     devices = list(devices)
     with random_state_kept(devices):  # what is drawn later is what would have been drawn
         before = RandomState.now(devices).by_library
-        with torch.no_grad(), _Draws(devices) as draws:
+        with graphs_kept(False), _Draws(devices) as draws:
             run()
         after = RandomState.now(devices).by_library
     others = [f"{name}'s generator" for name in before if before[name] != after[name]]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ghost_core import CaptureError
 from ghost_core.arguments import module, whole
+from ghost_core.restoring import graphs_kept
 from ghost_core.state import RandomState, untouched
 from ghost_engines.dataset.batches import Ids
 from ghost_engines.dataset.columns import ColumnOf, check_columns, column_values
@@ -147,7 +148,7 @@ def project_dataset(
     known = {"model": model_digest(model), **({} if info is None else info)}
     found = {name: function for name, (_, function) in columns.items()}
     job = _Job(per_sample_loss, engine, windows, found, norms, losses)
-    with torch.enable_grad(), untouched(model):
+    with graphs_kept(True), untouched(model):
         model.eval()
         windows.begin()  # an empty data set leaves no store
         store = _opened(root, engine, part, unit, notes, columns=declared, info=known, data=files)

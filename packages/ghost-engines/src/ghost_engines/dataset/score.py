@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ghost_core import Batch, CaptureError, Engine, EngineOptions
 from ghost_core.arguments import module, whole
 from ghost_core.plugins import installed
+from ghost_core.restoring import graphs_kept
 from ghost_core.state import untouched
 from ghost_engines.dataset.batches import Batches, Ids
 from ghost_engines.dataset.losses import PerSampleLoss, checked, target_gradient
@@ -85,7 +86,7 @@ def score_dataset(
     model, batch_size = module(model), whole("batch_size", batch_size, least=1)
     scorer = _engine(model, engine, norms, targets, options)
     parts: list[_Part] = []
-    with torch.enable_grad(), untouched(model):
+    with graphs_kept(True), untouched(model):
         model.eval()
         if isinstance(scorer, ScoringEngine):
             _add_targets(scorer, targets, per_sample_loss, batch_size, progress)

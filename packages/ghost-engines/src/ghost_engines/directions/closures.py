@@ -16,6 +16,7 @@ from ghost_core import CaptureError, TrackedParameter
 from ghost_core._distributed import whole
 from ghost_core._torch import accumulation_hooks, is_graph_gone
 from ghost_core.ranks import ALONE, Ranks
+from ghost_core.restoring import graphs_kept
 from ghost_core.state import untouched
 from ghost_engines.directions.given import finite, given, widened
 
@@ -154,7 +155,7 @@ class ClosureSource:
             whole: Whether parameters in parts are whole before, and until it is undone.
         """
         with ExitStack() as stack:
-            for each in (torch.enable_grad(), self.ranks.apart(), untouched(self.model)):
+            for each in (graphs_kept(True), self.ranks.apart(), untouched(self.model)):
                 stack.enter_context(each)
             if whole:
                 stack.enter_context(self.ranks.whole())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ghost_core import CaptureError, TrackedParameter
 from ghost_core.arguments import whole
 from ghost_core.ranks import ALONE, Ranks
+from ghost_core.restoring import graphs_kept
 from ghost_engines.directions.closures import Closure, ClosureSource, check_closure
 from ghost_engines.directions.factored import FactoredDirection, Factors, Uses, sum_of
 from ghost_engines.directions.given import finite, given, widened
@@ -108,7 +109,7 @@ class Direction:
             self.ranks.all_or_none(f"direction {self.name!r}", lambda: raw, _described)
         if self.transform is None:
             return dict(raw)
-        with torch.no_grad():
+        with graphs_kept(False):
             made = self.transform(raw)
         return self._checked(made)
 

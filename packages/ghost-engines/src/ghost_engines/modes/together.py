@@ -14,6 +14,7 @@ from ghost_core._distributed import own_group
 from ghost_core._torch import after_backward
 from ghost_core.algebra import accumulation_dtype
 from ghost_core.ranks import Ranks
+from ghost_core.restoring import graphs_kept
 
 # What a process says, in rising order: the number of the parameter that it is at, or one of these.
 _READY = (1 << 20) - 1  # it is about to begin one without words
@@ -171,7 +172,7 @@ class Together:
         return most, -least
 
     def _average(self, tensor: Tensor) -> None:
-        with torch.no_grad():
+        with graphs_kept(False):
             self._reduce(tensor, distributed.ReduceOp.SUM)
             tensor /= self._ranks.count
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import distributed
@@ -35,31 +35,17 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: If that fails; then the file, or its absence, is as it was.
     """
+    handled = sys.exc_info()[1]  # by the caller
     with written_atomically(path) as file:
-        sink = _Sink(file)
         try:
-            torch.save(dict(state), sink)  # type: ignore[arg-type] # it is all that torch asks for
+            torch.save(dict(state), file)
         except RuntimeError as error:
-            if sink.failure is None:
+            # Torch ends its archive whatever was raised in the middle, and then raises that the
+            # archive is not whole, in the place of a full disk or of an interrupt.
+            before = error.__context__
+            if before is None or before is handled:
                 raise
-            raise sink.failure from error
-
-
-class _Sink(io.RawIOBase):
-    """A file for torch to write to, which makes other errors of those that writing raises."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self._file = file
-        self.failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write, and remember what goes wrong."""
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.failure = error
-            raise
+            raise before from None
 
 
 def read_state(path: Path) -> State:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
 from ghost_core import CaptureError
+from ghost_core.restoring import Leave, undo
 from ghost_engines.files import make_root, write_json
 from ghost_engines.log import LOG, RANK, ScoreLog, has_log
 from ghost_engines.processes import process_rank
@@ -60,7 +62,7 @@ class RunFolder:
     ) -> None:
         self.path, self.log, self.metrics = path, log, metrics
         self._stack = ExitStack()
-        self._stack.callback(lock.release)
+        undo(self._stack, lock.release)
         if log is not None:
             self._stack.enter_context(log)
         self._stack.callback(metrics.write)
@@ -93,7 +95,7 @@ class RunFolder:
         """
         with ExitStack() as stack:
             lock = lock or lock_folder(path)
-            stack.callback(lock.release)
+            undo(stack, lock.release)
             _describe(path, now, begins=after is None)
             log = None
             if logs:
@@ -106,8 +108,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._stack.__exit__(*exception)
+    __exit__: Callable[..., None] = Leave(attrgetter("_stack.__exit__"))
 
     def commit(self) -> None:
         """Have all of it on disk.

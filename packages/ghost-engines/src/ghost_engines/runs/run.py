@@ -114,19 +114,20 @@ class Run:
         if self._entered:
             raise CaptureError("a run is entered once: make another one, and resume it")
         self._entered = True
-        with ExitStack() as stack:
+        stack = self._attached
+        try:
             for engine in self.engines.values():
                 stack.enter_context(engine)
-            if self.adds_up and self._scorer is not None:
-                self._values = values_of(self._scorer, self._optimizer, self.config)
+            if self.adds_up and (scorer := self._scorer) is not None:
+                self._values = stack.enter_context(values_of(scorer, self._optimizer, self.config))
                 self._values.on_credit(self._credited)
-                stack.enter_context(self._values)
             # After the values' own, which are added up by then.
-            handle = stepping(self._optimizer).register_step_post_hook(self._stepped)
-            stack.callback(handle.remove)
+            stack.callback(stepping(self._optimizer).register_step_post_hook(self._stepped).remove)
             stack.callback(self._chooser.say_if_unused)
-            self._attached.push(stack.pop_all())
-        return self
+            return self
+        except BaseException:
+            stack.close()
+            raise
 
     __exit__: Callable[..., None] = Leave(attrgetter("_attached.__exit__"))
 
@@ -374,9 +375,7 @@ class Run:
         if not self._entered:
             raise CaptureError("the run is not entered", remedy="with Run(...) as run: ...")
         if begins and self._folder is not None:
-            raise CaptureError(
-                "the run has begun", remedy="load its state right after it is entered"
-            )
+            raise CaptureError("the run has begun", remedy="load its state once it is entered")
 
     def _writer(self, after: int | None = None, lock: WriterLock | None = None) -> RunFolder:
         """Return the folder, which is begun where it is first asked for."""

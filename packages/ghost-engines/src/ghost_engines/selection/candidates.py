@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ghost_core import CaptureError, Pass, PerSampleGradient, TrackedParameter
 from ghost_core.batch import SampleIds, as_ids
 from ghost_core.capture import Listener, Recorder
 from ghost_core.compare import check_losses
+from ghost_core.restoring import graphs_kept
 from ghost_core.state import untouched
 from ghost_core.tracking import Tracking
 from ghost_engines.held import HeldGradients
@@ -82,7 +82,7 @@ class Candidates(Listener):
         try:
             with (
                 untouched(self._model),
-                torch.enable_grad(),
+                graphs_kept(True),
                 self._recorder.capture(self, n, owners) as capture,
             ):
                 (_checked(losses(), n) * scale).sum().backward()

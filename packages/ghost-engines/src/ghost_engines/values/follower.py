@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ghost_core import CaptureError, Pass, PerSampleGradient, TrackedParameter, UnknownNameError
 from ghost_core._torch import version
@@ -79,11 +80,14 @@ class Follower:
         self._versions: dict[str, int] = {}
         self._said_altered = False
         self._has_closure = False
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        engine.observe(self)
+        self._handles: list[RemovableHandle] = []
+        try:
+            engine.observe(self)
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        except BaseException:
+            self.leave()
+            raise
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -119,6 +123,10 @@ class Follower:
     def close(self) -> None:
         """Stop to watch the engine and the optimizer."""
         self._look_for_other_steps()
+        self.leave()
+
+    def leave(self) -> None:
+        """Be told of nothing any more; it may be repeated after an interrupt."""
         for handle in self._handles:
             handle.remove()
         self._engine.unobserve(self)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -14,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ghost_core import CaptureError
 from ghost_core.arguments import whole
+from ghost_core.restoring import Leave, undo
 from ghost_engines.scoring import ScoringEngine
 from ghost_engines.tables import Columns, Table
 from ghost_engines.values.credit import CreditedStep, OnCredit
@@ -93,6 +96,9 @@ class InRunValues(Table):
         self._history = History(lambda: self._known, every)
         self._said: set[str] = set()
         self._observers: OrderedDict[int, OnCredit] = OrderedDict()
+        self._closing = ExitStack()
+        undo(self._closing, lambda: self._follower.leave())
+        self._closing.push(self._closed)
         self._follower = Follower(engine, optimizer, direction, self._credit, order)
 
     def close(self) -> None:
@@ -103,7 +109,9 @@ class InRunValues(Table):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, *exception: object) -> None:
+    __exit__: Callable[..., None] = Leave(attrgetter("_closing.__exit__"))
+
+    def _closed(self, kind: object, *exception: object) -> None:
         if kind is None:
             self.close()
         else:  # an exception says why there is no more

@@ -13,6 +13,7 @@ from torch import Tensor
 from ghost_core._distributed import own_part
 from ghost_core._torch import norms
 from ghost_core.ranks import Ranks
+from ghost_core.restoring import graphs_kept
 
 _PIECE = 1 << 22
 """Elements that are summed up at a time, so that no gradient is copied as a whole."""
@@ -45,7 +46,7 @@ class Print(NamedTuple):
 
 def prints(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the numbers of prints where the gradients are, float64 `[3, P]` for P pieces."""
-    with torch.no_grad():
+    with graphs_kept(False):
         elements = {name: _elements(each) for name, each in gradients.items()}
         small: dict[torch.device, dict[str, Tensor]] = {}
         large: dict[str, Tensor] = {}
