@@ -145,8 +145,7 @@ class ScoreLog(LogReader):
         Raises:
             OSError: If writing fails; steps that were not acknowledged are lost then.
         """
-        lock, self._lock = self._lock, None
-        if lock is None:
+        if (lock := self._lock) is None:
             return
         try:
             if lock.held:
@@ -156,6 +155,7 @@ class ScoreLog(LogReader):
             shards, tail = self._contents
             self._contents = shards, tail.written_out()
             lock.release()
+            self._lock = None  # last, so that it can be repeated after an interrupt
 
     # Writing
 

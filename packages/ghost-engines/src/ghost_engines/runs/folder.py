@@ -64,6 +64,7 @@ class RunFolder:
         self._stack = ExitStack()
         undo(self._stack, lock.release)
         if log is not None:
+            self._stack.callback(log.close)  # once more, where an interrupt ends the first
             self._stack.enter_context(log)
         self._stack.callback(metrics.write)
 
