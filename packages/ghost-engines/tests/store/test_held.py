@@ -212,6 +212,9 @@ def test_it_reads_nothing_more_and_is_let_go(tmp_path):
     store = stored(tmp_path / "store", torch.randn(50, 12))
     queries = torch.randn(2, 12)
     found, held = store.search(queries), store.held(progress=False)
+    assert "held in memory" in repr(held)
+    assert "held" not in repr(store)
+    assert held.held() is held
     shutil.rmtree(tmp_path / "store")
     assert same(held.search(queries), found)
     assert len(held) == 50

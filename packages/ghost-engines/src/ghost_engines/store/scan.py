@@ -188,8 +188,9 @@ class Scan:
         self, start: int, found: list[StoredRows], smallest: bool
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield ordinals, ids and scores of all rows that were found, block by block."""
+        whole = len(found[0]) <= self._block
         for at in range(0, len(found[0]), self._block):
-            rows = [each[at : at + self._block] for each in found]
+            rows = found if whole else [each[at : at + self._block] for each in found]
             scores = self._scores(start + at, rows)
             ordinals = torch.arange(start + at, start + at + len(rows[0]), device="cpu")
             yield ordinals, rows[0].ids, scores.neg_() if smallest else scores
@@ -273,7 +274,7 @@ def aligned(scans: Sequence[Iterator[StoredRows]]) -> Iterator[list[StoredRows]]
         if len(there) < len(heads):
             return
         n = min(map(len, there))
-        found = [head[:n] for head in there]
+        found = [head if len(head) == n else head[:n] for head in there]
         if any(not torch.equal(each.ids, found[0].ids) for each in found[1:]):
             raise StoreError(
                 f"the stores hold different samples, or in another order, from row {start} on",

@@ -184,17 +184,20 @@ class Scorer:
             self._room = self._room.new_empty(most + -most % _MULTIPLE, self._room.shape[1])
         for start in range(0, n, size):
             part = rows[start : start + size]
-            whole = len(part) + -len(part) % _MULTIPLE
+            whole = part.shape[0] + -part.shape[0] % _MULTIPLE
             self._multiply(part, self._scores[:, start : start + whole])
         return scores
 
     def _multiply(self, rows: Tensor, out: Tensor) -> None:
-        n, found = len(rows), self._room[: out.shape[1]]
+        n, found = rows.shape[0], self._room[: out.shape[1]]
         found[:n].copy_(rows[:, self.columns])
-        found[n:] = found[:1]
+        if n < out.shape[1]:
+            found[n:] = found[:1]
         lengths = torch.linalg.vector_norm(found, dim=1) if self._cosine else None
-        if lengths is not None and not _SHORTEST < lengths.min() <= lengths.max() < 1 / _SHORTEST:
-            found, lengths = unit_length(found), None
+        if lengths is not None:
+            shortest, longest = (each.item() for each in lengths.aminmax())
+            if not _SHORTEST < shortest <= longest < 1 / _SHORTEST:
+                found, lengths = unit_length(found), None
         torch.mm(self._asked, found.mT, out=out)
         if lengths is not None:
             out.div_(lengths)

@@ -282,6 +282,8 @@ class GradientStore(StoreWriter):
                 reason="what is held are the rows that there were at some time",
                 remedy="close it, or hold what is on disk: GradientStore.open(path).held()",
             )
+        if self._held is not None:
+            return self
         shape = len(self), self.k_total
         found = HeldRows.of(self.scan(), shape, self.dtype, progress)
         store = copy(self)

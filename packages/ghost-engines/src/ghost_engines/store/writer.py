@@ -66,6 +66,8 @@ class StoreWriter(StoreReader):
             facts.append(f"{waiting} not committed")
         if self._lock is not None:
             facts.append("open for writing")
+        if self._held is not None:
+            facts.append("held in memory")
         return f"<{type(self).__name__}: {', '.join(facts)}>"
 
     def __enter__(self) -> Self:
