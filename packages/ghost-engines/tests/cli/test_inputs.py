@@ -172,6 +172,22 @@ def test_what_is_given_itself_is_asked_for(talking, model, tmp_path, capsys):
     assert "--messages: 'messages' of it is no conversation" in capsys.readouterr().err
 
 
+def test_domains_are_scored_apart(talking, model, tmp_path, capsys):
+    (tmp_path / "d").mkdir()
+    for name, texts in (("web", TEXTS[:2]), ("code", TEXTS[2:])):
+        (tmp_path / "d" / f"{name}.txt").write_text("\n".join(texts) + "\n")
+    given = ("--data", "d", "--domains", "web,code", "--targets", "all=d", "--dtype", "float64")
+    assert score(talking, *given) == 0
+    table = parts(capsys.readouterr().out + "\n\n")[0][2]
+    exact = gradients(model, PLAIN)
+    scores, norms = exact @ exact.mean(0), exact.norm(dim=1)
+    assert table[0] == ["domain", "samples", "mean score all", "mean norm"]
+    assert [row[:2] for row in table[1:]] == [["web", "2"], ["code", "1"]]
+    for row, there in zip(table[1:], (slice(0, 2), slice(2, 3)), strict=True):
+        means = [scores[there].mean().item(), norms[there].mean().item()]
+        assert [float(each) for each in row[2:]] == pytest.approx(means, rel=1e-5)
+
+
 def test_verify_looks_at_answers_alone(talking, tmp_path):
     data = lines(tmp_path / "a", "pairs")
     batch = batch_of(data, talking, prompt="ask", completion="say")

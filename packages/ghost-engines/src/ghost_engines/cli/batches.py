@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ghost_engines.cli.corpora import Corpus, CorpusOptions, load_corpus
@@ -35,6 +35,21 @@ class Sample:
 
     batch: Any
     cut: str | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set.
+
+    Attributes:
+        batches: For files, a loader of batches as `Sample` has one, in their order, with ids where
+            samples have their own; else what the function returns.
+        domains: Returns the name of the domain of each sample, by ids int64 `[n]`; None if there
+            are no domains.
+    """
+
+    batches: Any
+    domains: Callable[[Tensor], list[str]] | None = None
 
 
 def load_batch(
@@ -68,7 +83,7 @@ def load_batch(
     return Sample(batch, f"cut to {longest}: {cut} of {len(rows)}" if cut else None)
 
 
-def load_data(options: CorpusOptions, loaded: nn.Module, *, batch_size: int) -> Any:
+def load_data(options: CorpusOptions, loaded: nn.Module, *, batch_size: int) -> Data:
     """Load a data set.
 
     Args:
@@ -76,24 +91,22 @@ def load_data(options: CorpusOptions, loaded: nn.Module, *, batch_size: int) -> 
         loaded: The model, for its largest number of positions.
         batch_size: Samples in a batch of a file.
 
-    Returns:
-        For files, a loader of batches as `load_batch` makes them, in the order of the file, with
-        ids where samples have their own; else what the function returns.
-
     Raises:
         CommandError: If there is no sample in it, or one cannot be taken.
         MissingExtraError: If a library for it is not installed.
     """
     corpus = load_corpus(options, loaded)
     if corpus.made:
-        return corpus.samples
+        return Data(corpus.samples)
     _check(corpus.samples, options)
-    return DataLoader(
+    batches = DataLoader(
         corpus.samples,
         batch_size=batch_size,
         collate_fn=_with_masks,
         generator=torch.Generator(),
     )
+    _, domains = corpus.columns.get("group", ("", None))
+    return Data(batches, domains)
 
 
 def batch_of(corpus: Corpus, options: CorpusOptions, rows: Sequence[int]) -> dict[str, Any]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+import torch
+
 from ghost_core import UnsupportedLayerError, WrongSplitError
-from ghost_engines.cli.batches import load_data
+from ghost_engines.cli.batches import Data, load_data
 from ghost_engines.cli.corpora import CorpusOptions
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.functions import in_one_line
@@ -16,16 +19,19 @@ from ghost_engines.cli.subject import Subject, refused
 from ghost_engines.cli.tables import print_table, while_read
 from ghost_engines.dataset import ScoreTable, score_dataset
 
+_DATA, _TARGETS = "--data", "--targets"
+
 
 def run(options: Score) -> int:
     """Score, write and print what was found, and return the exit status."""
     targets = _named(options.targets)
     if not targets and options.engine == "dot_product":
-        raise CommandError("--targets: give at least one, as NAME=DATA")
+        raise CommandError(f"{_TARGETS}: give at least one, as NAME=DATA")
     check_outputs(options.top, options.out, options.plot)
     subject = Subject.load(options, options.loss, options.device)
     try:
-        table = _scored(options, targets, subject)
+        data = _loaded(options, targets, subject)
+        table = _scored(options, data, subject)
     except (UnsupportedLayerError, WrongSplitError) as error:
         return refused(error)
     described = subject.described(options.model)
@@ -45,24 +51,31 @@ def run(options: Score) -> int:
             table.ids, table.scores, table.names, beside,
             what="score", top=options.top, signed=table.signed,
         )  # fmt: skip
+        if (domains := data[_DATA].domains) is not None:
+            _print_domains(table, domains(torch.from_numpy(table.ids)))
     return 0
 
 
-def _scored(options: Score, targets: dict[str, str], subject: Subject) -> ScoreTable:
-    """Load the data and score them."""
-    given = {"--data": options.data} | {f"--targets {name}": targets[name] for name in targets}
-    how = _read_as(options, given)
-    loaded = {
-        option: load_data(each, subject.model, batch_size=options.batch_size)
-        for option, each in how.items()
+def _loaded(options: Score, targets: dict[str, str], subject: Subject) -> dict[str, Data]:
+    """Load the data, and those of each target, by the options that name them."""
+    given = {_DATA: options.data} | {f"{_TARGETS} {name}": targets[name] for name in targets}
+    return {
+        option: load_data(how, subject.model, batch_size=options.batch_size)
+        for option, how in _read_as(options, given).items()
     }
-    train = loaded.pop("--data")
+
+
+def _scored(options: Score, data: dict[str, Data], subject: Subject) -> ScoreTable:
     with in_one_line("scoring"):
         return score_dataset(
             subject.model,
             subject.losses,
-            train,
-            dict(zip(targets, loaded.values(), strict=True)),
+            data[_DATA].batches,
+            {
+                option.removeprefix(f"{_TARGETS} "): each.batches
+                for option, each in data.items()
+                if option != _DATA
+            },
             norms=not options.no_norms,
             engine=options.engine,
             ids=options.ids,
@@ -70,6 +83,24 @@ def _scored(options: Score, targets: dict[str, str], subject: Subject) -> ScoreT
             layers=options.layers,
             exclude=options.exclude,
         )
+
+
+def _print_domains(table: ScoreTable, domains: list[str]) -> None:
+    """Print how many samples each domain has, and the means of their scores and norms."""
+    names, columns = np.array(domains), [*table.scores.T]
+    titles = ["domain", "samples", *(f"mean score {name}" for name in table.names)]
+    if table.norms is not None:
+        titles.append("mean norm")
+        columns.append(table.norms)
+    print()
+    print_table(
+        titles,
+        (
+            (name, str(int(there.sum())), *(f"{column[there].mean():.6g}" for column in columns))
+            for name in dict.fromkeys(domains)
+            for there in [names == name]
+        ),
+    )
 
 
 def _read_as(options: Score, given: dict[str, str]) -> dict[str, CorpusOptions]:
@@ -95,8 +126,8 @@ def _named(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, _, data = text.partition("=")
         if not name or not data:
-            raise CommandError(f"--targets: {text!r} is not of the form NAME=DATA")
+            raise CommandError(f"{_TARGETS}: {text!r} is not of the form NAME=DATA")
         if name in found:
-            raise CommandError(f"--targets: there are two of the name {name!r}")
+            raise CommandError(f"{_TARGETS}: there are two of the name {name!r}")
         found[name] = data
     return found

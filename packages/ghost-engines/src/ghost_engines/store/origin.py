@@ -113,7 +113,7 @@ def query_rows(queries: Tensor | RowBatch, store: Manifest) -> Tensor:
     if _of_another_model(queries, store):
         raise StoreError(
             "the queries are of another model than the rows in the store",
-            reason="its parameters or buffers have other values, and gradients there are others",
+            reason="its parameters or buffers have other values or dtypes, and gradients differ",
             remedy="project the queries with the model that the store was made with, or, to ask "
             "another one on purpose, with project_queries(..., digest=False)",
         )
