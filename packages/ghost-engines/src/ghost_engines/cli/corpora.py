@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
@@ -119,16 +119,21 @@ class Corpus:
     Attributes:
         samples: The data set.
         columns: What else is known of each sample, by name, as `project_dataset` takes it.
-        files: The files that it is read from.
+        digested: Reads the files that it is read from, and returns them with their digests.
         shown: Returns a sample as a text for people, by its id; None if it has none.
         made: Whether a function made it, and may have made anything.
     """
 
     samples: Any
     columns: Mapping[str, Column] = field(default_factory=dict)
-    files: Sequence[DataFile] = ()
+    digested: Callable[[], Sequence[DataFile]] = tuple
     shown: Callable[[int], str] | None = None
     made: bool = False
+
+    @cached_property
+    def files(self) -> Sequence[DataFile]:
+        """The files, which are read as a whole for their digests once somebody asks."""
+        return self.digested()
 
 
 def load_corpus(
@@ -161,12 +166,11 @@ def load_corpus(
                 options = replace(options, truncate=min(unasked, positions_of(loaded) or unasked))
             texts = _texts(options, records, form, loaded)
             columns = _places({0: texts}) if isinstance(texts, Examples) else {}
-            files = _files([records]) if limit is None else []
-            return Corpus(texts, columns, files, texts.text)
+            return Corpus(texts, columns, lambda: _files([records]), texts.text)
         if path.suffix in TOKENS:
             options.refuse_texts("has token ids")
             rows = open_tokens(path, options.option, options.truncate)
-            return Corpus(rows, files=[DataFile.of(path)] if limit is None else [])
+            return Corpus(rows, digested=lambda: [DataFile.of(path)])
     except OSError as error:
         why = error.strerror or error
         raise CommandError(f"{options.option}: {path} cannot be read: {why}") from error
@@ -259,7 +263,7 @@ def _domains(options: CorpusOptions, folder: Path, form: Form, loaded: nn.Module
             DataFile(str(each.path.absolute()), f"sha256:{each.format.sha256}")
             for each in corpus.domains.values()
         ]
-        tokenizer = functools.cache(lambda: load_tokenizer(Path(options.model)))
+        tokenizer = cache(lambda: load_tokenizer(Path(options.model)))
 
         def groups(ids: Tensor) -> list[str]:
             return [corpus.domain_of(number) for number in ids.tolist()]
@@ -268,7 +272,7 @@ def _domains(options: CorpusOptions, folder: Path, form: Form, loaded: nn.Module
             return str(tokenizer().decode(corpus.by_id(number).tolist()))
 
         known = shown if is_folder(options.model) else None
-        return Corpus(corpus, {"group": ("category", groups)}, files, known)
+        return Corpus(corpus, {"group": ("category", groups)}, lambda: files, known)
     there = _text_files(folder)
     there |= {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
     found: dict[str, Examples | Blocks] = {}
@@ -282,7 +286,7 @@ def _domains(options: CorpusOptions, folder: Path, form: Form, loaded: nn.Module
     mixture = Mixture(found)
     columns: dict[str, Column] = {"group": ("category", mixture.groups)}
     apart = {at: each for at, each in enumerate(found.values()) if isinstance(each, Examples)}
-    return Corpus(mixture, columns | _places(apart), _files(records), mixture.text)
+    return Corpus(mixture, columns | _places(apart), lambda: _files(records), mixture.text)
 
 
 def _text_files(folder: Path) -> dict[str, Path]:
