@@ -1,10 +1,14 @@
 """Commands on checkpoints of transformers."""
 
+import builtins
 import json
+import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 
 import pytest
 import torch
@@ -97,37 +101,52 @@ PLANTED = """
 """.split()  # noqa: SIM905
 """Modules that may be imported while a checkpoint is loaded and verified."""
 
-
 COMMAND = ["verify", ".", "--data=texts.txt"]
 
 
-def alone(_, folder):
-    command = [sys.executable, "-m", "ghost_engines", *COMMAND]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
-
-
-def where_torch_is_imported(fresh, folder):
-    code = f"""
-import os, runpy, sys
-sys.path[0] = os.getcwd()
-sys.argv = ["ghost", *{COMMAND}]
-runpy.run_module("ghost_engines", run_name="__main__", alter_sys=True)
-"""
-    return fresh(code, cwd=folder)
-
-
-@pytest.mark.parametrize(
-    "run", [where_torch_is_imported, pytest.param(alone, marks=pytest.mark.stress)]
-)
-def test_no_file_that_lies_in_a_checkpoint_is_imported(run, fresh, checkpoint, texts, tmp_path):
-    """As launchers of processes run the command, for which Python adds the working directory."""
+@pytest.fixture
+def downloaded(checkpoint, texts, tmp_path):
+    """A checkpoint that texts lie in."""
     folder = tmp_path / "downloaded"
     shutil.copytree(checkpoint, folder)
     shutil.copy(texts, folder / "texts.txt")
+    return folder
+
+
+def test_no_file_that_lies_in_a_checkpoint_is_found(downloaded, monkeypatch, capsys):
+    """Whatever is imported on the way, a file beside the weights would not be what is found."""
+    (downloaded / "lying_there.py").touch()
+    monkeypatch.chdir(downloaded)
+    monkeypatch.setattr(sys, "path", [os.getcwd(), *filter(None, sys.path)])
+    monkeypatch.setattr(sys, "argv", ["ghost", *COMMAND])
+    real, main, found = builtins.__import__, cli.main, []
+
+    def looking(*arguments, **named):
+        found.append(PathFinder.find_spec("lying_there"))
+        return real(*arguments, **named)
+
+    def watched():
+        with monkeypatch.context() as patched:
+            patched.setattr(builtins, "__import__", looking)
+            return main()
+
+    monkeypatch.setattr(cli, "main", watched)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("ghost_engines", run_name="__main__")
+    assert ended.value.code == 0
+    assert len(found) > 20
+    assert not any(found)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.stress
+def test_no_file_that_lies_in_a_checkpoint_is_imported(downloaded, tmp_path):
+    """As launchers of processes run the command, for which Python adds the working directory."""
     for name in PLANTED:
         code = f"from pathlib import Path\nPath({str(tmp_path)!r}, 'ran-{name}').touch()\n"
-        (folder / f"{name}.py").write_text(code)
-    done = run(fresh, folder)
+        (downloaded / f"{name}.py").write_text(code)
+    command = [sys.executable, "-m", "ghost_engines", *COMMAND]
+    done = subprocess.run(command, cwd=downloaded, capture_output=True, text=True)
     assert list(tmp_path.glob("ran-*")) == []
     assert (done.returncode, done.stderr) == (0, "")
 
