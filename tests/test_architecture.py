@@ -18,11 +18,11 @@ PACKAGES = ["ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"]
 # Names on one floor do not know each other. The package's own name is its face.
 FLOORS = [
     {"restoring"},
-    {"errors", "_trees", "_modes", "_graph", "switches"},
-    {"_torch", "_distributed", "arguments", "process"},
+    {"errors", "_torch", "switches"},
+    {"arguments", "process"},
     {"algebra", "ranks"},
     {"sampler", "projection", "policy"},
-    {"hooks", "state", "batch", "differentiation"},
+    {"model_hooks", "state", "batch", "differentiation"},
     {"tracking"},
     {"split"},
     {"capture"},
@@ -58,12 +58,8 @@ IMPORTED_WHERE_USED = {
     "ghost_engines.store.hashes": {"xxhash"},
 }
 
-USE_PRIVATE_NAMES = {
-    f"ghost_core.{name}"
-    for name in ("_distributed", "_graph", "_modes", "_torch", "_trees", "process", "split.reasons")
-}
-"""Where private names of torch stand, with the version that each was seen in; the last one looks at
-a base class of torch's, for the words of a refusal."""
+USE_PRIVATE_NAMES = {"ghost_core._torch", "ghost_core.process"}
+"""Where private names of torch stand, with the version that each was seen in."""
 
 NO_NAMES_OF_TORCH = {"_exit", "_fields", "_getframe", "_replace", "_to_copy"}
 """Private names of Python's, and of an operation."""
@@ -285,9 +281,11 @@ def private(tree: ast.AST, own: set[str]) -> set[str]:
     }
 
 
-def test_private_names_of_torch_are_used_in_few_files():
+def test_private_names_of_torch_are_used_in_one_room_and_by_what_sets_the_process():
     own = names_of_ghost()
-    assert {name for name, tree in parsed().items() if private(tree, own)} == USE_PRIVATE_NAMES
+    assert {
+        room(each) for each, tree in parsed().items() if private(tree, own)
+    } == USE_PRIVATE_NAMES
     assert private(ast.parse("x = value._base"), own) == {"something._base"}
     assert private(ast.parse("from torch.nn.modules import module as _module"), own) == set()
 

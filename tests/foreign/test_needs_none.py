@@ -11,8 +11,7 @@ from tests.foreign.language import NanoGPT
 from torch import Tensor, nn
 from torch.utils import _python_dispatch
 
-from ghost_core._modes import function_modes
-from ghost_core._torch import gradient_hooks
+from ghost_core._torch import function_modes, gradient_hooks
 from ghost_core.testing import GradientHolder
 
 N = 3

@@ -10,7 +10,7 @@ from tests.silent.compare import WAYS, drawn, exact_or_refused, holds, squares
 from torch import Tensor, nn
 
 from ghost_core import CaptureError
-from ghost_core._modes import function_modes
+from ghost_core._torch import function_modes
 from ghost_core.testing import GradientHolder, per_sample_gradients
 
 N, T, D = 4, 5, 8

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_core._modes import DispatchMode
+from ghost_core._torch import DispatchMode
 
 _MASK = -1  # the last argument of the operation says which gradients it makes
 

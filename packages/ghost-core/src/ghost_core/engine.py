@@ -20,7 +20,7 @@ from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
 from ghost_core.capture import Freeze, Listener, Recorder, not_attached, open_already
 from ghost_core.compare import Comparison, compare
 from ghost_core.errors import CaptureError, UnknownOptionError
-from ghost_core.hooks import check_unhooked
+from ghost_core.model_hooks import check_unhooked
 from ghost_core.plugins import select
 from ghost_core.ranks import Ranks, unwrapped
 from ghost_core.restoring import Leave, restored

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ghost_core._distributed import (
+from ghost_core._torch import (
     averages,
     calling_wrapper,
     is_joining,

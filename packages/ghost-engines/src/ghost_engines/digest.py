@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-from ghost_core._distributed import whole
+from ghost_core._torch import whole
 from ghost_core.arguments import module
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ghost_core._torch import taken_back
-from ghost_core._trees import vmap
+from ghost_core._torch import taken_back, vmap
 
 _KNOWN = {
     *("torch::autograd::AccumulateGrad", "AddBackward0", "AddmmBackward0", "BmmBackward0"),

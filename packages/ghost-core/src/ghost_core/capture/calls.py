@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from ghost_core._modes import unseen
 from ghost_core._torch import (
     address,
     backward_hooks,
@@ -22,16 +21,18 @@ from ghost_core._torch import (
     has_global_forward_hooks,
     in_backward,
     saves_elsewhere,
+    tensors_in,
+    tree_flatten,
+    unseen,
     without_gradients,
 )
-from ghost_core._trees import tensors_in, tree_flatten
 from ghost_core.algebra import full_precision
 from ghost_core.capture.delivery import Delivery, Kept, keep
 from ghost_core.capture.refusals import declared_wrongly, hooked
 from ghost_core.capture.state import CaptureState, Running
 from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
-from ghost_core.hooks import Hook
+from ghost_core.model_hooks import Hook
 from ghost_core.sampler import Call, GradientSampler
 from ghost_core.split import Lift, RowAxes, Site, describe, find_axes
 from ghost_core.tracking import TrackedModule, owner_of, parameter_of

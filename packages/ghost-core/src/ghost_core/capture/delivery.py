@@ -9,7 +9,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from ghost_core._modes import unseen
+from ghost_core._torch import unseen
 from ghost_core.algebra import Owned, PerSampleGradient, Record, full_precision, weighed
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Listener, Pass

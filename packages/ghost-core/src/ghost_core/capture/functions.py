@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ghost_core._modes import SET_GRAD_ENABLED
+from ghost_core._torch import SET_GRAD_ENABLED
 
 QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "is_leaf", "layout")),

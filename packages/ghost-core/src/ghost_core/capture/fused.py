@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ghost_core._modes import FunctionMode, function_modes, seen_by_none
-from ghost_core.hooks import Hook
+from ghost_core._torch import FunctionMode, function_modes, seen_by_none
+from ghost_core.model_hooks import Hook
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghost_core._modes import unseen
-from ghost_core._torch import version
+from ghost_core._torch import unseen, version
 from ghost_core.algebra import Owned, full_precision
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.closed_forms import FormOn

@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ghost_core._graph import is_custom
-from ghost_core._trees import NUMBERS
+from ghost_core._torch import NUMBERS, is_custom
 from ghost_core.tracking import TrackedModule, TrackedParameter
 
 Owners = dict[int, tuple[Tensor, TrackedModule, TrackedParameter]]

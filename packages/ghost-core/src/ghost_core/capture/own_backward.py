@@ -21,9 +21,16 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ghost_core._graph import dtypes_into, function_of, is_custom, outputs_of
-from ghost_core._modes import own_mode_left
-from ghost_core._torch import run_apart, version, without_gradients
+from ghost_core._torch import (
+    dtypes_into,
+    function_of,
+    is_custom,
+    outputs_of,
+    own_mode_left,
+    run_apart,
+    version,
+    without_gradients,
+)
 from ghost_core.algebra import Dense, Owned, Precision, chunks, full_precision
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ghost_core._modes import FunctionMode, caller_of
-from ghost_core._torch import in_function
-from ghost_core._trees import tensors_in
+from ghost_core._torch import FunctionMode, caller_of, in_function, tensors_in
 from ghost_core.capture.fused import FusedModules
 from ghost_core.capture.state import CaptureState
 from ghost_core.errors import CaptureError

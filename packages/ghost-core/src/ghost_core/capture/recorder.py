@@ -39,7 +39,7 @@ from ghost_core.capture.refusals import (
 from ghost_core.capture.shared import SharedValues
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
-from ghost_core.hooks import Hook
+from ghost_core.model_hooks import Hook
 from ghost_core.ranks import Ranks
 from ghost_core.restoring import restored, undo
 from ghost_core.split import Balance, Verifier

@@ -24,9 +24,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ghost_core._modes import FunctionMode
-from ghost_core._torch import in_backward, in_checkpoint, in_transform, saves_elsewhere, version
-from ghost_core._trees import tensors_in, tree_map
+from ghost_core._torch import (
+    FunctionMode,
+    in_backward,
+    in_checkpoint,
+    in_transform,
+    saves_elsewhere,
+    tensors_in,
+    tree_map,
+    version,
+)
 from ghost_core.capture.closed_forms import closed_forms, is_expansion
 from ghost_core.capture.functions import QUESTIONS, is_attribute, is_in_place, named
 from ghost_core.capture.meeting import Meeting, give_up_costly, note_followed
@@ -42,7 +49,6 @@ from ghost_core.errors import WrongSplitError
 from ghost_core.split import Lift
 from ghost_core.tracking import TrackedModule, parameter_of
 
-_ById = dict[int, Shared]
 Met = tuple[tuple[Tensor, Shared], ...]
 """Shared values, each with what stands for it in one operation alone."""
 
@@ -264,9 +270,9 @@ class SharedValues(FunctionMode, Sharing):
             self._shared[id(value)] = Shared(value, sources, narrow if expands else None)
         return result
 
-    def _shared_among(self, given: Iterable[Tensor]) -> _ById:
+    def _shared_among(self, given: Iterable[Tensor]) -> dict[int, Shared]:
         """Return shared values by the identity of what was given."""
-        found: _ById = {}
+        found: dict[int, Shared] = {}
         for value in given:
             owned = self._sources.owners.get(id(value))
             plain = owned is None or owned[1] is self._state.runs_alone()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
-from ghost_core._modes import foreign_modes_left, only_own_modes
+from ghost_core._torch import foreign_modes_left, only_own_modes
 
 _SILENT: ContextVar[frozenset[object]] = ContextVar("silent", default=frozenset())
 """Batches for which a sampler runs modules in this context, which a thread of its own may share.

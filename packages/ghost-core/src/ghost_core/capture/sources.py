@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_core._torch import start_of_backward
-from ghost_core._trees import tree_map
+from ghost_core._torch import start_of_backward, tree_map
 from ghost_core.algebra import (
     Dense,
     PerSampleGradient,

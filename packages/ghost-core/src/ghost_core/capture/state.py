@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghost_core._torch import in_backward
-from ghost_core._trees import tensors_in
+from ghost_core._torch import in_backward, tensors_in
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass

@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ghost_core._graph import own
-from ghost_core._modes import own_mode_left
-from ghost_core._torch import backward_id, without_gradients
+from ghost_core._torch import backward_id, own, own_mode_left, without_gradients
 from ghost_core.errors import CaptureError
 
 Deliver = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None] | None]

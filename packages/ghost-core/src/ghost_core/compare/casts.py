@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_core._modes import DispatchMode
-from ghost_core._torch import address
+from ghost_core._torch import DispatchMode, address
 
 
 class CastMode(DispatchMode):

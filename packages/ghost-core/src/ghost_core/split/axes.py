@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ghost_core._trees import tree_map
+from ghost_core._torch import tree_map
 from ghost_core.errors import WrongSplitError
 from ghost_core.sampler import Call
-from ghost_core.split.reasons import wrong_rows
+from ghost_core.split.refusals import wrong_rows
 from ghost_core.tracking import TrackedModule
 
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)

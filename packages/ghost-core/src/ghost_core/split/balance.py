@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ghost_core._distributed import in_use, is_in_parts, shards
-from ghost_core._torch import gradient_hooks, tidy_gradient_hooks
+from ghost_core._torch import gradient_hooks, in_use, is_in_parts, shards, tidy_gradient_hooks
 from ghost_core.algebra import INSIDE, PerSampleGradient, Precision, floating_dtypes, weight_of
 from ghost_core.errors import UnbalancedError
-from ghost_core.hooks import Hook
+from ghost_core.model_hooks import Hook
 
 
 @dataclass

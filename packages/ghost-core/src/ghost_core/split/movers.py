@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_core._graph import is_kept_elsewhere, number_of, outputs_of, sizes_into
+from ghost_core._torch import is_kept_elsewhere, number_of, outputs_of, sizes_into
 
 UNTOLD = object()
 """Numbers of which nothing is known."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ghost_core._graph import is_custom, leads_to, nodes_behind, outputs_of
+from ghost_core._torch import is_custom, leads_to, nodes_behind, outputs_of
 from ghost_core.split.movers import UNTOLD, Move, made_by
 from ghost_core.split.roles import ROLES, VIEWS, Role, Turn, within
 

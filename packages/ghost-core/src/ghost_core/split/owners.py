@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ghost_core.errors import CaptureError
 from ghost_core.split.axes import RowAxes
-from ghost_core.split.reasons import scalar_output, unclear_fold, unreached
+from ghost_core.split.refusals import scalar_output, unclear_fold, unreached
 from ghost_core.split.sites import Site
 from ghost_core.tracking import TrackedModule
 

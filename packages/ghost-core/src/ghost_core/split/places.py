@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ghost_core._trees import tensors_in
+from ghost_core._torch import tensors_in
 from ghost_core.split.moves import Moves, find_moves
 from ghost_core.split.owners import Fold
 from ghost_core.split.probe import Place, Places, Prober, differentiable, probed_samples
-from ghost_core.split.reasons import no_samples, unclear_output
+from ghost_core.split.refusals import no_samples, unclear_output
 from ghost_core.split.routes import Census
 from ghost_core.split.sites import Site
 from ghost_core.tracking import TrackedModule

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ghost_core._modes import own_mode_left
-from ghost_core._torch import Hooks, backward_hooks, run_backward, start_of_backward
+from ghost_core._torch import Hooks, backward_hooks, own_mode_left, run_backward, start_of_backward
 from ghost_core.errors import CaptureError
 from ghost_core.split.axes import RowAxes
 from ghost_core.split.owners import Fold, Hit

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
-from ghost_core._graph import is_custom, number_of
+from ghost_core._torch import is_custom, number_of
 from ghost_core.split.movers import ALONG_ONE_AXIS, MOVING, Move, custom, made_by, signed
 
 _Told = TypeVar("_Told")

@@ -21,7 +21,7 @@ from torch import Tensor
 from ghost_core.errors import WrongSplitError
 from ghost_core.split.axes import RowAxes
 from ghost_core.split.probe import Places, Probe, Prober, Slope, nan_in, numbers_in
-from ghost_core.split.reasons import routed_wrong, scalar_output
+from ghost_core.split.refusals import routed_wrong, scalar_output
 from ghost_core.split.sites import Site
 from ghost_core.tracking import TrackedModule
 

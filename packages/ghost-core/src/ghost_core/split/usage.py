@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_core._modes import DispatchMode
-from ghost_core._torch import address, in_backward, in_function
-from ghost_core._trees import tensors_in
-from ghost_core.split.reasons import misused_row, unfit_row, used_outside
+from ghost_core._torch import DispatchMode, address, in_backward, in_function, tensors_in
+from ghost_core.split.refusals import misused_row, unfit_row, used_outside
 from ghost_core.tracking import TrackedModule
 
 _CAST = torch.ops.aten._to_copy.default

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ghost_core._distributed import in_use, shards
-from ghost_core._torch import will_reach
+from ghost_core._torch import in_use, shards, will_reach
 from ghost_core.errors import WrongSplitError
 from ghost_core.process import eagerly
 from ghost_core.ranks import ALONE, Ranks
@@ -29,7 +28,7 @@ from ghost_core.split.nan import any_nan, is_finite
 from ghost_core.split.owners import Fold, find_folds, is_in_place
 from ghost_core.split.places import Outputs
 from ghost_core.split.probe import Kind, Places, Probe, Prober, probed_samples
-from ghost_core.split.reasons import (
+from ghost_core.split.refusals import (
     doubted,
     late_row,
     reached_elsewhere,

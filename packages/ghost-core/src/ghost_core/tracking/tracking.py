@@ -12,8 +12,7 @@ import torch
 from torch import Size, nn
 from torch.nn.parameter import is_lazy
 
-from ghost_core._distributed import is_plain_shard, shards
-from ghost_core._torch import direct_parameters, is_compiled, is_composed
+from ghost_core._torch import direct_parameters, is_compiled, is_composed, is_plain_shard, shards
 from ghost_core.arguments import text
 from ghost_core.arguments import whole as whole_number
 from ghost_core.errors import CaptureError, UnsupportedLayerError

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ghost_core import CaptureError, TrackedParameter
-from ghost_core._distributed import whole
-from ghost_core._torch import accumulation_hooks, is_graph_gone
+from ghost_core._torch import accumulation_hooks, is_graph_gone, whole
 from ghost_core.ranks import ALONE, Ranks
 from ghost_core.restoring import graphs_kept
 from ghost_core.state import untouched

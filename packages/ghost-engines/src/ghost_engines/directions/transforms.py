@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import CaptureError
-from ghost_core._distributed import whole
-from ghost_core._torch import tells_of_steps
+from ghost_core._torch import tells_of_steps, whole
 from ghost_engines.directions.closures import ClosureSource
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from ghost_core import CaptureError, TrackedParameter
-from ghost_core._distributed import own_group
-from ghost_core._torch import after_backward
+from ghost_core._torch import after_backward, own_group
 from ghost_core.algebra import accumulation_dtype
 from ghost_core.ranks import Ranks
 from ghost_core.restoring import graphs_kept

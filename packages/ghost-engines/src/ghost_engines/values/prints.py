@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ghost_core._distributed import own_part
-from ghost_core._torch import norms
+from ghost_core._torch import norms, own_part
 from ghost_core.ranks import Ranks
 from ghost_core.restoring import graphs_kept
 

@@ -8,8 +8,7 @@ import torch
 from torch import Size, Tensor
 
 from ghost_core import PerSampleGradient
-from ghost_core._torch import start_of_backward
-from ghost_core._trees import vmap
+from ghost_core._torch import start_of_backward, vmap
 from ghost_core.differentiation import differentiated
 from ghost_layers.replay.linear_maps import differentiate
 from ghost_layers.replay.plan import Plan, Replay, Way

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core import WrongSplitError
-from ghost_core._modes import DispatchMode
-from ghost_core._torch import address, written_by
-from ghost_core._trees import tensors_in
+from ghost_core._torch import DispatchMode, address, tensors_in, written_by
 
 
 class Guard(DispatchMode):

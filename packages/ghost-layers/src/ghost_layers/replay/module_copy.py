@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from ghost_core._torch import backward_hooks, forward_hooks, forward_pre_hooks, renew_weights
-from ghost_core._trees import tree_flatten
-from ghost_core.hooks import is_own
+from ghost_core._torch import (
+    backward_hooks,
+    forward_hooks,
+    forward_pre_hooks,
+    renew_weights,
+    tree_flatten,
+)
+from ghost_core.model_hooks import is_own
 from ghost_core.tracking import dotted_name
 
 _HOOKS = {name: value for name, value in vars(nn.Module()).items() if "hook" in name}

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
 
 from ghost_core import Record, WrongSplitError
-from ghost_core._torch import version
-from ghost_core._trees import vmap
+from ghost_core._torch import version, vmap
 from ghost_core.restoring import restored
 from ghost_core.state import RandomState
 from ghost_layers.replay.before import conditions

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ghost_core import Call, WrongSplitError
-from ghost_core._trees import tree_flatten
+from ghost_core._torch import tree_flatten
 from ghost_core.tracking import dotted_name
 
 

@@ -1,7 +1,4 @@
-"""Nodes of autograd's graph: private names of torch.
-
-Each tells where it was seen; see `ghost_core._torch`.
-"""
+"""Nodes of autograd's graph."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Modes of torch, and what keeps its compiler from ghost's functions: private names of torch.
-
-Each tells where it was seen; see `ghost_core._torch`.
-"""
+"""Modes of torch, and what keeps its compiler from ghost's functions."""
 
 from __future__ import annotations
 

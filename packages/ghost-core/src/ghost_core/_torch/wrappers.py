@@ -1,7 +1,4 @@
-"""What ghost asks of torch's wrappers for several processes, some of it by private names.
-
-Each tells where it was seen, as in `_torch`.
-"""
+"""What ghost asks of torch's wrappers for several processes, some of it by private names."""
 
 from __future__ import annotations
 

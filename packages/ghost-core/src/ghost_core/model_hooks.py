@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ghost_core._modes import compiles, uncompiled
-from ghost_core._torch import gradient_hooks
+from ghost_core._torch import compiles, gradient_hooks, uncompiled
 from ghost_core.errors import CaptureError
 
 

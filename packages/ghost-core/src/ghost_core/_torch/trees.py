@@ -1,7 +1,7 @@
 """Trees and vmap as torch has them, without its reference cycles.
 
 The helpers of torch's own know themselves: what they hold waits for the collector, and so does
-memory. Private names of torch, all of them in torch 2.11.
+memory. The private names here are in torch 2.11.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils import _pytree
 
-from ghost_core._trees import tensors_in, tree_flatten, tree_map, vmap
+from ghost_core._torch import tensors_in, tree_flatten, tree_map, vmap
 
 Pair = namedtuple("Pair", "left right")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ghost_core._torch import is_batch_norm
 from ghost_core.errors import WrongSplitError
 from ghost_core.tracking import TrackedModule
 
@@ -35,7 +35,7 @@ def wrong_split(
     normalizing = [
         f"{name!r} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+        if is_batch_norm(module) and (module.training or module.running_mean is None)
     ]
     if normalizing:
         reason = (

@@ -1,8 +1,4 @@
-"""The names of torch that ghost uses though they are private, each behind a function of its own.
-
-Each tells where it was seen. What torch 2.11 has, the oldest that ghost supports, is there in 2.13
-as well: all tests pass on both.
-"""
+"""What autograd tells and does under private names: backward passes, checkpoints, versions."""
 
 from __future__ import annotations
 
@@ -13,21 +9,17 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as _module
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ghost_core._graph import own
-from ghost_core._modes import FunctionMode
-from ghost_core._trees import tree_map
+from ghost_core._torch.graph import own
+from ghost_core._torch.modes import FunctionMode
+from ghost_core._torch.trees import tree_map
 from ghost_core.restoring import restored, undo
 
 _Result = TypeVar("_Result")
-
-Hooks = dict[int, Callable[..., Any]]
-"""Hooks by the id of their handle, in the order in which they run; writing changes what runs."""
 
 
 class _StoresKept(FunctionMode):
@@ -273,128 +265,6 @@ def written_by(operation: Any, args: Any, kwargs: Any) -> list[Any]:
     return [given.get(each.name) for each in written]
 
 
-# Hooks
-
-
-def forward_hooks(module: nn.Module) -> Hooks:
-    """Return the hooks that run after a module. Torch 2.11."""
-    return module._forward_hooks
-
-
-def forward_pre_hooks(module: nn.Module) -> Hooks:
-    """Return the hooks that run before a module. Torch 2.11."""
-    return module._forward_pre_hooks
-
-
-def backward_hooks(module: nn.Module) -> tuple[Hooks, Hooks]:
-    """Return the hooks that run after and before the backward pass of a module. Torch 2.11."""
-    return module._backward_hooks, module._backward_pre_hooks
-
-
-def has_global_forward_hooks() -> bool:
-    """Tell whether hooks run after all modules. Torch 2.11."""
-    return bool(_module._global_forward_hooks)
-
-
-def gradient_hooks(tensor: Tensor) -> Hooks:
-    """Return the hooks on a tensor's gradient; what is written is lost. Torch 2.11."""
-    return dict(tensor._backward_hooks or {})
-
-
-def accumulation_hooks(tensor: Tensor) -> Hooks:
-    """Return the hooks that run when a gradient is there; what is written is lost. Torch 2.11."""
-    return dict(tensor._post_accumulate_grad_hooks or {})
-
-
-def tidy_gradient_hooks(tensor: Tensor) -> None:
-    """Let a tensor without hooks on its gradient be as if there never were any. Torch 2.11."""
-    if not tensor._backward_hooks:
-        tensor._backward_hooks = None
-
-
-def tells_of_steps(optimizer: object) -> bool:
-    """Tell whether an optimizer calls hooks at its steps. Torch 2.11.
-
-    A wrapper may derive from `Optimizer` and never set itself up as one.
-    """
-    return isinstance(optimizer, torch.optim.Optimizer) and hasattr(
-        optimizer, "_optimizer_step_post_hooks"
-    )
-
-
-# Sums
-
-
 def norms(tensors: Iterable[Tensor], order: int) -> tuple[Tensor, ...]:
     """Return norms of tensors, each summed in float64, in few calls of a GPU. Torch 2.11."""
     return tuple(torch._foreach_norm(list(tensors), order, torch.float64))
-
-
-# Modules
-
-
-def direct_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return a module's parameters without those inside; writing changes them. Torch 2.11."""
-    return module._parameters
-
-
-def direct_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return a module's buffers without those inside; writing changes them. Torch 2.11."""
-    return module._buffers
-
-
-def direct_modules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return a module's children by name; changes show in it. Torch 2.11."""
-    return module._modules
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Tell whether a module was compiled, by `torch.compile` or in place. Torch 2.11."""
-    original = getattr(module, "_orig_mod", None)
-    return isinstance(original, nn.Module) or bool(getattr(module, "_compiled_call_impl", None))
-
-
-def called_compiled() -> bool:
-    """Tell whether what runs was called through something compiled. Torch 2.11."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper":
-            return True
-        # Looking at locals keeps them alive as long as the frame: not at those of the user's.
-        if frame.f_globals.get("__name__") == _module.__name__:
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, nn.Module) and is_compiled(caller):
-                return True
-        frame = frame.f_back
-    return False
-
-
-def flat_weights(layer: nn.RNNBase) -> list[Tensor] | None:
-    """Return a recurrent layer's weights, in its order; None if some are computed. Torch 2.11."""
-    found = direct_parameters(layer)
-    names = layer._flat_weights_names
-    return [found[name] for name in names] if found.keys() >= set(names) else None  # type: ignore[misc]
-
-
-def renew_weights(layer: nn.RNNBase) -> None:
-    """Tell a recurrent layer, which keeps a list of its weights, that they are others. Torch 2.11.
-
-    It is left alone if some are computed from other parameters.
-    """
-    if (weights := flat_weights(layer)) is not None:
-        state: dict[str, Any] = vars(layer)
-        state["_flat_weights"] = weights
-        state["_flat_weight_refs"] = [None] * len(weights)
-
-
-def own_padding(layer: Any) -> list[int]:
-    """Return what a convolution that pads by itself puts around its input. Torch 2.11."""
-    sides: list[int] = layer._reversed_padding_repeated_twice
-    return sides
-
-
-def rank_without_samples(norm: Any) -> int:
-    """Return the number of axes of an instance norm's input without samples. Torch 2.11."""
-    return int(norm._get_no_batch_dim())

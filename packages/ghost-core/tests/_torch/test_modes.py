@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ghost_core import _modes
-from ghost_core._modes import FunctionMode, uncompiled, unseen
-from ghost_core._torch import without_gradients
+from ghost_core._torch import FunctionMode, modes, uncompiled, unseen, without_gradients
 from ghost_core.restoring import graphs_kept
 
 
@@ -67,8 +65,8 @@ def test_the_compiler_reads_no_table_of_all_modules(monkeypatch):
         compiler=SimpleNamespace(is_compiling=lambda: True),
         _dynamo=SimpleNamespace(disable=lambda function: lambda *_: "left alone"),
     )
-    monkeypatch.setattr(_modes, "torch", compiles)
-    monkeypatch.setattr(_modes, "sys", SimpleNamespace())
+    monkeypatch.setattr(modes, "torch", compiles)
+    monkeypatch.setattr(modes, "sys", SimpleNamespace())
     assert uncompiled(abs)(-1) == "left alone"
 
 
