@@ -48,6 +48,42 @@ def test_memory_does_not_grow_with_the_store(tmp_path, request):
     assert large < small + 150
 
 
+HELD = """
+import sys
+from pathlib import Path
+import torch
+from memory_kit import kib
+from search_kit import Rows
+from ghost_engines.store import GradientStore, StoredRows
+
+root, n = Path(sys.argv[1]), 64 * 4096
+with GradientStore.create(root, Rows(torch.float16, 512)) as store:
+    for start in range(0, n, 4096):
+        rows = torch.randn(4096, 512).half()
+        store.append(StoredRows(torch.arange(start, start + 4096), rows))
+store = GradientStore.open(root)
+queries = torch.randn(30, 512)
+for q in (1, 30):
+    store.search(queries[:q])
+before = kib("VmHWM")
+held = store.held()
+for q in (1, 30):
+    held.search(queries[:q])
+print((kib("VmHWM") - before) // 1024)
+"""
+
+
+@pytest.mark.stress
+def test_a_store_that_is_held_takes_what_its_rows_take(tmp_path, request):
+    kit = request.path.parents[1] / "kit"
+    done = subprocess.run(
+        [sys.executable, "-c", HELD, str(tmp_path / "store")],
+        capture_output=True, text=True, check=True, cwd=kit,
+    )  # fmt: skip
+    shutil.rmtree(tmp_path / "store")  # pytest would keep it
+    assert 256 - 32 < int(done.stdout) < 256 + 64  # megabytes
+
+
 LIMITED = """
 import json, resource, sys
 from pathlib import Path

@@ -89,6 +89,7 @@ def assert_each_passes(path, rows, queries, by, ats):
                 few = slice(at, at + 1 + at % 3)
                 passing = sieve.passing(rows[few].repeat(3, 1), lengths[few].repeat(3))
                 assert passing is None or 0 in passing
+                assert sieve.passing(rows[at : at + 1], lengths[at : at + 1]) is None
 
 
 @pytest.mark.parametrize(
