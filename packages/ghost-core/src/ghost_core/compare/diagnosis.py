@@ -31,19 +31,7 @@ def diagnose(computed: Computation, found: Comparison) -> tuple[str, str]:
     met = {name for name, rows in reached_by_others.items() if row in rows}
     mixed = {name: None for name in reached if name in others or name in met}
     if mixed.keys().isdisjoint(check.parameter for check in found.wrong):
-        samplers = ", ".join(dict.fromkeys(check.sampler for check in found.wrong))
-        if all(check.error < INSIDE for check in found.wrong):
-            return (
-                "errors this small are rounding, if these modules compute in float32 "
-                f"whatever the dtype of their parameters is; else {samplers} is slightly off",
-                "find out which; for rounding, allow for it with tolerance=1e-4",
-            )
-        return (
-            f"the loss of sample {row} reaches its own row only, and no other loss does. "
-            f"So these modules compute another function than {samplers} takes them for, or their "
-            "parameters are used outside of them as well",
-            "leave them out with exclude=..., or mend the sampler",
-        )
+        return _wrong_numbers(found)
     where = next(iter(mixed))
     how = (
         f"the loss of sample {row} reaches the rows of {_first(others[where])}"
@@ -63,6 +51,23 @@ def diagnose(computed: Computation, found: Comparison) -> tuple[str, str]:
         f"{how}, at {where} and not everywhere. Something behind it mixes samples, as "
         "BatchNorm does in training, or its sampler takes another axis for the samples",
         "leave such modules out with exclude=..., or put them into evaluation mode",
+    )
+
+
+def _wrong_numbers(found: Comparison) -> tuple[str, str]:
+    """Return the reason and the remedy where no samples are mixed."""
+    samplers = ", ".join(dict.fromkeys(check.sampler for check in found.wrong))
+    if all(check.error < INSIDE for check in found.wrong):
+        return (
+            "errors this small are rounding, if these modules compute in float32 "
+            f"whatever the dtype of their parameters is; else {samplers} is slightly off",
+            "find out which; for rounding, allow for it with tolerance=1e-4",
+        )
+    return (
+        f"the loss of sample {found.wrong[0].sample} reaches its own row only, and no other loss "
+        f"does. So these modules compute another function than {samplers} takes them for, or their "
+        "parameters are used outside of them as well",
+        "leave them out with exclude=..., or mend the sampler",
     )
 
 

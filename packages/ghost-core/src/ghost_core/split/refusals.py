@@ -32,49 +32,57 @@ def wrong_split(
     modules = "\n".join(
         f"  {tracked[name].label}: rows {_listed(rows)}" for name, rows in mixed.items()
     )
+    reason, remedy = _why_mixed(model, tracked, sample, mixed, scalars)
+    return WrongSplitError(
+        f"{_CANNOT}: changing the gradient of sample {sample}'s "
+        f"output alone changes other rows at\n{modules}",
+        reason=reason,
+        remedy=remedy,
+    )
+
+
+def _why_mixed(
+    model: nn.Module,
+    tracked: Mapping[str, TrackedModule],
+    sample: int,
+    mixed: Mapping[str, Sequence[int]],
+    scalars: Collection[str],
+) -> tuple[str, str]:
+    """Return the likeliest reason for what a probe found, and the remedy; see `wrong_split`."""
     normalizing = [
         f"{name!r} ({type(module).__name__})"
         for name, module in model.named_modules()
         if is_batch_norm(module) and (module.training or module.running_mean is None)
     ]
     if normalizing:
-        reason = (
+        return (
             f"{normalizing[0]} normalises over the batch in training mode, so every sample's loss "
-            "depends on all others."
+            "depends on all others",
+            "Put BatchNorm layers into evaluation mode, or use GroupNorm.",
         )
-        remedy = "Put BatchNorm layers into evaluation mode, or use GroupNorm."
-    elif owned := [name for name in mixed if tracked[name].row_owner]:
-        reason = (
+    if owned := [name for name in mixed if tracked[name].row_owner]:
+        return (
             f"the rows of {owned[0]} do not belong to the samples that "
-            f"{tracked[owned[0]].row_owner!r} tells."
-        )
-        remedy = (
+            f"{tracked[owned[0]].row_owner!r} tells",
             "Give the position in the batch of each row's sample, or leave these modules out with "
-            "exclude=..."
+            "exclude=...",
         )
-    elif scalars:
-        reason = "the model's output depends on a scalar that a module computes from all samples."
-        remedy = "Leave the module out with exclude=..."
-    elif all(sample not in rows for rows in mixed.values()):
-        reason = "their rows are in another order than the samples, as after sorting or routing."
-        remedy = (
+    if scalars:
+        return (
+            "the model's output depends on a scalar that a module computes from all samples",
+            "Leave the module out with exclude=...",
+        )
+    if all(sample not in rows for rows in mixed.values()):
+        return (
+            "their rows are in another order than the samples, as after sorting or routing",
             "Keep samples in order, say with row_owner={...} which sample each row belongs to, or "
-            "leave these modules out with exclude=..."
+            "leave these modules out with exclude=...",
         )
-    else:
-        reason = (
-            "either their first axis is not the samples (a sequence-first model with as many "
-            "positions as samples), or a later operation mixes samples."
-        )
-        remedy = (
-            "Put samples on the first axis, or say where they are: batch_dim={'*': 1} for a model "
-            "that is sequence-first throughout. Or leave these modules out with exclude=..."
-        )
-    return WrongSplitError(
-        f"{_CANNOT}: changing the gradient of sample {sample}'s "
-        f"output alone changes other rows at\n{modules}",
-        reason=reason,
-        remedy=remedy,
+    return (
+        "either their first axis is not the samples (a sequence-first model with as many "
+        "positions as samples), or a later operation mixes samples",
+        "Put samples on the first axis, or say where they are: batch_dim={'*': 1} for a model "
+        "that is sequence-first throughout. Or leave these modules out with exclude=...",
     )
 
 
