@@ -304,8 +304,22 @@ def of_positions(model: Model, x: Tensor, lengths: Tensor) -> Tensor:
     return curved(model(x, lengths).view(len(x), -1))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("first", [FULL, [6, 2, 5, 3], [5, 4, 6, 6]], ids=["full", "even", "odd"])
+FIRST = {"full": FULL, "even": [6, 2, 5, 3], "odd": [5, 4, 6, 6]}
+
+
+@pytest.mark.parametrize(
+    ("first", "way"),
+    [  # by default each of them in one way
+        pytest.param(
+            FIRST[name],
+            way,
+            id=f"{name}-{way}",
+            marks=() if (name == "even") == (way == "frozen") else pytest.mark.stress,
+        )
+        for way in WAYS
+        for name in FIRST
+    ],
+)
 @pytest.mark.parametrize(
     ("body", "losses"), [(views, of_views), (encoders, of_views), (flat, of_positions)]
 )

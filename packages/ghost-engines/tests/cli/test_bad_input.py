@@ -254,17 +254,26 @@ def named(inputs, chosen):
     ]
 
 
-@pytest.fixture(autouse=True)
-def _files(tmp_path, _here):
-    (tmp_path / "given.py").write_text(GIVEN, encoding="utf-8", errors="surrogatepass")
-    (tmp_path / "a-file").write_text("x")
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder with all files, which are many to write for each test."""
+    folder = tmp_path_factory.mktemp("kept")
+    (folder / "given.py").write_text(GIVEN, encoding="utf-8", errors="surrogatepass")
+    (folder / "a-file").write_text("x")
     for name, data in {**BROKEN, **FILES}.items():
-        (tmp_path / name).write_bytes(data)
+        (folder / name).write_bytes(data)
+    for at, configuration in enumerate(CONFIGURATIONS):
+        (folder / f"checkpoint-{at}").mkdir()
+        (folder / f"checkpoint-{at}" / "config.json").write_bytes(configuration)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path, _here, kept):
+    for path in kept.iterdir():
+        (tmp_path / path.name).symlink_to(path)
     for kind in ("txt", "jsonl", "npy", "safetensors"):
         (tmp_path / f"a-folder.{kind}").mkdir()
-    for at, configuration in enumerate(CONFIGURATIONS):
-        (tmp_path / f"checkpoint-{at}").mkdir()
-        (tmp_path / f"checkpoint-{at}" / "config.json").write_bytes(configuration)
 
 
 def test_the_input_that_others_spoil_is_good(capsys):
