@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ghost_core import CaptureError
+from ghost_core.plugins import installed
 from ghost_engines import (
     CosineEngine,
     DotProductEngine,
@@ -73,6 +74,13 @@ def joined(name, parts):
     if name == "norm":
         return torch.stack(parts).square().sum(0).sqrt()
     return torch.cat(parts, 1) if name == "projection" else torch.stack(parts).sum(0)
+
+
+def test_no_engine_of_this_package_is_left_out():
+    offered = installed().engines.values()
+    assert {each for each in offered if each.__module__.startswith("ghost_engines.")} == set(
+        ENGINES.values()
+    )
 
 
 @pytest.mark.parametrize("name", ENGINES)

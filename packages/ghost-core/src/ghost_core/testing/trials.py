@@ -116,11 +116,11 @@ class Trial:
 
     def _expected(self, module: nn.Module, inputs: Inputs, draws: int) -> list[dict[str, Tensor]]:
         """Return the gradients of several losses, whose weights differ, of the same outputs."""
-        twin = dense(copy.deepcopy(module).double())
+        copied = dense(copy.deepcopy(module).double())
         args, kwargs = tree_map(_double, inputs.args), tree_map(_double, inputs.kwargs)
-        outputs = outputs_of(self.example, twin, inputs._replace(args=args, kwargs=kwargs))
+        outputs = outputs_of(self.example, copied, inputs._replace(args=args, kwargs=kwargs))
         return [
-            per_sample_gradients(twin, losses_of(self.example, outputs, inputs.n, draw=draw))
+            per_sample_gradients(copied, losses_of(self.example, outputs, inputs.n, draw=draw))
             for draw in range(draws)
         ]
 

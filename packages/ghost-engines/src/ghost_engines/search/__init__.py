@@ -1,4 +1,4 @@
-"""What is asked of stores beyond the nearest rows of one: whitened, of several, by group, twins."""
+"""What is asked of stores beyond their nearest rows: whitened, of several, by group, duplicates."""
 
 from ghost_engines.search.approximate import ApproximateIndex
 from ghost_engines.search.duplicates import Pairs, near_duplicates
