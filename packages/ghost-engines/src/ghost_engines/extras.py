@@ -8,6 +8,7 @@ from typing import Any
 
 from ghost_core import GhostError, MissingExtraError
 from ghost_core.errors import told
+from ghost_engines.files import check_waits_for_nobody
 
 
 def needed(module: str, extra: str, purpose: str, *, package: str | None = None) -> Any:
@@ -44,6 +45,7 @@ def read_yaml(path: Path, purpose: str, what: str, refusal: type[GhostError]) ->
         OSError: If it cannot be read.
     """
     yaml = needed("yaml", "yaml", purpose, package="pyyaml")
+    check_waits_for_nobody(path)
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_loader(yaml))
     except OSError:

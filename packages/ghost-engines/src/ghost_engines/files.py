@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -121,6 +122,16 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def check_waits_for_nobody(path: Path) -> None:
+    """Refuse a pipe or a device in the place of a file: who opens it may wait forever.
+
+    Raises:
+        OSError: If it is one. What is not there is for whoever opens it.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is a pipe or a device, and not a file", str(path))
 
 
 def let_go(descriptor: int) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -168,6 +169,8 @@ INPUTS = [
     *(tokens(name) for name in FILES),
     *(tokens(f"missing.{kind}") for kind in ("txt", "jsonl", "npy", "safetensors")),
     *(tokens(f"a-folder.{kind}") for kind in ("txt", "jsonl", "npy", "safetensors")),
+    *(tokens(f"pipe.{kind}") for kind in ("txt", "jsonl", "npy", "safetensors", "parquet")),
+    given(*OWN, "--config", "pipe.yaml"),
     *(tokens(f"a-file/x.{kind}") for kind in ("txt", "jsonl", "npy", "safetensors")),
     *(tokens(f"a\0b.{kind}") for kind in ("txt", "jsonl", "npy", "safetensors")),
     *(tokens("subjects:ids", f"checkpoint-{at}") for at in range(len(CONFIGURATIONS))),
@@ -209,7 +212,8 @@ CHOSEN = [
         for name in (
             "empty.txt", "binary.jsonl", "deep.jsonl", "floats.npy", "objects.npy", "cut.npy",
             "no-axes.npy", "negative.npy", "truth.npy", "unsigned.npy", "unsigned.safetensors",
-            "two.safetensors", "nan-mask.safetensors", "missing.txt", "a-folder.npy",
+            "two.safetensors", "nan-mask.safetensors", "missing.txt", "a-folder.npy", "pipe.txt",
+            "pipe.npy",
             "a-file/x.safetensors", "a\0b.jsonl",
         )
     ),
@@ -260,6 +264,8 @@ def kept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
     (folder / "given.py").write_text(GIVEN, encoding="utf-8", errors="surrogatepass")
     (folder / "a-file").write_text("x")
+    for kind in ("txt", "jsonl", "npy", "safetensors", "parquet", "yaml"):
+        os.mkfifo(folder / f"pipe.{kind}")
     for name, data in {**BROKEN, **FILES}.items():
         (folder / name).write_bytes(data)
     for at, configuration in enumerate(CONFIGURATIONS):
@@ -312,10 +318,14 @@ def test_an_interrupt_is_no_failure_of_ghost(tmp_path, capsys):
 
 
 WHOLE = " ".join(given())
+FULL = ("/dev/full", "broken")
+"""Where errors cannot be written: a full disk, and a pipe that nobody reads."""
+
 STREAMS = [
     ("--version", ">&-", 0, ""),
     ("--help", ">/dev/full", 2, ""),
     ("--version", ">/dev/full", 2, "1"),
+    ("values missing", "2>/dev/full", 2, ""),
 ]
 OTHER_STREAMS = [
     *((arguments, ">&-", 0, "1") for arguments in ("--version", "--help")),
@@ -327,6 +337,10 @@ OTHER_STREAMS = [
     *((WHOLE, ">/dev/full", 2, unbuffered) for unbuffered in ("", "1")),
     (WHOLE, "2>&-", 0, ""),
     (WHOLE, ">&- 2>&-", 0, ""),
+    *(("nope", f"{stream} 2>{full}", 2, "") for stream in ("", ">&-") for full in FULL),
+    ("values missing", "2>/dev/full", 2, "1"),
+    *(("values missing", "2>broken", 2, unbuffered) for unbuffered in ("", "1")),
+    ("store info missing", "2>&-", 2, ""),
 ]
 
 
@@ -336,7 +350,13 @@ OTHER_STREAMS = [
 )
 def test_streams_that_cannot_be_written(arguments, streams, status, unbuffered, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = streams.replace("broken", f"&{writing}")
     command = f'"{sys.executable}" -m ghost_engines {arguments} {streams}'
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, pass_fds=[writing]
+    )
+    os.close(writing)
     assert done.returncode == status
-    assert len(done.stderr.splitlines()) == (1 if status else 0)
+    assert len(done.stderr.splitlines()) == (1 if status and "2>" not in streams else 0)

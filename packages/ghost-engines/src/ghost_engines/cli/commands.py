@@ -18,7 +18,7 @@ from ghost_engines.cli.config import config_of, defaults_from, takes_config
 from ghost_engines.cli.folder_options import STORE, Store
 from ghost_engines.cli.options import COMMANDS
 from ghost_engines.cli.own import Configured
-from ghost_engines.cli.tables import one_line, open_streams, stop_printing
+from ghost_engines.cli.tables import one_line, open_streams, print_error, stop_printing
 from ghost_engines.versions import version
 
 _OWN = {"ghost_core", "ghost_layers", "ghost_engines", "ghost_examples"}
@@ -54,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             _flush()
     except BrokenPipeError:
+        try:
+            sys.stderr.flush()
+        except OSError:  # of arguments that are not understood: nobody reads why
+            stop_printing(sys.stderr)
+            return 2
         stop_printing()
         return 0
     except KeyboardInterrupt:
@@ -131,5 +136,5 @@ def _commands() -> Mapping[str, type[Any]]:
 
 def _failed(what: object, status: int) -> int:
     """Say what went wrong, in one line, and return the exit status."""
-    print(f"ghost: {one_line(what)}", file=sys.stderr)
+    print_error(one_line(what))
     return status

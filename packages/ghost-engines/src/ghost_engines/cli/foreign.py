@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from contextlib import redirect_stdout, suppress
 from typing import Any
 
@@ -14,7 +13,7 @@ from ghost_core.errors import told
 from ghost_core.plugins import installed
 from ghost_engines.cli.errors import CommandError
 from ghost_engines.cli.options import COMMANDS
-from ghost_engines.cli.tables import one_line
+from ghost_engines.cli.tables import one_line, print_error
 
 
 def readable() -> dict[str, type[Any]]:
@@ -30,7 +29,7 @@ def readable() -> dict[str, type[Any]]:
             raise
         except BaseException as error:  # its own classes are looked into
             what = f"{_called(name)} cannot be read: {told(error)}"
-            print(f"ghost: {one_line(what)}", file=sys.stderr)
+            print_error(one_line(what))
         else:
             found[name] = kind
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from ghost_engines.cli.functions import in_one_line
 from ghost_engines.cli.options import Query
 from ghost_engines.cli.query_page import write_page
 from ghost_engines.cli.subject import Subject
-from ghost_engines.cli.tables import one_line, while_read
+from ghost_engines.cli.tables import one_line, print_error, while_read
 from ghost_engines.corpus import SUFFIXES
 from ghost_engines.digest import model_digest
 from ghost_engines.results import layers
@@ -173,7 +172,7 @@ def _shown(corpus: Corpus) -> Shown:
 
 def _say_why_not_shown(reason: str) -> None:
     said = one_line(f"the texts of the store's samples cannot be shown: {reason}")
-    print(f"ghost: {said}", file=sys.stderr)
+    print_error(said)
 
 
 def _answers(

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TextIO
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -48,12 +49,24 @@ def open_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def stop_printing() -> None:
+def stop_printing(stream: TextIO | None = None) -> None:
     """Drop what is printed from now on, because the reader has seen enough.
 
     Python would complain again when it flushes at exit.
+
+    Args:
+        stream: Where it is printed; by default the standard output.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    stream = sys.stdout if stream is None else stream
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def print_error(text: str) -> None:
+    """Print a line for errors; where nobody can read it, the exit status alone says so."""
+    try:
+        print(f"ghost: {text}", file=sys.stderr)
+    except OSError:
+        stop_printing(sys.stderr)
 
 
 @contextmanager

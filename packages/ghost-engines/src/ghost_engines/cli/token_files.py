@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ghost_core.errors import told
 from ghost_engines.cli.errors import CommandError
+from ghost_engines.files import check_waits_for_nobody
 
 TOKENS = (".npy", ".safetensors")
 """Kinds of files that token ids are read from."""
@@ -35,6 +36,7 @@ def open_tokens(path: Path, option: str, truncate: int | None) -> TokenRows:
         OSError: If it cannot be read.
     """
     what = f"{option}: {path}"
+    check_waits_for_nobody(path)
     read = _from_numpy if path.suffix == ".npy" else _from_safetensors
     return TokenRows(what, *read(path, what), truncate)
 

@@ -13,6 +13,7 @@ import numpy as np
 from ghost_core.errors import told
 from ghost_engines.corpus.errors import CorpusError
 from ghost_engines.extras import needed
+from ghost_engines.files import check_waits_for_nobody
 from ghost_engines.tables import pyarrow_for
 
 TEXT: Final = "text"
@@ -222,6 +223,7 @@ def open_records(path: Path, limit: int | None = None) -> Records | None:
         MissingExtraError: If a library for it is not installed.
         OSError: If it cannot be read.
     """
+    check_waits_for_nobody(path)
     match path.suffix:
         case ".txt":
             return TextLines(path, limit)
