@@ -3,11 +3,15 @@
 import json
 import math
 import resource
+from contextlib import suppress
+from itertools import count
 
 import pytest
 import torch
+from interrupt_kit import Interrupt
 
 from ghost_core import CaptureError
+from ghost_engines.runs import metrics as module
 from ghost_engines.runs.metrics import FILE, Metrics
 
 
@@ -69,3 +73,21 @@ def test_what_is_not_finite_is_read_back(tmp_path):
     assert (found["b"], found["c"]) == (math.inf, -math.inf)
     Metrics(tmp_path, 1)
     assert steps(tmp_path) == [1]
+
+
+# Where a `with` block is interrupted as it ends, Python closes its file once nobody has it.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_lines_are_there_once_wherever_a_write_was_interrupted(tmp_path):
+    for at in count(1):
+        (tmp_path / f"{at}").mkdir()
+        metrics = Metrics(tmp_path / f"{at}", 0)
+        metrics.add(1, {"loss": 0.5})
+        metrics.write()
+        metrics.add(2, {"loss": 0.25})
+        with suppress(KeyboardInterrupt), Interrupt(at, (module.__file__,)) as interrupt:
+            metrics.write()
+        metrics.write()
+        assert steps(tmp_path / f"{at}") == [1, 2]
+        if interrupt.lines < at:
+            break
+    assert at > 10

@@ -76,8 +76,7 @@ class Metrics:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            self._size = file.tell()
-        self._waiting = []
+            self._size, self._waiting = file.tell(), []  # at once: an interrupt may come next
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Yield complete lines with their steps: the last may be cut off, where a process was."""
