@@ -9,6 +9,7 @@ from kill_kit import TOTAL, UNIT, FakeEngine, append, assert_holds_exactly, batc
 from search_kit import best_of, stored
 
 from ghost_engines.store import GradientStore, StoreError
+from ghost_engines.store.half_sieve import HalfSieve
 from ghost_engines.store.sieve import Sieve
 
 
@@ -137,12 +138,16 @@ def test_an_interrupted_reader_can_read_on(tmp_path, stride):
         assert_holds_exactly(store, TOTAL)
 
 
-@pytest.mark.parametrize("stride", strides(53))
-def test_an_interrupted_search_with_a_sieve_can_be_repeated(tmp_path, monkeypatch, stride):
+@pytest.mark.parametrize("stride", strides(67))
+@pytest.mark.parametrize("held", [False, True])
+def test_an_interrupted_search_with_a_sieve_can_be_repeated(tmp_path, monkeypatch, held, stride):
     """What it found so far, and the room that it works in, are of that search alone."""
-    monkeypatch.setattr(Sieve, "pays", staticmethod(lambda *_: True))
+    monkeypatch.setattr(Sieve, "pays", staticmethod(lambda *_, **known: not held))
+    monkeypatch.setattr(HalfSieve, "pays", staticmethod(lambda *_: True))
     torch.manual_seed(0)
     store = stored(tmp_path, torch.randn(900, 16).half(), unit=250)
+    if held:
+        store = held_in_spite_of_interrupts(store, stride)
     queries = torch.randn(5, 16)
     before = store.search(queries, k=3, block=256)
     expected = best_of(queries.double() @ store.rows().double().T, 3)
@@ -155,6 +160,15 @@ def test_an_interrupted_search_with_a_sieve_can_be_repeated(tmp_path, monkeypatc
         again = store.search(queries, k=3, block=256)
         assert torch.equal(again.ordinals, expected)
         assert torch.equal(again.scores, before.scores)
+
+
+def held_in_spite_of_interrupts(store, stride):
+    """Interrupt the reading, and return what is held in the end."""
+    for interrupt in attempts(5 * stride, EVERYWHERE):
+        with suppress(KeyboardInterrupt), interrupt:
+            found = store.held(progress=False)
+        assert store.held_rows is None
+    return found
 
 
 def precision():
