@@ -48,6 +48,8 @@ def but(names, others):
 
 
 SOME = but(EXACT, {*EXACT} - UNLIKE_EACH_OTHER)
+REPLAYED = {"mixtral", "mamba", "t5", "llava"}
+"""What a frozen pass meets that it does not in other architectures."""
 
 
 @pytest.mark.parametrize("name", but(EXACT, STOOD_FOR))
@@ -68,7 +70,7 @@ def test_one_sample(name):
     compare(FAMILIES[name].case(1))
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", but(EXACT, {*EXACT} - REPLAYED))
 def test_frozen(name):
     compare(FAMILIES[name].case(3), frozen=True)
 

@@ -139,7 +139,13 @@ def subjects() -> dict[str, Subject]:
         pytest.param(LAYERS, 20, id="all", marks=pytest.mark.stress),
     ],
 )
-@pytest.mark.parametrize("name", subjects())
+@pytest.mark.parametrize(
+    "name",
+    [  # cosines are made of dots and norms, which are there
+        pytest.param(name, marks=pytest.mark.stress if name == "cosines" else ())
+        for name in subjects()
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 def test_engines_keep_what_every_engine_promises(
     name: str, examples: Mapping[str, LayerExample], steps: int

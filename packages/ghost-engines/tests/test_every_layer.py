@@ -30,12 +30,16 @@ def marked(name: str) -> object:
     """Leave to the stress tests what engines get in a form that they get from others, too.
 
     What is replayed, and takes long; what is there in another size; convolutions along one or
-    three axes, where those along two are there; and what only the layer's own formula sees, which
-    the tests of the layers check for each.
+    three axes, where those along two are there; several options at once that are there alone; and
+    what only the layer's own formula sees, which the tests of the layers check for each.
     """
+    layer, *options = name.split(", ")
+    each_alone = len(options) > 1 and all(f"{layer}, {each}" in EXACT for each in options)
     along_two = re.sub("conv[13]d", "conv2d", name)
     again = EXACT[name].generic or name in VARIANTS or (along_two != name and along_two in EXACT)
-    return pytest.param(name, marks=pytest.mark.stress if again or INSIDE.search(name) else ())
+    return pytest.param(
+        name, marks=pytest.mark.stress if again or each_alone or INSIDE.search(name) else ()
+    )
 
 
 INSIDE = re.compile(

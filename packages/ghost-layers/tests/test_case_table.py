@@ -38,13 +38,16 @@ REFUSED = {
 def marked(name: str) -> object:
     """Leave to the stress tests what is the same in another size, or that others stand for.
 
-    That is what the table calls variants, and options that another layer with the same code has:
-    convolutions and norms along two axes, an LSTM but for biases and states, an encoder layer.
+    That is what the table calls variants, options that another layer with the same code has
+    (convolutions and norms along two axes, an LSTM but for biases and states, an encoder layer),
+    and several options at once where the table has each alone.
     """
     other = name
     for layers, standing in STANDING_FOR.items():
         other = re.sub(layers, standing, other)
-    again = name in VARIANTS or (other != name and "," in name and other in LAYERS)
+    layer, *options = name.split(", ")
+    each_alone = len(options) > 1 and all(f"{layer}, {each}" in LAYERS for each in options)
+    again = name in VARIANTS or each_alone or (other != name and "," in name and other in LAYERS)
     return pytest.param(name, marks=pytest.mark.stress if again else ())
 
 

@@ -88,7 +88,11 @@ def test_what_is_given_in_the_shell_goes_first(tmp_path, capsys):
      b"!!python/object/apply:os.getcwd []", b"model: !!timestamp x", b"top: 1" + b"0" * 5000,
      b"a: b: c", None],
 )  # fmt: skip
-@pytest.mark.parametrize("words", [("score",), ("store", "merge")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [("score",), pytest.param(("store", "merge"), marks=pytest.mark.stress)],
+    ids=" ".join,
+)
 def test_what_is_no_file_of_options_is_one_line(words, content, tmp_path, capsys):
     for name in ("c.yaml", "a\0b", "x" * 300, ".", "\ud800"):
         if content is not None:

@@ -118,7 +118,14 @@ def model(talking):
     return load_model(str(talking)).double().eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+AGAIN = {"texts of a data set", "pairs in lines", "texts of domains"}
+"""Kinds whose parts others of the default tests have: a container, or what is in it."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.stress if kind in AGAIN else ()) for kind in KINDS],
+)
 def test_every_command_reads_it(kind, talking, model, tmp_path, capsys):
     write, what, how, samples = KINDS[kind]
     data = write(tmp_path / "data", what)
