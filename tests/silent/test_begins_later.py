@@ -121,6 +121,94 @@ def test_another_axis_in_a_later_batch(operation: Callable[[Tensor, int], Tensor
             batch()
 
 
+class Blocks(nn.Module):
+    """Works within blocks of 4 steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, D)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).reshape(-1, 4, D).softmax(1).view_as(x))
+
+
+def test_blocks_of_steps_that_hold_two_samples_later() -> None:
+    """They are of one sample each while samples have 8 steps, or 12, and not where they have 6."""
+    engine = GradientHolder(Blocks())
+
+    def batch(n: int, steps: int) -> None:
+        x = drawn(n, steps, D)
+        expected = per_sample_gradients(engine.model, curved(engine.model(x)))
+        with engine.batch(range(n)) as batch:
+            curved(engine.model(x)).sum().backward()
+        engine.model.zero_grad()
+        assert_same(batch.result.materialize(), expected)
+
+    with engine:
+        batch(N, 8)
+        for n in (N, 2):
+            with pytest.raises(WrongSplitError, match="several samples depend on the same rows"):
+                batch(n, 6)
+            batch(n, 12)
+
+
+class Flat(Model):
+    """Returns all steps of all samples, `[N * T, D]`; layers have rows of these only."""
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+        h = self.first(x.flatten(0, 1)).view_as(x)
+        h = self.step(h) if self.later else h.softmax(1)
+        return (self.last(h.flatten(0, 1)),)
+
+
+class FlatTwice(Flat):
+    """Returns steps before samples are mixed, too."""
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+        return self.last(x.softmax(1).flatten(0, 1)), *super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Flat, FlatTwice])
+def test_samples_that_are_mixed_later_are_apart_in_no_other_order(kind: type[Flat]) -> None:
+    """Steps of all samples belong together then: as if these were samples."""
+    engine = GradientHolder(kind(MIXING["softmax"]))
+
+    def batch() -> None:
+        with engine.batch(range(2)):
+            curved(engine.model(drawn(2, 4, D))[-1].view(2, -1)).sum().backward()
+
+    with engine:
+        batch()
+        engine.model.later = True
+        with pytest.raises(WrongSplitError, match="does not tell 2 samples apart"):
+            batch()
+
+
+class Besides(Flat):
+    """Returns a vector of each sample later, and steps besides, which no vector depends on."""
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+        h = self.first(x)
+        if not self.later:
+            return (self.last(h.flatten(0, 1)),)
+        return h.mean(1), self.last(h.transpose(0, 1).flatten(0, 1))
+
+
+def test_an_output_that_tells_no_samples_later_is_refused() -> None:
+    engine = GradientHolder(Besides(MIXING["softmax"]))
+
+    def batch() -> None:
+        with engine.batch(range(N)):
+            sum(curved(each).sum() for each in engine.model(drawn(N, T, D))).backward()
+
+    with engine:
+        batch()
+        engine.model.later = True
+        with pytest.raises(WrongSplitError, match="matter only for outputs"):
+            batch()
+
+
 class Reversed(torch.autograd.Function):
     """Turns samples round where torch does not see it."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ghost_core._torch import is_custom, leads_to, nodes_behind, outputs_of
 from ghost_core.split.movers import UNTOLD, Move, made_by
-from ghost_core.split.roles import ROLES, VIEWS, Role, Turn, within
+from ghost_core.split.roles import ROLES, VIEWS, Role, Turn, joins_samples, within
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leadi
     outputs = [output for output in outputs if output.grad_fn is not None]
     nodes, uses, edges = nodes_behind((output.grad_fn for output in outputs), ROLES)
     roles = [(node, role) for node in nodes if (role := ROLES[type(node)]) is not None]
-    course = _course(edges, roles)
+    course = _course(edges, roles) | _joined(roles, start, n)
     if any(role.nests for _, role in roles):  # what has no sizes
         return Moves(told=False, course=course)
-    roles = [(node, role) for node, role in roles if not role.kept]
+    roles = [(node, role) for node, role in roles if role.describe or role.turn]
     steps: dict[Any, tuple[object, ...]] = {}
     turned = not leading or any(
         role.turn is not None
@@ -101,6 +101,16 @@ def _course(
     names = {(_name(one), _name(other)) for one, other in edges}
     combined = {(type(node).__name__, *role.combines(node)) for node, role in roles if role.kept}
     return frozenset(names | combined)
+
+
+def _joined(roles: Iterable[tuple[Any, Role]], start: Any, n: int) -> frozenset[object]:
+    """Return which views join entries of several samples, so that what combines these mixes them.
+
+    Blocks of 4 steps, `h.view(-1, 4, d)`, are of one sample each where samples have 8 steps; they
+    join two where samples have 6.
+    """
+    views = (node for node, role in roles if role.views and joins_samples(node, n))
+    return frozenset(("joined", type(node).__name__) for node in views if leads_to(node, start))
 
 
 def _name(kind: type) -> str:

@@ -9,12 +9,13 @@ Sizes may allow several places, as where samples have several entries each. For 
 Gradients that start at the entries of one sample tell: in a wrong place, these are entries of
 several. A row that all entries of its sample depend on is reached from several places then, and a
 layer with one row per sample is reached in other rows. A layer behind what picks rows may have as
-many by chance.
+many by chance. What was told in a proven pass holds for those after it: samples that a model begins
+to mix may look as if they were apart in the other order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch import Tensor
 from ghost_core._torch import tensors_in
 from ghost_core.split.moves import Moves, find_moves
 from ghost_core.split.owners import Fold
-from ghost_core.split.probe import Place, Places, Prober, differentiable, probed_samples
-from ghost_core.split.refusals import no_samples, unclear_output
+from ghost_core.split.probe import Kind, Place, Places, Prober, differentiable, probed_samples
+from ghost_core.split.refusals import no_samples, reached_elsewhere, unclear_output
 from ghost_core.split.routes import Census
 from ghost_core.split.sites import Site
 from ghost_core.tracking import TrackedModule
@@ -43,6 +44,7 @@ class Outputs:
         tracked: The tracked modules by name.
         start: The node of the graph that all Taps lead to.
         leading: Whether samples are on the first axis of the model's inputs and of all modules.
+        known: Where tensors had their samples in proven passes, by what tells them from others.
     """
 
     output: Any
@@ -53,6 +55,7 @@ class Outputs:
     tracked: Mapping[str, TrackedModule]
     start: Any
     leading: bool
+    known: MutableMapping[object, Place]
 
     def moves(self) -> Moves:
         """Return what moves rows on their way from modules to the tensors."""
@@ -75,13 +78,32 @@ class Outputs:
             raise no_samples(self.output, leaves, self.n, self.dim)
         told = {leaf: self._told(leaf, places) for leaf, places in folded.items()}
         known = {leaf: place for leaf, place in told.items() if place is not None}
-        if not known:
+        lost = [leaf for leaf in folded if leaf not in known and self._key(leaf) in self.known]
+        if lost or not known:
             raise unclear_output(leaves, self.n)
         return known
 
-    def others(self) -> list[Tensor]:
-        """Return the tensors that do not have one entry per sample."""
-        return [leaf for leaf in differentiable(self.output) if not self._plain(leaf)]
+    def learn(self, places: Places) -> None:
+        """Remember where tensors have their samples, once that is proven."""
+        self.known.update({self._key(leaf): place for leaf, place in places.items()})
+
+    def check_others(self, missed: set[Kind]) -> None:
+        """Raise if tensors without one entry per sample reach modules that places did not.
+
+        Args:
+            missed: The modules that ran and were not reached.
+
+        Raises:
+            WrongSplitError: Naming the modules.
+        """
+        others = [leaf for leaf in differentiable(self.output) if not self._plain(leaf)]
+        if missed and (found := missed & self.prober.run_from_all(others, self.n).reached):
+            raise reached_elsewhere(self.tracked[name] for name, _ in sorted(found))
+
+    def _key(self, leaf: Tensor) -> object:
+        """Return what tells a tensor from others of a pass, and is the same in passes like it."""
+        leaves = differentiable(self.output)
+        return len(leaves), next(at for at, each in enumerate(leaves) if each is leaf), leaf.dim()
 
     def _plain(self, leaf: Tensor) -> list[Place]:
         """Return the axes of a tensor with one entry per sample, the expected one first.
@@ -107,8 +129,11 @@ class Outputs:
         if len(places) == 1 or self.n == 1:
             return places[0]
         apart = [place for place in places if self._are_apart(leaf, place)]
-        if len(apart) < 2:
-            return apart[0] if apart else None
+        before = self.known.get(self._key(leaf))
+        if not apart or (before in places and before not in apart):
+            return None
+        if len(apart) == 1:
+            return apart[0]
         if places[0].fold is not None and self.moves().picks:
             return None
         wrong = [self._out_of_order(leaf, place) for place in apart]

@@ -101,6 +101,7 @@ class Role:
         keeps_axis: Whether a node keeps the one axis that it works along, and its sizes show.
         nests: Whether they join rows in a nested tensor, or take them out of one.
         kept: The names of what tells which rows they combine, where they do.
+        views: Whether they see the same entries in other sizes.
     """
 
     describe: Callable[[Any], Move] | None
@@ -108,10 +109,27 @@ class Role:
     keeps_axis: bool
     nests: bool
     kept: Sequence[str]
+    views: bool
 
     def combines(self, node: Any) -> tuple[object, ...]:
         """Return what a node keeps of which rows it combines."""
         return tuple(getattr(node, name) for name in self.kept)
+
+
+def joins_samples(node: Any, n: int) -> bool:
+    """Tell whether a view of entries that samples lead has entries of several along another axis.
+
+    With 4 samples of 6 steps, `[4, 6, d]`, seen as
+
+        [24, d], [8, 3, d]   no: 6 or 2 for each sample
+        [6, 4, d]            yes: the second group of 4 has steps of two samples
+    """
+    return _lead(node._saved_self_sym_sizes, n) and not _lead(made_by(node), n)
+
+
+def _lead(shape: Sequence[int], n: int) -> bool:
+    """Tell whether the first axis that is any has k · n entries."""
+    return next((size for size in shape if size > 1), 1) % n == 0
 
 
 def within(node: Any, n: int) -> bool:
@@ -130,9 +148,10 @@ def _role(kind: type) -> Role | None:
     describe = custom if is_custom(kind) or name == "CppFunction" else MOVING.get(name)
     turn, nests = _TURNING.get(name), name.startswith("Nested")
     kept = () if describe or turn or is_custom(kind) else [x for x in _COMBINED if hasattr(kind, x)]
-    if describe is None and turn is None and not nests and not kept:
+    views = _view(kind)
+    if describe is None and turn is None and not (nests or kept or views):
         return None
-    return Role(describe, turn, describe in ALONG_ONE_AXIS, nests, kept)
+    return Role(describe, turn, describe in ALONG_ONE_AXIS, nests, kept, views)
 
 
 def _view(kind: type) -> bool:

@@ -27,11 +27,10 @@ from ghost_core.split.moves import Moves
 from ghost_core.split.nan import any_nan, is_finite
 from ghost_core.split.owners import Fold, find_folds, is_in_place
 from ghost_core.split.places import Outputs
-from ghost_core.split.probe import Kind, Places, Probe, Prober, probed_samples
+from ghost_core.split.probe import Kind, Place, Places, Probe, Prober, probed_samples
 from ghost_core.split.refusals import (
     doubted,
     late_row,
-    reached_elsewhere,
     unclear_fold,
     unreached,
     wrong_split,
@@ -75,6 +74,7 @@ class Verifier:
         self._met: dict[tuple[object, ...], set[object]] = {}  # calls, and operations met instead
         self._folds: dict[str, Fold] = {}
         self._axes = KnownAxes()
+        self._places: dict[tuple[object, ...], dict[object, Place]] = {}
         self._in_place: set[tuple[object, ...]] = set()
         self._courses: dict[tuple[object, ...], frozenset[object]] = {}
         self._unreached: set[Kind] = set()
@@ -256,18 +256,17 @@ class Verifier:
             self._usage.check()
         clear = self.routes or self._axes.recall(sites, n)
         signature = self._signature(n)
-        verified = self._known(signature)
         kinds = {kind for site in sites for kind in site.kinds(n)}
         if self.routes:
             kinds = {(name, False) for name, _ in kinds}
         outputs = self._outputs(output, n, sites)
         moves = None if n < 2 or self.routes else outputs.moves()  # it is asked for there
         met = {(site.names, site.operation) for site in sites} <= self._met.get(signature, set())
-        known = clear and met and called | kinds <= verified and not self.routes
+        known = clear and met and not self.routes and called | kinds <= self._known(signature)
         placed = moves is None or self._is_placed(moves, signature)
         with self._ranks.probing(not known or not placed) as probes:
             if probes and known:
-                self._place(outputs.places(), n, sites, moves)
+                self._place(outputs, outputs.places(), moves)
             elif probes:
                 return self._prove(outputs, called, kinds, moves)
         called |= kinds
@@ -276,9 +275,9 @@ class Verifier:
     def _outputs(self, output: Any, n: int, sites: Sequence[Site]) -> Outputs:
         axes = (axis for site in sites for axes in site.alternatives for axis in axes.outputs)
         leading = self._leading and Fold.SAMPLE_MINOR not in self._folds.values() and not any(axes)
-        return Outputs(
-            output, n, self._batch_dim, self._prober, sites, self._tracked, self._seed_node, leading
-        )
+        known = self._places.setdefault(self._signature(n), {})
+        given = output, n, self._batch_dim, self._prober, sites, self._tracked, self._seed_node
+        return Outputs(*given, leading, known)
 
     def _is_placed(self, moves: Moves, signature: tuple[object, ...]) -> bool:
         """Tell whether rows are where they were in a proven pass, and nothing else happens."""
@@ -292,18 +291,20 @@ class Verifier:
         if moves.told:
             self._in_place.add(moves.steps)
 
-    def _place(self, places: Places, n: int, sites: Sequence[Site], moves: Moves | None) -> None:
+    def _place(self, outputs: Outputs, places: Places, moves: Moves | None) -> None:
         """Find whose is each row where rows may have been moved or mixed since a proven pass.
 
         Raises:
             WrongSplitError: If rows belong to several samples.
         """
+        n, sites = outputs.n, outputs.sites
         if any_nan(places):
             self.doubt = self.doubt or "there is NaN in the model's output"
             return
         for site in sites:
             site.spread_out()
-        self._find(places, n, sites)
+        reached = self._find(places, n, sites)
+        outputs.check_others({kind for site in sites for kind in site.kinds(n)} - reached)
         if not all(is_in_place(site, n, self._folds) for site in sites):
             self.routes = True
             return
@@ -326,24 +327,23 @@ class Verifier:
         places = outputs.places()
         reached = self._find(places, n, sites) if self.routes else self._probe(places, n, sites)
         called |= {kind for site in sites for kind in site.kinds(n)}
-        if missed := called - reached:
-            found = missed & self._prober.run_from_all(outputs.others(), n).reached
-            if found:
-                raise reached_elsewhere(self._tracked[name] for name, _ in sorted(found))
+        missed = called - reached
+        outputs.check_others(missed)
         self._unreached -= reached
         if n > 1 and not self.routes:  # rows that nobody reached are known there
             self._unreached |= missed - verified
             self._unprobed |= {site.place for site in sites if site.operation and not site.probed}
         self._unprobed -= {site.place for site in sites if site.probed}
         self._axes.learn(sites, n)
+        if not self.doubt:
+            outputs.learn(places)
         if moves is not None and not self.routes and not self.doubt:
             if moves.told or self._owned:
                 self._learn(moves, n)
             else:
-                self._place(places, n, sites, moves)
+                self._place(outputs, places, moves)
         self._verified[signature] = verified | called
-        met = self._met.setdefault(signature, set())
-        met.update((site.names, site.operation) for site in sites)
+        self._met.setdefault(signature, set()).update((s.names, s.operation) for s in sites)
         self._checked.add(signature)
         return self._usage is not None or signature not in self._unwatched
 
