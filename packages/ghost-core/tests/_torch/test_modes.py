@@ -1,5 +1,6 @@
 """What is switched off while ghost's own code runs, and is on again whatever happens there."""
 
+import gc
 import sys
 from itertools import count
 from types import SimpleNamespace
@@ -93,6 +94,7 @@ def interrupted(kept, at):
         with graphs_kept(kept):
             assert torch.is_grad_enabled() is kept
 
+    gc.disable()  # others' callbacks run when it collects, and what they raise is lost
     sys.settrace(lambda frame, event, argument: line)
     try:
         use()
@@ -100,4 +102,5 @@ def interrupted(kept, at):
         return True
     finally:
         sys.settrace(None)
+        gc.enable()
     return False
