@@ -114,8 +114,13 @@ def _joined(roles: Iterable[tuple[Any, Role]], start: Any, n: int) -> frozenset[
 
 
 def _name(kind: type) -> str:
-    """Return the name of a kind; torch makes an alias of a slice that leaves nothing out."""
-    return "SliceBackward0" if kind.__name__ == "AliasBackward0" else kind.__name__
+    """Return the name of a kind.
+
+    Torch makes an alias of a slice that leaves nothing out, and makes views in other ways while a
+    mode watches, as one does in the first batch.
+    """
+    name = "SliceBackward0" if kind.__name__ == "AliasBackward0" else kind.__name__
+    return "View" if VIEWS[kind] else name
 
 
 def _leads(node: Any, start: Any) -> bool:
