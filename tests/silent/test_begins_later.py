@@ -254,6 +254,31 @@ def test_rows_with_owners_that_are_mixed_later_are_refused() -> None:
             batch()
 
 
+class Pooled(nn.Module):
+    """Has one parameter of which no owners are told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(D, D), nn.Parameter(torch.rand(D))
+        self.double()
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        h = (self.layer(x) * self.scale).tanh()
+        return h.new_zeros(N, *h.shape[1:]).index_add(0, rows, h)
+
+
+def test_owners_of_some_modules_prove_nothing_of_others() -> None:
+    engine = GradientHolder(Pooled(), row_owner={"layer": "rows"})
+    x = drawn(2 * N, T, D)
+    with engine:
+        for rows in (torch.arange(2 * N) // 2, torch.tensor([0, 1, 1, 1, 2, 2, 3, 3])):
+            expected = per_sample_gradients(engine.model, curved(engine.model(x, rows=rows)))
+            with engine.batch(range(N)) as batch:
+                curved(engine.model(x, rows=rows)).sum().backward()
+            engine.model.zero_grad()
+            assert_same(batch.result.materialize(), expected)
+
+
 def test_rows_with_owners_are_probed_once_for_what_is_new() -> None:
     engine = GradientHolder(Model(lambda h: Counted.apply(h.sin())), row_owner={"*": "rows"})
     x, rows, runs = drawn(2 * N, T, D), torch.arange(2 * N) % N, []

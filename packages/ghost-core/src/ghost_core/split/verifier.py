@@ -67,7 +67,7 @@ class Verifier:
         self._prober = Prober(model, seed)
         self._batch_dim = batch_dim
         self._leading = not batch_dim and not any(each.batch_dim for each in tracked.values())
-        self._owned = any(each.row_owner for each in tracked.values())
+        self._owned = all(each.row_owner for each in tracked.values())
         with torch.inference_mode(False):
             self._seed_node = torch.autograd.graph.get_gradient_edge(seed).node
         self._verified: dict[tuple[object, ...], set[Kind]] = {}
