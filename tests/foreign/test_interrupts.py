@@ -269,6 +269,7 @@ def assert_works(kind: str, model: nn.Module) -> None:
 def interrupt_everywhere(kind: str, way: str, traced: int, step: int = 1) -> list[str]:
     """Interrupt at every `step`-th line, and return those that left something behind."""
     assert_works(kind, made(kind))  # what is done once in a process is not worth tracing
+    run(KINDS[kind], made(kind), way, Tracer(), traced)
     counter = Tracer()
     run(KINDS[kind], made(kind), way, counter, traced)
     assert counter.count > 20

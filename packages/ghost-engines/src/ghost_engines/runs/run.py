@@ -117,9 +117,10 @@ class Run:
         stack = self._attached
         try:
             for engine in self.engines.values():
-                stack.enter_context(engine)
+                stack.push(stack.enter_context(engine))  # twice: an interrupt may end the first
             if self.adds_up and (scorer := self._scorer) is not None:
-                self._values = stack.enter_context(values_of(scorer, self._optimizer, self.config))
+                values = values_of(scorer, self._optimizer, self.config)
+                self._values = stack.push(stack.enter_context(values))
                 self._values.on_credit(self._credited)
             # After the values' own, which are added up by then.
             stack.callback(stepping(self._optimizer).register_step_post_hook(self._stepped).remove)
@@ -383,7 +384,7 @@ class Run:
             self._check_entered()
             logs = self._values is not None
             folder = RunFolder.open(self.folder, self._is, after=after, logs=logs, lock=lock)
-            self._folder = self._attached.enter_context(folder)
+            self._folder = self._attached.push(self._attached.enter_context(folder))
         return self._folder
 
     def _credited(self, step: CreditedStep) -> None:
