@@ -141,3 +141,11 @@ def test_what_is_wrong_in_a_file_is_one_line(tmp_path, capsys):
         assert told in said.err
         assert said.err.count("\n") == 1
         assert said.out == ""
+
+
+def test_a_file_that_cannot_be_read_is_named_by_its_option(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    (tmp_path / "folder").mkdir()
+    for name, why in (("none.yaml", "No such file or directory"), ("folder", "Is a directory")):
+        assert project("--config", name) == 2
+        assert capsys.readouterr().err == f"ghost: --config: {name} cannot be read: {why}\n"

@@ -49,16 +49,19 @@ def defaults_from(path: Path, kind: type[OptionsT]) -> OptionsT:
         kind: The dataclass of the options.
 
     Raises:
-        CommandError: If it is no YAML, or a value is of another type.
+        CommandError: If it cannot be read or is no YAML, or a value is of another type.
         MissingExtraError: If pyyaml is not installed.
         UnknownOptionError: If there is no such option.
-        OSError: If it cannot be read.
     """
     from ghost_core import UnknownOptionError
     from ghost_engines.cli.errors import CommandError
     from ghost_engines.extras import read_yaml
 
-    given = read_yaml(path, "--config", f"--config: {path}", CommandError)
+    try:
+        given = read_yaml(path, "--config", f"--config: {path}", CommandError)
+    except OSError as error:
+        why = error.strerror or error
+        raise CommandError(f"--config: {path} cannot be read: {why}") from error
     if not isinstance(given, Mapping):
         raise CommandError(f"--config: {path} has no options by name")
     known = [each.name for each in fields(kind) if each.init and each.name != "config"]  # type: ignore[arg-type]
