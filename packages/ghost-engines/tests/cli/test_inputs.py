@@ -176,7 +176,9 @@ def test_what_is_given_itself_is_asked_for(talking, model, tmp_path, capsys):
             assert scores == pytest.approx(dict(enumerate(expected.tolist())), rel=1e-4)
     command = ("query", "g", str(talking), "--dtype", "float64", "--messages")
     assert cli.main([*command, '[{"role": "user", "content": "a"}]']) == 2
-    assert "--messages: 'messages' of it is no conversation" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--messages: 'messages' of it is no conversation" in said
+    assert """Remedy: give messages as in '[{"role": "user", "content": "..."}, """ in said
 
 
 def test_domains_are_scored_apart(talking, model, tmp_path, capsys):

@@ -197,6 +197,8 @@ class MessagesForm(Form):
                 f"{self.field!r} of {what} is no conversation",
                 reason="it is no list of messages, each with a role and its content, with an "
                 "answer of the assistant among them",
+                remedy="""give messages as in '[{"role": "user", "content": "..."}, """
+                """{"role": "assistant", "content": "..."}]'""",
             )
         return [dict(each) for each in found]
 
