@@ -178,6 +178,7 @@ def test_what_is_given_itself_is_asked_for(talking, model, tmp_path, capsys):
     assert cli.main([*command, '[{"role": "user", "content": "a"}]']) == 2
     said = capsys.readouterr().err
     assert "--messages: 'messages' of it is no conversation" in said
+    assert "is no conversation. Reason: it is no list of messages" in said
     assert """Remedy: give messages as in '[{"role": "user", "content": "..."}, """ in said
 
 

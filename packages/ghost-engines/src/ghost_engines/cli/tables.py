@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,12 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def one_line(value: object) -> str:
-    """Return a value as text that can be printed, without line breaks or tabs."""
-    return plain(" ".join(str(value).split()))
+    """Return a value as text that can be printed, without line breaks or tabs.
+
+    What an error says ends with a full stop where its reason or remedy follows.
+    """
+    sentences = re.sub(r"(?<![.:;])\n(?=(Reason|Remedy): )", ". ", str(value))
+    return plain(" ".join(sentences.split()))
 
 
 def plain(text: str) -> str:
