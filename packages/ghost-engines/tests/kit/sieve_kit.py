@@ -2,6 +2,8 @@
 
 import torch
 
+from ghost_engines.store import Scorer
+
 
 def all_rounded_down(c):
     """Return what loses the most: all entries to even ones below, and their sum once more."""
@@ -36,3 +38,15 @@ def full_of_ties(c):
 
 
 CASES = [all_rounded_down, scattered, one_huge_entry, subnormal, full_of_ties]
+
+
+def scored_rows(monkeypatch):
+    """Return a list that gets the number of rows of each scoring from now on."""
+    scored, plain = [], Scorer.__call__
+
+    def counted(self, rows):
+        scored.append(len(rows))
+        return plain(self, rows)
+
+    monkeypatch.setattr(Scorer, "__call__", counted)
+    return scored

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from search_kit import Rows, best_of, columns_of, stored, whitened
-from sieve_kit import CASES
+from sieve_kit import CASES, scored_rows
 
 from ghost_engines.search import Whitening, group_scores, scores, search
 from ghost_engines.store import DamagedStoreError, GradientStore, Scorer, StoredRows, StoreError
@@ -24,14 +24,7 @@ def forced(monkeypatch):
     monkeypatch.setattr(
         Sieve, "pays", staticmethod(lambda rows, asked, *_, **known: len(asked) > 9)
     )
-    scored, plain = [], Scorer.__call__
-
-    def counted(self, rows):
-        scored.append(len(rows))
-        return plain(self, rows)
-
-    monkeypatch.setattr(Scorer, "__call__", counted)
-    return scored
+    return scored_rows(monkeypatch)
 
 
 def same(one, other):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from search_kit import Rows, best_of, stored
-from sieve_kit import CASES
+from sieve_kit import CASES, scored_rows
 
 from ghost_engines.store import GradientStore, Scorer, StoredRows, StoreError
 from ghost_engines.store.sieve import TILE, Sieve
@@ -15,14 +15,7 @@ Q = 30
 def forced(monkeypatch):
     """Use the sieve whatever the CPU does well; return how many rows were scored all the same."""
     monkeypatch.setattr(Sieve, "pays", staticmethod(lambda *_, **known: True))
-    scored, plain = [], Scorer.__call__
-
-    def counted(self, rows):
-        scored.append(len(rows))
-        return plain(self, rows)
-
-    monkeypatch.setattr(Scorer, "__call__", counted)
-    return scored
+    return scored_rows(monkeypatch)
 
 
 def without(monkeypatch):
