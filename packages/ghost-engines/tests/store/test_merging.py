@@ -225,5 +225,5 @@ KILLED = """
 
 
 @pytest.mark.stress
-def test_a_merge_that_is_killed_at_any_step_goes_on(tmp_path):
-    run_script(KILLED, tmp_path)
+def test_a_merge_that_is_killed_at_any_step_goes_on(fresh, tmp_path):
+    run_script(fresh, KILLED, tmp_path)

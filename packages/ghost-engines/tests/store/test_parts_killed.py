@@ -167,11 +167,11 @@ KILLER = """
 
 
 @pytest.mark.stress
-def test_a_writer_killed_at_any_step_beside_another_goes_on_as_if_nothing_was(tmp_path):
-    run_script(KILLER, "steps", tmp_path, 1)
+def test_a_writer_killed_at_any_step_beside_another_goes_on_as_if_nothing_was(fresh, tmp_path):
+    run_script(fresh, KILLER, "steps", tmp_path, 1)
 
 
 @pytest.mark.stress
 @pytest.mark.parametrize("named", [0, 1], ids=["dealt", "named"])
-def test_two_writers_killed_again_and_again_lose_and_double_nothing(tmp_path, named):
-    run_script(KILLER, "random", tmp_path, 50, 400, named)
+def test_two_writers_killed_again_and_again_lose_and_double_nothing(fresh, tmp_path, named):
+    run_script(fresh, KILLER, "random", tmp_path, 50, 400, named)
