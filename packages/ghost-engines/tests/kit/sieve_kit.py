@@ -50,3 +50,19 @@ def scored_rows(monkeypatch):
 
     monkeypatch.setattr(Scorer, "__call__", counted)
     return scored
+
+
+def just_exceeded(scores, ats):
+    """Yield thresholds that rows just exceed: for all queries, and for one alone.
+
+    Args:
+        scores: Scores `[Q, R]`.
+        ats: The rows.
+    """
+    for at in ats:
+        least = scores[:, at : at + 1].nextafter(torch.tensor(-torch.inf))
+        alone = torch.full_like(least, torch.finfo(torch.float32).max)
+        query = at % len(scores)
+        alone[query] = least[query]
+        yield at, least
+        yield at, alone

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from search_kit import Rows, best_of, columns_of, stored, whitened
-from sieve_kit import CASES, scored_rows
+from sieve_kit import CASES, just_exceeded, scored_rows
 
 from ghost_engines.search import Whitening, group_scores, scores, search
 from ghost_engines.store import DamagedStoreError, GradientStore, Scorer, StoredRows, StoreError
@@ -71,18 +71,14 @@ def assert_each_passes(path, rows, queries, by, ats):
             scorer._asked, scorer.columns, rows.dtype, longest, smallest=smallest, **kinds
         )
         found = scorer(rows) * (-1 if smallest else 1)
-        for at in ats:
-            least = found[:, at : at + 1].nextafter(torch.tensor(-torch.inf))
-            alone = torch.full_like(least, torch.finfo(torch.float32).max)
-            alone[at % len(queries)] = least[at % len(queries)]
-            for limit in (least, alone):
-                sieve.raise_to(limit)
-                passing = sieve.passing(rows, lengths)
-                assert passing is None or at in passing
-                few = slice(at, at + 1 + at % 3)
-                passing = sieve.passing(rows[few].repeat(3, 1), lengths[few].repeat(3))
-                assert passing is None or 0 in passing
-                assert sieve.passing(rows[at : at + 1], lengths[at : at + 1]) is None
+        for at, limit in just_exceeded(found, ats):
+            sieve.raise_to(limit)
+            passing = sieve.passing(rows, lengths)
+            assert passing is None or at in passing
+            few = slice(at, at + 1 + at % 3)
+            passing = sieve.passing(rows[few].repeat(3, 1), lengths[few].repeat(3))
+            assert passing is None or 0 in passing
+            assert sieve.passing(rows[at : at + 1], lengths[at : at + 1]) is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from search_kit import Rows, best_of, stored
-from sieve_kit import CASES, scored_rows
+from sieve_kit import CASES, just_exceeded, scored_rows
 
 from ghost_engines.store import GradientStore, Scorer, StoredRows, StoreError
 from ghost_engines.store.sieve import TILE, Sieve
@@ -32,15 +32,11 @@ def assert_each_passes(path, rows, queries, by, ats):
     for smallest in (False, True):
         sieve = Sieve(scorer._asked, scorer.columns, 99, cosine=by == "cosine", smallest=smallest)
         scores = scorer(rows) * (-1 if smallest else 1)
-        for at in ats:
-            least = scores[:, at : at + 1].nextafter(torch.tensor(-torch.inf))
-            alone = torch.full_like(least, torch.finfo(torch.float32).max)
-            alone[at % len(queries)] = least[at % len(queries)]
-            for limit in (least, alone):
-                sieve.raise_to(limit)
-                sieve.passing_of(rows * 2.0**-9)  # what shorter rows need is not enough
-                passing = sieve.passing_of(rows)
-                assert passing is None or at in passing
+        for at, limit in just_exceeded(scores, ats):
+            sieve.raise_to(limit)
+            sieve.passing_of(rows * 2.0**-9)  # what shorter rows need is not enough
+            passing = sieve.passing_of(rows)
+            assert passing is None or at in passing
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,7 +14,7 @@ it keeps their order it does no harm; what is left identifies a pass, and is pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -41,7 +41,7 @@ class Moves:
     steps: tuple[object, ...] = ()
     told: bool = True
     picks: bool = False
-    course: frozenset[object] = field(default=frozenset(), compare=False)
+    course: frozenset[object] = frozenset()
 
 
 def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leading: bool) -> Moves:
