@@ -98,6 +98,28 @@ def test_two_processes_that_are_killed_go_on(tmp_path: Path, arguments: list[str
     check_same(found, whole, "run/rank-0")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_no_thread_of_the_process_group_outlives_the_run(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    """Torch's gloo aborts a process whose interpreter ends before its threads do."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, pathlib, sys\n"
+        "from ghost_examples.lm_training import main\n"
+        "main(sys.argv[1:])\n"
+        "names = [each.read_text() for each in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "pathlib.Path(f'threads-{os.environ[\"RANK\"]}').write_text(''.join(names))\n"
+    )
+    command = together(tmp_path / "run", [*arguments, "--method", "concatenated"])
+    command[command.index("-m", 4) : command.index("-m", 4) + 2] = [str(worker)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    for rank in range(2):
+        names = (tmp_path / f"threads-{rank}").read_text()
+        assert "python" in names
+        assert "gloo" not in names
+
+
 def test_torchrun_restarts_what_was_killed(tmp_path: Path, arguments: list[str]) -> None:
     """One of two processes is killed; torchrun ends the other, and starts both anew."""
     arguments = [*arguments, "--corpus", "embedded", "--length", "64"]

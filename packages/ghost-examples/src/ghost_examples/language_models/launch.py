@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ def processes(device: str) -> Iterator[torch.device]:
     finally:
         if several:
             distributed.destroy_process_group()
+            # Wrappers that refer to themselves still hold the group. Its threads let tensors go,
+            # for which they need Python: they have to end before it does, or the process aborts.
+            gc.collect()
 
 
 def run(asked: Options) -> None:
