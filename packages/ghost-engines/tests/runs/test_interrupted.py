@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interrupt_kit import EVERYWHERE, Interrupt, Listed
+from interrupt_kit import EVERYWHERE, Interrupt, Listed, attempts
 from run_kit import INPUTS, losses_of, make, validation_of
 
 from ghost_core.testing.snapshots import traces
@@ -117,3 +117,21 @@ def test_a_run_that_was_interrupted_leaves_no_trace_and_goes_on_as_one(tmp_path,
             wrong.append(f"{interrupt.where}: goes on as another")
     assert wrong == []
     assert interrupted > 4
+
+
+@pytest.mark.stress
+def test_nothing_is_left_where_a_run_is_entered_or_left(tmp_path):
+    """At each line, in order: which run of a line is interrupted is no matter of luck."""
+    with Loop(tmp_path / "before", CHOOSES).run:
+        pass
+    wrong = []
+    for interrupt in attempts(1, EVERYWHERE):
+        loop = Loop(tmp_path / f"{interrupt.at}", CHOOSES)
+        try:
+            with interrupt, loop.run:
+                pass
+        except KeyboardInterrupt:
+            pass
+        if left := loop.left():
+            wrong.append(f"{interrupt.where}: {left}")
+    assert wrong == []

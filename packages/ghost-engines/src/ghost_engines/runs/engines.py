@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from inspect import Parameter
 from typing import Any
 
@@ -76,11 +77,24 @@ def joining(scorer: ScoringEngine[Any] | None, config: RunConfig) -> DotProductE
 
 
 def values_of(
-    scorer: ScoringEngine[Any], optimizer: torch.optim.Optimizer, config: RunConfig
+    stack: ExitStack,
+    scorer: ScoringEngine[Any],
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
 ) -> InRunValues:
-    """Return what adds up values, as a config says."""
+    """Return what adds up values, as a config says, for a stack to leave."""
+    made: list[InRunValues] = []
+
+    def leave(*exception: Any) -> None:
+        for values in made:
+            values.__exit__(*exception)
+
+    # Before there are any, since they watch the optimizer from there on; twice, as `undo` does.
+    stack.push(leave)
+    stack.push(leave)
     order: Any = config.order  # 1 or 2: checked by the config
-    return InRunValues(scorer, optimizer, order=order, history=config.history)
+    made.append(InRunValues(scorer, optimizer, order=order, history=config.history))
+    return made[0]
 
 
 def add_directions(engines: Engines, directions: GivenDirections, config: RunConfig) -> None:

@@ -119,8 +119,7 @@ class Run:
             for engine in self.engines.values():
                 stack.push(stack.enter_context(engine))  # twice: an interrupt may end the first
             if self.adds_up and (scorer := self._scorer) is not None:
-                values = values_of(scorer, self._optimizer, self.config)
-                self._values = stack.push(stack.enter_context(values))
+                self._values = values_of(stack, scorer, self._optimizer, self.config)
                 self._values.on_credit(self._credited)
             # After the values' own, which are added up by then.
             stack.callback(stepping(self._optimizer).register_step_post_hook(self._stepped).remove)
