@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.case import Case
+from bench.memory import keep_freed
 from bench.registry import CASES, GROUPS, chosen
 from bench.report import Results, rows, table, write_json, write_plot
 from bench.rounds import Timed, measure
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
         parser.error(f"there is no device {given.device} here")
     torch.set_num_threads(given.threads)
+    keep_freed()
     runnable = [case for case in cases if not _missing(case)]
     results: dict[str, dict[str, Timed]] = {}
     refused: dict[str, str] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
+from bench import by_hand
 from bench.case import Case, Setting, Way
 from bench.steps import Loss, plain, projected, scored
 from ghost_engines import DotProductEngine
@@ -32,13 +33,16 @@ def gpt2(setting: Setting) -> tuple[nn.Module, Loss, int]:
 
 
 def gpt2_modes(setting: Setting) -> Mapping[str, Way]:
-    """Make a plain step, and scored ones in the modes of dot products."""
+    """Make a plain step, scored ones by mode, and ones with their products by hand."""
     model, loss, n = gpt2(setting)
     with_validation = concatenated(setting, model, n)
     return {
         "plain": plain(model, loss),
+        "exact, products alone": by_hand.dots(model, loss),
         "exact": scored(setting, model, loss, n),
+        "fused, products alone": by_hand.built(model, loss, norms=False),
         "fused": scored(setting, model, loss, n, mode="fused"),
+        "fused, norms, products alone": by_hand.built(model, loss, norms=True),
         "fused, norms": scored(setting, model, loss, n, mode="fused", norms=True),
         "concatenated, M = 2": with_validation,
     }

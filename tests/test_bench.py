@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 from bench import command
+from bench.by_hand import Built, Contraction
 from bench.case import Case, Group, Way
 from bench.command import main
 from bench.registry import CASES, GROUPS, chosen
 from bench.report import rows, table
 from bench.rounds import Timed, interleaved
+from tests.fresh import Fresh
+from torch import Tensor, nn
 
 from ghost_core import CaptureError
 
@@ -53,6 +57,52 @@ def test_ratios_are_those_of_the_same_round() -> None:
     timed = Timed([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
     assert timed.ratio == 2  # of 2, 3, 1
     assert timed.least == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+@pytest.mark.parametrize("told", [False, True])
+def test_what_is_freed_stays_if_the_c_library_is_told(fresh: Fresh, told: bool) -> None:
+    done = fresh(
+        "import ctypes, resource\n"
+        "from bench.memory import keep_freed\n"
+        f"{'keep_freed()' if told else ''}\n"
+        "library = ctypes.CDLL(None)\n"
+        "library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n"
+        "def pages():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    value = library.malloc(2**27)\n"
+        "    ctypes.memset(value, 1, 2**27)\n"
+        "    library.free(value)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print([pages(), pages()])\n",
+        paths=(Path(__file__).parents[1],),
+    )
+    first, again = json.loads(done.stdout)
+    assert first > 2**4
+    assert (again < first / 4) == told
+
+
+@pytest.mark.parametrize("p", [2, 7])  # narrower than the inputs, and wider
+def test_products_by_hand_are_those_of_each_sample(p: int) -> None:
+    layer, x = nn.Linear(5, p).double(), torch.randn(3, 4, 5, dtype=torch.float64)
+    direction = torch.randn(p, 5, dtype=torch.float64)
+    output = layer(x)
+    losses = output.square().sum((1, 2))
+    expected = [torch.autograd.grad(each, layer.weight, retain_graph=True)[0] for each in losses]
+    dots = torch.stack([(each * direction).sum() for each in expected])
+    contracted: list[Tensor] = []
+    Contraction(direction, contracted)(layer, (x,), output)
+    losses.sum().backward()
+    torch.testing.assert_close(contracted, [dots])
+    plain = [layer.weight.grad, layer.bias.grad]
+    layer.zero_grad()
+    taken: list[Tensor] = []
+    rows = Built.apply(
+        x, layer.weight, layer.bias, direction, lambda part, along: taken.append(part.dot(along))
+    )
+    rows.square().sum().backward()
+    torch.testing.assert_close(torch.stack(taken), dots)
+    torch.testing.assert_close([layer.weight.grad, layer.bias.grad], plain)
 
 
 def test_the_table_says_which_goals_were_reached() -> None:
