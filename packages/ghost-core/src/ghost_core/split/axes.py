@@ -18,9 +18,11 @@ from ghost_core.tracking import TrackedModule
 TensorT = TypeVar("TensorT", Tensor, Tensor | None)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class RowAxes:
-    """Where a call has its rows.
+    """Where a call has its rows. Each call has its own, which what probes find is told by.
+
+    Nothing is changed in it; to make one that is frozen takes several times as long.
 
     Attributes:
         inputs: Axis of the rows in its inputs, as far as they have one; 0 where they stay as they
@@ -163,11 +165,13 @@ def describe(
     """
     device = outputs[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if axes.inputs:
+        args, kwargs = _rows_first(args, axes.inputs), _rows_first(kwargs, axes.inputs)
     return Call(
         tracked.name,
         tracked.module,
-        _rows_first(args, axes.inputs),
-        _rows_first(kwargs, axes.inputs),
+        args,
+        kwargs,
         tuple(axes.rows_first(outputs)),
         dict(tracked.shapes),
         batch_dim=axes.inputs,
@@ -178,8 +182,6 @@ def describe(
 
 def _rows_first(value: Any, dim: int) -> Any:
     """Move an axis to the front in all tensors of a tree that have it."""
-    if not dim:
-        return value
 
     def move(leaf: Any) -> Any:
         return leaf.movedim(dim, 0) if isinstance(leaf, Tensor) and leaf.dim() > dim else leaf

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import hypot, isfinite, isinf
+from math import hypot, inf, isfinite, isinf
 
 import torch
 from torch import Tensor, nn
@@ -176,12 +176,15 @@ class Balance:
             UnbalancedError: Naming the worst parameter.
         """
         accounts = {n: self._accounts[n] for n in self._parameters if n in self._accounts}
-        scales = [account.scale for account in accounts.values() if isfinite(account.scale)]
-        whole = hypot(*scales)
+        scales = {name: account.scale for name, account in accounts.items()}
+        whole = hypot(*filter(isfinite, scales.values()))
         wrong: dict[str, float] = {}
         for name, account in accounts.items():
+            scale, off = scales[name], account.off
+            if off <= INSIDE * scale < inf:  # which any precision allows
+                continue
             precision = Precision.of({self._parameters[name].dtype, *account.dtypes})
-            scale, off = max(account.scale, precision.floor * whole), account.off
+            scale = max(scale, precision.floor * whole)
             # Where nothing arrived at all, any gradient is off.
             if isinf(off) or off > max(precision.tolerance, INSIDE) * scale:
                 wrong[name] = off / scale if scale and isfinite(scale) else float("inf")

@@ -7,15 +7,14 @@ which entries are picked, or written to. Tensors are looked at when these number
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ghost_core._torch import is_kept_elsewhere, number_of, outputs_of, sizes_into
+from ghost_core._torch import all_sizes_of, is_kept_elsewhere, number_of, sizes_into, sizes_of
 
 UNTOLD = object()
 """Numbers of which nothing is known."""
@@ -24,8 +23,7 @@ _ANY = (0,)
 """Sizes of which nothing is known: samples may lie anywhere."""
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """How an operation moves rows.
 
     Attributes:
@@ -81,12 +79,7 @@ def _behind(node: Any, first: int = 0) -> list[Any]:
 
 def signed(axis: int, shape: Sequence[int]) -> int:
     """Return an axis that a node keeps as one from the front."""
-    return number_of(axis) % max(len(shape), 1)
-
-
-def made_by(node: Any) -> Sequence[int]:
-    """Return the sizes of what an operation makes."""
-    return outputs_of(node)[0].shape
+    return axis if 0 <= axis < len(shape) else number_of(axis) % max(len(shape), 1)
 
 
 def _one_axis(node: Any, name: str) -> Move:
@@ -105,15 +98,15 @@ def _slice(node: Any) -> Move:
 
 
 def _unbind(node: Any) -> Move:
-    made = outputs_of(node)
-    axis = number_of(node._saved_dim) % (len(made[0].shape) + 1)
-    shape = (*made[0].shape[:axis], len(made), *made[0].shape[axis:])
+    made = all_sizes_of(node)
+    axis = number_of(node._saved_dim) % (len(made[0]) + 1)
+    shape = (*made[0][:axis], len(made), *made[0][axis:])
     return Move(shape, {axis: len(made)}, _behind(node))
 
 
 def _join(node: Any) -> Move:
     """Describe what is put one behind the other: pieces of known sizes, but for one."""
-    shape = made_by(node)
+    shape = sizes_of(node)
     axis = signed(node._saved_dim, shape)
     sizes = [None if each is None else sum(each[axis : axis + 1]) for each in sizes_into(node)]
     known = sizes.count(None) < 2
@@ -121,13 +114,13 @@ def _join(node: Any) -> Move:
 
 
 def _stack(node: Any) -> Move:
-    shape = made_by(node)
+    shape = sizes_of(node)
     axis = signed(node._saved_dim, shape)
     return Move(shape, {axis: shape[axis]}, _behind(node))
 
 
 def _shifted(node: Any) -> Move:
-    shape, dims = made_by(node), node._saved_dims
+    shape, dims = sizes_of(node), node._saved_dims
     shifts = getattr(node, "_saved_shifts", dims)
     at = zip((signed(dim, shape) for dim in dims), shifts, strict=False)
     along: dict[int, object] = {axis: (shift, shape[axis]) for axis, shift in at}
@@ -135,7 +128,7 @@ def _shifted(node: Any) -> Move:
 
 
 def _padded(node: Any) -> Move:
-    shape, pad = made_by(node), node._saved_pad
+    shape, pad = sizes_of(node), node._saved_pad
     pairs = zip(reversed(range(len(shape))), zip(pad[::2], pad[1::2], strict=True), strict=False)
     along = {axis: (each, shape[axis]) for axis, each in pairs if any(each)}
     return Move(shape, along, _behind(node))
@@ -198,14 +191,14 @@ def _index(node: Any) -> Move:
 
 
 def _index_put(node: Any) -> Move:
-    shape = made_by(node)
+    shape = sizes_of(node)
     return Move(shape, _positions(node, shape), _behind(node, 1))
 
 
 def _along(node: Any) -> Move:
     """Describe picks of whole rows, or writing these."""
     writes = len(node.next_functions) > 1
-    shape = made_by(node) if writes else node._saved_self_sym_sizes
+    shape = sizes_of(node) if writes else node._saved_self_sym_sizes
     axis = signed(node._saved_dim, shape)
     numbers = _at(node, "index", shape[axis])
     return Move(shape, {axis: numbers}, _behind(node, int(writes)))
@@ -215,7 +208,7 @@ def _by_entry(node: Any) -> Move:
     """Describe picks of single entries along an axis, or writing these."""
     sizes = sizes_into(node)
     writes = len(sizes) > 1
-    shape = made_by(node) if writes else sizes[0]
+    shape = sizes_of(node) if writes else sizes[0]
     assert shape is not None  # or there would be no node
     return Move(shape, {signed(node._saved_dim, shape): UNTOLD}, _behind(node, int(writes)))
 
@@ -231,7 +224,7 @@ def _masked(node: Any) -> Move:
     """
     sizes = sizes_into(node)
     writes = len(sizes) > 1
-    made, into = made_by(node), sizes[-1]
+    made, into = sizes_of(node), sizes[-1]
     shape = made if writes else sizes[0]
     if into is None or shape is None:
         return Move(made, {})
@@ -255,7 +248,7 @@ def _masked(node: Any) -> Move:
 
 def _slices(node: Any) -> Move:
     """Describe writing into a part, of which nothing tells which it is but sizes."""
-    shape, values = made_by(node), [each for each in sizes_into(node)[1:] if each is not None]
+    shape, values = sizes_of(node), [each for each in sizes_into(node)[1:] if each is not None]
 
     def numbers(n: int, turned: bool) -> object:
         return (True, turned) if all(whole(value, turned) for value in values) else UNTOLD
@@ -315,7 +308,7 @@ def custom(node: Any) -> Move:
     known = {
         size[0] for size, value in zip(sizes_into(node), values, strict=True) if value and size
     }
-    other = any(each.shape and each.shape[0] not in known for each in outputs_of(node))
+    other = any(each and each[0] not in known for each in all_sizes_of(node))
     return Move(_ANY, {0: UNTOLD} if other and known else {}, _behind(node))
 
 

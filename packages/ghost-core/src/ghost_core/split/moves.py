@@ -13,16 +13,16 @@ it keeps their order it does no harm; what is left identifies a pass, and is pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from torch import Tensor
 
-from ghost_core._torch import is_custom, leads_to, nodes_behind, outputs_of
-from ghost_core.split.movers import UNTOLD, Move, made_by
-from ghost_core.split.roles import ROLES, VIEWS, Role, Turn, joins_samples, within
+from ghost_core._torch import Leading, is_custom, nodes_behind, sizes_of
+from ghost_core.split.movers import UNTOLD, Move
+from ghost_core.split.roles import ROLES, Role, Turn, joins_samples, within
 
 
 @dataclass(frozen=True)
@@ -61,70 +61,57 @@ def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leadi
         leading: Whether samples are on the first axis of the model's inputs and of all modules.
     """
     outputs = [output for output in outputs if output.grad_fn is not None]
-    nodes, uses, edges = nodes_behind((output.grad_fn for output in outputs), ROLES)
-    roles = [(node, role) for node in nodes if (role := ROLES[type(node)]) is not None]
-    course = _course(edges, roles) | _joined(roles, start, n)
-    if any(role.nests for _, role in roles):  # what has no sizes
+    starts = [output.grad_fn for output in outputs]
+    nodes, uses, edges, tapped = nodes_behind(starts, ROLES, start)
+    course: frozenset[object] = frozenset(edges | _combined(nodes, tapped, n))
+    if any(role.nests for role in nodes.values()):  # what has no sizes
         return Moves(told=False, course=course)
-    roles = [(node, role) for node, role in roles if role.describe or role.turn]
-    steps: dict[Any, tuple[object, ...]] = {}
-    turned = not leading or any(
-        role.turn is not None
-        and role.turn(node).is_outside(made_by(node), n)
-        and leads_to(node, start)
-        for node, role in roles
-    )
-    for node, role in roles:
-        if role.describe is None:
-            turn = role.turn(node) if turned and role.turn is not None else Turn(())
-            if turn.axes and leads_to(node, start):
-                steps[node] = type(node).__name__, turn.numbers(made_by(node), n)
-            continue
-        if not turned and role.keeps_axis and within(node, n):
-            continue
-        move = role.describe(node)
-        axes = [axis for axis in move.along if turned or _may_hold(move.shape, axis, n)]
-        if axes and any(_leads(each, start) for each in move.moved):
-            steps[node] = type(node).__name__, *_known(move, axes, n, turned)
+    steps = _steps(nodes, tapped, n, leading)
     untold = [node for node, step in steps.items() if len(step) == 1]
-    told = not untold and _are_grouped(outputs, n, dim)
+    told = not untold and _are_grouped(outputs, nodes, n, dim)
     picks = not all(is_custom(type(node)) for node in untold)
     place = {node: at for at, node in enumerate(steps)}
     used = [(place[node], number) for node, number in uses if node in place]
     return Moves((*steps.values(), *used), told, picks, course)
 
 
-def _course(
-    edges: Iterable[tuple[type, type]], roles: Iterable[tuple[Any, Role]]
-) -> frozenset[object]:
-    """Return what operations there are, by name: kinds of users' functions may be made anew."""
-    names = {(_name(one), _name(other)) for one, other in edges}
-    combined = {(type(node).__name__, *role.combines(node)) for node, role in roles if role.kept}
-    return frozenset(names | combined)
+def _combined(nodes: Mapping[Any, Role], tapped: Leading, n: int) -> set[tuple[object, ...]]:
+    """Return which axes are combined, and which views join entries of several samples.
 
-
-def _joined(roles: Iterable[tuple[Any, Role]], start: Any, n: int) -> frozenset[object]:
-    """Return which views join entries of several samples, so that what combines these mixes them.
-
-    Blocks of 4 steps, `h.view(-1, 4, d)`, are of one sample each where samples have 8 steps; they
-    join two where samples have 6.
+    What combines these mixes samples. Blocks of 4 steps, `h.view(-1, 4, d)`, are of one sample each
+    where samples have 8 steps; they join two where samples have 6.
     """
-    views = (node for node, role in roles if role.views and joins_samples(node, n))
-    return frozenset(("joined", type(node).__name__) for node in views if leads_to(node, start))
+    found: set[tuple[object, ...]] = set()
+    for node, role in nodes.items():
+        if role.kept:
+            found.add((role.name, *[getattr(node, name) for name in role.kept]))
+        elif role.views and joins_samples(node, n) and tapped[node]:
+            found.add(("joined", type(node).__name__))
+    return found
 
 
-def _name(kind: type) -> str:
-    """Return the name of a kind.
-
-    Torch makes an alias of a slice that leaves nothing out, and makes views in other ways while a
-    mode watches, as one does in the first batch.
-    """
-    name = "SliceBackward0" if kind.__name__ == "AliasBackward0" else kind.__name__
-    return "View" if VIEWS[kind] else name
-
-
-def _leads(node: Any, start: Any) -> bool:
-    return node is not None and (node is start or leads_to(node, start))
+def _steps(
+    nodes: Mapping[Any, Role], tapped: Leading, n: int, leading: bool
+) -> dict[Any, tuple[object, ...]]:
+    """Return what moves rows, by node: its name, with what is known of it."""
+    turned = not leading
+    turns: dict[Any, Turn] = {}
+    for node, role in nodes.items():
+        if role.turn is None or (turned and role.describe is not None) or not tapped[node]:
+            continue
+        turns[node] = role.turn(node)
+        turned = turned or turns[node].is_outside(n)
+    steps: dict[Any, tuple[object, ...]] = {}
+    for node, role in nodes.items():
+        if role.describe is None:
+            if turned and node in turns and turns[node].axes:
+                steps[node] = role.name, turns[node].numbers(n)
+        elif turned or not role.keeps_axis or not within(node, n):
+            move = role.describe(node)
+            axes = [axis for axis in move.along if turned or _may_hold(move.shape, axis, n)]
+            if axes and any(tapped[each] for each in move.moved):
+                steps[node] = role.name, *_known(move, axes, n, turned)
+    return steps
 
 
 def _may_hold(shape: Sequence[int], axis: int, n: int) -> bool:
@@ -144,20 +131,19 @@ def _known(move: Move, axes: Sequence[int], n: int, turned: bool) -> list[object
     return [each for each in found if each[1] is not UNTOLD]
 
 
-def _are_grouped(outputs: Sequence[Tensor], n: int, dim: int) -> bool:
+def _are_grouped(outputs: Sequence[Tensor], nodes: Mapping[Any, Role], n: int, dim: int) -> bool:
     """Tell whether sizes show samples of equal numbers of rows, if outputs have these joined.
 
     They do where an axis of samples became part of the rows. A model of joined rows throughout, of
     which it knows by itself whose they are, has none.
     """
-    if any(n in (*output.shape[dim : dim + 1], *output.shape[:1]) for output in outputs):
-        return True
     rows = {
         size for output in outputs for size in (*output.shape[dim : dim + 1], *output.shape[:1])
     }
-    views, *_ = nodes_behind((output.grad_fn for output in outputs), VIEWS)
-    for view in views:
-        before, after = view._saved_self_sym_sizes, outputs_of(view)[0].shape
+    if n in rows:
+        return True
+    for view in [node for node, role in nodes.items() if role.views]:
+        before, after = view._saved_self_sym_sizes, sizes_of(view)
         joined = len(before) > 1 and n in before[:2] and before[0] * before[1] in rows
         if joined and after[:1] == (before[0] * before[1],):
             return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class Site:
     operation: str
     alternatives: list[RowAxes]
     refusal: WrongSplitError | None = None
-    spare: list[RowAxes] = field(default_factory=list)
+    spare: Sequence[RowAxes] = ()
     place: object = None
     lifts: tuple[Lift, ...] = ()
     probed: bool = False
@@ -69,9 +69,14 @@ class Site:
         """All places where the rows may be."""
         return [*self.alternatives, *self.spare]
 
+    @property
+    def told(self) -> bool:
+        """Whether it was told whose each row is, so that no graph has to show it."""
+        return all(axes.owner is not None for axes in self.everywhere)
+
     def spread_out(self) -> None:
         """Take all places into account where rows may be."""
-        self.alternatives, self.spare = self.everywhere, []
+        self.alternatives, self.spare = self.everywhere, ()
 
     def keep(self, fitting: Sequence[RowAxes]) -> None:
         """Keep the alternatives that fit, unless none does."""

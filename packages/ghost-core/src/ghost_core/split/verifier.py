@@ -28,17 +28,13 @@ from ghost_core.split.nan import any_nan, is_finite
 from ghost_core.split.owners import Fold, find_folds, is_in_place
 from ghost_core.split.places import Outputs
 from ghost_core.split.probe import Kind, Place, Places, Probe, Prober, probed_samples
-from ghost_core.split.refusals import (
-    doubted,
-    late_row,
-    unclear_fold,
-    unreached,
-    wrong_split,
-)
+from ghost_core.split.refusals import doubted, late_row, unclear_fold, unreached, wrong_split
 from ghost_core.split.routes import Census
 from ghost_core.split.sites import KnownAxes, Site
 from ghost_core.split.usage import UsageMode
 from ghost_core.tracking import TrackedModule
+
+_Signature = tuple[object, ...]
 
 
 class Verifier:
@@ -67,23 +63,22 @@ class Verifier:
         self._prober = Prober(model, seed)
         self._batch_dim = batch_dim
         self._leading = not batch_dim and not any(each.batch_dim for each in tracked.values())
-        self._owned = all(each.row_owner for each in tracked.values())
         with torch.inference_mode(False):
             self._seed_node = torch.autograd.graph.get_gradient_edge(seed).node
-        self._verified: dict[tuple[object, ...], set[Kind]] = {}
-        self._met: dict[tuple[object, ...], set[object]] = {}  # calls, and operations met instead
+        self._verified: dict[_Signature, set[Kind]] = {}
+        self._met: dict[_Signature, set[object]] = {}  # calls, and operations met instead
         self._folds: dict[str, Fold] = {}
         self._axes = KnownAxes()
-        self._places: dict[tuple[object, ...], dict[object, Place]] = {}
+        self._places: dict[_Signature, dict[object, Place]] = {}
         self._in_place: set[tuple[object, ...]] = set()
-        self._courses: dict[tuple[object, ...], frozenset[object]] = {}
+        self._courses: dict[_Signature, frozenset[object]] = {}
         self._unreached: set[Kind] = set()
         self._unprobed: set[object] = set()
-        self._unwatched: set[tuple[object, ...]] = set()
+        self._unwatched: set[_Signature] = set()
         self._expands = False
         self._usage: UsageMode | None = None
         self._watching = ExitStack()
-        self._checked: set[tuple[object, ...]] = set()
+        self._checked: set[_Signature] = set()
         self.doubt = ""
         """Why nothing is proven by what was watched in the batch; empty if all is."""
         self.routes = False
@@ -259,11 +254,11 @@ class Verifier:
         kinds = {kind for site in sites for kind in site.kinds(n)}
         if self.routes:
             kinds = {(name, False) for name, _ in kinds}
-        outputs = self._outputs(output, n, sites)
+        outputs = self._outputs(output, n, sites, signature)
         moves = None if n < 2 or self.routes else outputs.moves()  # it is asked for there
         met = {(site.names, site.operation) for site in sites} <= self._met.get(signature, set())
         known = clear and met and not self.routes and called | kinds <= self._known(signature)
-        placed = moves is None or self._is_placed(moves, signature)
+        placed = moves is None or self._is_placed(moves, sites, signature)
         with self._ranks.probing(not known or not placed) as probes:
             if probes and known:
                 self._place(outputs, outputs.places(), moves)
@@ -272,17 +267,18 @@ class Verifier:
         called |= kinds
         return signature not in self._unwatched
 
-    def _outputs(self, output: Any, n: int, sites: Sequence[Site]) -> Outputs:
-        axes = (axis for site in sites for axes in site.alternatives for axis in axes.outputs)
+    def _outputs(self, output: Any, n: int, sites: Sequence[Site], like: _Signature) -> Outputs:
+        axes = [axis for site in sites for axes in site.alternatives for axis in axes.outputs]
         leading = self._leading and Fold.SAMPLE_MINOR not in self._folds.values() and not any(axes)
-        known = self._places.setdefault(self._signature(n), {})
+        known = self._places.setdefault(like, {})
         given = output, n, self._batch_dim, self._prober, sites, self._tracked, self._seed_node
         return Outputs(*given, leading, known)
 
-    def _is_placed(self, moves: Moves, signature: tuple[object, ...]) -> bool:
+    def _is_placed(self, moves: Moves, sites: Sequence[Site], like: _Signature) -> bool:
         """Tell whether rows are where they were in a proven pass, and nothing else happens."""
-        known = moves.course <= self._courses.get(signature, frozenset())
-        return known and (self._owned or (moves.told and moves.steps in self._in_place))
+        known = moves.course <= self._courses.get(like, frozenset())
+        in_place = moves.told and moves.steps in self._in_place
+        return known and (in_place or all(site.told for site in sites))
 
     def _learn(self, moves: Moves, n: int) -> None:
         """Remember what happened in a proven pass."""
@@ -338,7 +334,7 @@ class Verifier:
         if not self.doubt:
             outputs.learn(places)
         if moves is not None and not self.routes and not self.doubt:
-            if moves.told or self._owned:
+            if moves.told or all(site.told for site in sites):
                 self._learn(moves, n)
             else:
                 self._place(outputs, places, moves)
@@ -389,11 +385,11 @@ class Verifier:
         probe.narrow()
         return probe
 
-    def _known(self, signature: tuple[object, ...]) -> set[Kind]:
+    def _known(self, signature: _Signature) -> set[Kind]:
         """Return what is verified; where every row is asked for, it does not matter how it was."""
         known = self._verified.get(signature, set())
         return known | {(name, False) for name, _ in known} if self.routes else known
 
-    def _signature(self, n: int) -> tuple[object, ...]:
+    def _signature(self, n: int) -> _Signature:
         """Identify what a verification holds for: modes of all modules, one sample or more."""
-        return (n > 1, *(module.training for module in self._modules))
+        return (n > 1, *[module.training for module in self._modules])
