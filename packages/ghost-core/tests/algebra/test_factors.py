@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghost_core import InputFactor, Lookups, Record, Tokens
+from ghost_core import InputFactor, Lookups, Outer, Record, Tokens
 
 N, M, T, S, D, P, K = 3, 2, 4, 5, 6, 2, 3
 
@@ -74,6 +74,37 @@ def test_a_factor_without_shortcuts_works_through_its_dense_form() -> None:
     torch.testing.assert_close(factor.mix(weight), Tokens(dense).mix(weight))
     grad = random(N, T, 1, P)
     torch.testing.assert_close(factor.outer(grad), Tokens(dense).outer(grad))
+
+
+@pytest.mark.parametrize("size", [1, D])
+def test_dots_are_written_to_no_memory_that_others_have(size: int) -> None:
+    class Ones(InputFactor):
+        transposed = False
+        groups = 1
+
+        def dense(self) -> Tensor:
+            return torch.ones(size, size, 1, 1)
+
+        def mix(self, weight: Tensor) -> Tensor:
+            return weight[:, None, :, 0].expand(size, size, 1, -1)
+
+    class Same(Tokens):
+        def mix(self, weight: Tensor) -> Tensor:
+            return weight[:, None, :, 0].expand(size, size, 1, -1)
+
+    tokens, same = Tokens(random(size, size, 1, 1)), Same(torch.ones(size, size, 1, 1))
+    factors = [Ones(), same, tokens, Lookups(torch.zeros(2, size).long(), 1)]
+    for factor in factors:
+        shape = torch.Size((1, P) if factor.transposed else (P, 1))
+        grad, directions = random(len(factor.dense()), size, 1, P), random(1, *shape)
+        held = *factor.tensors().values(), grad, directions
+        before = [each.clone() for each in held]
+        outer = Outer(factor, grad, shape)
+        for _ in range(2):
+            expected = outer.materialize().flatten(1) @ directions.flatten()
+            torch.testing.assert_close(outer.dot(directions)[:, 0], expected)
+            torch.testing.assert_close(outer.token_dot(directions).sum(1)[:, 0], expected)
+        assert all(map(torch.equal, held, before))
 
 
 def test_rows_of_one_sample_count_every_time() -> None:

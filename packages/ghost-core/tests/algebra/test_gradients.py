@@ -15,6 +15,7 @@ import ghost_core.algebra.gradients
 import ghost_core.algebra.outer
 from ghost_core import Dense, Lookups, Outer, PerSampleGradient, Tokens
 from ghost_core.algebra import building_at_most, chunks, gram_of_uses, matrix_shape, paired_of_uses
+from ghost_core.algebra.numerics import at_once
 from ghost_core.testing import Gradients, assert_within, check_operations
 
 N, M = 4, 3
@@ -63,6 +64,7 @@ CASES: dict[str, Callable[[int], PerSampleGradient]] = {
     "rows": lambda n: rows(n, 3, 7, 4),
     "rows with duplicates": lambda n: rows(n, 20, 2, 3),
     "rows with padding": lambda n: rows(n, 6, 5, 4, weighted=True),
+    "rows of a long table, with padding": lambda n: rows(n, 6, 9, 4, weighted=True),
     "dense": lambda n: dense(n, 1, 3, 4),
     "dense, many terms": lambda n: dense(n, 5, 3, 4),
     "vector": lambda n: dense(n, 4, 6),
@@ -109,8 +111,12 @@ def test_every_operation_is_that_of_the_gradients(case: str) -> None:
     check_operations(of(make(N)), of(make(M)), what=case)
 
 
+@pytest.mark.parametrize("few", [0, ghost_core.algebra.outer.FEW])
 @pytest.mark.parametrize("case", CASES)
-def test_every_operation_adds_up_over_uses(case: str) -> None:
+def test_every_operation_adds_up_over_uses(
+    case: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ghost_core.algebra.outer, "FEW", few)
     make = CASES[case]
     check_operations(of(make(N), make(N)), of(make(M), make(M), make(M)), what=case)
 
@@ -119,17 +125,15 @@ def test_every_operation_adds_up_over_uses(case: str) -> None:
 def test_chunks_do_not_change_results(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (ghost_core.algebra.gradients, ghost_core.algebra.outer):
         monkeypatch.setattr(module, "chunks", partial(chunks, limit=1))
-    for name in ("ALONE", "AT_ONCE"):
-        monkeypatch.setattr(ghost_core.algebra.outer, name, 1)
+    monkeypatch.setattr(ghost_core.algebra.outer, "at_once", partial(at_once, limit=1))
+    for name, most in {"ALONE": 1, "AT_ONCE": 1, "FEW": 0}.items():
+        monkeypatch.setattr(ghost_core.algebra.outer, name, most)
     make = CASES[case]
     check_operations(of(make(N)), of(make(M)), what=case)
 
 
 @pytest.mark.parametrize("case", ["few tokens", "channels first", "rows with padding"])
-def test_long_rows_are_multiplied_each_with_its_own(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ghost_core.algebra.outer, "ALONE", 1)
+def test_each_sample_is_multiplied_with_its_own(case: str) -> None:
     gradient = CASES[case](N)
     direction = random(1, *gradient.shape)
     each = built(gradient).flatten(1)
@@ -142,8 +146,7 @@ def test_a_sum_lies_in_memory_as_the_parameter(make: Callable[..., Outer]) -> No
     assert make(N, 3, 5, 6).sum().is_contiguous()
 
 
-def test_no_samples_have_no_dots_however_long_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ghost_core.algebra.outer, "ALONE", 1)
+def test_no_samples_have_no_dots() -> None:
     assert tokens(0, 2, 5, 6).dot(random(1, 6, 5)).shape == (0, 1)
 
 

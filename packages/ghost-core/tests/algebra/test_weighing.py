@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+import ghost_core.algebra.outer as algebra_of_outer
 from ghost_core.algebra import Dense, Outer, Owned, PerSampleGradient, Tokens, weighed, weight_of
 from ghost_core.algebra.reduced import ALONE
 
@@ -32,7 +33,8 @@ def owned() -> Owned:
 )
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("total", [False, True])
-def test_sum_and_norms_come_along_with_what_is_asked_for(make, norms, total):
+def test_sum_and_norms_come_along_with_what_is_asked_for(make, norms, total, monkeypatch):
+    monkeypatch.setattr(algebra_of_outer, "FEW", 0)
     gradient: PerSampleGradient = make()
     taken, directions = weighed(gradient), torch.randn(2, 5, 3).double()
     found = taken.reduce(directions, norms=norms, total=total)
@@ -67,7 +69,12 @@ def test_a_type_of_someone_else_stays_as_it_is():
     class Other(Dense):
         pass
 
-    gradient = Other(torch.randn(2, 1, 3))
+    gradient = Other(torch.randn(2, 4, 3))
+    assert weighed(gradient) is gradient
+
+
+def test_gradients_of_one_term_take_nothing_along():
+    gradient = Dense(torch.randn(2, 1, 3))
     assert weighed(gradient) is gradient
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -182,8 +183,7 @@ class DotProductEngine(ScoringEngine[Scores]):
             self._capture_factors()
         super().on_start(batch)
         if self._both is None:
-            found = {each.name: self._directions.uses(each.name) for each in self.parameters}
-            self._uses = {name: uses for name, uses in found.items() if uses}
+            self._uses = self._directions.uses
         if self._takes_norms or self._both is not None:
             known = "the norm of their sum" if self._both is None else "their product"
             other = "CosineEngine" if self._both is None else "mode='exact' or mode='fused'"
@@ -202,8 +202,8 @@ class DotProductEngine(ScoringEngine[Scores]):
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
         """Score the training samples, and tell the observers of them."""
-        if self._memory_budget is None:
-            return self._scored(pass_, parameter, gradient)
+        if self._both is None and self._memory_budget is None:
+            return super().on_gradient(pass_, parameter, gradient)
         with self._budgeted():
             return self._scored(pass_, parameter, gradient)
 
@@ -266,7 +266,7 @@ class DotProductEngine(ScoringEngine[Scores]):
         lasting = directions if self._both is None and name not in self._uses else None
         if lasting is not None and self._small.takes(gradient, lasting):
             built = gradient.materialize()
-            self._small.add(self._dots[name][pass_.samples], built, lasting)
+            self._small.add(partial(self._dots.add, name, pass_.samples), built, lasting)
             squared = as_rows(built).square().sum(1) if norms else None
             return Reduced(built.sum(0) if self.makes_gradients else None, None, squared)
         return gradient.reduce(directions, norms=norms, total=self.makes_gradients)
@@ -275,13 +275,15 @@ class DotProductEngine(ScoringEngine[Scores]):
         self, pass_: Pass, name: str, gradient: PerSampleGradient, built: Tensor | None
     ) -> None:
         """Add dots with the directions that are built, and with those that are factors."""
-        dots, uses = self._dots[name][pass_.samples], self._uses.get(name, {})
-        if built is not None and not uses:
-            dots.add_(built)
-        elif built is not None:
-            dots[:, [at for at in range(dots.shape[1]) if at not in uses]] += built
-        for at, each in uses.items():
-            dots[:, at] += dots_with(each, gradient)
+        if uses := self._uses.get(name):
+            columns = iter(() if built is None else built.unbind(1))
+            dots = [
+                dots_with(uses[at], gradient) if at in uses else next(columns)
+                for at in range(len(self.directions))
+            ]
+            built = torch.stack(dots, 1)
+        if built is not None:
+            self._dots.add(name, pass_.samples, built)
 
     def squared_direction_norms(self) -> dict[str, Tensor]:
         """Return the squared norms of the directions by parameter name, `[K]`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, Unpack
 
@@ -26,6 +26,7 @@ from ghost_core.arguments import switch
 from ghost_core.capture import Recorder, not_attached, open_already
 from ghost_core.restoring import restored, undo
 from ghost_engines.directions import Closure, Directions, FactoredDirection, Transform
+from ghost_engines.dot_sums import DotSums
 from ghost_engines.scores import Scores
 from ghost_engines.selection import Candidates, CandidateScores, Losses
 from ghost_engines.tokens import TokenSum
@@ -89,7 +90,7 @@ class ScoringEngine(Engine[ScoresT]):
         self._takes_factors = False  # directions are built
         self._directions = Directions(self.model, self.parameters, self.ranks)
         self._stacked: dict[str, Tensor] = {}
-        self._dots: dict[str, Tensor] = {}
+        self._dots = DotSums({}, 0, 0)
         self._tokens: TokenSum | None = None
         self._observers: list[ScoreObserver] = []
         self._candidates: Candidates | None = None
@@ -221,7 +222,7 @@ class ScoringEngine(Engine[ScoresT]):
         self.ranks.check_way("engine.scoring()")
         if self.is_open or self._candidates is not None:
             raise open_already()
-        self._check_flags()
+        self._check_flags(frozen=bool(recorder.flags))
         with self.paused():
             stacked = self._directions.renewed()
         if any(len(each) != len(self.directions) for each in stacked.values()):
@@ -301,11 +302,11 @@ class ScoringEngine(Engine[ScoresT]):
         self.ranks.check_averaged()
         for observer in self._observers:
             observer.starting()
-        with self.paused():
+        with self.paused() if self._directions.due else nullcontext():
             self._stacked = self._directions.renewed()
-        self._dots = _zeros(self._stacked, batch.n, len(self.directions))
+        self._dots = DotSums(self._stacked, batch.n, len(self.directions))
         if self._per_token:
-            dtype = accumulation_dtype(*self._dots.values())
+            dtype = accumulation_dtype(*self._stacked.values())
             shape, device = (batch.n, 0, len(self.directions)), self.parameters[0].device
             self._tokens = TokenSum(torch.zeros(shape, dtype=dtype, device=device))
 
@@ -332,12 +333,12 @@ class ScoringEngine(Engine[ScoresT]):
             by_token = gradient.token_dot(stacked)
             self._tokens.add(pass_, parameter.name, by_token)
             dots = by_token.sum(1)
-        self._dots[parameter.name][pass_.samples].add_(dots)
+        self._dots.add(parameter.name, pass_.samples, dots)
         return None
 
     def on_end(self, batch: Batch[ScoresT]) -> ScoresT:
         """Return the dots, and tell the observers."""
-        dots, scale = self._dots, self.scale
+        dots, scale = self._dots.total(), self.scale
         if scale != 1:
             dots = {name: values / scale for name, values in dots.items()}
         tokens = None if self._tokens is None else self._tokens.total() / scale
@@ -367,7 +368,7 @@ class ScoringEngine(Engine[ScoresT]):
 
     def on_close(self) -> None:
         """Let go of the sums."""
-        self._dots = {}
+        self._dots = DotSums({}, 0, 0)
         self._tokens = None
 
     def _check_positions(self) -> None:
@@ -379,18 +380,3 @@ class ScoringEngine(Engine[ScoresT]):
                 remedy=f"leave them out with exclude={','.join(owned)!r}, or make the engine "
                 "without per_token=True",
             )
-
-
-def _zeros(stacked: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
-    """Return zeros for the dots by parameter name, `[N, K]`, where the directions are.
-
-    Those of a kind share memory: small ones are many.
-    """
-    kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
-    for name, each in stacked.items():
-        kinds.setdefault((each.dtype, each.device), []).append(name)
-    zeros: dict[str, Tensor] = {}
-    for (dtype, device), names in kinds.items():
-        shared = torch.zeros(len(names), n, k, dtype=dtype, device=device)
-        zeros |= zip(names, shared.unbind(), strict=True)
-    return {name: zeros[name] for name in stacked}

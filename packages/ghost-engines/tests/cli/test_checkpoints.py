@@ -373,6 +373,7 @@ def test_texts_without_a_token_to_predict_are_refused(checkpoint, text, tmp_path
     said = capsys.readouterr().err
     assert "--text: text 2 has no token to predict" in said
     assert ("it has no tokens" in said) == (text == "")
+    assert "Remedy: leave it out of the data, or take more tokens" in said
     assert cli.main([*asked, "--file", "bad.jsonl"]) == 2
     assert f"--file: {told}" in capsys.readouterr().err
 

@@ -255,7 +255,8 @@ class Mixed(DotProductEngine):
 
     def multiply(self, pass_, parameter, gradient):
         made = super().multiply(pass_, parameter, gradient)
-        self._dots[parameter.name] = self._dots[parameter.name].roll(1, 0)
+        sums, name = self._dots.arrived, parameter.name
+        sums |= {name: sums[name].roll(1, 0)} if name in sums else {}
         return made
 
 

@@ -21,7 +21,7 @@ def test_products_are_those_of_each_alone(monkeypatch, k, at_once):
             assert ones.takes(gradient, directions)
             expected.append(1 + gradient.dot(directions))
             found.append(torch.ones_like(expected[-1]))
-            ones.add(found[-1], gradient.materialize(), directions)
+            ones.add(found[-1].add_, gradient.materialize(), directions)
     ones.multiply()
     ones.multiply()  # nothing waits any more
     torch.testing.assert_close(found, expected)
@@ -29,7 +29,7 @@ def test_products_are_those_of_each_alone(monkeypatch, k, at_once):
 
 def test_what_is_cleared_is_gone():
     ones, dots = SmallOnes(), torch.zeros(2, 1)
-    ones.add(dots, torch.ones(2, 3), torch.ones(1, 3))
+    ones.add(dots.add_, torch.ones(2, 3), torch.ones(1, 3))
     ones.clear()
     ones.multiply()
     assert not dots.any()

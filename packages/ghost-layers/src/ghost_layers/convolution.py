@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor
@@ -71,6 +71,7 @@ class Patches(InputFactor):
     x: Tensor
     geometry: Geometry
     transposed = False
+    mixes_anew: ClassVar[bool] = True
 
     @property
     def groups(self) -> int:

@@ -47,7 +47,9 @@ class EmbeddingSampler(GradientSampler):
         check_samples(call, rank=2)
         module: Any = call.module
         index: Tensor = only_input(call)
-        index = index.reshape(len(index), index.shape[1:].numel()).long()  # [N, T]
+        if index.dim() != 2:
+            index = index.reshape(index.shape[0], index.shape[1:].numel())
+        index = index.long()  # [N, T]
         weight = self.token_weight(module, index, call.outputs[0])
         return {"weight": Lookups(index, call.shapes["weight"][0], weight)}
 

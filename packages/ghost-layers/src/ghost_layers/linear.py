@@ -43,7 +43,7 @@ class LinearSampler(AffineSampler):
 
     def bias_gradient(self, grad: Tensor, shape: Size) -> PerSampleGradient:
         """Take the output gradient as it is."""
-        return Dense(as_tokens(grad).squeeze(2))
+        return Dense(grad if grad.dim() == 3 else as_tokens(grad).squeeze(2))
 
 
 class FalconLinearSampler(FormulaChecked, LinearSampler):

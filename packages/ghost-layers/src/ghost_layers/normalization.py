@@ -85,8 +85,11 @@ class ScaleSampler(AffineSampler):
         Returns:
             `[N, T, *shape]`.
         """
-        shared = values.shape[1 : values.dim() - len(shape)]
-        return values.reshape(len(values), shared.numel(), *shape)
+        shared = values.dim() - len(shape)
+        if shared == 2:
+            return values
+        rows = values.shape
+        return values.reshape(rows[0], rows[1:shared].numel(), *shape)
 
     def record(self, call: Call) -> Mapping[str, Record]:
         """Keep the input."""

@@ -30,8 +30,9 @@ def check_samples(call: Call, rank: int) -> None:
     Raises:
         WrongSplitError: If the output has fewer axes.
     """
-    shape = tuple(call.outputs[0].shape)
-    if len(shape) < rank:
+    output = call.outputs[0]
+    if output.dim() < rank:
+        shape = tuple(output.shape)
         raise WrongSplitError(
             f"{call.label} returned one sample of shape {shape}, without an axis for samples",
             reason=f"an output with samples has {rank} axes or more here",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Size, Tensor
@@ -89,9 +89,8 @@ class Dense(PerSampleGradient):
         # The first gradient becomes the sum, and a single one is the caller's then.
         built = self.materialize() if self.n == 1 else read_only(self)
         found = reduce_built([as_rows(built)], flat, norms=norms, total=total)
-        if found.total is None:
-            return found
-        return replace(found, total=found.total.reshape(self.shape))
+        whole = None if found.total is None else found.total.reshape(self.shape)
+        return Reduced(whole, found.dots, found.squared_norms)
 
     def narrow(self, samples: slice | Tensor) -> Dense:
         """Return the gradients of some of the samples: a slice, or their positions."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ghost_core.process import exact_products, products_are_exact
-from ghost_core.restoring import restored
+from ghost_core.restoring import graphs_kept, restored
 
 
 def accumulation_dtype(*values: Tensor | torch.dtype) -> torch.dtype:
@@ -34,23 +34,20 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     autocast = torch.is_autocast_enabled(device.type)
     if exact and not grad and not autocast:
         return _AS_IT_IS
-    return _set_precisely(device, exact=exact, grad=grad, autocast=autocast)
+    if exact and not autocast:
+        return graphs_kept(False)
+    return _set_precisely(device, exact=exact, autocast=autocast)
 
 
 _AS_IT_IS = nullcontext()
 
 
 @contextmanager
-def _set_precisely(
-    device: torch.device, *, exact: bool, grad: bool, autocast: bool
-) -> Iterator[None]:
+def _set_precisely(device: torch.device, *, exact: bool, autocast: bool) -> Iterator[None]:
     with restored() as stack:
         if not exact:
             stack.enter_context(exact_products())
-        if grad:
-            # Again, since modes that see every function see this one too, and may be interrupted.
-            stack.callback(torch.set_grad_enabled, True)
-            stack.enter_context(torch.no_grad())
+        stack.enter_context(graphs_kept(False))
         if autocast:
             stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
@@ -72,6 +69,12 @@ def building_at_most(size: int) -> Iterator[None]:
         _MOST.reset(before)
 
 
+def at_once(elements_per_sample: int, limit: int | None = None) -> int:
+    """Return how many samples an intermediate may hold; see `chunks`."""
+    most = _MOST.get() if limit is None else min(limit, _MOST.get())
+    return max(1, most // max(1, elements_per_sample))
+
+
 def chunks(n: int, elements_per_sample: int, limit: int | None = None) -> Iterator[slice]:
     """Split n samples so that no intermediate holds more than about `limit` elements.
 
@@ -83,7 +86,6 @@ def chunks(n: int, elements_per_sample: int, limit: int | None = None) -> Iterat
     Yields:
         Consecutive slices that cover `range(n)`; one empty slice if n is 0.
     """
-    most = _MOST.get() if limit is None else min(limit, _MOST.get())
-    step = max(1, most // max(1, elements_per_sample))
+    step = at_once(elements_per_sample, limit)
     for start in range(0, max(n, 1), step):
         yield slice(start, min(start + step, n))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Size, Tensor
@@ -12,8 +12,11 @@ from torch.nn import functional
 
 from ghost_core.algebra.factors import InputFactor, Tokens
 from ghost_core.algebra.gradients import PerSampleGradient, as_rows, built_gram, built_paired
-from ghost_core.algebra.numerics import accumulation_dtype, chunks
+from ghost_core.algebra.numerics import accumulation_dtype, at_once, chunks
 from ghost_core.algebra.reduced import ALONE, AT_ONCE, Reduced, reduce_built, reduce_outer
+
+FEW = 2**14
+"""Elements of gradients, all together, up to which to build them takes the fewest calls."""
 
 
 @dataclass(frozen=True)
@@ -139,18 +142,22 @@ class Outer(PerSampleGradient):
             found = reduce_built(self._parts(), flat, norms=norms, total=total)
         else:
             found = reduce_outer(*sides, flat, norms=norms, total=total)
-        if found.total is None:
-            return found
-        return replace(found, total=found.total.reshape(self.shape))
+        whole = None if found.total is None else found.total.reshape(self.shape)
+        return Reduced(whole, found.dots, found.squared_norms)
 
     def _is_worth_building(self, k: int, norms: bool, total: bool) -> bool:
         """Tell whether to build gradients takes less than to contract with K directions.
 
         Per element of a gradient, contraction takes 2T a direction and by tokens 4T²(d + p) / dp
         for the norm; to build one takes 2T, as to form the sum, and to go over it about 4 a time.
+        Where there are few elements, what counts is how much is called.
         """
+        if not norms and k + total <= 1:
+            return False  # one contraction, or one sum
         if not self.n or not self.factor.can_be_built:
             return False
+        if (norms or total) and self.n * self.shape.numel() <= FEW:
+            return True
         tokens = self.grad.shape[1]
         by_token = 4 * tokens**2 * (1 / self._d + 1 / self.grad.shape[3]) if norms else 0
         contracted = 2 * tokens * (k + total) + min(by_token, 2 * tokens)
@@ -158,7 +165,11 @@ class Outer(PerSampleGradient):
 
     def _parts(self) -> Iterator[Tensor]:
         """Yield the gradients as `[n, S]`, as few at once as stay in the cache."""
-        for part in chunks(self.n, self.shape.numel(), limit=AT_ONCE):
+        size = self.shape.numel()
+        if at_once(size, limit=AT_ONCE) >= self.n:
+            yield as_rows(self.materialize())
+            return
+        for part in chunks(self.n, size, limit=AT_ONCE):
             yield as_rows(self.narrow(part).materialize())
 
     def _sides(self, directions: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -180,17 +191,21 @@ class Outer(PerSampleGradient):
         return self.grad.shape[2]
 
     def _contract(self, directions: Tensor, dims: tuple[int, ...]) -> Tensor:
-        parts = list(chunks(self.n, 2 * self.grad.shape[1:].numel()))
-        if len(parts) > 1:
+        elements = 2 * self.grad.shape[1:].numel()
+        if at_once(elements) < self.n:
+            parts = chunks(self.n, elements)
             return torch.cat([self.narrow(part)._contract(directions, dims) for part in parts])
         dtype = accumulation_dtype(self.grad, directions)
         grad = self.grad.to(dtype)
-        mixed = (self.factor.mix(self._as_map(direction.to(dtype))) for direction in directions)
-        if len(dims) == 3:  # of whole samples
-            dots = [_row_dots(each, grad) for each in mixed]
-        else:
-            dots = [(each * grad).sum(dims) for each in mixed]
+        products = (self._products(each, grad) for each in directions.to(dtype).unbind())
+        dots = [_sums(each) if len(dims) == 3 else each.sum(dims) for each in products]
         return torch.stack(dots, dim=-1) if len(dots) > 1 else dots[0].unsqueeze(-1)
+
+    def _products(self, direction: Tensor, grad: Tensor) -> Tensor:
+        """Return what `⟨grad, mix(v)⟩` is the sum of, `[N, T, G, p]`."""
+        mixed = self.factor.mix(self._as_map(direction))
+        # To get more memory takes longer than to multiply.
+        return mixed.mul_(grad) if self.factor.mixes_anew else mixed * grad
 
     def _as_map(self, direction: Tensor) -> Tensor:
         """Turn a direction of the parameter's shape into `[G, p, d]`."""
@@ -237,28 +252,18 @@ class Outer(PerSampleGradient):
         return (inputs * outputs).sum((-3, -2, -1))
 
 
-def _row_dots(values: Tensor, grad: Tensor) -> Tensor:
-    """Return `⟨values_n, grad_n⟩`, `[N]`, going through memory as the gradient lies there."""
-    if not grad.is_contiguous():
-        order = _as_it_lies(grad)
-        values, grad = values.permute(order), grad.permute(order)
-    rows, others = as_rows(values), as_rows(grad)
-    if not len(rows) or rows.shape[1] < ALONE or rows.device.type != "cpu":
-        return (rows * others).sum(1)
-    # A product that is written falls out of the cache, and takes a fifth of the time of `mix`.
-    pairs = zip(rows.unbind(), others.unbind(), strict=True)
-    return torch.stack([row.dot(other) for row, other in pairs])
+def _sums(values: Tensor) -> Tensor:
+    """Return the sum of each sample, `[N]`, going through memory as the values lie there.
 
-
-def _as_it_lies(values: Tensor) -> list[int]:
-    """Return the axes of samples first, and the others as they lie in memory, from far to near.
-
-    The gradient of a convolution comes with its channels first:
+    Those of a convolution come with their channels first:
 
         [N, T, G, p] of strides (T·G·p, 1, T·p, T)  0, 2, 3, 1, which is no copy as rows
     """
-    strides = values.stride()
-    return [0, *sorted(range(1, values.dim()), key=lambda axis: -strides[axis])]
+    if not values.is_contiguous():
+        strides = values.stride()
+        behind = sorted(range(1, values.dim()), key=lambda axis: -strides[axis])
+        values = values.permute(0, *behind)
+    return as_rows(values).sum(1)
 
 
 def _narrowed(values: Tensor, grad: Tensor, other: Outer) -> Tensor:

@@ -60,9 +60,13 @@ def reduce_built(
             whole = of_part if whole is None else whole.add_(of_part)
     return Reduced(
         whole,
-        torch.cat(dots) if dots else None,
-        torch.cat(squared) if squared else None,
+        _joined(dots) if dots else None,
+        _joined(squared) if squared else None,
     )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def reduce_outer(

@@ -31,11 +31,9 @@ class _Weighed(PerSampleGradient):
             return super().reduce(directions, norms=norms, total=total)
         found = super().reduce(directions, norms=True, total=True)
         own = found.total.clone() if total and found.total is not None else found.total
-        self.left.append(replace(found, total=own, dots=None))
-        return replace(
-            found,
-            total=found.total if total else None,
-            squared_norms=found.squared_norms if norms else None,
+        self.left.append(Reduced(own, None, found.squared_norms))
+        return Reduced(
+            found.total if total else None, found.dots, found.squared_norms if norms else None
         )
 
 
@@ -53,7 +51,7 @@ def weighed(gradient: PerSampleGradient) -> PerSampleGradient:
     """Return a gradient that takes its sum and norms along where it is reduced to dots.
 
     Args:
-        gradient: The gradient; of a type that cannot, it stays as it is.
+        gradient: The gradient; of a type that cannot or need not, it stays as it is.
     """
     kind = type(gradient)  # a subclass of someone else's may reduce in its own way
     if isinstance(gradient, Owned) and kind is Owned:
@@ -61,7 +59,8 @@ def weighed(gradient: PerSampleGradient) -> PerSampleGradient:
     if isinstance(gradient, Outer) and kind is Outer:
         return _WeighedOuter(gradient.factor, gradient.grad, gradient.shape)
     if isinstance(gradient, Dense) and kind is Dense:
-        return _WeighedDense(gradient.terms)
+        # Of one term, nothing is built that could be taken along.
+        return gradient if gradient.terms.shape[1] == 1 else _WeighedDense(gradient.terms)
     return gradient
 
 

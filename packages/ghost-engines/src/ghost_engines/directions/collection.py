@@ -87,6 +87,11 @@ class Directions:
         del self._by_name[self[name].name]
         self._stacked = {}
 
+    @property
+    def due(self) -> bool:
+        """Whether it is time to make any of them anew."""
+        return any(each.due for each in self._by_name.values())
+
     def renewed(self) -> dict[str, Tensor]:
         """Renew the directions that are due, and count the batch.
 
@@ -109,10 +114,14 @@ class Directions:
         """Those of which factors are to be captured before each batch."""
         return tuple(each for each in self._by_name.values() if each.factored is not None)
 
-    def uses(self, parameter: str) -> dict[int, Uses]:
-        """Return the factors for a parameter by column of the direction that they are of."""
-        directions = enumerate(self._by_name.values())
-        return {at: each.uses[parameter] for at, each in directions if parameter in each.uses}
+    @property
+    def uses(self) -> dict[str, dict[int, Uses]]:
+        """The factors by parameter, and by column of the direction that they are of."""
+        found: dict[str, dict[int, Uses]] = {}
+        for at, direction in enumerate(self._by_name.values()):
+            for name, each in direction.uses.items():
+                found.setdefault(name, {})[at] = each
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return what another process needs to go on as this one would."""

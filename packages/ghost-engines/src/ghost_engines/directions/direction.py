@@ -52,14 +52,18 @@ class Direction:
         """Take the factors that were captured for the coming batch."""
         self._arrived = factors
 
+    @property
+    def due(self) -> bool:
+        """Whether it is time to make it anew."""
+        return not self.tensors or (self.refresh is not None and self.age >= self.refresh)
+
     def renew(self) -> bool:
         """Make it anew if it is time to, and count the batch.
 
         Returns:
             Whether the direction changed.
         """
-        due = not self.tensors or (self.refresh is not None and self.age >= self.refresh)
-        if due:
+        if due := self.due:
             arrived, self._arrived = self._arrived, None
             self.uses = {} if arrived is None else dict(arrived.uses)
             self.tensors = self._made() if arrived is None else self._built(arrived)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +13,7 @@ from ghost_core.algebra import accumulation_dtype
 from ghost_core.ranks import Ranks
 from ghost_core.tracking import Tracking
 from ghost_engines.directions import Directions
+from ghost_engines.dot_sums import DotSums
 from ghost_engines.held import HeldGradients
 from ghost_engines.modes.joining import Joiner, Padding, count_of
 from ghost_engines.modes.together import Together
@@ -188,7 +189,7 @@ class Concatenation:
         """Keep a term of the direction until the others are there."""
         self._kept[name] = self._kept[name] + direction if name in self._kept else direction
 
-    def finish(self, held: HeldGradients, dots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def finish(self, held: HeldGradients, dots: DotSums) -> dict[str, Tensor]:
         """Multiply what was held with what was kept, and let go of this.
 
         Returns:
@@ -197,7 +198,7 @@ class Concatenation:
         assert self._sizes is not None
         self._kept = self.together.rest(self._kept)
         for name, found in held.dot(self._kept, self._sizes[0]).items():
-            dots[name].add_(found)
+            dots.add(name, slice(0, self._sizes[0]), found)
         squared = {name: each.square().sum().unsqueeze(0) for name, each in self._kept.items()}
         self._kept.clear()
         return squared

@@ -6,6 +6,8 @@ or two of them for each layer, nearly all of a few sizes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,10 @@ AT_ONCE = 2**20
 """Elements of gradients that wait at once: a few MiB."""
 
 
-_Product = tuple[Tensor, Tensor, Tensor]
-"""Dots `[N, K]`, and the gradients `[N, *shape]` and directions `[K, *shape]` they are of."""
+_Taker = Callable[[Tensor], object]
+
+_Product = tuple[_Taker, Tensor, Tensor]
+"""What takes dots `[N, K]`, of gradients `[N, *shape]` and directions `[K, *shape]`."""
 
 
 class SmallOnes:
@@ -41,15 +45,15 @@ class SmallOnes:
         """
         return type(gradient) is Dense and directions.numel() <= SMALL
 
-    def add(self, dots: Tensor, gradients: Tensor, directions: Tensor) -> None:
+    def add(self, take: _Taker, gradients: Tensor, directions: Tensor) -> None:
         """Let gradients wait.
 
         Args:
-            dots: What the products are added to, `[N, K]`.
+            take: What adds up the dots, `[N, K]`.
             gradients: `[N, *shape]`, in memory that nobody writes to.
             directions: `[K, *shape]`.
         """
-        self._waiting.append((dots, gradients, directions))
+        self._waiting.append((take, gradients, directions))
         self._elements += gradients.numel()
         if self._elements > AT_ONCE:
             self.multiply()
@@ -62,17 +66,20 @@ class SmallOnes:
             key = gradients.shape, gradients.dtype, directions.shape, directions.dtype
             kinds.setdefault((*key, gradients.device), []).append(each)
         for products in kinds.values():
-            size = products[0][2][0].numel()
-            rows = torch.stack([gradients for _, gradients, _ in products])
-            columns = torch.stack([directions for _, _, directions in products])
-            dtype = accumulation_dtype(rows, columns)
-            rows = rows.reshape(*rows.shape[:2], size).to(dtype)  # [P, N, S]
-            columns = columns.reshape(*columns.shape[:2], size).to(dtype)  # [P, K, S]
-            for each, found in zip(products, (rows @ columns.mT).unbind(), strict=True):
-                each[0].add_(found)
+            dtype = accumulation_dtype(*products[0][1:])
+            rows = _stacked([gradients for _, gradients, _ in products], dtype)  # [P, N, S]
+            columns = _stacked([directions for _, _, directions in products], dtype)  # [P, K, S]
+            for (take, _, _), dots in zip(products, rows.bmm(columns.mT).unbind(), strict=True):
+                take(dots)
         self.clear()
 
     def clear(self) -> None:
         """Let go of all that wait."""
         self._waiting.clear()
         self._elements = 0
+
+
+def _stacked(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return P tensors `[N, *shape]` of one shape as one, `[P, N, S]`."""
+    stacked = torch.stack(tensors) if tensors[0].dtype is dtype else torch.stack(tensors).to(dtype)
+    return stacked.flatten(2) if stacked.dim() > 2 else stacked.unsqueeze(2)

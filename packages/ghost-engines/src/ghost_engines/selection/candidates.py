@@ -13,6 +13,7 @@ from ghost_core.compare import check_losses
 from ghost_core.restoring import graphs_kept
 from ghost_core.state import untouched
 from ghost_core.tracking import Tracking
+from ghost_engines.dot_sums import DotSums
 from ghost_engines.held import HeldGradients
 from ghost_engines.results import summed
 from ghost_engines.selection.result import CandidateScores
@@ -47,7 +48,7 @@ class Candidates(Listener):
         self.tracking, self.verifies = tracking, verifies
         self._model, self._recorder = model, recorder
         self._stacked, self._directions = stacked, directions
-        self._dots: dict[str, Tensor] = {}
+        self._dots = DotSums({}, 0, 0)
         self._held: HeldGradients | None = None
 
     def score(
@@ -77,7 +78,7 @@ class Candidates(Listener):
         found = as_ids(ids)
         if not (n := len(found)):
             raise CaptureError("there are no candidates", remedy="give the ids of one or more")
-        self._dots = {key: each.new_zeros(n, len(each)) for key, each in self._stacked.items()}
+        self._dots = DotSums(self._stacked, n, len(self._directions))
         self._held = HeldGradients(self.tracking.parameters) if gram else None
         try:
             with (
@@ -90,18 +91,19 @@ class Candidates(Listener):
             return CandidateScores(
                 ids=found,
                 verified=self.verifies and not capture.doubt,
-                by_parameter={key: dots / scale for key, dots in self._dots.items()},
+                by_parameter={key: dots / scale for key, dots in self._dots.total().items()},
                 directions=self._directions,
                 products=None if products is None else products / scale / scale,
             )
         finally:
-            self._dots, self._held = {}, None
+            self._dots, self._held = DotSums({}, 0, 0), None
 
     def on_gradient(
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> None:
         """Multiply with the directions, and hold the gradient where a Gram is asked for."""
-        self._dots[parameter.name][pass_.samples] += gradient.dot(self._stacked[parameter.name])
+        dots = gradient.dot(self._stacked[parameter.name])
+        self._dots.add(parameter.name, pass_.samples, dots)
         if self._held is not None:
             self._held.add(pass_, parameter, gradient)
 
