@@ -106,6 +106,15 @@ def test_other_ids_are_an_error(ids) -> None:
         as_ids(ids)
 
 
+def test_a_range_of_ids_is_on_the_cpu_whatever_device_is_set() -> None:
+    with torch.device("meta"):
+        ids = [
+            as_ids(each) for each in (range(3), range(7, 1, -2), range(0), range(-1, 2**62, 2**61))
+        ]
+    assert all(each.dtype is torch.int64 for each in ids)
+    assert [each.tolist() for each in ids] == [[0, 1, 2], [7, 5, 3], [], [-1, 2**61 - 1, 2**62 - 1]]
+
+
 def test_ids_are_copied() -> None:
     ids = torch.arange(3)
     kept = as_ids(ids)

@@ -37,7 +37,7 @@ class Batch(Generic[ResultT]):
     @property
     def n(self) -> int:
         """Number of samples N."""
-        return len(self.ids)
+        return self.ids.size(0)
 
     @property
     def result(self) -> ResultT:
@@ -64,8 +64,8 @@ def as_ids(ids: SampleIds) -> Tensor:
     Raises:
         CaptureError: If they are not one integer per sample.
     """
-    if isinstance(ids, range) and all(_MIN <= each <= _MAX for each in (ids.start, ids.stop)):
-        return torch.arange(ids.start, ids.stop, ids.step)
+    if isinstance(ids, range) and _MIN <= ids.start <= _MAX and _MIN <= ids.stop <= _MAX:
+        return torch.arange(ids.start, ids.stop, ids.step, device="cpu")
     if isinstance(ids, Sequence):
         if any(isinstance(sample, str) for sample in ids):
             raise _no_ids(", not strings")

@@ -15,6 +15,7 @@ from typing import Generic, NoReturn, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
+from ghost_core._torch import any_gradient_hooks, parameters_by_name
 from ghost_core.arguments import module, scaler, switch
 from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
 from ghost_core.capture import Freeze, Listener, Recorder, not_attached, open_already
@@ -158,7 +159,7 @@ class Engine(Listener, Generic[ResultT]):
             registry=registry,
         )
         self.tracking: Tracking = self._track()
-        self._flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        self._flags = {n: p.requires_grad for n, p in parameters_by_name(self.model).items()}
         self._recorder: Recorder | None = None
         self._attachment = ExitStack()
         self._leaving = closing(self._attachment)
@@ -252,7 +253,7 @@ class Engine(Listener, Generic[ResultT]):
             raise not_attached()
         if self._open:
             raise open_already()
-        self._check_flags()
+        self._check_flags(frozen=bool(self._recorder.flags))
         batch = self.new_batch(as_ids(ids))
         self.loss_scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
         try:
@@ -380,21 +381,20 @@ class Engine(Listener, Generic[ResultT]):
         stack.callback(setattr, self, "_recorder", None)
         self._recorder = recorder
 
-    def _check_flags(self) -> None:
+    def _check_flags(self, *, frozen: bool) -> None:
         """Refuse parameters frozen or unfrozen since: scores would not be those of the training."""
-        leaves = dict(self.ranks.settled(self.model).named_parameters())
-        for parameter in self.parameters:
-            check_unhooked(parameter.name, leaves[parameter.name])
-        if self._recorder is None or self._recorder.flags:
-            return
-        changed = {
-            name: leaf.requires_grad
-            for name, leaf in leaves.items()
-            if leaf.requires_grad != self._flags.get(name)
-        }
-        if changed and self._track() != self.tracking:
-            listed = ", ".join(
-                f"{name} {'requires' if flag else 'no longer requires'} gradients"
-                for name, flag in changed.items()
-            )
+        found = parameters_by_name(self.ranks.settled(self.model))
+        before, now = self._flags, {name: leaf.requires_grad for name, leaf in found.items()}
+        if frozen:  # by ghost, so that only names can tell
+            now |= {name: before[name] for name in before.keys() & now.keys()}
+        if now != before and self._track() != self.tracking:
+            changed = [each for each in before | now if before.get(each) != now.get(each)]
+            listed = ", ".join(f"{name} {_NOW[now.get(name)]}" for name in changed)
             raise CaptureError(f"since the engine was made, {listed}: make a new engine")
+        if any_gradient_hooks(found.values()):
+            leaves = dict(self.model.named_parameters())  # which a class may have its own of
+            for parameter in self.parameters:
+                check_unhooked(parameter.name, leaves[parameter.name])
+
+
+_NOW = {True: "requires gradients", False: "no longer requires gradients", None: "is gone"}

@@ -50,12 +50,23 @@ def undo(stack: ExitStack, function: Callable[..., object], *args: object) -> No
 
 
 @contextmanager
+def undone(function: Callable[..., object], *args: object) -> Iterator[None]:
+    """Undo something afterwards, as `restored` does that is given one function to `undo`."""
+    try:
+        try:
+            yield
+        finally:
+            function(*args)
+    finally:
+        function(*args)
+
+
+@contextmanager
 def graphs_kept(kept: bool) -> Iterator[None]:
     """Let autograd build graphs inside, or not.
 
     `torch.no_grad()` in a with statement stays on where Ctrl-C comes as the block ends.
     """
-    with restored() as stack:
-        undo(stack, torch.set_grad_enabled, torch.is_grad_enabled())
+    with undone(torch.set_grad_enabled, torch.is_grad_enabled()):
         torch.set_grad_enabled(kept)
         yield

@@ -214,4 +214,7 @@ def _holders_only(module: nn.Module, name: str) -> bool:
 
 def as_tokens(values: Tensor) -> Tensor:
     """Fold all axes between samples and features into tokens: `[N, ..., d]` to `[N, T, 1, d]`."""
-    return values.reshape(values.shape[0], values.shape[1:-1].numel(), 1, values.shape[-1])
+    if values.dim() == 3:  # as nearly all have
+        return values.unsqueeze(2)
+    shape = values.shape
+    return values.reshape(shape[0], shape[1:-1].numel(), 1, shape[-1])

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ghost_core._torch import FunctionMode, modes, uncompiled, unseen, without_gradients
+from ghost_core._torch import (
+    DispatchMode,
+    FunctionMode,
+    modes,
+    uncompiled,
+    unseen,
+    unwatched,
+    without_gradients,
+)
 from ghost_core.restoring import graphs_kept
 
 
@@ -51,6 +59,30 @@ def test_foreign_modes_stay_on():
         assert unseen(torch.neg, torch.ones(1)) == "foreign"
 
 
+class Watching(DispatchMode):
+    """Counts the operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_own_mode_on_top_sees_no_operation_of_what_is_unwatched():
+    x = torch.ones(1)
+    with Watching() as mode:
+        made = unwatched(torch.neg, x)
+        with pytest.raises(KeyboardInterrupt):
+            unwatched(fail)
+        before = mode.count
+        torch.neg(x)
+    assert (before, mode.count) == (0, 1)
+    assert made == unwatched(torch.neg, x) == -1
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_gradients_are_off_for_a_while_only(enabled):
     with torch.set_grad_enabled(enabled):
@@ -63,7 +95,7 @@ def test_gradients_are_off_for_a_while_only(enabled):
 def test_the_compiler_reads_no_table_of_all_modules(monkeypatch):
     """It would guard every name there is in it, at each hook that it meets."""
     compiles = SimpleNamespace(
-        compiler=SimpleNamespace(is_compiling=lambda: True),
+        compiler=SimpleNamespace(is_dynamo_compiling=lambda: True),
         _dynamo=SimpleNamespace(disable=lambda function: lambda *_: "left alone"),
     )
     monkeypatch.setattr(modes, "torch", compiles)

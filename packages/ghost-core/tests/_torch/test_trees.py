@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils import _pytree
 
-from ghost_core._torch import tensors_in, tree_flatten, tree_map, vmap
+from ghost_core._torch import exchanged, tensors_in, tree_flatten, tree_map, vmap
 
 Pair = namedtuple("Pair", "left right")
 
@@ -47,6 +47,16 @@ def test_trees_are_flattened_as_by_torch(
 
 def test_maps_keep_the_structure() -> None:
     assert tree_map(lambda leaf: leaf + 1, TREES["named"]) == Pair(2, Pair(3, [4]))
+
+
+def test_tensors_are_exchanged_wherever_operations_are_given_them() -> None:
+    one, other, new = torch.ones(2), nn.Parameter(torch.ones(2)), torch.zeros(2)
+    given = (one, [other, (one, 3)], {"a": one}, Pair(one, 4), None, "x")
+    made = exchanged(given, {id(one): new})
+    assert [*map(id, tensors_in(made))] == [*map(id, (new, other, new, new, new))]
+    same = _pytree.tree_map(lambda leaf: new if leaf is one else leaf, list(given))
+    assert _pytree.tree_structure(made) == _pytree.tree_structure(same)
+    assert exchanged((), {id(one): new}) == []
 
 
 def rows(given: list[Tensor]) -> list[Tensor]:

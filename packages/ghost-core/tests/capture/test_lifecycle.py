@@ -216,6 +216,22 @@ def test_a_model_that_changed_needs_a_new_engine(hold: Hold, model: nn.Module, x
         pass
 
 
+@pytest.mark.parametrize("how", ["attached", "with a hook", "frozen"])
+def test_a_layer_taken_out_while_attached_is_named(
+    hold: Hold, model: nn.Module, x: Tensor, how: str
+) -> None:
+    engine = hold(model)
+    with engine.frozen() if how == "frozen" else engine:
+        with engine.batch(range(N)):
+            loss(model(x)).backward()
+        if how == "with a hook":
+            model.second.weight.register_hook(lambda gradient: gradient)
+        model.first = nn.Identity()
+        gone = r"first\.weight is gone, first\.bias is gone: make a new engine"
+        with pytest.raises(CaptureError, match=gone), engine.batch(range(N)):
+            pass
+
+
 def test_a_parameter_frozen_while_attached_is_an_error(
     hold: Hold, model: nn.Module, x: Tensor
 ) -> None:

@@ -14,6 +14,7 @@ from ghost_core.capture.ordinary import on_samples_alone
 from ghost_core.testing import per_sample_gradients
 
 N, T, D, V = 4, 3, 6, 11
+BACKWARDS = torch.arange(T).flip(0)
 Hold = Callable[..., Engine[object]]
 Use = Callable[["Model", Tensor, Tensor], Tensor]
 
@@ -50,6 +51,35 @@ def changed_in_place(model: Model, x: Tensor, places: Tensor) -> Tensor:
     return x + places.mul_(2).add_(1)
 
 
+def moved(places: Tensor) -> Tensor:
+    """Return places in another order, in memory of their own."""
+    return places[BACKWARDS][None].permute(2, 0, 1).contiguous()
+
+
+def put_in_order(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return x + moved(places).permute(1, 2, 0)
+
+
+def moved_then_hooked(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    other = moved(places)
+    other.register_hook(lambda grad: 2 * grad)
+    return x + other.permute(1, 2, 0)
+
+
+def moved_then_written_to(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    other = moved(places)
+    other.view(-1).mul_(2)
+    other[0] = 1
+    return x + other.permute(1, 2, 0)
+
+
+def moved_then_written_to_before(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    before = places[BACKWARDS]
+    other = before.permute(1, 0).contiguous()
+    before.mul_(2)
+    return x + other.permute(1, 0)
+
+
 def called_twice(model: Model, x: Tensor, places: Tensor) -> Tensor:
     """Of one output only what another module makes of it meets the samples."""
     other = functional.layer_norm(model.positions(), (D,), model.norm.weight, model.norm.bias)
@@ -64,7 +94,9 @@ def scaled(model: Model, x: Tensor, places: Tensor) -> Tensor:
     ("use", "frozen"),
     [
         (scaled, False), (scaled, True), (called_twice, False), (called_twice, True),
-        (hooked, True), (read, False), (changed_in_place, True),
+        (hooked, True), (read, False), (changed_in_place, True), (put_in_order, False),
+        (put_in_order, True), (moved_then_hooked, False), (moved_then_written_to, False),
+        (moved_then_written_to_before, False),
     ],
 )  # fmt: skip
 def test_exact(hold: Hold, assert_held: Callable[..., None], use: Use, frozen: bool) -> None:

@@ -84,9 +84,25 @@ def without_gradients(function: Callable[..., _Result], *args: Any) -> _Result:
         torch._C._set_grad_enabled(True)
 
 
+def applied(function: type[torch.autograd.Function], known: object, *tensors: Tensor) -> Any:
+    """Put a function into the graph, as its `apply` does with all that it looks for. Torch 2.11.
+
+    That is called for each call of a module.
+
+    Args:
+        function: One without a `setup_context`, which cannot run inside of `torch.func`.
+        known: What it is given first, which is no tensor.
+        tensors: What it is given besides.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(known, *tensors)
+    alive = map(torch._C._functorch.unwrap_if_dead, tensors)
+    return super(torch.autograd.Function, function).apply(known, *alive)  # type: ignore[misc]
+
+
 def in_backward() -> bool:
     """Tell whether autograd is running: then a forward pass is a recomputation. Torch 2.11."""
-    return backward_id() != -1
+    return torch._C._current_graph_task_id() != -1
 
 
 def backward_id() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -62,10 +62,20 @@ def number_of(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def sizes_into(node: Any) -> list[torch.Size | None]:
+def sizes_of(node: Any) -> tuple[int, ...]:
+    """Return the sizes of what an operation makes, of the first if it makes several. Torch 2.11."""
+    return tuple(node._input_metadata[0].shape)
+
+
+def all_sizes_of(node: Any) -> list[tuple[int, ...]]:
+    """Return the sizes of all that an operation makes. Torch 2.11."""
+    return [tuple(each.shape) for each in node._input_metadata]
+
+
+def sizes_into(node: Any) -> list[tuple[int, ...] | None]:
     """Return the sizes of a node's inputs; None of those that no gradients go to. Torch 2.11."""
     return [
-        None if each is None else torch.Size(each._input_metadata[at].shape)
+        None if each is None else tuple(each._input_metadata[at].shape)
         for each, at in node.next_functions
     ]
 
@@ -80,53 +90,105 @@ def is_kept_elsewhere(node: Any, name: str) -> bool:
     return any(saved is not None and saved.unpack_hook is not None for saved in each)
 
 
-class Behind(NamedTuple):
+_LEAF: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+"""The kind of the nodes of leaves, which lead nowhere. Torch 2.11."""
+
+
+class Known(Protocol):
+    """What is known of a kind of nodes."""
+
+    @property
+    def name(self) -> str:
+        """What nodes of this kind are called, and maybe those of others."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether they are to be found."""
+
+
+KnownT = TypeVar("KnownT", bound=Known)
+
+
+class Leading(dict[Any, bool]):
+    """Tells which nodes of a graph lead to one of them, itself among them.
+
+    Args:
+        end: That one.
+    """
+
+    def __init__(self, end: Any) -> None:
+        super().__init__({end: True, None: False})
+
+    def note(self, node: Any, parents: Mapping[Any, Any]) -> None:
+        """Take note that a node leads to the end, and so do its parents, up to those known."""
+        while node not in self:
+            self[node] = True
+            node = parents[node]
+
+    def __missing__(self, node: Any) -> bool:
+        waiting, seen = [node], {node}
+        while waiting:
+            for behind, _ in waiting.pop().next_functions:
+                leads = self.get(behind)
+                if leads:
+                    self[node] = True
+                    return True
+                if leads is None and type(behind) is not _LEAF and behind not in seen:
+                    seen.add(behind)
+                    waiting.append(behind)
+        self.update(dict.fromkeys(seen, False))
+        return False
+
+
+class Behind(NamedTuple, Generic[KnownT]):
     """What a backward pass may run, in an order that depends on the graph alone.
 
     Attributes:
-        nodes: The nodes of the kinds that were asked for.
+        nodes: The nodes that are wanted, each with what is known of its kind.
         uses: Each use of one of them, with the number of the output that is used.
-        edges: The kinds of nodes that lead to each other, of all nodes.
+        edges: The names of nodes that lead to each other, of all nodes.
+        leading: Which nodes lead to the end.
     """
 
-    nodes: list[Any]
+    nodes: dict[Any, KnownT]
     uses: list[tuple[Any, int]]
-    edges: set[tuple[type, type]]
+    edges: set[tuple[str, str]]
+    leading: Leading
 
 
-def nodes_behind(starts: Iterable[Any], wanted: Mapping[type, object]) -> Behind:
-    """Find what a backward pass from some nodes may run, and nodes of wanted kinds. Torch 2.11."""
-    waiting = list(dict.fromkeys(node for node in starts if node is not None))
-    seen, found = set(waiting), [node for node in waiting if wanted[type(node)]]
+def nodes_behind(starts: Iterable[Any], kinds: Mapping[type, KnownT], end: Any) -> Behind[KnownT]:
+    """Find what a backward pass from some nodes may run.
+
+    Args:
+        starts: The nodes.
+        kinds: What is known of kinds of nodes.
+        end: The node of a leaf.
+    """
+    waiting = [(node, kinds[type(node)]) for node in dict.fromkeys(starts)]
+    found = {node: known for node, known in waiting if known.wanted}
+    parents: dict[Any, Any] = {node: None for node, _ in waiting}
     uses: list[tuple[Any, int]] = []
-    edges: set[tuple[type, type]] = set()
+    edges: set[tuple[str, str]] = set()
+    leading = Leading(end)
     while waiting:
-        node = waiting.pop()
-        leading = type(node)
-        for behind, number in node.next_functions:
+        node, known = waiting.pop()
+        name = known.name
+        for edge in node.next_functions:
+            behind = edge[0]
             if behind is None:
                 continue
             kind = type(behind)
-            edges.add((leading, kind))
-            is_new = behind not in seen
-            if is_new:
-                seen.add(behind)
-                waiting.append(behind)
-            if wanted[kind]:
-                uses.append((behind, number))
-                if is_new:
-                    found.append(behind)
-    return Behind(found, uses, edges)
-
-
-def leads_to(node: Any, end: Any) -> bool:
-    """Tell whether one node leads to another. Torch 2.11."""
-    waiting, seen = [node], {node}
-    while waiting:
-        for behind, _ in waiting.pop().next_functions:
-            if behind is end:
-                return True
-            if behind is not None and behind not in seen:
-                seen.add(behind)
-                waiting.append(behind)
-    return False
+            known = kinds[kind]
+            edges.add((name, known.name))
+            if kind is _LEAF:
+                if behind is end:
+                    leading.note(node, parents)
+                continue
+            if known.wanted:
+                uses.append(edge)
+            if behind not in parents:
+                parents[behind] = node
+                waiting.append((behind, known))
+                if known.wanted:
+                    found[behind] = known
+    return Behind(found, uses, edges, leading)

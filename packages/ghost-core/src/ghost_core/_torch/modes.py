@@ -50,7 +50,7 @@ def compiles() -> bool:
     than those that were looked at may count references to what this reads wrongly; there it always
     may.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     if "torch._dynamo" not in sys.modules:
         return False
@@ -120,6 +120,14 @@ def own_mode_left() -> AbstractContextManager[None]:
 _NOTHING_TO_LEAVE = nullcontext()
 
 
+def unwatched(function: Callable[..., _Result], *args: Any) -> _Result:
+    """Call a function outside of a dispatch mode of ghost's that is on top. Torch 2.11."""
+    if not torch._C._len_torch_dispatch_stack():  # asked for at each gradient of a module
+        return function(*args)
+    with own_mode_left():
+        return function(*args)
+
+
 @contextmanager
 def _left(mode: DispatchMode) -> Iterator[None]:
     with restored() as stack:
@@ -164,10 +172,12 @@ def unseen(function: Callable[..., _Result], *args: Any) -> _Result:
     Modes of others stay on, and then ghost's too. Put back twice, since an interrupt may end the
     first; see `ghost_core.restoring`.
     """
-    if not torch._C._len_torch_function_stack():  # asked for at each call of a module
+    modes = torch._C._len_torch_function_stack()  # asked for at each call of a module
+    if not modes:
         return function(*args)
-    if not all(isinstance(mode, FunctionMode) for mode in function_modes()):
-        return function(*args)
+    for at in range(modes):
+        if not isinstance(torch._C._get_function_stack_at(at), FunctionMode):
+            return function(*args)
     guard = torch._C.DisableTorchFunction()
     try:
         try:

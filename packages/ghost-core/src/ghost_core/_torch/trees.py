@@ -6,7 +6,7 @@ memory. The private names here are in torch 2.11.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -33,7 +33,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
     numbers nearly always, for which torch's own helpers take many times as long.
     """
     found: list[Tensor] = []
-    _collect((tree,), found)
+    _collect(tree if type(tree) in _CONTAINERS else (tree,), found)
     return found
 
 
@@ -51,9 +51,12 @@ NUMBERS = frozenset(
         torch.device,
         torch.Size,
         EllipsisType,
+        slice,
     }
 )
-"""Types without tensors in them; of their subclasses nothing is known."""
+"""Types without tensors in them; of their subclasses nothing is known.
+
+The bounds of a slice are whole numbers, of which nothing has a gradient, and its tree is a leaf."""
 
 
 def _collect(nodes: Iterable[Any], found: list[Tensor]) -> None:
@@ -71,6 +74,27 @@ def _collect(nodes: Iterable[Any], found: list[Tensor]) -> None:
             found.append(node)
         else:
             found += [leaf for leaf in _pytree.tree_leaves(node) if isinstance(leaf, Tensor)]
+
+
+def exchanged(nodes: Iterable[Any], others: Mapping[int, Tensor]) -> list[Any]:
+    """Return what an operation is given, with other tensors in place of some.
+
+    Args:
+        nodes: What it is given, in which trees are looked into as `tensors_in` does.
+        others: What takes the place of tensors, by their identities.
+    """
+    made: list[Any] = []
+    for node in nodes:
+        kind = type(node)
+        if kind in _TENSORS:
+            made.append(others.get(id(node), node))
+        elif kind in NUMBERS:
+            made.append(node)
+        elif kind in _CONTAINERS:
+            made.append(kind(exchanged(node, others)))
+        else:
+            made.append(tree_map(lambda leaf: others.get(id(leaf), leaf), node))
+    return made
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

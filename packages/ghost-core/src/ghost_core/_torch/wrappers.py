@@ -162,4 +162,6 @@ def mesh_of(tensor: Tensor) -> Any:
 
 def is_in_parts(tensor: Tensor) -> bool:
     """Tell whether the parts of a tensor are in several processes. Public."""
-    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+    kind = type(tensor)
+    plain = kind is nn.Parameter or kind is Tensor
+    return not plain and any(each.__name__ == "DTensor" for each in kind.__mro__)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,7 +53,7 @@ class BatchCapture:
     seen: set[str] = field(default_factory=set)
     kinds: set[tuple[str, bool]] = field(default_factory=set)
     sites: list[Site] = field(default_factory=list)
-    places: Counter[tuple[tuple[str, ...], str]] = field(default_factory=Counter)
+    places: dict[tuple[tuple[str, ...], str], int] = field(default_factory=dict)
     joined: bool = False
     functions: WeakKeyDictionary[Any, bool] = field(default_factory=WeakKeyDictionary)
     unseen: set[str] = field(default_factory=set)
@@ -67,29 +66,32 @@ class BatchCapture:
     _lock: RLock = field(default_factory=RLock)
     _unclear: CaptureError | None = None
 
-    def begin(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> Pass:
+    def begin(
+        self, inputs: Iterable[Tensor], kwargs: Mapping[str, Any], dim: int, keys: Sequence[str]
+    ) -> Pass:
         """Begin a pass.
 
         Args:
-            args: The model's positional inputs.
+            inputs: The tensors that the model is called on.
             kwargs: The model's keyword inputs.
             dim: Axis of the samples in them.
-            keys: Keys of the tensors that tell the sample of each row of some modules.
+            keys: Keys of the tensors that tell the sample of each row of some modules, sorted.
 
         Raises:
             CaptureError: If nothing tells how many samples there are, the batch was opened for
                 others, or a tensor of owners is missing or wrong.
         """
-        keys = sorted(keys)
-        n = self._count(args, kwargs, dim, keys)
+        n = self._count(inputs, kwargs, dim, keys)
         started = Pass(n, self.next_start(n))
         for key in keys:
             started.owners[key] = find_owner(key, self.owners, kwargs, started.samples)
-        self.sites, self.places = [], Counter()
+        self.sites, self.places = [], {}
         self.passes.append(started)
         return started
 
-    def _count(self, args: Any, kwargs: Mapping[str, Any], dim: int, keys: Iterable[str]) -> int:
+    def _count(
+        self, inputs: Iterable[Tensor], kwargs: Mapping[str, Any], dim: int, keys: Sequence[str]
+    ) -> int:
         """Return the number of samples that the model is called on.
 
         Inputs tell, or owners of their rows. Where neither does, as with graphs joined into one,
@@ -101,11 +103,8 @@ class BatchCapture:
             2       2 samples: a micro-batch
             9, 24   nodes and edges of joined graphs: 4 samples, if the model's output has these
         """
-        sizes = {
-            leaf.size(dim)  # which nested tensors have, and no shape
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor) and leaf.dim() > dim
-        }
+        # Nested tensors have sizes, and no shape.
+        sizes = {each.size(dim) for each in inputs if each.dim() > dim}
         self.joined = bool(sizes) and self.n not in sizes
         if not self.joined:
             return self.n

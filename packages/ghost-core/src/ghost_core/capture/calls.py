@@ -16,10 +16,8 @@ from ghost_core._torch import (
     address,
     backward_hooks,
     direct_parameters,
-    forward_hooks,
-    forward_pre_hooks,
-    has_global_forward_hooks,
     in_backward,
+    innermost_hooks,
     saves_elsewhere,
     tensors_in,
     tree_flatten,
@@ -28,7 +26,13 @@ from ghost_core._torch import (
 )
 from ghost_core.algebra import full_precision
 from ghost_core.capture.delivery import Delivery, Kept, keep
-from ghost_core.capture.refusals import declared_wrongly, hooked
+from ghost_core.capture.refusals import (
+    called_with_another,
+    changed_before,
+    declared_wrongly,
+    hooked,
+    used_before,
+)
 from ghost_core.capture.state import CaptureState, Running
 from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
@@ -52,6 +56,7 @@ class CallHooks:
     _first: RemovableHandle = field(init=False)
     _last: RemovableHandle = field(init=False)
     _prepares: bool = field(init=False)
+    _names: tuple[str, ...] = field(init=False)
 
     def install(self, handles: list[RemovableHandle]) -> None:
         """Put them on the module.
@@ -60,8 +65,8 @@ class CallHooks:
             handles: Where what takes them away again is added, in the line that puts them there.
         """
         module = self.tracked.module
-        kind = type(self.tracked.sampler)
-        self._prepares = kind.prepare is not GradientSampler.prepare
+        self._prepares = type(self.tracked.sampler).prepare is not GradientSampler.prepare
+        self._names = tuple(each.name for each in self.tracked.parameters.values())
         before, after = Hook(self._before), Hook(self._after)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._last = handles[-1]
@@ -90,21 +95,23 @@ class CallHooks:
             if self.state.flags:
                 for local in self.tracked.parameters:
                     running.lend(parameter_of(module, local))
-            if not self.tracked.sampler.replays:
+            if self._prepares and not self.tracked.sampler.replays:
                 self._prepare(running)
             return
-        running.lifted, running.lift = self._try_lift(args, kwargs)
-        if running.lifted and running.lift is None:
-            return
-        self._prepare(running)
-        for local in self.state.withheld(self.tracked):
-            running.withhold(parameter_of(module, local))
+        if self.tracked.sampler.replays:
+            running.lifted, running.lift = self._try_lift(args, kwargs)
+            if running.lifted and running.lift is None:
+                return
+        if self._prepares:
+            self._prepare(running)
+        if not self.state.verifier.watching:  # there autograd makes all, to compare with
+            for local in self.state.made(self.tracked):
+                running.withhold(parameter_of(module, local))
 
     def _prepare(self, running: Running) -> None:
         """Let the sampler keep something of the state right before the module runs."""
-        if self._prepares:
-            with self.tracked.blame:
-                running.before = self.tracked.sampler.prepare(self.tracked.module)
+        with self.tracked.blame:
+            running.before = self.tracked.sampler.prepare(self.tracked.module)
 
     def _let_share(self, args: Any, kwargs: Any) -> bool:
         """Let the call be followed if it is on nothing of the samples; return whether it is."""
@@ -125,13 +132,13 @@ class CallHooks:
         return True
 
     def _try_lift(self, args: Any, kwargs: Any) -> tuple[bool, Lift | None]:
-        """Decide, or try, to follow the module's parameters instead of running the call again.
+        """Decide, or try, to follow a module's parameters instead of running the call again.
 
         Returns:
             Whether they are, and what is noted of it where that is yet to be decided.
         """
         name, known = self.tracked.name, self.state.lifted
-        if not self.tracked.sampler.replays or self.state.sharing is None or in_backward():
+        if self.state.sharing is None or in_backward():
             return known.get(name, False), None
         if self._is_joined(args, kwargs):
             known[name] = True
@@ -169,17 +176,11 @@ class CallHooks:
 
     def _guard(self, module: nn.Module) -> None:
         """Refuse calls that the hooks would not see as they are."""
-        first = next(iter(forward_hooks(module)), None)
-        if first != self._first.id or has_global_forward_hooks():
-            raise CaptureError(
-                f"a forward hook on {self.tracked.label} runs before ghost's and may change the "
-                "output: register it before the engine is attached, and no global forward hooks"
-            )
-        if next(reversed(forward_pre_hooks(module))) != self._last.id:
-            raise CaptureError(
-                f"a forward pre-hook on {self.tracked.label} runs after ghost's and may use "
-                "parameters: register it before the engine is attached"
-            )
+        before, after = innermost_hooks(module)
+        if after != self._first.id:
+            raise changed_before(self.tracked.label)
+        if before != self._last.id:
+            raise used_before(self.tracked.label)
         for running in self.state.running:
             if running.tracked is self.tracked:
                 raise CaptureError(
@@ -189,10 +190,7 @@ class CallHooks:
         for local in self.tracked.parameters:
             parameter = own.get(local) if "." not in local else self._inside(module, local)
             if parameter is not None and not parameter.is_leaf:
-                raise CaptureError(
-                    f"{self.tracked.label} was called with another value for its {local} (by "
-                    "torch.func.functional_call?), whose gradient is not the parameter's"
-                )
+                raise called_with_another(self.tracked.label, local)
 
     def _inside(self, module: nn.Module, local: str) -> nn.Parameter | None:
         owner, name = owner_of(module, local)
@@ -204,19 +202,7 @@ class CallHooks:
             return None
         try:
             with self.state.silence():
-                ended = self._finished()
-                if output is None:
-                    return None
-                if ended is not None and self.state.settle(ended, output):
-                    assert self.state.batch is not None
-                    self.state.batch.seen.add(self.tracked.name)
-                    return None
-                before = None if ended is None else ended.before
-                if ended is not None and ended.shared:
-                    return self._followed(args, kwargs, output, before)
-                if self._is_plain(args, kwargs, output):
-                    return unseen(self._tapped, args, kwargs, output, before)
-                return self._tapped(args, kwargs, output, before)
+                return self._ended(args, kwargs, output)
         except BaseException:
             # The root's own hooks go on, whoever failed: there is nothing left to verify.
             pass_, batch = self.state.pass_, self.state.batch
@@ -225,10 +211,28 @@ class CallHooks:
                 self.state.pass_ = None
             raise
 
+    def _ended(self, args: Any, kwargs: Any, output: Any) -> Any:
+        ended = self._finished()
+        if output is None:
+            return None
+        before = None
+        if ended is not None:
+            if self.state.settle(ended, output):
+                assert self.state.batch is not None
+                self.state.batch.seen.add(self.tracked.name)
+                return None
+            before = ended.before
+            if ended.shared:
+                return self._followed(args, kwargs, output, before)
+        if self._is_plain(args, kwargs, output):
+            return unseen(self._tapped, args, kwargs, output, before)
+        return self._tapped(args, kwargs, output, before)
+
     def _is_plain(self, args: Any, kwargs: Any, output: Any) -> bool:
         """Tell whether nothing but torch's own tensors is there, and no code of the user's runs."""
-        plain = not kwargs and not self.tracked.sampler.replays
-        return plain and {*map(type, args), type(output)} == {Tensor}
+        if kwargs or type(output) is not Tensor or self.tracked.sampler.replays:
+            return False
+        return [*map(type, args)] == [Tensor] * len(args)
 
     def _finished(self) -> Running | None:
         """End the call, if its beginning was seen."""
@@ -286,12 +290,14 @@ class CallHooks:
 
     def _is_reached(self, leaf: object, frozen: bool) -> bool:
         """Tell whether gradients arrive at an output; refuse complex and nested ones."""
-        if isinstance(leaf, Tensor) and leaf.is_complex():
-            raise CaptureError(f"{self.tracked.label} returned complex numbers: exclude it")
-        if isinstance(leaf, Tensor) and leaf.is_nested:
+        if not isinstance(leaf, Tensor):
+            return False
+        if leaf.is_nested:
             raise CaptureError(
                 f"{self.tracked.label} returned a nested tensor: pad it, or exclude it"
             )
+        if leaf.is_complex():
+            raise CaptureError(f"{self.tracked.label} returned complex numbers: exclude it")
         return _is_differentiable(leaf, frozen)
 
     def _record(
@@ -309,13 +315,11 @@ class CallHooks:
         # A recomputation belongs to the last pass, or fails on the sizes of what it recomputes.
         pass_ = state.pass_ or batch.passes[-1]
         owner = pass_.owners[tracked.row_owner] if tracked.row_owner else None
+        routes = state.verifier.routes or (
+            state.verifier.watching and self._is_lone_row(args, kwargs, pass_.n)
+        )
         axes, refusal = find_axes(
-            tracked,
-            outputs,
-            pass_.n,
-            owner,
-            foldable=state.verifying,
-            routes=state.verifier.routes or self._is_lone_row(args, kwargs, pass_.n),
+            tracked, outputs, pass_.n, owner, foldable=state.verifying, routes=routes
         )
         site = Site((tracked.name,), "", [axes], refusal)
         state.told_apart = state.told_apart or axes.tell_apart(outputs)
@@ -323,8 +327,7 @@ class CallHooks:
         given, outputs = outputs, self._expanded(outputs, axes)
         kept, saved = without_gradients(self._kept, call, axes, outputs[0], given[0])
         if state.pass_ is not None:
-            for parameter in tracked.parameters.values():
-                state.pass_.use(parameter.name)
+            state.pass_.use(*self._names)
         parameters = [parameter_of(tracked.module, local) for local in made]
         past = call.past()
         delivery = Delivery(state, batch, state.pass_, tracked, past, site, kept, made, withheld)
@@ -350,8 +353,11 @@ class CallHooks:
         tracked, batch = self.tracked, self.state.batch
         assert batch is not None
         with full_precision(output.device):
-            with tracked.blame:
+            try:
                 records = tracked.sampler.record(call)
+            except Exception as error:
+                tracked.blame.note(error)
+                raise
             if output is not given and output.shape != given.shape:
                 records = {local: record.expand(axes.count) for local, record in records.items()}
             return keep(batch.listeners, tracked, records)
@@ -361,10 +367,8 @@ class CallHooks:
 
         A row for all samples has no graph that leads to them.
         """
-        if not self.state.verifier.watching or n < 2 or self.tracked.row_owner:
-            return False
         sharing = self.state.sharing
-        if sharing is None:
+        if sharing is None or n < 2 or self.tracked.row_owner:
             return False
         given = [value for value in tensors_in((args, kwargs)) if value.dim() > 1]
         return any(
@@ -382,8 +386,7 @@ class CallHooks:
         rows = axes.expanded(outputs)
         if not self.state.verifier.watching:
             return rows
-        parameters = self.tracked.module.parameters()
-        memory = {address(parameter) for parameter in parameters}
+        memory = {address(parameter) for parameter in self.tracked.module.parameters()}
         return [
             row.clone() if row.shape != was.shape or address(row) in memory else row
             for row, was in zip(rows, outputs, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn import functional
 from ghost_core._torch import version
 from ghost_core.algebra import Dense, Outer, PerSampleGradient, Tokens
 from ghost_core.capture.sources import Shared
+from ghost_core.capture.ways_back import way_back
 from ghost_core.errors import WrongSplitError
 from ghost_core.sampler import as_tokens
 
@@ -92,9 +93,10 @@ def closed_forms(
         return _joined_forms(args, kwargs, result, met)
     forms: dict[int, FormOn] = {}
     for at, (stand, shared) in enumerate(met):
-        position = next((place for place, arg in enumerate(args) if arg is stand), -1)
-        if position < 0 or sum(arg is stand for arg in args) > 1:
+        places = [place for place, arg in enumerate(args) if arg is stand]
+        if len(places) != 1:
             continue
+        position = places[0]
         if len(args) == 2 and not kwargs and stand.dtype == result.dtype:  # add() takes a factor
             form = _elementwise(name, position, args, _shape(shared), result.dim())
             if form is not None:
@@ -109,7 +111,25 @@ def closed_forms(
     return forms
 
 
-def is_expansion(func: Any, narrow: Tensor, value: Tensor) -> bool:
+def derived(func: Any, args: Sequence[Any], shared: Collection[Shared], value: Tensor) -> Shared:
+    """Return what an operation made of shared values alone.
+
+    Args:
+        func: The operation.
+        args: Its positional inputs.
+        shared: The shared values.
+        value: The result.
+    """
+    sources = tuple(dict.fromkeys([source for each in shared for source in each.sources]))
+    if len(shared) > 1:
+        return Shared(value, sources)
+    (before,) = shared
+    narrow = before if _is_expansion(func, before.value, value) else None
+    way = way_back(func, args, before.value, value)
+    return Shared(value, sources, narrow, None if way is None else (before, way))
+
+
+def _is_expansion(func: Any, narrow: Tensor, value: Tensor) -> bool:
     """Tell whether a value repeats the entries of another one along new axes, or those of size 1.
 
     Args:

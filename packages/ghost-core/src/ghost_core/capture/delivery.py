@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 
@@ -17,7 +17,7 @@ from ghost_core.capture.refusals import arrived_late
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError
 from ghost_core.sampler import PastCall
-from ghost_core.split import Balance, Site, owner_of_rows
+from ghost_core.split import Site, owner_of_rows
 from ghost_core.tracking import TrackedModule, TrackedParameter
 
 
@@ -27,25 +27,24 @@ class Kept:
 
     Attributes:
         listeners: The engines that keep them in this way.
-        records: Records by local name, without their tensors.
-        places: Position of each tensor among the saved ones, by local name and field.
+        records: Local names and records without their tensors, each with the position of these
+            among the saved ones, by field.
         whole: Whether records are as the sampler made them, not compressed.
     """
 
     listeners: list[Listener]
-    records: dict[str, Record]
-    places: dict[str, dict[str, int]]
+    records: list[tuple[str, Record, dict[str, int]]]
     whole: bool
 
     def restore(self, saved: Sequence[Tensor]) -> dict[str, Record]:
         """Put the saved tensors back into their records."""
         return {
-            name: record.replace(**{key: saved[at] for key, at in self.places[name].items()})
-            for name, record in self.records.items()
+            local: record.replace(**{key: saved[at] for key, at in places.items()})
+            for local, record, places in self.records
         }
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Delivery:
     """The way of one call's gradients.
 
@@ -86,29 +85,41 @@ class Delivery:
     def _to_engines(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor]:
-        pass_ = self._checked_pass()
-        self.state.verifier.check_reached(self.tracked, self.site.axes.is_folded(pass_.n))
-        self.state.verifier.look(self.call.name, saved, grads)
-        if pass_.n and not self.site.axes.count:  # an expert that got no row, say
+        pass_, axes, verifier = self._checked_pass(), self.site.axes, self.state.verifier
+        verifier.check_reached(self.tracked, axes.is_folded(pass_.n))
+        verifier.look(self.call.name, saved, grads)
+        if pass_.n and not axes.count:  # an expert that got no row, say
             shapes = [self.tracked.parameters[local] for local in self.made]
             return [
                 torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in shapes
             ]
+        device, by_row = _device(grads), axes.rows_first(grads)
+        fold = verifier.fold(self.call.name)
+        owner = owner_of_rows(self.tracked, self.site, by_row, pass_.n, fold)
+        owner = None if owner is None else owner.to(device)
+        compared = self._compared()
         made: dict[str, Tensor] = {}
-        with full_precision(_device(grads)):
+        with full_precision(device):
             for at, kept in enumerate(self.kept):
-                gradients = self._gradients(pass_, kept, saved, grads)
-                if not at:
-                    gradients = self._weighed(gradients)
+                gradients = self._gradients(kept.restore(saved), by_row)
+                if owner is not None:
+                    gradients = {
+                        local: Owned(each, owner, pass_.n) for local, each in gradients.items()
+                    }
+                weighs = compared and not at
+                if weighs:
+                    gradients = self._weighed(gradients, compared)
                 with self.batch.told():
-                    for local, parameter, result in self._heard(kept, pass_, gradients):
-                        if local in self.made:
-                            made[local] = self._returned(parameter, gradients[local], result)
-                    if not at:
-                        self._weigh(kept, gradients)
-        if missing := set(self.made) - set(made):
-            raise CaptureError(f"no engine made the gradient of {self._name(missing.pop())}")
-        return [made[local] for local in self.made]
+                    self._tell(kept.listeners, pass_, gradients, made)
+                    if weighs:
+                        self._weigh(kept.whole, gradients, compared)
+        return [self._made(local, made) for local in self.made]
+
+    def _made(self, local: str, made: Mapping[str, Tensor]) -> Tensor:
+        """Return the gradient of a parameter that an engine has to make."""
+        if local not in made:
+            raise CaptureError(f"no engine made the gradient of {self._name(local)}")
+        return made[local]
 
     def _returned(
         self, parameter: TrackedParameter, gradient: PerSampleGradient, made: Tensor
@@ -131,55 +142,57 @@ class Delivery:
             raise arrived_late(self.tracked.label)
         return self.pass_
 
-    def _weighed(
-        self, gradients: Mapping[str, PerSampleGradient]
-    ) -> Mapping[str, PerSampleGradient]:
-        """Let what is compared in every batch be taken along where engines reduce gradients."""
-        state, tracked = self.state, self.tracked
-        compared = () if state.balance is None else self._compared(state.balance)
-        always = [local for local in compared if state.compares_always(tracked, local)]
-        if not always:
-            return gradients
-        return {**gradients, **{local: weighed(gradients[local]) for local in always}}
-
-    def _compared(self, balance: Balance) -> list[str]:
+    def _compared(self) -> list[str]:
         """Return the local names of parameters that are compared with what autograd makes."""
-        given = self.tracked.parameters
+        balance, given = self.state.balance, self.tracked.parameters
+        if balance is None:
+            return []
         return [local for local in self.call.shapes if balance.compares(given[local].name)]
 
-    def _weigh(self, kept: Kept, gradients: Mapping[str, PerSampleGradient]) -> None:
+    def _weighed(
+        self, gradients: Mapping[str, PerSampleGradient], compared: Iterable[str]
+    ) -> Mapping[str, PerSampleGradient]:
+        """Let what is compared in every batch be taken along where engines reduce gradients."""
+        always = [each for each in compared if self.state.compares_always(self.tracked, each)]
+        return {**gradients, **{local: weighed(gradients[local]) for local in always}}
+
+    def _weigh(
+        self, whole: bool, gradients: Mapping[str, PerSampleGradient], compared: Iterable[str]
+    ) -> None:
         """Let gradients be compared with those that autograd makes."""
         balance = self.state.balance
-        for local in () if balance is None else self._compared(balance):
-            assert balance is not None
-            balance.add(self._name(local), gradients[local], self.call.autocast, kept.whole)
+        assert balance is not None
+        for local in compared:
+            balance.add(self._name(local), gradients[local], self.call.autocast, whole)
 
-    def _heard(
-        self, kept: Kept, pass_: Pass, gradients: Mapping[str, PerSampleGradient]
-    ) -> Iterator[tuple[str, TrackedParameter, Tensor]]:
-        """Tell engines of gradients by local name, and yield what they make of each."""
+    def _tell(
+        self,
+        listeners: Iterable[Listener],
+        pass_: Pass,
+        gradients: Mapping[str, PerSampleGradient],
+        made: dict[str, Tensor],
+    ) -> None:
+        """Tell engines of gradients by local name, and note those of parameters that they make."""
         for local, gradient in gradients.items():
             parameter = self.tracked.parameters[local]
-            for listener in kept.listeners:
+            for listener in listeners:
                 if listener in self.batch.listeners and parameter.name in listener.tracking.names:
                     result = listener.on_gradient(pass_, parameter, gradient)
-                    if result is not None:
-                        yield local, parameter, result
+                    if result is not None and local in self.made:
+                        made[local] = self._returned(parameter, gradient, result)
 
     def _gradients(
-        self, pass_: Pass, kept: Kept, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
+        self, records: Mapping[str, Record], by_row: Sequence[Tensor | None]
     ) -> Mapping[str, PerSampleGradient]:
-        """Return the per-sample gradients by local name."""
-        by_row = self.site.axes.rows_first(grads)
-        fold = self.state.verifier.fold(self.call.name)
-        owner = owner_of_rows(self.tracked, self.site, by_row, pass_.n, fold)
-        with self.state.silence(), self.tracked.blame:
-            gradients = self.tracked.sampler.gradients(self.call, kept.restore(saved), by_row)
+        """Return the per-sample gradients by local name, of rows as they are."""
+        try:
+            with self.state.silence():
+                gradients = self.tracked.sampler.gradients(self.call, records, by_row)
+        except Exception as error:
+            self.tracked.blame.note(error)
+            raise
         self._check(gradients)
-        if owner is None:
-            return gradients
-        owner = owner.to(_device(grads))
-        return {local: Owned(each, owner, pass_.n) for local, each in gradients.items()}
+        return gradients
 
     def _check(self, gradients: Mapping[str, PerSampleGradient]) -> None:
         """Raise if a sampler returned other gradients than it was asked for."""
@@ -223,12 +236,11 @@ def keep(
     """
     ways: list[tuple[dict[str, Record], list[Listener]]] = []
     for listener in listeners:
-        chosen = {
-            local: listener.on_input(tracked.parameters[local], record)
-            if tracked.parameters[local].name in listener.tracking.names
-            else record
-            for local, record in records.items()
-        }
+        chosen: dict[str, Record] = {}
+        for local, record in records.items():
+            parameter = tracked.parameters[local]
+            heard = parameter.name in listener.tracking.names
+            chosen[local] = listener.on_input(parameter, record) if heard else record
         for other, sharing in ways:
             if all(map(is_, chosen.values(), other.values())):
                 sharing.append(listener)
@@ -239,24 +251,16 @@ def keep(
     positions: dict[int, int] = {}
     kept: list[Kept] = []
     for chosen, sharing in ways:
-        bare: dict[str, Record] = {}
-        places: dict[str, dict[str, int]] = {}
+        bare: list[tuple[str, Record, dict[str, int]]] = []
+        whole = True
         for local, record in chosen.items():
-            tensors = record.tensors()
-            bare[local] = record.replace(**dict.fromkeys(tensors))
-            places[local] = _placed(tensors, positions, saved)
-        whole = all(map(is_, chosen.values(), records.values()))
-        kept.append(Kept(sharing, bare, places, whole))
+            whole = whole and record is records[local]
+            places: dict[str, int] = {}
+            for key, tensor in record.tensors().items():
+                at = places[key] = positions.setdefault(id(tensor), len(saved))
+                if at == len(saved):
+                    # Detached: the Tap is no user of the value, and shares its version counter.
+                    saved.append(tensor.detach())
+            bare.append((local, record.replace(**dict.fromkeys(places)), places))
+        kept.append(Kept(sharing, bare, whole))
     return kept, saved
-
-
-def _placed(
-    tensors: Mapping[str, Tensor], positions: dict[int, int], saved: list[Tensor]
-) -> dict[str, int]:
-    """Save the tensors of a record, each of them once, and return their places."""
-    for tensor in tensors.values():
-        if id(tensor) not in positions:
-            positions[id(tensor)] = len(saved)
-            # Detached: the Tap is no user of the value, and shares its version counter.
-            saved.append(tensor.detach())
-    return {key: positions[id(tensor)] for key, tensor in tensors.items()}

@@ -36,11 +36,12 @@ class Pass:
         """Positions of its samples in the engine's batch."""
         return slice(self.start, self.start + self.n)
 
-    def use(self, name: str, *, shared: bool = False) -> None:
-        """Note a use of a parameter, by itself or in a value that is the same for all samples."""
-        if shared or name in self.used:
-            self.several.add(name)
-        self.used.add(name)
+    def use(self, *names: str, shared: bool = False) -> None:
+        """Note uses of parameters, by themselves or in a value that is the same for all samples."""
+        for name in names:
+            if shared or name in self.used:
+                self.several.add(name)
+            self.used.add(name)
 
 
 class Listener(ABC):

@@ -79,26 +79,27 @@ class Meeting:
         (axis,) = self.site.axes.outputs
         (rows,) = self.site.axes.rows_first([grad])
         owner = owner_at(self.state, self.pass_, self.site, grad)
-        made = {at: form for at, on in self.forms.items() if (form := on(axis)) is not None}
-        live = [at for at, (_, shared) in enumerate(self.shared) if shared.live]
-        graph = [at for at in live if at not in made]
+        graph: list[tuple[Tensor, Shared]] = []
         # Not in silence: what is recomputed under checkpointing is to be as it was.
         with full_precision(grad.device):
-            for at in live:
-                if at not in made:
+            for at, (stand, shared) in enumerate(self.shared):
+                if not shared.live:
                     continue
-                gradient = made[at](rows)
+                form = self.forms[at](axis) if at in self.forms else None
+                if form is None:
+                    graph.append((stand, shared))
+                    continue
+                gradient = form(rows)
                 if owner is not None:
                     gradient = Owned(gradient, owner, self.pass_.n)
-                shared = self.shared[at][1]
                 (shared.narrow or shared).spread(self.pass_, gradient)
-            stands = [self.shared[at][0] for at in graph]
+            if not graph:
+                return
             each = alone(grad, owner, self.site, self.pass_.n)
-            columns = by_sample(self.result, stands, each)
-            for at, column in zip(graph, columns, strict=True):
+            columns = by_sample(self.result, [stand for stand, _ in graph], each)
+            for (_, shared), column in zip(graph, columns, strict=True):
                 if column is not None:
-                    value = self.shared[at][1]
-                    take_back(self.pass_, value.value, value.sources, column)
+                    take_back(self.pass_, shared.value, shared.sources, column)
 
 
 def check_unchanged(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghost_core._torch import NUMBERS, is_custom
+from ghost_core.capture.state import CaptureState
 from ghost_core.tracking import TrackedModule, TrackedParameter
 
 Owners = dict[int, tuple[Tensor, TrackedModule, TrackedParameter]]
@@ -27,7 +28,7 @@ def on_samples_alone(
     shared: Container[int],
     constant: Container[int],
     owners: Owners,
-    own: TrackedModule | None,
+    state: CaptureState,
 ) -> bool:
     """Tell whether what an operation is given are values of samples, and nothing to follow.
 
@@ -44,7 +45,8 @@ def on_samples_alone(
         shared: Identities of values that are followed.
         constant: Identities of others that are the same for all samples.
         owners: The parameters that may be followed.
-        own: The module whose own parameters are none to follow now, as it runs; None for none.
+        state: What the hooks on the model share: it tells which module's own parameters are none to
+            follow now, as it runs.
     """
     found = False
     for value in given:
@@ -59,19 +61,21 @@ def on_samples_alone(
             return False
         owned = owners.get(at)
         if owned is not None:
-            if owned[1] is not own:
+            if owned[1] is not state.runs_alone():
                 return False
             continue
         node = value.grad_fn
         if node is not None:
-            if type(node) not in _SEEN and not _is_seen(type(node)):
+            if type(node) not in _SEEN and not is_seen(type(node)):
                 return False
             found = True
     return found
 
 
-def _is_seen(kind: type) -> bool:
-    """Tell whether a mode sees what is behind nodes of a type."""
+def is_seen(kind: type) -> bool:
+    """Tell whether a mode sees what is behind nodes of a type, as it does but for custom ones."""
+    if kind in _SEEN:
+        return True
     if is_custom(kind):
         return False
     _SEEN.add(kind)

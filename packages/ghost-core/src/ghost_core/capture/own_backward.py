@@ -24,10 +24,9 @@ from torch import Tensor
 from ghost_core._torch import (
     dtypes_into,
     function_of,
-    is_custom,
     outputs_of,
-    own_mode_left,
     run_apart,
+    unwatched,
     version,
     without_gradients,
 )
@@ -46,12 +45,6 @@ from ghost_core.state import random_state_kept
 
 Gradients = Mapping[int, Tensor]
 """Gradients that arrive at a function, by position of its output."""
-
-
-def custom_function(value: Tensor) -> Any:
-    """Return the node of the user's function that made a value, if one did."""
-    node = value.grad_fn
-    return node if is_custom(type(node)) else None
 
 
 def follow_function(
@@ -196,8 +189,7 @@ class FunctionMeeting:
         """Tell each sample's part of the gradients that arrive at the node."""
         arrived = {at: grad for at, grad in enumerate(grads) if grad is not None}
         if self.state.audience is not Audience.NOBODY and arrived:
-            with own_mode_left():
-                without_gradients(self._deliver, arrived)
+            unwatched(without_gradients, self._deliver, arrived)
 
     def after(
         self, made: Sequence[Tensor | None], grads: Sequence[Tensor | None]

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ghost_core._torch import base_of
+from ghost_core._torch import base_of, direct_parameters
 from ghost_core.capture.ordinary import Owners
 from ghost_core.capture.sources import ParameterSource, Shared, Source
-from ghost_core.capture.state import Audience, CaptureState
-from ghost_core.split import Balance, Lift
+from ghost_core.capture.state import CaptureState
+from ghost_core.split import Lift
 from ghost_core.tracking import parameter_of
 
 
@@ -29,8 +29,11 @@ class Sources:
         self._state = state
         self.owners: Owners = {}
         for tracked in state.tracked.values():
+            direct = direct_parameters(tracked.module)
             for local, parameter in tracked.parameters.items():
-                tensor = parameter_of(tracked.module, local)
+                tensor = direct.get(local)
+                if tensor is None:  # it is of a module inside
+                    tensor = parameter_of(tracked.module, local)
                 self.owners.setdefault(id(tensor), (tensor, tracked, parameter))
         self._made: dict[tuple[int, bool, Lift | None], ParameterSource] = {}
         self._labels: dict[Source, str] = {}
@@ -62,9 +65,10 @@ class Sources:
 
     def watch(self, account: str, leaf: Tensor) -> str:
         """Compare what arrives for a leaf with its gradient: a use may go unseen."""
-        if (state := self._state).balance is None:
-            state.balance = Balance({}, lambda: state.audience is Audience.ENGINES)
-        return state.balance.watch(account, leaf)
+        balance = self._state.balance
+        if balance is None:
+            balance = self._state.compare({})
+        return balance.watch(account, leaf)
 
     def settled(self, shared: Shared, lift: Lift) -> Shared:
         """Return a shared value that is followed for good, whatever becomes of a call."""
@@ -84,8 +88,8 @@ class Sources:
 
     def names(self, shared: Iterable[Shared]) -> tuple[str, ...]:
         """Return the modules whose parameters shared values come from."""
-        sources = [source for each in shared for source in each.sources]
-        return tuple(dict.fromkeys(self._labels[source] for source in sources))
+        labels = [self._labels[source] for each in shared for source in each.sources]
+        return tuple(dict.fromkeys(labels))
 
 
 def may_have_rows(shared: Shared, axis: int, n: int) -> bool:

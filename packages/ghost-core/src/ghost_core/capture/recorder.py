@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ghost_core._torch import called_compiled, in_backward
+from ghost_core._torch import called_compiled, in_backward, tensors_in
 from ghost_core.capture.aside import Spare, Suspended
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.calls import CallHooks
@@ -30,19 +30,19 @@ from ghost_core.capture.refusals import (
     attached_already,
     attached_late,
     disagreeing,
-    explained,
+    explain,
     left_alone,
     left_early,
     not_attached,
     open_already,
 )
 from ghost_core.capture.shared import SharedValues
-from ghost_core.capture.state import Audience, CaptureState
+from ghost_core.capture.state import CaptureState
 from ghost_core.errors import CaptureError, WrongSplitError
 from ghost_core.model_hooks import Hook
 from ghost_core.ranks import Ranks
-from ghost_core.restoring import restored, undo
-from ghost_core.split import Balance, Verifier
+from ghost_core.restoring import undone
+from ghost_core.split import Verifier
 from ghost_core.state import flags_set
 from ghost_core.tracking import Followed, joined
 
@@ -70,6 +70,7 @@ class Recorder:
         self._following: SharedValues | None = None
         self._modes = ExitStack()
         self._places = Places(model, ())
+        self._owner_keys: list[str] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> Recorder:
@@ -102,8 +103,7 @@ class Recorder:
                 attached treat weight gradients in another way.
         """
         self._check(listener, freeze)
-        with restored() as stack:
-            undo(stack, self._detach, listener)
+        with undone(self._detach, listener):
             self._attach(listener, freeze)
             yield
 
@@ -160,8 +160,7 @@ class Recorder:
             raise left_alone()
         if self._state.batch is not None or self._suspended is not None:
             raise attached_late()
-        with restored() as stack:
-            undo(stack, self._resume)
+        with undone(self._resume):
             self._suspend(listener)
             yield
 
@@ -210,6 +209,7 @@ class Recorder:
             return
         root = state.model
         self._places = Places(root, (each.module for each in tracked.values()))
+        self._owner_keys = sorted({each.row_owner for each in tracked.values() if each.row_owner})
         self._fused = self._fused_modules()
         if state.flags:
             self._own_run = OwnRun.of(state, self._fused)
@@ -239,21 +239,23 @@ class Recorder:
         """
         if not n:  # others would wait for its part in verifying
             self._ranks.check_way("a batch without samples")
-        batch = self._batch_for(listener, n)
-        with restored() as stack:
-            undo(stack, self._leave, batch, listener)
-            self._state.batch = batch
+        batch, state = self._batch_for(listener, n), self._state
+        with undone(self._leave, batch, listener):
+            state.batch = batch
             batch.listeners.append(listener)
             batch.owners |= owners
-            with explained(self._state.recomputed):
+            try:
                 yield batch
+            except RuntimeError as error:
+                explain(error, state.recomputed)
+                raise
             if batch.closed:
                 raise left_early()
-            self._state.verifier.finish()
+            state.verifier.finish()
             batch.check_complete()
-            if self._state.balance is not None:
-                self._state.balance.check()
-            batch.doubt = self._state.verifier.doubt or batch.doubt
+            if state.balance is not None:
+                state.balance.check()
+            batch.doubt = state.verifier.doubt or batch.doubt
 
     def _batch_for(self, listener: Listener, n: int) -> BatchCapture:
         """Return the batch that is open, or a new one, for an engine that may take part in it."""
@@ -309,17 +311,14 @@ class Recorder:
                 "are exact, the training is the uncompiled one, and nothing is faster. Call the "
                 "compiled model where no engine is attached, or compile what is not tracked"
             )
-        keys = {tracked.row_owner for tracked in state.tracked.values() if tracked.row_owner}
-        state.pass_ = batch.begin(args, kwargs, state.dim, keys)
+        inputs = tensors_in((args, kwargs))
+        state.pass_ = batch.begin(inputs, kwargs, state.dim, self._owner_keys)
         state.told_apart = False
         if state.verifying:
             state.verifier.start(state.pass_.n, state.usable, bool(state.flags))
             if state.balance is None and state.comparable:
-                state.balance = Balance(
-                    state.balanced(), lambda: state.audience is Audience.ENGINES
-                )
-                state.balance.open()
-        self._follow((args, kwargs))
+                state.compare(state.balanced()).open()
+        self._follow(inputs)
         if self._own_run is not None:
             self._own_run.start((args, kwargs))
 
@@ -346,15 +345,16 @@ class Recorder:
         if self._following is not None:
             self._following.note(given, result)
 
-    def _follow(self, inputs: Any) -> None:
+    def _follow(self, inputs: list[Tensor]) -> None:
         """Follow shared values through this pass, unless it is known that there are none.
 
         Where the model is not called on samples, nothing tells what belongs to them.
         """
         state = self._state
+        if not state.verifier.watching and state.shares is False:
+            return
         lifted = all(listener.tracking.lift for listener, _ in state.attached)
-        unknown = state.verifier.watching or state.shares is not False
-        if lifted and unknown and state.called_on_samples(inputs):
+        if lifted and state.called_on_samples(inputs):
             self._following = self._modes.enter_context(SharedValues(state, inputs))
             state.sharing = self._following
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 
 from ghost_core._torch import is_checkpoint_error
 from ghost_core.errors import CaptureError, WrongSplitError
@@ -118,18 +117,17 @@ def moved(name: str, gone: bool) -> CaptureError:
     )
 
 
-@contextmanager
-def explained(names: Collection[str]) -> Iterator[None]:
+def explain(error: RuntimeError, names: Collection[str]) -> None:
     """Say why a checkpoint cannot run code again that uses frozen parameters of other modules.
 
     Args:
+        error: What ended a batch, which may have another reason.
         names: The parameters that were used so.
+
+    Raises:
+        WrongSplitError: If that is why.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if not names or not is_checkpoint_error(error):
-            raise
+    if names and is_checkpoint_error(error):
         raise _unlike_before(sorted(names)) from error
 
 
@@ -141,6 +139,30 @@ def _unlike_before(listed: Sequence[str]) -> WrongSplitError:
         "and so more is saved there than in the second",
         remedy="attach by `with engine:` instead of frozen(), switch checkpointing off, or leave "
         f"them out with exclude={','.join(listed)!r}",
+    )
+
+
+def changed_before(label: str) -> CaptureError:
+    """Say that a hook of the user's gets a module's output before ghost does."""
+    return CaptureError(
+        f"a forward hook on {label} runs before ghost's and may change the output: register it "
+        "before the engine is attached, and no global forward hooks"
+    )
+
+
+def used_before(label: str) -> CaptureError:
+    """Say that a hook of the user's runs between ghost's and the module."""
+    return CaptureError(
+        f"a forward pre-hook on {label} runs after ghost's and may use parameters: register it "
+        "before the engine is attached"
+    )
+
+
+def called_with_another(label: str, local: str) -> CaptureError:
+    """Say that a module was called with something in place of a parameter."""
+    return CaptureError(
+        f"{label} was called with another value for its {local} (by torch.func.functional_call?), "
+        "whose gradient is not the parameter's"
     )
 
 

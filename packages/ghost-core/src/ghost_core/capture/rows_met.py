@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -34,38 +34,49 @@ def site_of(state: CaptureState, value: Tensor, names: Sequence[str], operation:
     keys = [each.row_owner for each in tracked if each.row_owner]
     owner = state.pass_.owners[keys[0]] if keys else None
     count = n if owner is None else len(owner)
-    # Inside of an attention, samples may be behind positions.
-    axes = dict.fromkeys((*(each.batch_dim for each in tracked), state.dim, *range(value.dim())))
-    present = [axis for axis in axes if axis < value.dim()]
-    told = [axis for axis in present if axis in {state.dim, 0, *(t.batch_dim for t in tracked)}]
-    plain = [RowAxes(0, (axis,), count, owner) for axis in present if value.shape[axis] == count]
-    folded = [
-        RowAxes(0, (axis,), value.shape[axis])
-        for axis in (told if owner is None and state.verifying and n else ())
-        if value.shape[axis] not in (0, n) and not value.shape[axis] % n
-    ]
-    flattened = [
-        RowAxes(0, (axis,), size, owner.repeat_interleave(size // count))
-        for axis, size in ((axis, value.shape[axis]) for axis in told)
-        if owner is not None and not plain and count and size and not size % count
-    ]
-    # What was told goes first, there plain rows; folded ones are nowhere else.
-    alternatives = sorted(
-        [*plain, *folded, *flattened], key=lambda axes: axes.outputs[0] not in told
-    )
+    folds = owner is None and n and state.verifying
+    # What was told goes first, there plain rows; folded ones are nowhere else. Inside of an
+    # attention, samples may be behind positions.
+    batch_dims, shape = [each.batch_dim for each in tracked], value.shape
+    told = {*batch_dims, state.dim, 0}
+    first: list[RowAxes] = []
+    folded: list[RowAxes] = []
+    last: list[RowAxes] = []
+    others: list[int] = []
+    for axis in dict.fromkeys((*batch_dims, state.dim, *range(len(shape)))):
+        if axis >= len(shape):
+            continue
+        size = shape[axis]
+        if size == count:
+            (first if axis in told else last).append(RowAxes(0, (axis,), count, owner))
+        elif folds and axis in told and size and not size % n:
+            folded.append(RowAxes(0, (axis,), size))
+        else:
+            others.append(axis)
+    unowned = owner is None or not (first or last)  # none told of flattened rows that these are all
+    if owner is not None and unowned:
+        folded = _flattened({axis: shape[axis] for axis in others if axis in told}, owner)
+    alternatives = [*first, *folded, *last]
     refusal = None if alternatives else _no_rows(value, names, operation, n)
-    unowned = owner is None or not plain  # nobody told of flattened rows that these are all
     routable = state.verifying and unowned and operation and value.dim()
     if refusal is not None and not routable:
         raise refusal
     site = Site(tuple(names), operation or "returned", alternatives, refusal)
     if routable:
-        known = [*plain, *folded]
-        others = [axis for axis in present if all(axis not in axes.outputs for axes in known)]
         site.spare = [RowAxes(0, (at,), value.shape[at], routed=True) for at in others]
     if state.verifier.routes or refusal is not None:
         site.spread_out()
     return site
+
+
+def _flattened(sizes: Mapping[int, int], owner: Tensor) -> list[RowAxes]:
+    """Return axes that may have several rows for each that has an owner, one after the other."""
+    count = len(owner)
+    return [
+        RowAxes(0, (axis,), size, owner.repeat_interleave(size // count))
+        for axis, size in sizes.items()
+        if count and size and not size % count
+    ]
 
 
 def _no_rows(value: Tensor, names: Sequence[str], operation: str, n: int) -> WrongSplitError:

@@ -17,15 +17,15 @@ was: the graph is the user's, with one identity more.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ghost_core._torch import (
     FunctionMode,
+    exchanged,
     in_backward,
     in_checkpoint,
     in_transform,
@@ -34,11 +34,11 @@ from ghost_core._torch import (
     tree_map,
     version,
 )
-from ghost_core.capture.closed_forms import closed_forms, is_expansion
+from ghost_core.capture.closed_forms import closed_forms, derived
 from ghost_core.capture.functions import QUESTIONS, is_attribute, is_in_place, named
 from ghost_core.capture.meeting import Meeting, give_up_costly, note_followed
-from ghost_core.capture.ordinary import on_samples_alone
-from ghost_core.capture.own_backward import custom_function, follow_function
+from ghost_core.capture.ordinary import is_seen, on_samples_alone
+from ghost_core.capture.own_backward import follow_function
 from ghost_core.capture.parameters import Sources, may_have_rows
 from ghost_core.capture.refusals import written_to_samples
 from ghost_core.capture.rows_met import site_of
@@ -49,8 +49,7 @@ from ghost_core.errors import WrongSplitError
 from ghost_core.split import Lift
 from ghost_core.tracking import TrackedModule, parameter_of
 
-Met = tuple[tuple[Tensor, Shared], ...]
-"""Shared values, each with what stands for it in one operation alone."""
+Met = tuple[tuple[Tensor, Shared], ...]  # each with what stands for it in one operation alone
 
 
 class SharedValues(FunctionMode, Sharing):
@@ -68,19 +67,19 @@ class SharedValues(FunctionMode, Sharing):
         # Kept, so that their identities are not given away.
         self._shared: dict[int, Shared] = {}
         self._constant: dict[int, Tensor] = {}
-        self._samples: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        for value in tensors_in(inputs):
-            self._samples[value] = True
+        # Of those that are gone by now, identities may be given away: none is one of these, then.
+        self._samples = {id(value): ref(value) for value in tensors_in(inputs)}
 
     def depends(self, value: Tensor) -> bool:
         """Tell whether a value may belong to samples."""
-        if id(value) in self._shared or id(value) in self._constant:
+        at = id(value)
+        if at in self._shared or at in self._constant:
             return False
-        return value.grad_fn is not None or value in self._samples  # which takes longer
+        return value.grad_fn is not None or (at in self._samples and self._samples[at]() is value)
 
     def is_shared_call(self, args: Any, kwargs: Any) -> bool:
         """Tell whether a module is called on nothing of the samples."""
-        return not any(map(self.depends, tensors_in((args, kwargs))))
+        return not any(map(self.depends, tensors_in((args, kwargs) if kwargs else args)))
 
     def returned(
         self, tracked: TrackedModule, args: Any, kwargs: Any, outputs: Sequence[Tensor], before: Any
@@ -165,7 +164,11 @@ class SharedValues(FunctionMode, Sharing):
         kwargs = kwargs or {}
         if func in QUESTIONS:
             return func(*args, **kwargs)
-        if self._is_plain(func, args, kwargs):
+        given = [*args, *kwargs.values()]
+        plain = on_samples_alone(
+            given, self._shared, self._constant, self._sources.owners, self._state
+        )
+        if plain and func is not torch.autograd.grad:  # as nearly all are
             result = func(*args, **kwargs)
             known = type(result) is Tensor and result.requires_grad  # its graph leads to samples
             return result if known or self._is_let_be(func) else self._noted(result, depends=True)
@@ -177,70 +180,65 @@ class SharedValues(FunctionMode, Sharing):
         """Tell whether nothing is noted of what a function does."""
         return self._state.paused or in_backward() or is_attribute(func)
 
-    def _is_plain(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Tell whether an operation has to do with samples alone, as nearly all have."""
-        if func is torch.autograd.grad:
-            return False
-        given = [*args, *kwargs.values()]
-        own = self._state.runs_alone()
-        return on_samples_alone(given, self._shared, self._constant, self._sources.owners, own)
-
     def _followed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation that may have to do with what is the same for all samples."""
-        given = tensors_in((args, kwargs))
-        if torch.is_grad_enabled():
+        given = tensors_in((args, kwargs) if kwargs else args)
+        following = torch.is_grad_enabled()
+        if following:
             self._meet_functions(given)
         if func is torch.autograd.grad:  # which a Tap lets pass once
             self._state.give_up(run.lift for run in self._state.running if run.lift is not None)
-        shared = self._shared_among(given) if torch.is_grad_enabled() else {}
+        shared = self._shared_among(given) if following else {}
         depends = any(map(self.depends, given))
         if depends and is_in_place(func):
             self._state.give_up(lift for each in shared.values() for lift in each.lifts())
-            shared = {at: each for at, each in shared.items() if each.live}
-        if not shared:
-            return self._noted(func(*args, **kwargs), depends)
-        with self._allowed(shared.values()) as used:
+            if live := [each for each in shared.values() if each.live]:
+                raise written_to_samples(named(func), self._sources.names(live))
+            shared = {}
+        if shared:
+            return self._combined(func, args, kwargs, shared, depends)
+        return self._noted(func(*args, **kwargs), depends)
+
+    def _combined(
+        self, func: Any, args: Any, kwargs: Any, shared: Mapping[int, Shared], depends: bool
+    ) -> Any:
+        """Run an operation on shared values, which meet samples there if it depends on some.
+
+        It may use the parameters that are in these. Where nothing comes of it that has a gradient,
+        as of a shape, it was no use of them.
+        """
+        state, values = self._state, shared.values()
+        found = [source for each in values for source in each.sources]
+        sources = [each for each in found if isinstance(each, ParameterSource) and each.live]
+        before = state.allowed
+        try:
+            state.allowed = frozenset([each.parameter.name for each in sources])
             if depends:
-                if is_in_place(func):
-                    raise written_to_samples(named(func), self._sources.names(shared.values()))
-                values = {at: each.value.view_as(each.value) for at, each in shared.items()}
-            else:
-                values = {at: each.value for at, each in shared.items()}
-            args, kwargs = tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
-            if self._state.flags and getattr(func, "__name__", "") == "group_norm":
+                stands = {at: each.value.view_as(each.value) for at, each in shared.items()}
+            else:  # only what stands for a frozen parameter is another one than what was given
+                stands = {at: each.value for at, each in shared.items() if id(each.value) != at}
+            if stands:
+                args = exchanged(args, stands)
+                kwargs = dict(zip(kwargs, exchanged(kwargs.values(), stands), strict=True))
+            if state.flags and getattr(func, "__name__", "") == "group_norm":
                 args = self._with_graph(args)
             result = func(*args, **kwargs)
-            used += [value for value in tensors_in(result) if value.requires_grad]
+        finally:
+            state.allowed = before
+        used = [value for value in tensors_in(result) if value.requires_grad]
+        if used:
+            state.shared_names.update([s.parameter.name for s in sources if s.lift is None])
         if not depends:
-            return self._derived(func, used, result, shared.values())
-        met = tuple((values[at], each) for at, each in shared.items())
+            self._derive(func, args, used, values)
+            return result
+        met = tuple([(stands[at], each) for at, each in shared.items()])
         return tree_map(lambda leaf: self._met(func, args, kwargs, leaf, met), result)
 
     def _with_graph(self, args: Sequence[Any]) -> Sequence[Any]:
         """Let gradients reach the input of a group norm; see `ghost_core.differentiation`."""
         if not args or args[0].requires_grad:
             return args
-        (value,) = tap(lambda saved, grads: (), self._state.seed, [args[0]], (), ())
-        return value, *args[1:]
-
-    @contextmanager
-    def _allowed(self, shared: Iterable[Shared]) -> Iterator[list[Tensor]]:
-        """Let an operation use the parameters that are in shared values.
-
-        Yields:
-            A list for what came of it; if it stays empty, as for a shape, it was no use of them.
-        """
-        found = [source for each in shared for source in each.sources]
-        sources = [each for each in found if isinstance(each, ParameterSource) and each.live]
-        names = {each.parameter.name for each in sources}
-        used: list[Tensor] = []
-        before, self._state.allowed = self._state.allowed, frozenset(names)
-        try:
-            yield used
-        finally:
-            self._state.allowed = before
-        if used:
-            self._state.shared_names |= {s.parameter.name for s in sources if s.lift is None}
+        return *tap(lambda saved, grads: (), self._state.seed, [args[0]], (), ()), *args[1:]
 
     def note(self, given: Any, result: Any) -> None:
         """Note what came of something that ran unseen, without gradients."""
@@ -252,33 +250,31 @@ class SharedValues(FunctionMode, Sharing):
             if not depends:
                 self._constant[id(value)] = value
             elif not value.requires_grad:
-                self._samples[value] = True
+                self._samples[id(value)] = ref(value)
         return result
 
-    def _derived(
-        self, func: Any, values: Iterable[Tensor], result: Any, shared: Collection[Shared]
-    ) -> Any:
+    def _derive(
+        self, func: Any, args: Any, values: Iterable[Tensor], shared: Collection[Shared]
+    ) -> None:
         """Note values computed from shared ones alone."""
-        sources = tuple(dict.fromkeys(source for each in shared for source in each.sources))
         made = [value for value in values if id(value) not in self._sources.owners]
-        lifted = frozenset(name for each in shared for lift in each.lifts() for name in lift.names)
-        for value in made if lifted else ():
-            self._state.verifier.know(value, lifted)
-        narrow = next(iter(shared)) if len(shared) == 1 else None
+        lifts = [lift for each in shared for lift in each.lifts()]
+        for value in made if lifts else ():
+            self._state.verifier.know(value, frozenset().union(*(each.names for each in lifts)))
         for value in made:
-            expands = narrow is not None and is_expansion(func, narrow.value, value)
-            self._shared[id(value)] = Shared(value, sources, narrow if expands else None)
-        return result
+            self._shared[id(value)] = derived(func, args, shared, value)
 
     def _shared_among(self, given: Iterable[Tensor]) -> dict[int, Shared]:
         """Return shared values by the identity of what was given."""
         found: dict[int, Shared] = {}
+        tries = self._state.verifier.watching  # only there it is being tried to follow anything
         for value in given:
             owned = self._sources.owners.get(id(value))
             plain = owned is None or owned[1] is self._state.runs_alone()
             if plain and id(value) not in self._shared:
                 continue
-            self._give_up_hidden(value)
+            if tries:
+                self._give_up_hidden(value)
             if owned is not None:
                 if self._sources.is_lifted(value):
                     if self._state.flags and in_checkpoint():
@@ -294,14 +290,15 @@ class SharedValues(FunctionMode, Sharing):
         batch = self._state.batch
         assert batch is not None
         for value in given:
-            node = custom_function(value)
-            if node is None:
+            node: Any = value.grad_fn
+            if node is None or is_seen(type(node)):
                 continue
             if node not in batch.functions:
                 entering = self._entering(node)
                 batch.functions[node] = bool(entering)
                 if entering:
-                    uses = self._noted_uses(entering.values())
+                    sources = [each for shared in entering.values() for each in shared.reached()]
+                    uses = self._noted_uses(sources)
                     follow_function(
                         self._state, node, self._sources.names(entering.values()), entering, uses
                     )
@@ -355,29 +352,30 @@ class SharedValues(FunctionMode, Sharing):
                 raise
             return result
         forms = closed_forms(func, args, kwargs, result, met)
-        give_up_costly(state, site, met, forms)
-        if not any(each.live for _, each in met):
-            return result
+        if state.verifier.watching:  # only there it is being tried to follow anything
+            give_up_costly(state, site, met, forms)
         sources = [source for _, each in met for source in each.reached()]
-        if all(source.lift is not None for source in sources):
-            site.lifts = tuple(source.lift for source in sources if source.lift is not None)
+        if not sources:
+            return result
+        lifts = [source.lift for source in sources if source.lift is not None]
+        if len(lifts) == len(sources):
+            site.lifts = tuple(lifts)
         state.batch.seen.update(names)
         state.add(site)
         state.told_apart = True
-        versions = tuple(version(each.value) for _, each in met)
+        versions = tuple([version(each.value) for _, each in met])
         note_followed(state.followed, site.operation, met, forms)
-        corrected = self._noted_uses(each for _, each in met)
+        corrected = self._noted_uses(sources)
         meeting = Meeting(
             state, state.batch, state.pass_, result, site, met, forms, versions, corrected
         )
-        parameters = [source.tensor for source in corrected]
-        (tapped,) = tap(meeting.deliver, state.seed, [result], parameters, (), ", ".join(names))
+        parameters, label = [source.tensor for source in corrected], ", ".join(names)
+        (tapped,) = tap(meeting.deliver, state.seed, [result], parameters, (), label)
         return tapped
 
-    def _noted_uses(self, met: Iterable[Shared]) -> tuple[ParameterSource, ...]:
+    def _noted_uses(self, sources: Sequence[ParameterSource]) -> tuple[ParameterSource, ...]:
         """Note the uses of parameters, and return those whose gradients need correction."""
         assert self._state.pass_ is not None
-        sources = [source for each in met for source in each.reached()]
         for source in sources:
             self._state.pass_.use(source.parameter.name, shared=True)
         by_name = {source.parameter.name: source for source in sources}

@@ -24,6 +24,7 @@ from ghost_core.capture.at_once import all_at_once
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Pass
 from ghost_core.capture.state import CaptureState
+from ghost_core.capture.ways_back import WayBack
 from ghost_core.differentiation import differentiated
 from ghost_core.sampler import PastCall
 from ghost_core.split import Lift, RowAxes, describe
@@ -45,13 +46,12 @@ class Source(ABC):
         return any(source.live for source in self.reached())
 
     @abstractmethod
-    def reached(self) -> Iterator[ParameterSource]:
-        """Yield the parameters that gradients are handed on to."""
+    def reached(self) -> Sequence[ParameterSource]:
+        """Return the parameters that gradients are handed on to."""
 
-    def costs(self) -> Iterator[tuple[ParameterSource, bool]]:
-        """Yield these, each with whether no graph is differentiated by sample on the way there."""
-        for source in self.reached():
-            yield source, source is self
+    def costs(self) -> Sequence[tuple[ParameterSource, bool]]:
+        """Return these, each with whether no graph is differentiated by sample on the way there."""
+        return [(source, source is self) for source in self.reached()]
 
     @abstractmethod
     def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
@@ -90,9 +90,9 @@ class ParameterSource(Source):
         """Whether it is still followed."""
         return self.lift is None or not self.lift.given_up
 
-    def reached(self) -> Iterator[ParameterSource]:
-        """Yield itself."""
-        yield self
+    def reached(self) -> Sequence[ParameterSource]:
+        """Return itself."""
+        return (self,)
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
         """Tell the engines."""
@@ -191,19 +191,15 @@ class CallSource(Source):
     account: str
     state: CaptureState
 
-    def reached(self) -> Iterator[ParameterSource]:
-        """Yield the parameters of the module, and those behind it."""
-        if self.form is not None:
-            yield from self.form.sources.values()
-        for source in self.behind:
-            yield from source.reached()
+    def reached(self) -> Sequence[ParameterSource]:
+        """Return the parameters of the module, and those behind it."""
+        return [source for source, _ in self.costs()]
 
-    def costs(self) -> Iterator[tuple[ParameterSource, bool]]:
-        """Yield the module's own with whether it has a closed form, and those behind without."""
+    def costs(self) -> Sequence[tuple[ParameterSource, bool]]:
+        """Return the module's own with whether it has a closed form, and those behind without."""
         own = () if self.form is None else self.form.sources.values()
-        yield from ((source, True) for source in own)
-        for source in self.behind:
-            yield from ((reached, False) for reached in source.reached())
+        behind = [reached for source in self.behind for reached in source.reached()]
+        return [*((source, True) for source in own), *((source, False) for source in behind)]
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
         """Take gradients back to what is behind."""
@@ -224,27 +220,27 @@ class Shared:
         value: The value.
         sources: What it is computed from; itself, where it is a source.
         narrow: The value that it is an expansion of, entry by entry; None where it is none.
+        moved: The value whose entries were moved to get it, and the way back; None where more was
+            done.
     """
 
     value: Tensor
     sources: tuple[Source, ...]
     narrow: Shared | None = None
+    moved: tuple[Shared, WayBack] | None = None
 
     @property
     def live(self) -> bool:
         """Whether gradients are taken back to any of what it is computed from."""
         return any(source.live for source in self.sources)
 
-    def reached(self) -> Iterator[ParameterSource]:
-        """Yield the parameters that gradients are taken back to."""
-        for source in self.sources:
-            yield from (reached for reached in source.reached() if reached.live)
+    def reached(self) -> Sequence[ParameterSource]:
+        """Return the parameters that gradients are taken back to."""
+        return [each for source in self.sources for each in source.reached() if each.live]
 
-    def lifts(self) -> Iterator[Lift]:
-        """Yield the calls in which it is being tried to follow what it is computed from."""
-        for source in self.reached():
-            if source.lift is not None:
-                yield source.lift
+    def lifts(self) -> Sequence[Lift]:
+        """Return the calls in which it is being tried to follow what it is computed from."""
+        return [source.lift for source in self.reached() if source.lift is not None]
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient) -> None:
         """Hand on the gradient of each sample."""
@@ -252,7 +248,12 @@ class Shared:
             if source.tensor is self.value and len(self.sources) == 1:
                 source.spread(pass_, gradient)
                 return
-        take_back(pass_, self.value, self.sources, read_only(gradient))
+        rows = read_only(gradient)
+        if self.moved is not None and self.moved[1].is_open:
+            before, way = self.moved
+            before.spread(pass_, Dense(way.take(rows).unsqueeze(1)))
+            return
+        take_back(pass_, self.value, self.sources, rows)
 
 
 @contextmanager

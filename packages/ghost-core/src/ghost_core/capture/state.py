@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghost_core._torch import in_backward, tensors_in
+from ghost_core._torch import in_backward
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass
@@ -158,22 +158,26 @@ class CaptureState:
     @property
     def paused(self) -> bool:
         """Whether hooks let everything pass that runs in this thread."""
-        silent = self.batch is not None and is_silent(self.batch.silence)
-        return self.resting or silent
+        return self.resting or (self.batch is not None and is_silent(self.batch.silence))
 
     @property
     def audience(self) -> Audience:
         """Who the gradients of the backward pass that runs are for."""
-        if self.verifier.probe is not None:
+        verifier = self.verifier
+        if verifier.probe is not None:
             return Audience.PROBE
-        if self.paused or not self.verifier.is_training:
+        if self.paused or not verifier.is_training:
             return Audience.NOBODY
         return Audience.ENGINES
 
     @property
     def verifying(self) -> bool:
         """Whether the open batch is to be verified."""
-        return self.batch is not None and any(each.verifies for each in self.batch.listeners)
+        if self.batch is not None:
+            for listener in self.batch.listeners:  # no generator: it is asked for each Tap
+                if listener.verifies:
+                    return True
+        return False
 
     def listens(self, module: nn.Module, expected: nn.Module, *, begins: bool = False) -> bool:
         """Tell whether a hook is to look at a call.
@@ -208,10 +212,6 @@ class CaptureState:
                 return tuple(local for local, parameter in kept if parameter.name in names)
         return ()
 
-    def withheld(self, tracked: TrackedModule) -> tuple[str, ...]:
-        """Return those that autograd is kept from making: none in a pass that is watched."""
-        return () if self.verifier.watching else self.made(tracked)
-
     def reweights(self) -> bool:
         """Tell whether an engine makes other gradients in the open batch than autograd does."""
         assert self.batch is not None
@@ -232,12 +232,13 @@ class CaptureState:
         """Add a site to the pass that is on its way; a recomputation adds none."""
         assert self.batch is not None
         if self.pass_ is not None:
-            same = site.names, site.operation
-            number = self.batch.places.get(same, 0)
+            batch, same = self.batch, (site.names, site.operation)
+            number = batch.places.get(same, 0)
             site.place = *same, number
-            self.batch.places[same] = number + 1
-            self.batch.sites.append(site)
-            self.verifier.routes |= site.axes.routed
+            batch.places[same] = number + 1
+            batch.sites.append(site)
+            if site.axes.routed:
+                self.verifier.routes = True
 
     def freeze(self) -> None:
         """Let no parameter require gradients, and remember which did."""
@@ -259,6 +260,11 @@ class CaptureState:
         engines_make = any(freeze is Freeze.CALL for _, freeze in self.attached)
         return balanced and not self.flags and (self.verifier.watching or not engines_make)
 
+    def compare(self, parameters: Mapping[str, nn.Parameter]) -> Balance:
+        """Compare what arrives for parameters with autograd's gradients, once that is opened."""
+        self.balance = Balance(parameters, lambda: self.audience is Audience.ENGINES)
+        return self.balance
+
     def balanced(self) -> dict[str, nn.Parameter]:
         """Return parameters to compare: all while verifying, those without a formula always."""
         watching = self.verifier.watching
@@ -278,7 +284,7 @@ class CaptureState:
         shared = tracked.parameters[local].name in self.shared_names
         return tracked.sampler.generic or "." in local or shared
 
-    def called_on_samples(self, inputs: Any) -> bool:
+    def called_on_samples(self, inputs: Iterable[Tensor]) -> bool:
         """Tell whether the model is called on samples, given its inputs.
 
         It is where they are joined in some tensor, too, or said not to be in others.
@@ -289,18 +295,17 @@ class CaptureState:
             return True
         return any(
             value.dim() > axis and value.size(axis) == self.pass_.n
-            for value in tensors_in(inputs)
+            for value in inputs
             for axis in (0, self.dim)
         )
 
     def owned(self) -> frozenset[str]:
         """Return the parameters of the modules that run."""
-        return frozenset(
-            parameter.name
-            for running in self.running
-            if not running.lifted
-            for parameter in running.tracked.parameters.values()
-        )
+        names: set[str] = set()
+        for running in self.running:  # no generator: it is asked for each use of a parameter
+            if not running.lifted:
+                names.update([each.name for each in running.tracked.parameters.values()])
+        return frozenset(names)
 
     def runs_alone(self) -> TrackedModule | None:
         """Return the module whose parameters are its own to use now; none where any are tried."""
@@ -313,8 +318,11 @@ class CaptureState:
 
     def lift_of(self, name: str) -> Lift | None:
         """Return the call in which it is being tried whether a parameter can be followed."""
-        lifts = (running.lift for running in reversed(self.running) if running.lifted)
-        return next((lift for lift in lifts if lift is not None and name in lift.names), None)
+        for running in reversed(self.running):
+            lift = running.lift
+            if running.lifted and lift is not None and name in lift.names:
+                return lift
+        return None
 
     def give_up(self, lifts: Iterable[Lift]) -> None:
         """Leave parameters to be told by running calls again, in place of following them."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ghost_core._torch import backward_id, own, own_mode_left, without_gradients
+from ghost_core._torch import applied, backward_id, own, unwatched, without_gradients
 from ghost_core.errors import CaptureError
 
 Deliver = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None] | None]
@@ -47,31 +47,21 @@ def tap(
         saved: What it gets in the backward pass.
         label: What the outputs are of, for messages.
     """
+    if len(outputs) == 1:
+        ends = Ends(None, deliver, label, len(parameters))
+        return (applied(Tap, ends, seed, outputs[0], *parameters, *saved),)
     arrived: dict[int, dict[int, Tensor]] = {}
-    several = len(outputs) > 1
-    head = outputs[0].new_empty(()) if several else outputs[0]
-    gather = partial(_gathered, arrived, len(outputs)) if several else _alone
+    gather = partial(_gathered, arrived, len(outputs))
     ends = Ends(gather, deliver, label, len(parameters))
-    tapped: Tensor = Tap.apply(ends, seed, head, *parameters, *saved)  # type: ignore[no-untyped-call]
-    if not several:
-        return (tapped,)
+    head = outputs[0].new_empty(())
+    tapped: Tensor = applied(Tap, ends, seed, head, *parameters, *saved)
     return tuple(
         Branch.apply(arrived, label, at, each, tapped)  # type: ignore[no-untyped-call]
         for at, each in enumerate(outputs)
     )
 
 
-Gather = Callable[[Tensor | None], list[Tensor | None]]
-"""Returns the gradients of a call's outputs, given that of the Tap's own."""
-
-
-def _alone(grad: Tensor | None) -> list[Tensor | None]:
-    return [grad]
-
-
-def _gathered(
-    arrived: dict[int, dict[int, Tensor]], count: int, _: Tensor | None
-) -> list[Tensor | None]:
+def _gathered(arrived: dict[int, dict[int, Tensor]], count: int) -> list[Tensor | None]:
     grads = arrived.pop(backward_id(), {})
     return [grads.get(at) for at in range(count)]
 
@@ -80,13 +70,13 @@ class Ends(NamedTuple):
     """What a Tap knows but tensors.
 
     Attributes:
-        gather: Gathers the gradients of the outputs.
+        gather: Gathers the gradients of several outputs; None where there is one.
         deliver: Takes them.
         label: Whose they are.
         made: Number of parameters whose gradient is returned.
     """
 
-    gather: Gather
+    gather: Callable[[], list[Tensor | None]] | None
     deliver: Deliver
     label: str
     made: int
@@ -125,8 +115,10 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def run(ctx: Any, grad: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():  # as nearly always
+            return backward(ctx, grad)
         made = without_gradients(backward, ctx, grad)
-        if not torch.is_grad_enabled() or grad is None or not grad.requires_grad or ctx.absent:
+        if grad is None or not grad.requires_grad or ctx.absent:
             return made
         return tuple(
             None if each is None else _Twice.apply(ctx.label, each.detach().requires_grad_())  # type: ignore[no-untyped-call]
@@ -162,15 +154,19 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """Hand the gradients over and pass the output's own on."""
         ends: Ends = ctx.ends
-        grads = ends.gather(grad)
-        made: Sequence[Tensor | None] = [None] * ends.made
-        if any(each is not None for each in grads):
-            with own_mode_left():
-                delivered = ends.deliver(ctx.saved_tensors, grads)
+        if ends.gather is None:
+            grads, arrives = [grad], grad is not None
+        else:
+            grads = ends.gather()
+            arrives = any(each is not None for each in grads)
+        made: Sequence[Tensor | None] = (None,) * ends.made
+        if arrives:
+            delivered = unwatched(ends.deliver, ctx.saved_tensors, grads)
             ctx.absent, made = delivered is None, made if delivered is None else delivered
-        passed = grad if ctx.needs_input_grad[_FIXED_INPUTS] else None
-        n_saved = len(ctx.needs_input_grad) - _FIXED_INPUTS - 1 - len(made)
-        return (*[None] * _FIXED_INPUTS, passed, *made, *[None] * n_saved)
+        needed = ctx.needs_input_grad
+        passed = grad if needed[_FIXED_INPUTS] else None
+        n_saved = len(needed) - _FIXED_INPUTS - 1 - ends.made
+        return (*(None,) * _FIXED_INPUTS, passed, *made, *(None,) * n_saved)
 
 
 @own

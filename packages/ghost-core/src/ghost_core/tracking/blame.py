@@ -28,6 +28,11 @@ class Blame:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Add the note, unless ghost itself has said what is wrong."""
-        if isinstance(error, Exception) and not isinstance(error, GhostError):
+        """Add the note."""
+        if isinstance(error, Exception):
+            self.note(error)
+
+    def note(self, error: Exception) -> None:
+        """Add the note to an exception, unless ghost itself has said what is wrong."""
+        if not isinstance(error, GhostError):
             error.add_note(self._note)

@@ -316,8 +316,9 @@ def owner_of(module: nn.Module, local: str) -> tuple[nn.Module, str]:
 
 def parameter_of(module: nn.Module, local: str) -> nn.Parameter:
     """Return a parameter by its local name, whatever attribute its module shows under it."""
-    owner, name = owner_of(module, local)
-    parameter = direct_parameters(owner)[name]
+    if "." in local:
+        module, local = owner_of(module, local)
+    parameter = direct_parameters(module)[local]
     assert parameter is not None
     return parameter
 
