@@ -90,7 +90,7 @@ CASES = [
         "attention_alone",
         "nn.MultiheadAttention, which is run again: N = 16, T = 64, d = 128, with dots and without",
         partial(steps, Alone),
-        goals={"run again": 2.0, "exact": 2.0},  # one forward and one backward pass of the module more
+        goals={"run again": 2.0, "exact": 2.0},  # a forward and a backward pass of it more
     ),
     Case(
         "attention_block",

@@ -46,6 +46,10 @@ class MultiheadAttentionSampler(ReplaySampler):
         named = all("parametrizations" not in name for name, _ in module.named_parameters())
         return attend if formula and named and not (draws or extended) else None
 
+    def draws(self, module: nn.Module) -> bool:
+        """Only dropout draws, and what may stand behind a weight: its formula has neither."""
+        return self.rewritten(module) is None
+
     def sides(self, call: Call) -> Mapping[int, InputRows]:
         """Find the samples of the inputs and masks.
 

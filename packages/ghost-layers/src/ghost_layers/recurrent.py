@@ -63,11 +63,20 @@ class RecurrentSampler(ReplaySampler):
         layer: Any = module
         return unroll if flat_weights(layer) is not None else None
 
+    def draws(self, module: nn.Module) -> bool:
+        """Only dropout draws, and what may stand behind a weight."""
+        layer: Any = module
+        return flat_weights(layer) is None or (layer.training and layer.dropout > 0)
+
 
 class RecurrentCellSampler(ReplaySampler):
     """Per-sample gradients of `RNNCell`, `LSTMCell` and `GRUCell`, for inputs `[N, d]`."""
 
     parameters = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+    def draws(self, module: nn.Module) -> bool:
+        """Cells have no dropout."""
+        return False
 
     def sides(self, call: Call) -> Mapping[int, InputRows]:
         """Find the samples of the input and the states.

@@ -27,19 +27,24 @@ class Before:
         template: The module.
         buffers: Its buffers, as they were; large ones may have been written since.
         versions: The buffers themselves, with how often each had been written.
-        random: The global random number generators.
+        random: The global random number generators; None if the call draws nothing from them.
         devices: Where the module's tensors are.
     """
 
     template: Template
     buffers: dict[str, Tensor]
     versions: dict[str, tuple[Tensor, int]]
-    random: RandomState
+    random: RandomState | None
     devices: frozenset[torch.device]
 
     @classmethod
-    def of(cls, module: nn.Module) -> Before:
-        """Keep a module as it is now."""
+    def of(cls, module: nn.Module, *, draws: bool = True) -> Before:
+        """Keep a module as it is now.
+
+        Args:
+            module: The module.
+            draws: Whether a call may draw random numbers.
+        """
         template = Template.of(module)
         buffers = template.tensors(module, "_buffers")
         parameters = template.tensors(module, "_parameters")
@@ -51,7 +56,7 @@ class Before:
                 for key, buffer in buffers.items()
             },
             {key: (buffer, version(buffer)) for key, buffer in buffers.items()},
-            RandomState.now(devices),
+            RandomState.now(devices) if draws else None,
             devices,
         )
 

@@ -94,6 +94,11 @@ class Plan:
     recurrent: bool
     rewritten: Formula | None = None
 
+    @property
+    def draws_nothing(self) -> bool:
+        """Whether it is a formula that draws nothing, as was proven for the first of a kind."""
+        return self.way is Way.REWRITTEN and self.random is None
+
     def conditions(self) -> Any:
         """Return a context in which the call runs as it did."""
         cudnn = self.way is Way.BATCH or not self.recurrent

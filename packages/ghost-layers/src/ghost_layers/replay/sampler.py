@@ -54,8 +54,19 @@ class ReplaySampler(GradientSampler):
         return why_not_copied(module)
 
     def prepare(self, module: nn.Module) -> object:
-        """Keep the module's state and the random number generators."""
-        return Before.of(module)
+        """Keep the module's state and, where it may draw, the random number generators."""
+        return Before.of(module, draws=self.draws(module))
+
+    def draws(self, module: nn.Module) -> bool:
+        """Tell whether a call may draw random numbers, for which the generators' state is kept.
+
+        It takes longer to look at them than to run a small layer. A call that draws all the same
+        does not return again what it returned, and is refused.
+
+        Args:
+            module: The module, before a call.
+        """
+        return True
 
     def sides(self, call: Call) -> Mapping[int, InputRows] | None:
         """Say which input tensors belong to samples, where the layer itself defines it.
@@ -72,7 +83,9 @@ class ReplaySampler(GradientSampler):
     def rewritten(self, module: nn.Module) -> Formula | None:
         """Return what writes out the linear maps that a module computes; None if nothing does.
 
-        It is compared with the module as other ways are.
+        It is compared with the module as other ways are. It draws random numbers only where the
+        module does, as many, and leaves alone whatever else is not its own: no state is put back
+        after it.
 
         Args:
             module: The module.
@@ -136,7 +149,9 @@ class ReplaySampler(GradientSampler):
     def _taken_apart(self, call: Call, module: nn.Module) -> tuple[Question, Replay]:
         if reason := why_not_copied(module):
             raise WrongSplitError(reason=reason)
-        before = call.before if isinstance(call.before, Before) else Before.of(module)
+        before = call.before
+        if not isinstance(before, Before):
+            before = Before.of(module, draws=self.draws(module))
         axes = self._axes(call, module)
         count = max(len(value) for value in call.outputs if value.dim())
         slots, spec, inputs, input_rows = taken_apart(call, self.sides(call), count)
@@ -222,4 +237,6 @@ def _named(what: str) -> Iterator[None]:
 
 def _drawn(before: Before) -> RandomState | None:
     """Return the generators' state before a call that drew numbers; None if it drew none."""
-    return None if before.random == RandomState.now(before.devices) else before.random
+    if before.random is None or before.random == RandomState.now(before.devices):
+        return None
+    return before.random

@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from ghost_core import WrongSplitError
 from ghost_core.restoring import restored
+from ghost_core.state import RandomState
 from ghost_layers.replay.closeness import are_close, same_rows
 from ghost_layers.replay.gradients import gradients
 from ghost_layers.replay.guard import Guard
@@ -88,10 +89,19 @@ class Trial:
         return made if differentiable else [value.detach() for value in made]
 
     def run(self, plan: Plan, inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Run the call in the way of a plan and return detached outputs, rows first."""
+        """Run the call in the way of a plan and return detached outputs, rows first.
+
+        Raises:
+            WrongSplitError: If a formula draws random numbers where the call drew none: later ones
+                are not looked after.
+        """
         with self.watched(plan, self.guard()):
+            before = RandomState.now(plan.devices) if plan.draws_nothing else None
             given = [value.detach() for value in inputs or self.replay.inputs]
-            return [value.detach() for value in plan.run(self.values, given)]
+            outputs = [value.detach() for value in plan.run(self.values, given)]
+            if before is not None and RandomState.now(plan.devices) != before:
+                raise WrongSplitError(reason="its formula drew random numbers, and the call none")
+            return outputs
 
     def guard(
         self, aliases: Mapping[str, Tensor] | None = None, *, differentiable: bool = False
