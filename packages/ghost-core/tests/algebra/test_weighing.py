@@ -7,7 +7,7 @@ import torch
 
 import ghost_core.algebra.outer as algebra_of_outer
 from ghost_core.algebra import Dense, Outer, Owned, PerSampleGradient, Tokens, weighed, weight_of
-from ghost_core.algebra.reduced import ALONE
+from ghost_core.algebra.reduced import ALONE, AT_ONCE
 
 
 def outer(tokens: int) -> Outer:
@@ -81,14 +81,24 @@ def test_gradients_of_one_term_take_nothing_along():
 @pytest.mark.parametrize("k", [0, 1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("total", [False, True])
-def test_large_gradients_are_reduced_one_by_one(k, transposed, total):
-    d, p = 150, 120
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_large_gradients_are_reduced_one_by_one(k, transposed, total, one_by_one, monkeypatch):
+    called, reduce = [], algebra_of_outer.reduce_outer
+
+    def noted(*args, **options):
+        called.append(True)
+        return reduce(*args, **options)
+
+    monkeypatch.setattr(algebra_of_outer, "reduce_outer", noted)
+    d, p = (300, 220) if one_by_one else (150, 120)  # of which four stay in the cache
     shape = torch.Size([d, p] if transposed else [p, d])
-    assert shape.numel() >= ALONE
+    assert shape.numel() > ALONE
+    assert (4 * shape.numel() > AT_ONCE) == one_by_one
     inputs, grads = torch.randn(4, 40, 1, d).double(), torch.randn(4, 40, 1, p).double()
     directions = torch.randn(k, *shape).double() if k else None
     gradient = Outer(Tokens(inputs, transposed), grads, shape)
     found = gradient.reduce(directions, norms=True, total=total)
+    assert bool(called) == (one_by_one and (k > 0 or total))  # norms alone take less by tokens
     built = gradient.materialize().flatten(1)
     assert (found.total is None) == (not total)
     if found.total is not None:

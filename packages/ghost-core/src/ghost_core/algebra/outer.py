@@ -175,10 +175,13 @@ class Outer(PerSampleGradient):
     def _sides(self, directions: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Return both sides as `[N, T, rows]` and `[N, T, columns]` of the parameter.
 
-        None where gradients are too small to be built alone, or are no products of two matrices.
+        None where gradients are too small to be built alone, as where all stay in the cache, or are
+        no products of two matrices.
         """
-        dtype = accumulation_dtype(self.grad)
-        if self.shape.numel() < ALONE or not isinstance(self.factor, Tokens) or self.groups > 1:
+        dtype, size = accumulation_dtype(self.grad), self.shape.numel()
+        if size <= ALONE or self.n * size <= AT_ONCE:
+            return None
+        if not isinstance(self.factor, Tokens) or self.groups > 1:
             return None
         if directions is not None and directions.dtype != dtype:
             return None

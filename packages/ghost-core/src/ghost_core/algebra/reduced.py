@@ -12,7 +12,7 @@ AT_ONCE = 2**18
 """Elements of built gradients that are reduced at once: a MiB of float32 stays in the cache."""
 
 ALONE = 2**14
-"""Elements of a gradient that is built alone: one product for each sample is faster then."""
+"""Elements above which a gradient is built alone: one product for each sample is faster then."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def reduce_built(
             dtype = torch.promote_types(part.dtype, directions.dtype)
             dots.append(part.to(dtype) @ directions.to(dtype).mT)
         if norms:
-            squared.append(part[0].dot(part[0])[None] if single else part.square().sum(1))
+            squared.append(torch.linalg.vector_norm(part, dim=1).square())  # in one pass over it
         if total:
             of_part = part[0] if single else part.sum(0)
             whole = of_part if whole is None else whole.add_(of_part)
