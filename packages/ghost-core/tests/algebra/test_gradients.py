@@ -58,6 +58,8 @@ CASES: dict[str, Callable[[int], PerSampleGradient]] = {
     "groups, many tokens": lambda n: tokens(n, 30, 2, 2, g=3),
     "channels first": lambda n: channels_first(n, 4, 3, 5, g=2),
     "kernel": lambda n: tokens(n, 3, 8, 4, shape=(4, 2, 2, 2)),
+    "kernel, more outputs": lambda n: tokens(n, 3, 4, 7, shape=(7, 1, 2, 2)),
+    "more outputs, transposed": lambda n: transposed(n, 3, 4, 7),
     "grouped kernel": lambda n: tokens(n, 3, 8, 2, g=2, shape=(4, 2, 2, 2)),
     "transposed": lambda n: transposed(n, 2, 5, 6),
     "transposed, many tokens": lambda n: transposed(n, 40, 2, 3),

@@ -240,7 +240,7 @@ class DotProductEngine(ScoringEngine[Scores]):
             if not alone:
                 self._both.keep(name, directions)
                 directions = None
-        if directions is not None and not len(directions):
+        if directions is not None and not directions.shape[0]:
             directions = None
         # What is built for the sum anyway has its norm for little; products of terms come later.
         norms = self._takes_norms and (alone or self.makes_gradients)

@@ -133,7 +133,7 @@ class Outer(PerSampleGradient):
         self, directions: Tensor | None = None, *, norms: bool = False, total: bool = False
     ) -> Reduced:
         """Build the gradients a few at a time where that makes up for contractions."""
-        k = 0 if directions is None else len(directions)
+        k = 0 if directions is None else directions.shape[0]
         if not self._is_worth_building(k, norms, total):
             return super().reduce(directions, norms=norms, total=total)
         flat = None if directions is None else as_rows(directions)
@@ -205,10 +205,15 @@ class Outer(PerSampleGradient):
         return torch.stack(dots, dim=-1) if len(dots) > 1 else dots[0].unsqueeze(-1)
 
     def _products(self, direction: Tensor, grad: Tensor) -> Tensor:
-        """Return what `⟨grad, mix(v)⟩` is the sum of, `[N, T, G, p]`."""
-        mixed = self.factor.mix(self._as_map(direction))
+        """Return what `⟨grad, mix(v)⟩` is the sum of, `[N, T, G, p]` or `[N, T, 1, d]`."""
+        mapped, factor = self._as_map(direction), self.factor
+        inputs = factor.x if type(factor) is Tokens and self.groups == 1 else None
+        if inputs is not None and inputs.shape[3] < grad.shape[3] and grad.is_contiguous():
+            # The same sum, ⟨vᵀ grad, inputs⟩, of fewer products: inputs are narrower.
+            return (grad.flatten(0, 2) @ mapped[0]).view(inputs.shape).mul_(inputs)
+        mixed = factor.mix(mapped)
         # To get more memory takes longer than to multiply.
-        return mixed.mul_(grad) if self.factor.mixes_anew else mixed * grad
+        return mixed.mul_(grad) if factor.mixes_anew else mixed * grad
 
     def _as_map(self, direction: Tensor) -> Tensor:
         """Turn a direction of the parameter's shape into `[G, p, d]`."""
