@@ -8,7 +8,7 @@ import sys
 import pytest
 
 START = """
-import torch, torch.distributed
+import os, sys, torch, torch.distributed
 from torch import nn
 from ghost_core import GhostError
 from ghost_core.testing import GradientHolder, per_sample_gradients
@@ -20,6 +20,13 @@ x = torch.randn(4, 3, dtype=torch.float64)
 
 def losses():
     return model(x).square().sum(1)
+"""
+
+END = """
+except GhostError as error:
+    print('refused', error)
+sys.stdout.flush()
+os._exit(0)  # the threads of a group that there is still may abort Python where it ends
 """
 
 ACCELERATE = """
@@ -107,7 +114,7 @@ REFUSED = {
 def test_exact_or_refused(name: str) -> None:
     pytest.importorskip("accelerate")
     body = "\n    ".join(CODE[name].splitlines())
-    code = f"{START}\ntry:\n    {body}\nexcept GhostError as error:\n    print('refused', error)\n"
+    code = f"{START}\ntry:\n    {body}\n{END}"
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
     )

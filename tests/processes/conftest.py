@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process_kit import run_together
+from process_kit import succeed_together
 from tests.processes.oracle import WORLD
 
 
 def started(folder: Path, subject: str) -> list[dict[str, Any]]:
     """Return what each of two processes found of a subject."""
     command = [sys.executable, "-m", "tests.processes.worker"]
-    run_together([[*command, str(rank), str(folder), subject] for rank in range(WORLD)])
+    succeed_together([[*command, str(rank), str(folder), subject] for rank in range(WORLD)])
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 

@@ -10,11 +10,13 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
+from process_kit import take_part
 from tests.processes.training import held_out, losses, net, samples
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,11 +68,7 @@ def run(rank: int, how: str) -> None:
 def main(rank: int, folder: Path, how: str) -> None:
     """Join the other process, and train."""
     torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    distributed.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=100)
-    )
-    run(rank, how)
+    take_part(rank, folder, partial(run, rank, how), timeout=timedelta(seconds=100))
 
 
 if __name__ == "__main__":

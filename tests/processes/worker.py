@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from process_kit import take_part
 from tests.processes import drawn, joined, sharded
 from tests.processes.training import CURVED, DDP, FSDP, JOINED, MADE, Case, train
 from tests.processes.wrapped import UNEVEN, faulty, others, refusals
-from torch import distributed
-
-WORLD = 2
 
 
 def apart(rank: int, folder: Path) -> dict[str, Any]:
@@ -68,15 +66,12 @@ def _runs(rank: int, cases: Sequence[Case], *hows: str) -> dict[str, Any]:
 def main(rank: int, folder: Path, subject: str) -> None:
     """Join the other process, run, and write."""
     torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    distributed.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=100)
-    )
-    try:
+
+    def work() -> None:
         found = SUBJECTS[subject](rank, folder)
         (folder / f"{rank}.json").write_text(json.dumps(found))
-    finally:
-        distributed.destroy_process_group()
+
+    take_part(rank, folder, work, timeout=timedelta(seconds=100))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Two processes of Hugging Face's Trainer find what one finds on the samples of both."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from process_kit import run_together
+from process_kit import succeed_together
 
 pytestmark = pytest.mark.stress
 KIT = Path(__file__).parents[1] / "kit"
@@ -18,12 +17,9 @@ KIT = Path(__file__).parents[1] / "kit"
 def found(tmp_path_factory):
     """Return what each process found, and then what it found when it was resumed."""
     folder = tmp_path_factory.mktemp("two")
-    path = os.pathsep.join([str(KIT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(KIT / "trainer_worker.py")]
-    run_together(
-        [[*command, str(rank), str(folder)] for rank in range(2)],
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.DEVNULL,
+    succeed_together(
+        [[*command, str(rank), str(folder)] for rank in range(2)], stdout=subprocess.DEVNULL
     )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

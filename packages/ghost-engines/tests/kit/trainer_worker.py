@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import distributed
+from process_kit import take_part
 from trainer_kit import RATE, rows, tiny
 
 from ghost_engines import IdCollator, RunConfig, with_ids
@@ -45,13 +45,12 @@ def main(rank, folder):
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", # the group is there already
     }  # fmt: skip
-    store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    try:
+
+    def work():
         found = [train(folder / "two", 2), train(folder / "two", 2, resumes=True)]
-    finally:
-        distributed.destroy_process_group()
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+
+    take_part(rank, folder, work)
 
 
 if __name__ == "__main__":

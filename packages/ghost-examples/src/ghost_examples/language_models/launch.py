@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed.nn  # its default arguments hold the group that there is by then
 from torch import distributed
 
 from ghost_engines import ValueTable
