@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ghost_core._torch import any_gradient_hooks, parameters_by_name
 from ghost_core.arguments import module, scaler, switch
 from ghost_core.batch import Batch, ResultT, SampleIds, as_ids
-from ghost_core.capture import Freeze, Listener, Recorder, not_attached, open_already
+from ghost_core.capture import Freeze, Listener, Recorder, changed_since, not_attached, open_already
 from ghost_core.compare import Comparison, compare
 from ghost_core.errors import CaptureError, UnknownOptionError
 from ghost_core.model_hooks import check_unhooked
@@ -387,14 +387,13 @@ class Engine(Listener, Generic[ResultT]):
         before, now = self._flags, {name: leaf.requires_grad for name, leaf in found.items()}
         if frozen:  # by ghost, so that only names can tell
             now |= {name: before[name] for name in before.keys() & now.keys()}
-        if now != before and self._track() != self.tracking:
-            changed = [each for each in before | now if before.get(each) != now.get(each)]
-            listed = ", ".join(f"{name} {_NOW[now.get(name)]}" for name in changed)
-            raise CaptureError(f"since the engine was made, {listed}: make a new engine")
+        if now != before:
+            changed = {n: now.get(n) for n in before | now if before.get(n) != now.get(n)}
+            tracked = not self.tracking.names.isdisjoint(changed)
+            # Where all are gone, nobody is asked: patterns that left them out find nothing now.
+            if tracked or (now.keys() & changed and self._track() != self.tracking):
+                raise changed_since(changed)
         if any_gradient_hooks(found.values()):
             leaves = dict(self.model.named_parameters())  # which a class may have its own of
             for parameter in self.parameters:
                 check_unhooked(parameter.name, leaves[parameter.name])
-
-
-_NOW = {True: "requires gradients", False: "no longer requires gradients", None: "is gone"}

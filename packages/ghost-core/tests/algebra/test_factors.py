@@ -92,8 +92,14 @@ def test_dots_are_written_to_no_memory_that_others_have(size: int) -> None:
         def mix(self, weight: Tensor) -> Tensor:
             return weight[:, None, :, 0].expand(size, size, 1, -1)
 
-    tokens, same = Tokens(random(size, size, 1, 1)), Same(torch.ones(size, size, 1, 1))
-    factors = [Ones(), same, tokens, Lookups(torch.zeros(2, size).long(), 1)]
+    class Mixing:
+        mix = Same.mix
+
+    class Mixed(Mixing, Tokens):
+        pass
+
+    tokens, ones = Tokens(random(size, size, 1, 1)), torch.ones(size, size, 1, 1)
+    factors = [Ones(), Same(ones), Mixed(ones), tokens, Lookups(torch.zeros(2, size).long(), 1)]
     for factor in factors:
         shape = torch.Size((1, P) if factor.transposed else (P, 1))
         grad, directions = random(len(factor.dense()), size, 1, P), random(1, *shape)
@@ -112,6 +118,14 @@ def test_rows_of_one_sample_count_every_time() -> None:
     grad = torch.tensor([[[[1.0]], [[10.0]], [[100.0]]]])
     assert factor.outer(grad).flatten().tolist() == [0, 111, 0]
     assert factor.sum_outer(grad).flatten().tolist() == [0, 111, 0]
+
+
+@pytest.mark.parametrize(("size", "row"), [(2, -1), (2, 2), (9, -1), (9, 9)])
+def test_rows_that_the_table_does_not_have_are_no_other_samples(size: int, row: int) -> None:
+    index = torch.zeros(3, 3, dtype=torch.int64)
+    index[1, 2] = row
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        Lookups(index, size).outer(torch.ones(3, 3, 1, 2))
 
 
 def test_padding_weighs_nothing() -> None:

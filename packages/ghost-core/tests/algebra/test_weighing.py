@@ -29,12 +29,13 @@ def owned() -> Owned:
 @pytest.mark.parametrize(
     "make",
     [partial(outer, 1), partial(outer, 40), dense, owned],
-    ids=["contracted", "built", "dense", "owned"],
+    ids=["one token", "many tokens", "dense", "owned"],
 )
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("total", [False, True])
-def test_sum_and_norms_come_along_with_what_is_asked_for(make, norms, total, monkeypatch):
-    monkeypatch.setattr(algebra_of_outer, "FEW", 0)
+@pytest.mark.parametrize("few", [0, algebra_of_outer.FEW])
+def test_sum_and_norms_come_along_with_what_is_asked_for(make, norms, total, few, monkeypatch):
+    monkeypatch.setattr(algebra_of_outer, "FEW", few)
     gradient: PerSampleGradient = make()
     taken, directions = weighed(gradient), torch.randn(2, 5, 3).double()
     found = taken.reduce(directions, norms=norms, total=total)

@@ -232,6 +232,31 @@ def test_a_layer_taken_out_while_attached_is_named(
             pass
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("options", [{"exclude": "first"}, {"layers": "second.*"}])
+def test_a_layer_that_nobody_tracks_may_be_taken_out_while_attached(
+    hold: Hold, assert_held, model: nn.Module, x: Tensor, frozen: bool, options: dict[str, str]
+) -> None:
+    engine = hold(model, **options)
+    with engine.frozen() if frozen else engine:
+        for first in (model.first, nn.Identity()):
+            model.first = first
+            with engine.batch(range(N)) as batch:
+                loss(model(x)).backward()
+    expected = per_sample_gradients(model, model(x).square().sum(1))
+    assert_held(batch.result, {name: expected[name] for name in engine.tracking.names})
+
+
+def test_a_layer_that_patterns_choose_is_named_where_it_was_taken_out(
+    hold: Hold, model: nn.Module
+) -> None:
+    engine = hold(model, layers="first.*")
+    with engine:
+        model.first = nn.Identity()
+        with pytest.raises(CaptureError, match=r"first\.weight is gone"), engine.batch(range(N)):
+            pass
+
+
 def test_a_parameter_frozen_while_attached_is_an_error(
     hold: Hold, model: nn.Module, x: Tensor
 ) -> None:

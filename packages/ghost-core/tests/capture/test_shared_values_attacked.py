@@ -80,6 +80,22 @@ def moved_then_written_to_before(model: Model, x: Tensor, places: Tensor) -> Ten
     return x + other.permute(1, 0)
 
 
+OPERATIONS = torch.library.Library("ghost_shared_values", "DEF")
+for schema, kernel in {
+    "contiguous(Tensor x) -> Tensor": lambda x: x.square() * 3,
+    "add(Tensor x, Tensor y) -> Tensor": lambda x, y: x + y.square(),
+}.items():
+    OPERATIONS.impl(OPERATIONS.define(schema), kernel, "CompositeImplicitAutograd")
+
+
+def moved_by_name_alone(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return x + torch.ops.ghost_shared_values.contiguous(places)
+
+
+def added_by_name_alone(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return torch.ops.ghost_shared_values.add(x, places)
+
+
 def called_twice(model: Model, x: Tensor, places: Tensor) -> Tensor:
     """Of one output only what another module makes of it meets the samples."""
     other = functional.layer_norm(model.positions(), (D,), model.norm.weight, model.norm.bias)
@@ -96,7 +112,8 @@ def scaled(model: Model, x: Tensor, places: Tensor) -> Tensor:
         (scaled, False), (scaled, True), (called_twice, False), (called_twice, True),
         (hooked, True), (read, False), (changed_in_place, True), (put_in_order, False),
         (put_in_order, True), (moved_then_hooked, False), (moved_then_written_to, False),
-        (moved_then_written_to_before, False),
+        (moved_then_written_to_before, False), (moved_by_name_alone, False),
+        (moved_by_name_alone, True), (added_by_name_alone, False), (added_by_name_alone, True),
     ],
 )  # fmt: skip
 def test_exact(hold: Hold, assert_held: Callable[..., None], use: Use, frozen: bool) -> None:

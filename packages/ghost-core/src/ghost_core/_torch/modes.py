@@ -156,6 +156,11 @@ def function_modes() -> list[Any]:
     return modes
 
 
+def is_registered(function: Any) -> bool:
+    """Tell whether a function is one of `torch.ops`, which anyone may add to. Torch 2.11."""
+    return isinstance(function, torch._ops.OperatorBase | torch._ops.OpOverloadPacket)
+
+
 def seen_by_none() -> AbstractContextManager[None]:
     """Let no function mode see what is called meanwhile. Torch 2.11."""
     guard: AbstractContextManager[None] = torch._C.DisableTorchFunction()

@@ -82,7 +82,8 @@ class InputFactor(Record, ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "mix" in vars(cls) and "mixes_anew" not in vars(cls):
+        mixes = next(each for each in cls.__mro__ if vars(each).keys() & {"mix", "mixes_anew"})
+        if "mixes_anew" not in vars(mixes):  # not even a factor, maybe
             cls.mixes_anew = False
 
     @property
@@ -249,10 +250,11 @@ class Lookups(InputFactor):
         """Scatter the gradient into the table: `[N, T, 1, p]` to `[N, 1, p, size]`."""
         rows = self._weighted(grad).flatten(0, 2)  # [N·T, p]
         n, p = len(grad), grad.shape[3]
-        first = torch.arange(n, device=rows.device) * self.size
-        # As one table of all samples, which takes a third of what a table for each does.
+        # As one table of all samples, which takes a third of what a table for each does. To gather
+        # places is to refuse rows that a table does not have: they would be another sample's.
+        places = torch.arange(n * self.size, device=rows.device).view(n, self.size)
         tables = rows.new_zeros(n * self.size, p)
-        tables.index_add_(0, (self.index + first.unsqueeze(1)).flatten(), rows)
+        tables.index_add_(0, places.gather(1, self.index).flatten(), rows)
         return tables.view(n, self.size, p).mT.unsqueeze(1)
 
     def squared_norms(self, grad: Tensor) -> Tensor:

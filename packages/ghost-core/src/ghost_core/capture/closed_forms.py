@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ghost_core._torch import version
 from ghost_core.algebra import Dense, Outer, PerSampleGradient, Tokens
+from ghost_core.capture.functions import operation
 from ghost_core.capture.sources import Shared
 from ghost_core.capture.ways_back import way_back
 from ghost_core.errors import WrongSplitError
@@ -88,7 +89,7 @@ def closed_forms(
         result: Its result.
         met: The shared values and what stands for them.
     """
-    name = getattr(func, "__name__", "")
+    name = operation(func)
     if name in _CONCATENATIONS:
         return _joined_forms(args, kwargs, result, met)
     forms: dict[int, FormOn] = {}
@@ -137,7 +138,7 @@ def _is_expansion(func: Any, narrow: Tensor, value: Tensor) -> bool:
         narrow: The other one.
         value: The value.
     """
-    name = getattr(func, "__name__", "")
+    name = operation(func)
     if name not in _EXPANSIONS and not (name in _REPETITIONS and narrow.is_leaf):
         return False  # what is written to a copy, or to what was copied, only one of them has
     pairs = zip(_aligned(narrow.shape, value.dim()), value.shape, strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ghost_core._torch import SET_GRAD_ENABLED
+from ghost_core._torch import SET_GRAD_ENABLED, is_registered
 
 QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "is_leaf", "layout")),
@@ -31,6 +31,14 @@ def is_in_place(func: Any) -> bool:
     """Tell whether the result of an operation is not what it returns."""
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def operation(func: Any) -> str:
+    """Return the name of one of torch's operations, which tells what it does; else nothing.
+
+    Operations that anyone adds to `torch.ops` may have the same names, and do something else.
+    """
+    return "" if is_registered(func) else getattr(func, "__name__", "")
 
 
 def named(func: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ghost_core._torch import is_checkpoint_error
 from ghost_core.errors import CaptureError, WrongSplitError
@@ -74,6 +74,17 @@ def broken_off() -> CaptureError:
         remedy="let the error end the batch, and open another to try again, with .grad as it was "
         "before",
     )
+
+
+def changed_since(now: Mapping[str, bool | None]) -> CaptureError:
+    """Say that parameters were frozen, unfrozen, added or taken out while an engine is attached.
+
+    Args:
+        now: Whether each of them requires gradients now, by name; None of those that are gone.
+    """
+    said = {True: "requires gradients", False: "no longer requires gradients", None: "is gone"}
+    listed = ", ".join(f"{name} {said[flag]}" for name, flag in now.items())
+    return CaptureError(f"since the engine was made, {listed}: make a new engine")
 
 
 def arrived_late(label: str) -> CaptureError:

@@ -14,6 +14,7 @@ import torch
 from torch import Size, Tensor
 
 from ghost_core._torch import gradient_hooks, version
+from ghost_core.capture.functions import operation
 from ghost_core.model_hooks import Hook
 
 _RESHAPES = {"contiguous", "flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"}
@@ -62,7 +63,7 @@ def way_back(func: Any, args: Sequence[Any], given: Tensor, made: Tensor) -> Way
         given: The value among them whose entries it moves.
         made: Its result.
     """
-    name = getattr(func, "__name__", "")
+    name = operation(func)
     if not args or args[0] is not given or given.dtype != made.dtype:
         return None
     if name in _RESHAPES and given.numel() == made.numel():

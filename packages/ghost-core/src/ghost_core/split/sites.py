@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -69,11 +69,6 @@ class Site:
         """All places where the rows may be."""
         return [*self.alternatives, *self.spare]
 
-    @property
-    def told(self) -> bool:
-        """Whether it was told whose each row is, so that no graph has to show it."""
-        return all(axes.owner is not None for axes in self.everywhere)
-
     def spread_out(self) -> None:
         """Take all places into account where rows may be."""
         self.alternatives, self.spare = self.everywhere, ()
@@ -91,6 +86,11 @@ class Site:
             for grad in axes.rows_first(grads)
             if grad is not None and grad.dim() and (rows := _rows_of(grad))
         ]
+
+
+def are_told(sites: Iterable[Site]) -> bool:
+    """Tell whether it was told whose each row is, so that no graph has to show it."""
+    return all(axes.owner is not None for site in sites for axes in site.everywhere)
 
 
 def _rows_of(grad: Tensor) -> list[int]:

@@ -30,7 +30,7 @@ from ghost_core.split.places import Outputs
 from ghost_core.split.probe import Kind, Place, Places, Probe, Prober, probed_samples
 from ghost_core.split.refusals import doubted, late_row, unclear_fold, unreached, wrong_split
 from ghost_core.split.routes import Census
-from ghost_core.split.sites import KnownAxes, Site
+from ghost_core.split.sites import KnownAxes, Site, are_told
 from ghost_core.split.usage import UsageMode
 from ghost_core.tracking import TrackedModule
 
@@ -278,7 +278,7 @@ class Verifier:
         """Tell whether rows are where they were in a proven pass, and nothing else happens."""
         known = moves.course <= self._courses.get(like, frozenset())
         in_place = moves.told and moves.steps in self._in_place
-        return known and (in_place or all(site.told for site in sites))
+        return known and (in_place or are_told(sites))
 
     def _learn(self, moves: Moves, n: int) -> None:
         """Remember what happened in a proven pass."""
@@ -334,7 +334,7 @@ class Verifier:
         if not self.doubt:
             outputs.learn(places)
         if moves is not None and not self.routes and not self.doubt:
-            if moves.told or all(site.told for site in sites):
+            if moves.told or are_told(sites):
                 self._learn(moves, n)
             else:
                 self._place(outputs, places, moves)
