@@ -182,3 +182,43 @@ def test_lists_are_looked_into() -> None:
     assert on_samples_alone([x, [x, 1], (x,)], (), (), {}, None)
     assert not on_samples_alone([x, [1, (places,)]], {id(places)}, (), {}, None)
     assert not on_samples_alone([x, {"places": places}], {id(places)}, (), {}, None)
+
+
+def summed(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return x + places
+
+
+def tied(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return x + places + x @ model.head.weight.T @ model.head.weight
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("use", [summed, tied])
+def test_a_pass_that_breaks_off_says_nothing_of_later_ones(
+    hold: Hold, assert_held: Callable[..., None], use: Use, verify: bool
+) -> None:
+    """It did not come to where a shared value is used."""
+    engine, ids = hold(model := Model(use), verify=verify), torch.randint(0, V, (N, T))
+    expected = per_sample_gradients(model, model(ids).sin().mean((1, 2)))
+    with engine:
+        with pytest.raises(IndexError), engine.batch(range(N)):
+            model(ids + V)
+        for _ in range(2):
+            with engine.batch(range(N)) as batch:
+                model(ids).sin().mean((1, 2)).sum().backward()
+            assert_held(batch.result, expected)
+
+
+def test_what_another_engine_tracks_is_looked_for_anew(
+    hold: Hold, assert_held: Callable[..., None]
+) -> None:
+    """The first one tracked nothing that is the same for all samples."""
+    model, ids = Model(summed), torch.randint(0, V, (N, T))
+    expected = per_sample_gradients(model, model(ids).sin().mean((1, 2)))
+    engines = [hold(model, layers="head", verify=False), hold(model, verify=False)]
+    with engines[0]:
+        with engines[0].batch(range(N)):
+            model(ids).sin().mean((1, 2)).sum().backward()
+        with engines[1], engines[1].batch(range(N)) as batch:
+            model(ids).sin().mean((1, 2)).sum().backward()
+    assert_held(batch.result, expected)

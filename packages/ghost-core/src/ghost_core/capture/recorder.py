@@ -204,6 +204,7 @@ class Recorder:
         state.dim = dims.pop()
         state.tracked = tracked
         state.lifted.clear()
+        state.shares = None  # others may be tracked now
         state.verifier = Verifier(state.model, tracked, state.seed, state.dim, self._ranks)
         if not state.attached:
             return
@@ -365,7 +366,6 @@ class Recorder:
         self._modes.close()
         following, self._following = self._following, None
         if following is not None:
-            self._state.shares = bool(self._state.shared_names)
             self._state.sharing = None
         return following
 
