@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ghost_core import CaptureError
+from ghost_core import CaptureError, WrongSplitError
 from ghost_core.testing import per_sample_gradients
 
 from .reused import D, Exact, Hold, N, Reused, T, inputs, squares
@@ -84,3 +85,51 @@ def test_other_values_for_parameters_are_refused(hold: Hold) -> None:
     engine = hold(model)
     with engine, pytest.raises(CaptureError, match="functional_call"), engine.batch(range(N)):
         torch.func.functional_call(model, twice, inputs()).sum().backward()
+
+
+PARTS: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
+    "called by row": lambda layer, y: torch.vmap(layer)(y),
+    "its weight by row": lambda layer, y: torch.vmap(lambda row: row @ layer.weight)(y),
+    "differentiated": lambda layer, y: torch.func.vjp(layer, y)[0],
+    "its gradient": lambda layer, y: torch.func.grad(lambda z: layer(z).sin().sum())(y),
+}
+
+
+class TakenApart(nn.Module):
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.first, self.layer, self.use = nn.Linear(3, 3), nn.Linear(3, 3), use
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return PARTS[self.use](self.layer, self.first(x))
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("use", PARTS)
+def test_what_runs_inside_of_torch_func_is_refused_by_name(
+    hold: Hold, x: Tensor, use: str, frozen: bool, verify: bool
+) -> None:
+    said = r"(?s)layer.* inside of torch.vmap.*units=.*exclude='layer"
+    engine = hold(model := TakenApart(use), verify=verify)
+    with engine.frozen() if frozen else engine:
+        for _ in range(2):
+            with pytest.raises(WrongSplitError, match=said), engine.batch(range(len(x))):
+                model(x).square().sum().backward()
+
+
+def test_what_runs_inside_of_torch_func_without_gradients_is_let_be(
+    hold: Hold, assert_held: Callable[..., None], x: Tensor
+) -> None:
+    class Looks(TakenApart):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                super().forward(x)
+            return self.layer(self.first(x))
+
+    model = Looks("called by row")
+    expected = per_sample_gradients(model, model(x).square().sum(1))
+    with hold(model) as engine, engine.batch(range(len(x))) as batch:
+        model(x).square().sum().backward()
+    assert_held(batch.result, expected)

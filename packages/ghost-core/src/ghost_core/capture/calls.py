@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from ghost_core._torch import (
@@ -17,6 +16,7 @@ from ghost_core._torch import (
     backward_hooks,
     direct_parameters,
     in_backward,
+    in_transform,
     innermost_hooks,
     saves_elsewhere,
     tensors_in,
@@ -31,8 +31,10 @@ from ghost_core.capture.refusals import (
     changed_before,
     declared_wrongly,
     hooked,
+    in_parts,
     used_before,
 )
+from ghost_core.capture.rows_given import is_joined, is_lone_row
 from ghost_core.capture.state import CaptureState, Running
 from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
@@ -90,6 +92,8 @@ class CallHooks:
         self.state.running.append(running)
         if not torch.is_grad_enabled():
             return
+        if in_transform():
+            raise in_parts(f"{self.tracked.label} was called", self.tracked.name)
         if not self.tracked.row_owner and self._let_share(args, kwargs):
             running.shared = True
             if self.state.flags:
@@ -140,7 +144,7 @@ class CallHooks:
         name, known = self.tracked.name, self.state.lifted
         if self.state.sharing is None or in_backward():
             return known.get(name, False), None
-        if self._is_joined(args, kwargs):
+        if is_joined(self.state, self.tracked, args, kwargs):
             known[name] = True
             return True, None
         if not self.state.verifier.watching:
@@ -153,26 +157,6 @@ class CallHooks:
             return False, None
         lift = Lift(frozenset(each.name for each in self.tracked.parameters.values()))
         return True, lift
-
-    def _is_joined(self, args: Any, kwargs: Any) -> bool:
-        """Tell whether no rows stand for themselves, as a call needs to be taken apart by row.
-
-        What joins samples in one tensor, as graphs and packed sequences are, has none.
-        """
-        batch, pass_ = self.state.batch, self.state.pass_
-        assert batch is not None
-        assert pass_ is not None
-        given, axis = (*args, *kwargs.values()), self.tracked.batch_dim
-        if any(isinstance(value, PackedSequence) for value in given):
-            return True
-        if not batch.joined:
-            return False
-        sizes = {
-            value.shape[axis]
-            for value in tree_leaves(given)
-            if isinstance(value, Tensor) and value.dim() > axis
-        }
-        return pass_.n not in sizes
 
     def _guard(self, module: nn.Module) -> None:
         """Refuse calls that the hooks would not see as they are."""
@@ -316,7 +300,7 @@ class CallHooks:
         pass_ = state.pass_ or batch.passes[-1]
         owner = pass_.owners[tracked.row_owner] if tracked.row_owner else None
         routes = state.verifier.routes or (
-            state.verifier.watching and self._is_lone_row(args, kwargs, pass_.n)
+            state.verifier.watching and is_lone_row(self.state, self.tracked, args, kwargs, pass_.n)
         )
         axes, refusal = find_axes(
             tracked, outputs, pass_.n, owner, foldable=state.verifying, routes=routes
@@ -361,20 +345,6 @@ class CallHooks:
             if output is not given and output.shape != given.shape:
                 records = {local: record.expand(axes.count) for local, record in records.items()}
             return keep(batch.listeners, tracked, records)
-
-    def _is_lone_row(self, args: Any, kwargs: Any, n: int) -> bool:
-        """Tell whether a module got one row of several samples', as an expert gets one token.
-
-        A row for all samples has no graph that leads to them.
-        """
-        sharing = self.state.sharing
-        if sharing is None or n < 2 or self.tracked.row_owner:
-            return False
-        given = [value for value in tensors_in((args, kwargs)) if value.dim() > 1]
-        return any(
-            len(value) == 1 and value.grad_fn is not None and not sharing.is_shared_call(value, {})
-            for value in given
-        )
 
     def _expanded(self, outputs: list[Tensor], axes: RowAxes) -> list[Tensor]:
         """Return outputs with all their rows: themselves where they have these.

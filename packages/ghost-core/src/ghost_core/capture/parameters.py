@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ghost_core._torch import base_of, direct_parameters
+from ghost_core._torch import base_of, direct_parameters, in_transform
 from ghost_core.capture.ordinary import Owners
+from ghost_core.capture.refusals import in_parts
 from ghost_core.capture.sources import ParameterSource, Shared, Source
 from ghost_core.capture.state import CaptureState
 from ghost_core.split import Lift
@@ -44,8 +45,14 @@ class Sources:
         return parameter.name not in self._state.owned()
 
     def of(self, value: Tensor, *, stand_in: bool) -> ParameterSource:
-        """Return the source that a parameter is, or a leaf in its place that is not frozen."""
+        """Return the source that a parameter is, or a leaf in its place that is not frozen.
+
+        Raises:
+            WrongSplitError: If it is used inside of a function of `torch.func`.
+        """
         tensor, tracked, parameter = self.owners[id(value)]
+        if in_transform():
+            raise in_parts(f"{parameter.name} is used", parameter.name)
         lift = self._state.lift_of(parameter.name)
         key = id(value), stand_in, lift
         if key not in self._made:
@@ -62,6 +69,17 @@ class Sources:
             self._made[key] = ParameterSource(tensor, parameter, account, self._state, batch, lift)
             self.label(self._made[key], tracked.name)
         return self._made[key]
+
+    def whole(self, found: dict[int, Shared]) -> dict[int, Shared]:
+        """Return shared values that are used, whole as they are.
+
+        Raises:
+            WrongSplitError: If they are used inside of a function of `torch.func`.
+        """
+        if found and in_transform():
+            names = ",".join(self.names(found.values()))
+            raise in_parts(f"what {names} computed is used", names)
+        return found
 
     def watch(self, account: str, leaf: Tensor) -> str:
         """Compare what arrives for a leaf with its gradient: a use may go unseen."""

@@ -177,6 +177,22 @@ def called_with_another(label: str, local: str) -> CaptureError:
     )
 
 
+def in_parts(what: str, name: str) -> WrongSplitError:
+    """Say that something happened inside of a function of `torch.func`.
+
+    Args:
+        what: What happened.
+        name: The module whose parameters it is about.
+    """
+    return WrongSplitError(
+        f"gradients cannot be split by sample: {what} inside of torch.vmap, or of another function "
+        "of torch.func",
+        reason="tensors are taken apart there, and the gradients of their parts are not seen",
+        remedy="call it on whole tensors, outside of that; let the module around it run again as "
+        f"one, units='...'; or leave it out with exclude={name!r}",
+    )
+
+
 def hooked(label: str) -> WrongSplitError:
     """Say that a module's backward hooks hide what it computes for all samples.
 

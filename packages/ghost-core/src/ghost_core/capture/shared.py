@@ -283,7 +283,7 @@ class SharedValues(FunctionMode, Sharing):
                     found[id(value)] = Shared(source.tensor, (source,))
             elif self._shared[id(value)].live:
                 found[id(value)] = self._shared[id(value)]
-        return found
+        return self._sources.whole(found)
 
     def _meet_functions(self, given: Iterable[Tensor]) -> None:
         """Follow what goes into custom functions, once their results are used."""
