@@ -203,6 +203,8 @@ class DotProductEngine(ScoringEngine[Scores]):
     ) -> Tensor | None:
         """Score the training samples, and tell the observers of them."""
         if self._both is None and self._memory_budget is None:
+            if not self._observers:
+                return self.multiply(pass_, parameter, gradient)
             return super().on_gradient(pass_, parameter, gradient)
         with self._budgeted():
             return self._scored(pass_, parameter, gradient)

@@ -167,9 +167,8 @@ class ConvolutionSampler(AffineSampler):
         x, padding = _padded(module, x, kernel, dilation)
         return {"weight": Patches(x, Geometry(kernel, stride, padding, dilation, module.groups))}
 
-    def weight_gradient(self, record: Record, grad: Tensor, shape: Size) -> PerSampleGradient:
-        """Pair the patches with the output gradient."""
-        assert isinstance(record, InputFactor)
+    def weight_gradient(self, record: Any, grad: Tensor, shape: Size) -> PerSampleGradient:
+        """Pair the patches, an `InputFactor`, with the output gradient."""
         return Outer(record, _by_group(grad, record.groups), shape)
 
     def bias_gradient(self, grad: Tensor, shape: Size) -> PerSampleGradient:

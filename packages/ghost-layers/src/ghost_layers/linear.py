@@ -10,7 +10,6 @@ from torch import Size, Tensor
 from ghost_core import (
     Call,
     Dense,
-    InputFactor,
     Outer,
     PerSampleGradient,
     Record,
@@ -36,9 +35,8 @@ class LinearSampler(AffineSampler):
         inputs = as_tokens(only_input(call).to(call.outputs[0].dtype))
         return {"weight": Tokens(inputs, self.transposed)}
 
-    def weight_gradient(self, record: Record, grad: Tensor, shape: Size) -> PerSampleGradient:
-        """Pair the input with the output gradient."""
-        assert isinstance(record, InputFactor)
+    def weight_gradient(self, record: Any, grad: Tensor, shape: Size) -> PerSampleGradient:
+        """Pair the input, an `InputFactor`, with the output gradient."""
         return Outer(record, as_tokens(grad), shape)
 
     def bias_gradient(self, grad: Tensor, shape: Size) -> PerSampleGradient:

@@ -96,9 +96,8 @@ class ScaleSampler(AffineSampler):
         check_samples(call, rank=1 + max(map(len, call.shapes.values())))
         return {"weight": self.normalized(call)} if "weight" in call.shapes else {}
 
-    def weight_gradient(self, record: Record, grad: Tensor, shape: Size) -> PerSampleGradient:
+    def weight_gradient(self, record: Any, grad: Tensor, shape: Size) -> PerSampleGradient:
         """Multiply the normalised input by the output gradient."""
-        assert isinstance(record, Normalized | Standardized)
         return Dense(self.terms(record.times(grad.to(accumulation_dtype(grad))), shape))
 
     def bias_gradient(self, grad: Tensor, shape: Size) -> PerSampleGradient:

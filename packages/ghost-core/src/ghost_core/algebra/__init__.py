@@ -14,6 +14,7 @@ from ghost_core.algebra.numerics import (
     building_at_most,
     chunks,
     full_precision,
+    precisely,
 )
 from ghost_core.algebra.outer import Outer
 from ghost_core.algebra.owned import Owned
@@ -44,6 +45,7 @@ __all__ = [
     "gram_of_uses",
     "matrix_shape",
     "paired_of_uses",
+    "precisely",
     "read_only",
     "weighed",
     "weight_of",

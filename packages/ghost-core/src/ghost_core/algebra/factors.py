@@ -28,11 +28,12 @@ class Record:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensor fields by name."""
-        return {
-            name: value
-            for name in self.__dataclass_fields__
-            if isinstance(value := getattr(self, name), Tensor)
-        }
+        found: dict[str, Tensor] = {}
+        for name in self.__dataclass_fields__:  # no comprehension: it is asked of each call
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                found[name] = value
+        return found
 
     def replace(self, **changes: object) -> Self:
         """Return a copy with some fields changed."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ghost_core.process import exact_products, products_are_exact
 from ghost_core.restoring import graphs_kept, restored
+
+_Result = TypeVar("_Result")
 
 
 def accumulation_dtype(*values: Tensor | torch.dtype) -> torch.dtype:
@@ -37,6 +40,15 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     if exact and not autocast:
         return graphs_kept(False)
     return _set_precisely(device, exact=exact, autocast=autocast)
+
+
+def precisely(device: torch.device, function: Callable[..., _Result], *args: Any) -> _Result:
+    """Call a function as inside of `full_precision`, which hardly ever has anything to set."""
+    grad, kind = torch.is_grad_enabled(), device.type
+    if not grad and products_are_exact(kind) and not torch.is_autocast_enabled(kind):
+        return function(*args)
+    with full_precision(device):
+        return function(*args)
 
 
 _AS_IT_IS = nullcontext()

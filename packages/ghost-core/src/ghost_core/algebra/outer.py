@@ -134,6 +134,8 @@ class Outer(PerSampleGradient):
     ) -> Reduced:
         """Build the gradients a few at a time where that makes up for contractions."""
         k = 0 if directions is None else directions.shape[0]
+        if k == 1 and directions is not None and not (norms or total):  # as nearly always
+            return Reduced(dots=self.dot(directions))
         if not self._is_worth_building(k, norms, total):
             return super().reduce(directions, norms=norms, total=total)
         flat = None if directions is None else as_rows(directions)
@@ -200,9 +202,12 @@ class Outer(PerSampleGradient):
             return torch.cat([self.narrow(part)._contract(directions, dims) for part in parts])
         dtype = accumulation_dtype(self.grad, directions)
         grad = self.grad.to(dtype)
+        if directions.shape[0] == 1:
+            single = self._products(directions[0].to(dtype), grad)
+            return (_sums(single) if len(dims) == 3 else single.sum(dims)).unsqueeze(-1)
         products = (self._products(each, grad) for each in directions.to(dtype).unbind())
         dots = [_sums(each) if len(dims) == 3 else each.sum(dims) for each in products]
-        return torch.stack(dots, dim=-1) if len(dots) > 1 else dots[0].unsqueeze(-1)
+        return torch.stack(dots, dim=-1)
 
     def _products(self, direction: Tensor, grad: Tensor) -> Tensor:
         """Return what `⟨grad, mix(v)⟩` is the sum of, `[N, T, G, p]` or `[N, T, 1, d]`."""
@@ -219,7 +224,8 @@ class Outer(PerSampleGradient):
         """Turn a direction of the parameter's shape into `[G, p, d]`."""
         if self.factor.transposed:
             return direction.mT.unsqueeze(0)
-        return direction.reshape(self.groups, self.shape[0] // self.groups, -1)
+        groups = self.grad.shape[2]
+        return direction.reshape(groups, self.shape[0] // groups, -1)
 
     def _as_parameter(self, gradients: Tensor) -> Tensor:
         """Turn `[N, G, p, d]` into `[N, *shape]`."""

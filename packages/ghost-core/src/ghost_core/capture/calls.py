@@ -24,7 +24,7 @@ from ghost_core._torch import (
     unseen,
     without_gradients,
 )
-from ghost_core.algebra import full_precision
+from ghost_core.algebra import precisely
 from ghost_core.capture.delivery import Delivery, Kept, keep
 from ghost_core.capture.refusals import (
     called_with_another,
@@ -35,6 +35,7 @@ from ghost_core.capture.refusals import (
     used_before,
 )
 from ghost_core.capture.rows_given import is_joined, is_lone_row
+from ghost_core.capture.silence import silently
 from ghost_core.capture.state import CaptureState, Running
 from ghost_core.capture.tap import tap
 from ghost_core.errors import CaptureError
@@ -184,9 +185,9 @@ class CallHooks:
         """Return what a module returned with a Tap behind it; None to leave it as it is."""
         if not self.state.listens(module, self.tracked.module):
             return None
+        assert self.state.batch is not None
         try:
-            with self.state.silence():
-                return self._ended(args, kwargs, output)
+            return silently(self.state.batch.silence, self._ended, args, kwargs, output)
         except BaseException:
             # The root's own hooks go on, whoever failed: there is nothing left to verify.
             pass_, batch = self.state.pass_, self.state.batch
@@ -201,7 +202,7 @@ class CallHooks:
             return None
         before = None
         if ended is not None:
-            if self.state.settle(ended, output):
+            if self.state.settle(ended, output) if ended.lift is not None else ended.lifted:
                 assert self.state.batch is not None
                 self.state.batch.seen.add(self.tracked.name)
                 return None
@@ -223,7 +224,8 @@ class CallHooks:
         running = self.state.running
         if not running or running[-1].tracked is not self.tracked:
             return None
-        running[-1].restore()
+        if running[-1].withheld or running[-1].lent:
+            running[-1].restore()
         return running.pop()
 
     def _followed(self, args: Any, kwargs: Any, output: Any, before: object) -> Any:
@@ -282,7 +284,7 @@ class CallHooks:
             )
         if leaf.is_complex():
             raise CaptureError(f"{self.tracked.label} returned complex numbers: exclude it")
-        return _is_differentiable(leaf, frozen)
+        return (frozen or leaf.requires_grad) and leaf.is_floating_point()
 
     def _record(
         self,
@@ -299,17 +301,18 @@ class CallHooks:
         # A recomputation belongs to the last pass, or fails on the sizes of what it recomputes.
         pass_ = state.pass_ or batch.passes[-1]
         owner = pass_.owners[tracked.row_owner] if tracked.row_owner else None
-        routes = state.verifier.routes or (
-            state.verifier.watching and is_lone_row(self.state, self.tracked, args, kwargs, pass_.n)
-        )
+        watching, routes = state.verifier.watching, state.verifier.routes
+        routes = routes or (watching and is_lone_row(state, tracked, args, kwargs, pass_.n))
         axes, refusal = find_axes(
             tracked, outputs, pass_.n, owner, foldable=state.verifying, routes=routes
         )
         site = Site((tracked.name,), "", [axes], refusal)
         state.told_apart = state.told_apart or axes.tell_apart(outputs)
         call = describe(tracked, outputs, axes, args, kwargs, before)
-        given, outputs = outputs, self._expanded(outputs, axes)
-        kept, saved = without_gradients(self._kept, call, axes, outputs[0], given[0])
+        given = outputs
+        outputs = self._expanded(outputs, axes) if watching else axes.expanded(outputs)
+        ends = outputs[0], given[0]
+        kept, saved = without_gradients(precisely, ends[0].device, self._kept, call, axes, *ends)
         if state.pass_ is not None:
             state.pass_.use(*self._names)
         parameters = [parameter_of(tracked.module, local) for local in made]
@@ -336,26 +339,23 @@ class CallHooks:
         """
         tracked, batch = self.tracked, self.state.batch
         assert batch is not None
-        with full_precision(output.device):
-            try:
-                records = tracked.sampler.record(call)
-            except Exception as error:
-                tracked.blame.note(error)
-                raise
-            if output is not given and output.shape != given.shape:
-                records = {local: record.expand(axes.count) for local, record in records.items()}
-            return keep(batch.listeners, tracked, records)
+        try:
+            records = tracked.sampler.record(call)
+        except Exception as error:
+            tracked.blame.note(error)
+            raise
+        if output is not given and output.shape != given.shape:
+            records = {local: record.expand(axes.count) for local, record in records.items()}
+        return keep(batch.listeners, tracked, records)
 
     def _expanded(self, outputs: list[Tensor], axes: RowAxes) -> list[Tensor]:
-        """Return outputs with all their rows: themselves where they have these.
+        """Return outputs with all their rows, while the pass is watched.
 
-        While the pass is watched, what was expanded has memory of its own, so that an operation in
-        place comes as far as being found; and so has a part of a parameter that a module returns,
-        which is no use of the parameter from there on.
+        What was expanded has memory of its own then, so that an operation in place comes as far as
+        being found; and so has a part of a parameter that a module returns, which is no use of the
+        parameter from there on.
         """
         rows = axes.expanded(outputs)
-        if not self.state.verifier.watching:
-            return rows
         memory = {address(parameter) for parameter in self.tracked.module.parameters()}
         return [
             row.clone() if row.shape != was.shape or address(row) in memory else row

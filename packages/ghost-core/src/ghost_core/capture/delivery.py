@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ghost_core._torch import unseen
-from ghost_core.algebra import Owned, PerSampleGradient, Record, full_precision, weighed
+from ghost_core.algebra import Owned, PerSampleGradient, Record, precisely, weighed
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.refusals import arrived_late
+from ghost_core.capture.silence import silently
 from ghost_core.capture.state import Audience, CaptureState
 from ghost_core.errors import CaptureError
 from ghost_core.sampler import PastCall
@@ -38,10 +39,13 @@ class Kept:
 
     def restore(self, saved: Sequence[Tensor]) -> dict[str, Record]:
         """Put the saved tensors back into their records."""
-        return {
-            local: record.replace(**{key: saved[at] for key, at in places.items()})
-            for local, record, places in self.records
-        }
+        restored: dict[str, Record] = {}
+        for local, record, places in self.records:  # no comprehensions: it is done for each Tap
+            tensors: dict[str, Tensor] = {}
+            for key, at in places.items():
+                tensors[key] = saved[at]
+            restored[local] = record.replace(**tensors)
+        return restored
 
 
 @dataclass(slots=True, eq=False)
@@ -86,7 +90,8 @@ class Delivery:
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor]:
         pass_, axes, verifier = self._checked_pass(), self.site.axes, self.state.verifier
-        verifier.check_reached(self.tracked, axes.is_folded(pass_.n))
+        folded = axes.is_folded(pass_.n)
+        verifier.check_reached(self.tracked, folded)
         verifier.look(self.call.name, saved, grads)
         if pass_.n and not axes.count:  # an expert that got no row, say
             shapes = [self.tracked.parameters[local] for local in self.made]
@@ -94,26 +99,35 @@ class Delivery:
                 torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in shapes
             ]
         device, by_row = _device(grads), axes.rows_first(grads)
-        fold = verifier.fold(self.call.name)
+        fold = verifier.fold(self.call.name) if folded else None
         owner = owner_of_rows(self.tracked, self.site, by_row, pass_.n, fold)
         owner = None if owner is None else owner.to(device)
-        compared = self._compared()
-        made: dict[str, Tensor] = {}
-        with full_precision(device):
-            for at, kept in enumerate(self.kept):
-                gradients = self._gradients(kept.restore(saved), by_row)
-                if owner is not None:
-                    gradients = {
-                        local: Owned(each, owner, pass_.n) for local, each in gradients.items()
-                    }
-                weighs = compared and not at
+        made = precisely(device, self._hand_over, pass_, saved, by_row, owner)
+        return [self._made(local, made) for local in self.made] if self.made else ()
+
+    def _hand_over(
+        self,
+        pass_: Pass,
+        saved: Sequence[Tensor],
+        by_row: Sequence[Tensor | None],
+        owner: Tensor | None,
+    ) -> Mapping[str, Tensor]:
+        """Make gradients and tell the engines; return those of parameters that these made."""
+        compared, made = self._compared(), dict[str, Tensor]()
+        for at, kept in enumerate(self.kept):
+            gradients = self._gradients(kept.restore(saved), by_row)
+            if owner is not None:
+                gradients = {
+                    local: Owned(each, owner, pass_.n) for local, each in gradients.items()
+                }
+            weighs = compared and not at
+            if weighs:
+                gradients = self._weighed(gradients, compared)
+            with self.batch.told():
+                self._tell(kept.listeners, pass_, gradients, made)
                 if weighs:
-                    gradients = self._weighed(gradients, compared)
-                with self.batch.told():
-                    self._tell(kept.listeners, pass_, gradients, made)
-                    if weighs:
-                        self._weigh(kept.whole, gradients, compared)
-        return [self._made(local, made) for local in self.made]
+                    self._weigh(kept.whole, gradients, compared)
+        return made
 
     def _made(self, local: str, made: Mapping[str, Tensor]) -> Tensor:
         """Return the gradient of a parameter that an engine has to make."""
@@ -145,7 +159,7 @@ class Delivery:
     def _compared(self) -> list[str]:
         """Return the local names of parameters that are compared with what autograd makes."""
         balance, given = self.state.balance, self.tracked.parameters
-        if balance is None:
+        if balance is None or not balance.names:
             return []
         return [local for local in self.call.shapes if balance.compares(given[local].name)]
 
@@ -186,8 +200,8 @@ class Delivery:
     ) -> Mapping[str, PerSampleGradient]:
         """Return the per-sample gradients by local name, of rows as they are."""
         try:
-            with self.state.silence():
-                gradients = self.tracked.sampler.gradients(self.call, records, by_row)
+            sampler, silence = self.tracked.sampler, self.batch.silence
+            gradients = silently(silence, sampler.gradients, self.call, records, by_row)
         except Exception as error:
             self.tracked.blame.note(error)
             raise

@@ -79,6 +79,8 @@ class SharedValues(FunctionMode, Sharing):
 
     def is_shared_call(self, args: Any, kwargs: Any) -> bool:
         """Tell whether a module is called on nothing of the samples."""
+        if type(args) is tuple and args and type(args[0]) is Tensor and self.depends(args[0]):
+            return False  # as nearly all calls are
         return not any(map(self.depends, tensors_in((args, kwargs) if kwargs else args)))
 
     def returned(

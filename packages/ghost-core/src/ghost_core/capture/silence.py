@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 from ghost_core._torch import foreign_modes_left, only_own_modes
+
+_Result = TypeVar("_Result")
 
 _SILENT: ContextVar[frozenset[object]] = ContextVar("silent", default=frozenset())
 """Batches for which a sampler runs modules in this context, which a thread of its own may share.
@@ -43,6 +46,19 @@ def silent(silence: object) -> AbstractContextManager[None]:
     """
     entered = _Silence(silence)
     return entered if only_own_modes() else _without_foreign_modes(entered)
+
+
+def silently(silence: object, function: Callable[..., _Result], *args: Any) -> _Result:
+    """Call a function as inside of `silent`; it is done for each call of a module."""
+    if not only_own_modes():
+        with silent(silence):
+            return function(*args)
+    before = _SILENT.get()
+    try:
+        _SILENT.set(before | {silence})
+        return function(*args)
+    finally:
+        _SILENT.set(before)
 
 
 def is_silent(silence: object) -> bool:

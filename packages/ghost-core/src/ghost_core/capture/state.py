@@ -163,12 +163,12 @@ class CaptureState:
     @property
     def audience(self) -> Audience:
         """Who the gradients of the backward pass that runs are for."""
-        verifier = self.verifier
+        verifier, batch = self.verifier, self.batch
         if verifier.probe is not None:
             return Audience.PROBE
-        if self.paused or not verifier.is_training:
+        if self.resting or (batch is not None and is_silent(batch.silence)):  # as `paused` says
             return Audience.NOBODY
-        return Audience.ENGINES
+        return Audience.ENGINES if verifier.is_training else Audience.NOBODY
 
     @property
     def verifying(self) -> bool:

@@ -64,8 +64,10 @@ class RowAxes:
 
         If all have theirs, it is the list itself.
         """
-        if len(outputs) == 1 and _size(outputs[0], self.outputs[0]) == self.count:
-            return outputs
+        if len(outputs) == 1:
+            shape, dim = outputs[0].shape, self.outputs[0]
+            if len(shape) > dim and shape[dim] == self.count:
+                return outputs
         placed = list(zip(outputs, self.outputs, strict=True))
         if all(_size(output, dim) in (None, self.count) for output, dim in placed):
             return outputs
@@ -172,7 +174,7 @@ def describe(
         tracked.module,
         args,
         kwargs,
-        tuple(axes.rows_first(outputs)),
+        tuple(outputs if axes.outputs == (0,) else axes.rows_first(outputs)),
         dict(tracked.shapes),
         batch_dim=axes.inputs,
         autocast=autocast,

@@ -8,7 +8,7 @@ it for, a call that could not be run again as it was.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import hypot, inf, isfinite, isinf
@@ -118,6 +118,11 @@ class Balance:
         """Compare contributions to some leaves no more, since there will be none."""
         for name in names:
             self._parameters.pop(name, None)
+
+    @property
+    def names(self) -> Collection[str]:
+        """What contributions are compared of."""
+        return self._parameters.keys()
 
     def compares(self, name: str) -> bool:
         """Tell whether contributions to a parameter are compared."""
