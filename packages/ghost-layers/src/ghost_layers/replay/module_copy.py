@@ -24,6 +24,7 @@ from ghost_core.model_hooks import is_own
 from ghost_core.tracking import dotted_name
 
 _HOOKS = {name: value for name, value in vars(nn.Module()).items() if "hook" in name}
+_TABLES = ("_parameters", "_buffers")
 _OLD_NORMS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
 _UNCHANGING = frozenset({int, float, bool, str, complex, type(None), torch.dtype, torch.device})
 """Classes of most attributes, which nobody can write to."""
@@ -71,7 +72,7 @@ class Template:
         slots: list[Slot] = []
         hollow = _copied(module)
         for at, (path, copied) in enumerate(hollow.named_modules()):
-            for kind in ("_parameters", "_buffers"):
+            for kind in _TABLES:
                 tensors: dict[str, Tensor | None] = vars(copied)[kind]
                 for name, value in tensors.items():
                     if value is not None:
@@ -102,6 +103,8 @@ class Template:
 
     def key(self, module: nn.Module, local: str) -> str:
         """Return the first dotted name of a parameter that may have several."""
+        if any(slot.key == local for slot in self.slots):
+            return local
         path, _, name = local.rpartition(".")
         owner = module.get_submodule(path)
         first = next(found for found, inside in module.named_modules() if inside is owner)
@@ -120,11 +123,15 @@ def _copied(module: nn.Module) -> nn.Module:
     for each in originals:
         state = vars(copies[id(each)])
         for name, value in vars(each).items():
-            if name in ("_parameters", "_buffers"):
-                state[name] = dict(value)
-            elif name in _HOOKS:
+            if name in _HOOKS:
                 none = _HOOKS[name]
                 state[name] = type(none)() if isinstance(none, dict) else none
+            elif type(value) in _UNCHANGING:  # as most are, which `own_copy` would say later
+                state[name] = value
+            elif name in _TABLES:
+                state[name] = dict(value)
+            elif name == "_modules":
+                state[name] = {key: copies.get(id(inside)) for key, inside in value.items()}
             else:
                 state[name] = own_copy(value, copies)
     copied: nn.Module = copies[id(module)]
