@@ -90,6 +90,48 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, ids, use_reentrant=False)
 
 
+class CheckpointedInside(nn.Module):
+    """A parameter of its own is used in what runs again, when the module itself is over."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.own, self.use = nn.Parameter(torch.randn(3, 6)), use
+
+    def inner(self, x):
+        return self.use(self.first(x), self.own).tanh()
+
+    def forward(self, x):
+        return self.last(checkpoint(self.inner, x, use_reentrant=False))
+
+
+def bent(hidden, own):
+    return hidden * own.exp()
+
+
+def projected(hidden, own):
+    return hidden @ own.T @ own
+
+
+@pytest.mark.parametrize("use", [torch.mul, torch.sub, bent, projected])
+def test_what_a_checkpoint_inside_of_a_module_runs_again(use, draw_directions, assert_scores):
+    model = CheckpointedInside(use).double()
+    directions, plain = draw_directions(model, 2), copy.deepcopy(model)
+    engine = fused(model, directions, norms=True)
+    with engine:
+        for _ in range(3):
+            x = torch.randn(4, 3, 6, dtype=torch.float64)
+            gradients = per_sample_gradients(plain, squares(plain(x)))
+            for each in (model, plain):
+                each.zero_grad()
+            with engine.batch(range(4)) as batch:
+                squares(model(x)).sum().backward()
+            squares(plain(x)).sum().backward()
+            assert_scores(batch.result, gradients, directions)
+            check_norms_of(batch.result, gradients, directions)
+            check_grads(plain, model)
+
+
 def test_parameters_that_are_left_out_train_as_ever(transformer, tokens, draw_directions):
     plain = copy.deepcopy(transformer)
     next_token_losses(plain(tokens), tokens).sum().backward()

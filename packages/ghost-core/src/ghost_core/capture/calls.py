@@ -109,7 +109,7 @@ class CallHooks:
                 return
         if self._prepares:
             self._prepare(running)
-        if not self.state.verifier.watching:  # there autograd makes all, to compare with
+        if self.state.withholds(self.tracked):
             for local in self.state.made(self.tracked):
                 running.withhold(parameter_of(module, local))
 
@@ -259,7 +259,7 @@ class CallHooks:
         leaves, structure = ([output], None) if alone else tree_flatten(output)
         # Where parameters are frozen, outputs get a graph from their Tap.
         made = self.state.made(self.tracked)
-        withheld = bool(made) and not self.state.verifier.watching
+        withheld = bool(made) and self.state.withholds(self.tracked)
         frozen = bool(self.state.flags) or withheld
         taken = [at for at, leaf in enumerate(leaves) if self._is_reached(leaf, frozen)]
         if not taken:

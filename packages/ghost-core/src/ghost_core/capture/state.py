@@ -212,6 +212,15 @@ class CaptureState:
                 return tuple(local for local, parameter in kept if parameter.name in names)
         return ()
 
+    def withholds(self, tracked: TrackedModule) -> bool:
+        """Tell whether autograd is kept from making the gradients that an engine makes.
+
+        In a pass that is watched it makes all, to compare with. In a module that code of the user's
+        runs in, too: a checkpoint there runs it again when the module is over, and has to find
+        parameters as they were.
+        """
+        return not self.verifier.watching and not tracked.sampler.replays
+
     def reweights(self) -> bool:
         """Tell whether an engine makes other gradients in the open batch than autograd does."""
         assert self.batch is not None
