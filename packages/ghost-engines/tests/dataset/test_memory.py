@@ -1,11 +1,7 @@
 """How much memory a pass over a data set takes beside plain training, in processes of their own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from memory_kit import KIT
+from memory_kit import printed
 
 PROGRAM = """
 import sys, tempfile
@@ -64,17 +60,7 @@ print(kib("VmHWM") - before)
 
 def peak(way, width, tokens):
     """Return the most MiB that a process had, beyond what it had once all code was loaded."""
-    # What is freed goes back to the system at once, or holes in the heap would count too.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, way, str(width), str(tokens)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=env,
-        cwd=KIT,
-    )
-    return int(done.stdout) / 1024
+    return printed(PROGRAM, way, width, tokens) / 1024
 
 
 ROOM = 3

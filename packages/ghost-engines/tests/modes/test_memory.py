@@ -1,12 +1,8 @@
 """What the modes add to the memory of plain training: peak size of a process of its own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from memory_kit import KIT
+from memory_kit import printed
 
 from ghost_core import CaptureError
 from ghost_core.testing import next_token_losses
@@ -77,11 +73,7 @@ print(kib("VmHWM") * 1024)
 
 def peak(mode):
     """Return the most bytes that a process ever had."""
-    command = [sys.executable, "-c", STEPS, mode]
-    # What is freed goes back to the system at once, or holes in the heap would count too.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=KIT)
-    return int(done.stdout)
+    return printed(STEPS, mode)
 
 
 @pytest.mark.stress
