@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from ghost_core.algebra import accumulation_dtype, building_at_most, chunks, full_precision
+from ghost_core.algebra import (
+    accumulation_dtype,
+    building_at_most,
+    chunks,
+    full_precision,
+    precisely,
+)
 from ghost_core.process import exact_products
 
 CPU = torch.device("cpu")
@@ -33,6 +39,15 @@ def test_autocast_and_gradients_are_off_inside() -> None:
         with full_precision(CPU):
             product = x @ x
         assert (x @ x).dtype == torch.bfloat16
+    assert product.dtype == torch.float32
+    assert not product.requires_grad
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_function_is_called_without_autocast_and_gradients(gradients: bool) -> None:
+    x = torch.ones(2, 2, requires_grad=True)
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+        product = precisely(CPU, torch.matmul, x, x)
     assert product.dtype == torch.float32
     assert not product.requires_grad
 
@@ -83,6 +98,17 @@ def test_fast_products_are_off_inside_and_back_afterwards() -> None:
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         else:
             assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.usefixtures("fast_matmul")
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_function_is_called_without_fast_products(gradients: bool) -> None:
+    with torch.set_grad_enabled(gradients):
+        if NEWER:
+            assert precisely(CPU, lambda: torch.backends.mkldnn.matmul.fp32_precision) == "ieee"
+        else:
+            assert precisely(CPU, torch.get_float32_matmul_precision) == "highest"
     assert torch.get_float32_matmul_precision() == "high"
 
 

@@ -61,6 +61,7 @@ from ghost_core._torch.modes import (
 from ghost_core._torch.modules import (
     Hooks,
     accumulation_hooks,
+    any_backward_hooks,
     any_gradient_hooks,
     backward_hooks,
     called_compiled,
@@ -118,6 +119,7 @@ __all__ = [
     "address",
     "after_backward",
     "all_sizes_of",
+    "any_backward_hooks",
     "any_gradient_hooks",
     "applied",
     "averages",

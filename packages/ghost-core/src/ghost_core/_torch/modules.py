@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from types import FrameType
 from typing import Any
@@ -30,6 +30,15 @@ def forward_pre_hooks(module: nn.Module) -> Hooks:
 def backward_hooks(module: nn.Module) -> tuple[Hooks, Hooks]:
     """Return the hooks that run after and before the backward pass of a module. Torch 2.11."""
     return module._backward_hooks, module._backward_pre_hooks
+
+
+def any_backward_hooks(modules: Sequence[nn.Module]) -> bool:
+    """Tell whether any module has hooks on its backward pass. Torch 2.11."""
+    return any(map(_AFTER_BACKWARD, modules)) or any(map(_BEFORE_BACKWARD, modules))
+
+
+_AFTER_BACKWARD = attrgetter("_backward_hooks")
+_BEFORE_BACKWARD = attrgetter("_backward_pre_hooks")
 
 
 def innermost_hooks(module: nn.Module) -> tuple[int | None, int | None]:

@@ -255,12 +255,17 @@ class CallHooks:
                 f"{name} was called outside a call of the model: call the module that the "
                 "engine was made for, or close the batch first"
             )
-        alone = type(output) is Tensor  # as nearly all are: no tree to walk
-        leaves, structure = ([output], None) if alone else tree_flatten(output)
         # Where parameters are frozen, outputs get a graph from their Tap.
         made = self.state.made(self.tracked)
         withheld = bool(made) and self.state.withholds(self.tracked)
         frozen = bool(self.state.flags) or withheld
+        if type(output) is Tensor:  # as nearly all are: no tree to walk
+            if not self._is_reached(output, frozen):
+                batch.unseen.add(name)
+                return None
+            batch.seen.add(name)
+            return self._record(args, kwargs, [output], before, made, withheld)[0]
+        leaves, structure = tree_flatten(output)
         taken = [at for at, leaf in enumerate(leaves) if self._is_reached(leaf, frozen)]
         if not taken:
             batch.unseen.add(name)
@@ -268,8 +273,6 @@ class CallHooks:
         batch.seen.add(name)
         outputs = [leaves[at] for at in taken]
         tapped = self._record(args, kwargs, outputs, before, made, withheld)
-        if structure is None:
-            return tapped[0]
         for at, value in zip(taken, tapped, strict=True):
             leaves[at] = value
         return tree_unflatten(leaves, structure)
@@ -315,7 +318,7 @@ class CallHooks:
         kept, saved = without_gradients(precisely, ends[0].device, self._kept, call, axes, *ends)
         if state.pass_ is not None:
             state.pass_.use(*self._names)
-        parameters = [parameter_of(tracked.module, local) for local in made]
+        parameters = [parameter_of(tracked.module, local) for local in made] if made else ()
         past = call.past()
         delivery = Delivery(state, batch, state.pass_, tracked, past, site, kept, made, withheld)
         state.add(site)

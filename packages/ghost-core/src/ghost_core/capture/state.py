@@ -276,13 +276,14 @@ class CaptureState:
 
     def balanced(self) -> dict[str, nn.Parameter]:
         """Return parameters to compare: all while verifying, those without a formula always."""
-        watching = self.verifier.watching
-        return {
-            parameter.name: parameter_of(tracked.module, local)
-            for tracked in self.tracked.values()
-            for local, parameter in tracked.parameters.items()
-            if watching or self.compares_always(tracked, local)
-        }
+        found: dict[str, nn.Parameter] = {}
+        watching, shared = self.verifier.watching, self.shared_names
+        for tracked in self.tracked.values():
+            every = watching or tracked.sampler.generic
+            for local, parameter in tracked.parameters.items():
+                if every or "." in local or parameter.name in shared:  # as `compares_always`
+                    found[parameter.name] = parameter_of(tracked.module, local)
+        return found
 
     def compares_always(self, tracked: TrackedModule, local: str) -> bool:
         """Tell whether a parameter is compared in every batch, where autograd makes its gradient.
@@ -300,13 +301,12 @@ class CaptureState:
         """
         assert self.batch is not None
         assert self.pass_ is not None
-        if self.batch.joined or any(each.shared for each in self.tracked.values()):
-            return True
-        return any(
-            value.dim() > axis and value.size(axis) == self.pass_.n
-            for value in inputs
-            for axis in (0, self.dim)
-        )
+        n = self.pass_.n
+        for value in inputs:  # no generators: it is asked for in each pass
+            for axis in (0, self.dim):
+                if value.dim() > axis and value.size(axis) == n:
+                    return True
+        return self.batch.joined or any(each.shared for each in self.tracked.values())
 
     def owned(self) -> frozenset[str]:
         """Return the parameters of the modules that run."""

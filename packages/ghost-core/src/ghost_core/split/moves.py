@@ -64,8 +64,9 @@ def find_moves(outputs: Iterable[Tensor], start: Any, n: int, *, dim: int, leadi
     starts = [output.grad_fn for output in outputs]
     nodes, uses, edges, tapped = nodes_behind(starts, ROLES, start)
     course: frozenset[object] = frozenset(edges | _combined(nodes, tapped, n))
-    if any(role.nests for role in nodes.values()):  # what has no sizes
-        return Moves(told=False, course=course)
+    for role in nodes.values():
+        if role.nests:  # what has no sizes
+            return Moves(told=False, course=course)
     steps = _steps(nodes, tapped, n, leading)
     untold = [node for node, step in steps.items() if len(step) == 1]
     told = not untold and _are_grouped(outputs, nodes, n, dim)

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ghost_core._torch import Hooks, backward_hooks, own_mode_left, run_backward, start_of_backward
+from ghost_core._torch import (
+    Hooks,
+    any_backward_hooks,
+    backward_hooks,
+    own_mode_left,
+    run_backward,
+    start_of_backward,
+)
 from ghost_core.errors import CaptureError
 from ghost_core.split.axes import RowAxes
 from ghost_core.split.owners import Fold, Hit
@@ -171,6 +178,8 @@ class Prober:
         Modules take their hooks into the graph when they run; for this forward pass they get some
         that do nothing while a probe runs.
         """
+        if not any_backward_hooks(self._modules):
+            return
         for module in self._modules:
             for hooks in backward_hooks(module):
                 if hooks:

@@ -134,7 +134,10 @@ def joins_samples(node: Any, n: int) -> bool:
         [24, d], [8, 3, d]   no: 6 or 2 for each sample
         [6, 4, d]            yes: the second group of 4 has steps of two samples
     """
-    return _lead(node._saved_self_sym_sizes, n) and not _lead(sizes_of(node), n)
+    before, after = node._saved_self_sym_sizes, sizes_of(node)
+    if before and after and before[0] > 1 and after[0] > 1:  # as nearly all have
+        return before[0] % n == 0 and after[0] % n != 0
+    return _lead(before, n) and not _lead(after, n)
 
 
 def _lead(shape: Sequence[int], n: int) -> bool:

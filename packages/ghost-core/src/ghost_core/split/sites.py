@@ -61,7 +61,9 @@ class Site:
 
     def kinds(self, n: int) -> set[tuple[str, bool]]:
         """Return the modules, with whether rows are folded: what a verification holds for."""
-        folded = self.found is None and self.axes.is_folded(n)
+        folded = self.found is None and self.alternatives[0].is_folded(n)
+        if len(self.names) == 1:  # as nearly all have; it is asked of each call in each pass
+            return {(self.names[0], folded)}
         return {(name, folded) for name in self.names}
 
     @property
@@ -120,7 +122,10 @@ class KnownAxes:
 
     def recall(self, sites: Sequence[Site], n: int) -> bool:
         """Choose among alternatives as in a pass before; tell whether nothing is left to choose."""
-        if all(len(site.alternatives) == 1 for site in sites):
+        for site in sites:
+            if len(site.alternatives) != 1:
+                break
+        else:
             return True
         known = self._known.get(_course(sites))
         if known is None:
