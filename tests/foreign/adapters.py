@@ -93,6 +93,20 @@ class IA3(nn.Module):
         return self.base_layer(x) * self.ia3_l["default"].flatten()
 
 
+class FourierFT(nn.Module):
+    """A weight from few learned frequencies, written into zeros."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.spectrum = base, nn.ParameterDict({"default": torch.randn(5)})
+        self.indices = torch.stack((torch.arange(5), torch.tensor([3, 0, 2, 7, 5])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dense = torch.zeros(8, 8, dtype=x.dtype)
+        dense[self.indices[0], self.indices[1]] = self.spectrum["default"]
+        return self.base_layer(x) + F.linear(x, torch.fft.ifft2(dense).real * 150)
+
+
 class AdapterV2(nn.Module):
     """litgpt's AdapterV2Linear: a factor and a bias for a frozen layer."""
 
@@ -199,6 +213,7 @@ ADAPTERS = [
     _tuned("dora_odd_batch", partial(Base, DoRA), n=3),
     _tuned("dora_as_many_samples_as_features", partial(Base, DoRA), n=8),
     _tuned("ia3", partial(Base, IA3), everyday=True),
+    _tuned("fourier_ft", partial(Base, FourierFT)),
     _tuned("litgpt_adapter_v2", partial(Base, AdapterV2)),
     _tuned("litgpt_adapter_v2_prompt", AdapterV2Prompt),
     _tuned("lora_embedding", MergedEmbedding),

@@ -41,12 +41,26 @@ class NanoGPTWithTargets(NanoGPT):
         return logits, F.cross_entropy(logits.view(-1, 11), targets.reshape(-1))
 
 
+class ScaledEmbedding(nn.Embedding):
+    """torchtune's GemmaNormEmbeddings, and transformers' of Gemma: another forward."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = super().forward(ids)
+        return x * torch.tensor(self.embedding_dim**0.5, dtype=x.dtype)
+
+
 class Llama(nn.Module):
     """torchtune's TransformerDecoder: rotary, RMS norms, gated MLP."""
 
-    def __init__(self, tied: str = "", width: int = 8, vocabulary: int = 11) -> None:
+    def __init__(
+        self,
+        tied: str = "",
+        embedding: type[nn.Embedding] = nn.Embedding,
+        width: int = 8,
+        vocabulary: int = 11,
+    ) -> None:
         super().__init__()
-        self.tok_embeddings = nn.Embedding(vocabulary, width)
+        self.tok_embeddings = embedding(vocabulary, width)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.w1, self.w2, self.w3 = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.sa_norm, self.mlp_norm, self.norm = (nn.RMSNorm(width) for _ in range(3))
@@ -283,6 +297,7 @@ LANGUAGE = [
     _decoder("attention_only", _attention_only),
     _decoder("torchtune_llama", Llama),
     _decoder("torchtune_llama_tied", partial(Llama, "linear"), everyday=True),
+    _decoder("torchtune_gemma_tied", partial(Llama, "linear", ScaledEmbedding), everyday=True),
     _decoder("llama_tied_transposed", partial(Llama, "transposed")),
     _decoder("x_transformers", XTransformer, everyday=True),
     _decoder("x_transformers_positions", partial(XTransformer, Positions), everyday=True),

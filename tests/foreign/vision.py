@@ -56,26 +56,36 @@ class Swin(nn.Module):
         return self.head((x + self.shifted(x)).mean(1))
 
 
-class SwinV2Bias(nn.Module):
-    """Swin V2: biases are an MLP of relative coordinates, scaled cosine attention."""
+class SwinV2(nn.Module):
+    """Swin V2: biases are an MLP of relative coordinates, whose activation is in place.
+
+    As in torchvision, weights are handed to a function, and keys' part of a bias is set to zero.
+    """
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.embed, self.qkv = nn.Linear(3, width), nn.Linear(width, 3 * width)
-        self.cpb_mlp = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 2, bias=False))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(1, 8), nn.ReLU(inplace=True), nn.Linear(8, 2, bias=False)
+        )
         self.logit_scale = nn.Parameter(torch.ones(2, 1, 1))
-        self.head = nn.Linear(width, 3)
+        self.proj, self.head = nn.Linear(width, width), nn.Linear(width, 3)
 
     def forward(self, patches: Tensor) -> Tensor:
         n, length, _ = patches.shape
-        qkv = self.qkv(self.embed(patches)).view(n, length, 3, 2, -1)
+        windows = self.embed(patches).roll(-1, 1).reshape(n * length // 2, 2, -1)
+        qkv_bias = self.qkv.bias.clone()
+        qkv_bias[len(qkv_bias) // 3 : 2 * len(qkv_bias) // 3].zero_()
+        qkv = F.linear(windows, self.qkv.weight, qkv_bias).view(len(windows), 2, 3, 2, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        far = torch.arange(1 - length, length, dtype=patches.dtype)[:, None]
+        far = torch.arange(-1, 2, dtype=patches.dtype)[:, None]
         table = self.cpb_mlp(far.sign() * far.abs().log1p())
-        bias = 16 * table[distances(length)].permute(2, 0, 1).sigmoid()
+        bias = 16 * table[distances(2)].permute(2, 0, 1).sigmoid()
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
         scores = scores * self.logit_scale.clamp(max=4.6).exp() + bias[None]
-        return self.head((scores.softmax(-1) @ v).transpose(1, 2).flatten(2).mean(1))
+        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        y = F.linear(y, self.proj.weight, self.proj.bias).view(n, length, -1).roll(1, 1)
+        return self.head(y.mean(1))
 
 
 class Beit(nn.Module):
@@ -251,6 +261,30 @@ class MViT(nn.Module):
         return self.head(y.mean(1))
 
 
+class MViTPooled(nn.Module):
+    """MViT's last block: heads of all tokens but the first are pooled, which the head never sees.
+
+    What the convolution gets are zeros, whose rows are folded by head.
+    """
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Linear(3, width), nn.Linear(width, 3 * width)
+        self.class_token = nn.Parameter(torch.randn(width))
+        self.pool_q = nn.Conv1d(width // 2, width // 2, 3, padding=1, groups=width // 2)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        x = self.embed(patches)
+        x = torch.cat((self.class_token.expand(len(x), 1, -1), x), 1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        first, rest = q[:, :, :1], q[:, :, 1:]
+        pooled = self.pool_q(rest.flatten(0, 1).mT).mT.unflatten(0, (len(x), 2))
+        q = torch.cat((first, pooled), 2)
+        y = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.head(y[:, 0])
+
+
 class ConvNeXt(nn.Module):
     """Depthwise convolution, channels-last norm, layer scale, and a group norm without a bias."""
 
@@ -326,12 +360,13 @@ _NORM = {"batch_dim": {"norm": 1}}  # inside, DETR is sequence-first
 VISION = [
     Foreign("swin", Swin, _line_of_8, _curved),
     Foreign("torchvision_swin", partial(Swin, True), _line_of_8, _curved, everyday=True),
-    Foreign("swin_v2", SwinV2Bias, _patches, _curved, n=3, everyday=True),
-    Foreign("swin_v2_7_samples", SwinV2Bias, _patches, _curved, n=7),
+    Foreign("swin_v2", SwinV2, _patches, _curved, n=3, everyday=True),
+    Foreign("swin_v2_7_samples", SwinV2, _patches, _curved, n=7),
     Foreign("beit", partial(Beit, True), _patches, _curved, everyday=True),
     Foreign("eva", partial(Beit, False), _patches, _curved, everyday=True),
     Foreign("maxvit", MaxViT, _line, _curved),
     Foreign("mvit", MViT, _patches, _curved),
+    Foreign("mvit_pooled", MViTPooled, _patches, _curved),
     Foreign("detr", Detr, _line_of_4, _detection, options=_NORM, everyday=True),
     Foreign("detr_as_many_samples_as_queries", Detr, _line_of_4, _detection, n=5, options=_NORM),
     Foreign("open_clip", OpenClip, _line, _of_first, everyday=True),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodWrapperType
 from typing import Any
 
 from torch import Tensor
 
-from ghost_core._torch import SET_GRAD_ENABLED, is_registered
+from ghost_core._torch import SET_GRAD_ENABLED, base_of, is_registered, tensors_in
 
 QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "is_leaf", "layout")),
@@ -39,6 +40,14 @@ def operation(func: Any) -> str:
     Operations that anyone adds to `torch.ops` may have the same names, and do something else.
     """
     return "" if is_registered(func) else getattr(func, "__name__", "")
+
+
+def results(func: Any, args: Sequence[Any], result: Any) -> Sequence[Tensor]:
+    """Return what came of an operation: what it returned, or wrote to, views' bases included."""
+    if not is_in_place(func) or not args or not isinstance(args[0], Tensor):
+        return tensors_in(result)
+    base = base_of(args[0])
+    return [args[0]] if base is None else [args[0], base]
 
 
 def named(func: Any) -> str:

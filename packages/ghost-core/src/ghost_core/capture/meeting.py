@@ -176,7 +176,8 @@ def note_followed(
     operation = operation.rpartition(".")[2]
     for at, (_, shared) in enumerate(met):
         for source in shared.sources:
-            closed = at in forms and has_entries_of((shared.narrow or shared).value, source.tensor)
+            entries = (shared.narrow or shared).as_it_was()
+            closed = at in forms and has_entries_of(entries, source.tensor)
             for reached, direct in source.costs():
                 if not reached.live:
                     continue

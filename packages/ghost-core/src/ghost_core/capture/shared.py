@@ -35,7 +35,7 @@ from ghost_core._torch import (
     version,
 )
 from ghost_core.capture.closed_forms import closed_forms, derived
-from ghost_core.capture.functions import QUESTIONS, is_attribute, is_in_place, named
+from ghost_core.capture.functions import QUESTIONS, is_attribute, is_in_place, named, results
 from ghost_core.capture.meeting import Meeting, give_up_costly, note_followed
 from ghost_core.capture.ordinary import is_seen, on_samples_alone
 from ghost_core.capture.own_backward import follow_function
@@ -66,15 +66,17 @@ class SharedValues(FunctionMode, Sharing):
         self._sources = Sources(state)
         # Kept, so that their identities are not given away.
         self._shared: dict[int, Shared] = {}
-        self._constant: dict[int, Tensor] = {}
+        self._constant: dict[int, tuple[Tensor, int]] = {}  # each with how often it was written to
         # Of those that are gone by now, identities may be given away: none is one of these, then.
         self._samples = {id(value): ref(value) for value in tensors_in(inputs)}
 
     def depends(self, value: Tensor) -> bool:
         """Tell whether a value may belong to samples."""
         at = id(value)
-        if at in self._shared or at in self._constant:
+        if at in self._shared:
             return False
+        if at in self._constant:  # unless samples were written to it, or to what it is a view of
+            return value.grad_fn is not None and version(value) != self._constant[at][1]
         return value.grad_fn is not None or (at in self._samples and self._samples[at]() is value)
 
     def is_shared_call(self, args: Any, kwargs: Any) -> bool:
@@ -105,8 +107,7 @@ class SharedValues(FunctionMode, Sharing):
         self._state.shared_names |= {source.parameter.name for source in own.values()}
         form = None
         if len(outputs) == 1 and not tracked.sampler.replays:
-            call = args, kwargs, outputs[0], before
-            form = Form.of(self._state, tracked, call, own)
+            form = Form.of(self._state, tracked, (args, kwargs, outputs[0], before), own)
         return [self._follow(tracked, output, form, own.values()) for output in outputs]
 
     def is_returned(self, values: Any, lift: Lift, axis: int) -> bool:
@@ -143,10 +144,9 @@ class SharedValues(FunctionMode, Sharing):
         form: Form | None,
         own: Iterable[ParameterSource],
     ) -> Tensor:
-        behind: tuple[Source, ...] = () if form else tuple(own)
-        if id(output) in self._shared:  # what the module was called on is shared itself
-            behind += self._shared[id(output)].sources
-        behind = tuple(dict.fromkeys(behind))
+        given = self._shared.get(id(output))  # what the module was called on may be shared itself
+        found: Iterable[Source] = (*(() if form else own), *(given.sources if given else ()))
+        behind = tuple(dict.fromkeys(found))
         if form is None and not self._state.flags:
             self._shared[id(output)] = Shared(output, behind)
             return output
@@ -156,10 +156,9 @@ class SharedValues(FunctionMode, Sharing):
             account = self._sources.watch(account, tensor)
         source = CallSource(tensor, output, form, behind, account, self._state)
         self._sources.label(source, tracked.name)
-        # A leaf may not be changed in place, and a hook of the user's on it would not be met.
-        value = tensor.clone() if self._state.flags else tensor
-        self._shared[id(value)] = Shared(value, (source,))
-        return value
+        copy = source.copied()
+        self._shared[id(copy.value)] = copy
+        return copy.value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and look at where its values come from."""
@@ -197,6 +196,8 @@ class SharedValues(FunctionMode, Sharing):
             if live := [each for each in shared.values() if each.live]:
                 raise written_to_samples(named(func), self._sources.names(live))
             shared = {}
+            for value in results(func, args, None):
+                self._shared.pop(id(value), None)
         if shared:
             return self._combined(func, args, kwargs, shared, depends)
         return self._noted(func(*args, **kwargs), depends)
@@ -227,7 +228,7 @@ class SharedValues(FunctionMode, Sharing):
             result = func(*args, **kwargs)
         finally:
             state.allowed = before
-        used = [value for value in tensors_in(result) if value.requires_grad]
+        used = [value for value in results(func, args, result) if value.requires_grad]
         if used:
             state.shared_names.update([s.parameter.name for s in sources if s.lift is None])
         if not depends:
@@ -250,7 +251,7 @@ class SharedValues(FunctionMode, Sharing):
         """Note whether values without shared ones among them may belong to samples."""
         for value in tensors_in(result):
             if not depends:
-                self._constant[id(value)] = value
+                self._constant[id(value)] = value, version(value)
             elif not value.requires_grad:
                 self._samples[id(value)] = ref(value)
         return result
@@ -300,10 +301,8 @@ class SharedValues(FunctionMode, Sharing):
                 batch.functions[node] = bool(entering)
                 if entering:
                     sources = [each for shared in entering.values() for each in shared.reached()]
-                    uses = self._noted_uses(sources)
-                    follow_function(
-                        self._state, node, self._sources.names(entering.values()), entering, uses
-                    )
+                    uses, names = self._noted_uses(sources), self._sources.names(entering.values())
+                    follow_function(self._state, node, names, entering, uses)
             if batch.functions[node]:  # inside of it, it was not seen to come from samples
                 self._constant.pop(id(value), None)
 

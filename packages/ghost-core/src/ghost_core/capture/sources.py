@@ -191,6 +191,15 @@ class CallSource(Source):
     account: str
     state: CaptureState
 
+    def copied(self) -> Shared:
+        """Return a copy of the output for the user.
+
+        The copy may be written to, as by an activation in place, and another value is there then. A
+        leaf may not be, nor would a hook of the user's on it be met.
+        """
+        value, own = self.tensor.clone(), Shared(self.tensor, (self,))
+        return Shared(value, (self,), moved=(own, WayBack(self.tensor, value, lambda rows: rows)))
+
     def reached(self) -> Sequence[ParameterSource]:
         """Return the parameters of the module, and those behind it."""
         return [source for source, _ in self.costs()]
@@ -233,6 +242,13 @@ class Shared:
     def live(self) -> bool:
         """Whether gradients are taken back to any of what it is computed from."""
         return any(source.live for source in self.sources)
+
+    def as_it_was(self) -> Tensor:
+        """Return the value that it is a copy of, or that its entries come from in their order."""
+        before = self.moved[0] if self.moved is not None else None
+        if before is None or before.value.numel() != self.value.numel():
+            return self.value
+        return before.as_it_was() if self.value.is_contiguous() else self.value
 
     def reached(self) -> Sequence[ParameterSource]:
         """Return the parameters that gradients are taken back to."""

@@ -80,6 +80,7 @@ class Balance:
         self._accounts: dict[str, _Account] = defaultdict(_Account)
         self._without = [p for p in self._parameters.values() if not gradient_hooks(p)]
         self._in_parts: dict[str, Tensor] = {}
+        self._forgotten: set[str] = set()  # whose gradients still arrive
         self._handles: list[RemovableHandle] = []
 
     def open(self) -> None:
@@ -108,7 +109,7 @@ class Balance:
         Returns:
             The name it goes by: each leaf has an account of its own, as not all may be reached.
         """
-        if name in self._parameters:
+        if name in self._parameters or name in self._forgotten:
             name = f"{name} ({len(self._handles)})"
         self._parameters[name] = leaf
         self._handles.append(leaf.register_hook(partial(self._see, name)))
@@ -118,6 +119,7 @@ class Balance:
         """Compare contributions to some leaves no more, since there will be none."""
         for name in names:
             self._parameters.pop(name, None)
+            self._forgotten.add(name)
 
     @property
     def names(self) -> Collection[str]:

@@ -138,7 +138,7 @@ def owner_of_rows(
 
     Raises:
         WrongSplitError: If a gradient belongs to all samples or to none, or nothing told how rows
-            are folded.
+            are folded that have gradients other than zero.
     """
     for grad in grads:
         if grad is not None and not grad.dim():
@@ -152,7 +152,9 @@ def owner_of_rows(
         return axes.owner
     known = Fold.SAMPLE_MAJOR if n == 1 else fold
     if known is None:
-        raise unclear_fold(tracked, True)
+        if any((grad != 0).any() for grad in grads if grad is not None):
+            raise unclear_fold(tracked, True)
+        known = Fold.SAMPLE_MAJOR  # no sample has anything there
     return known.owners(n, axes.count)
 
 
