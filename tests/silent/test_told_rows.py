@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from tests.foreign.foreign import assert_same, curved
-from tests.silent.compare import WAYS, drawn
+from tests.silent.compare import WAYS, Counted, drawn
 from torch import Tensor, nn
 
 from ghost_core.testing import GradientHolder, per_sample_gradients
@@ -37,7 +37,7 @@ class Images(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor, *, owner: Tensor) -> Tensor:
         mask = torch.arange(T) < lengths[:, None]
-        tokens = self.used(self, self.first(x)[mask]).tanh()
+        tokens = self.used(self, Counted.apply(self.first(x))[mask]).tanh()
         padded = x.new_zeros(M, T, D).masked_scatter(mask[..., None], tokens)
         return x.new_zeros(N, D).index_add(0, owner, padded.square().sum(1))
 
@@ -65,3 +65,17 @@ def test_exact_in_every_batch(used: Used, first: Sequence[int], way: str) -> Non
             model.zero_grad()
             assert batch.verified
             assert_same(batch.result.materialize(), expected)
+
+
+def test_rows_that_were_all_told_are_not_asked_for() -> None:
+    """How many tokens each image has tells nothing that is not known."""
+    engine, probes = GradientHolder(Images(lambda _, tokens: tokens), row_owner={"*": "owner"}), []
+    with engine:
+        for lengths in (UNEVEN, *LATER):
+            given = drawn(M, T, D), torch.tensor(lengths)
+            Counted.runs = 0
+            with engine.batch(range(N)):
+                curved(engine.model(*given, owner=OWNER)).sum().backward()
+            probes.append(Counted.runs - 1)
+    assert probes[0] > 0
+    assert not any(probes[1:])

@@ -93,7 +93,17 @@ def asserted(engine: GradientHolder, body: Body, steps: int) -> int:
     return Counted.runs - 1
 
 
+def crossed(m: Model, x: Tensor) -> Tensor:
+    """Axes within samples change places before."""
+    return flat(m, x.mT.contiguous().mT)
+
+
+def crossed_and_turned(m: Model, x: Tensor) -> Tensor:
+    return turned(m, x.mT.contiguous().mT)
+
+
 @pytest.mark.parametrize(("before", "after"), [(flat, turned), (turned, flat),
+    (crossed, crossed_and_turned), (crossed_and_turned, crossed),
     (flat, by_halves), (flat, permuted), (flat, turned_within_one),
     (flat, by_steps), (flat, by_strides), (alike, alike_in_turn),
     (alike_in_turn, alike)])  # fmt: skip

@@ -6,9 +6,9 @@ import torch
 from engine_kit import squares, train
 from torch import nn
 
-from ghost_core import CaptureError, UnknownNameError
+from ghost_core import CaptureError, UnbalancedError, UnknownNameError
 from ghost_core.testing import assert_within, per_sample_gradients
-from ghost_engines import DotProductEngine
+from ghost_engines import DotProductEngine, ProjectionEngine
 
 # Refusals
 
@@ -225,3 +225,13 @@ def test_scores_say_whether_the_split_was_verified(mlp, inputs):
         engine = DotProductEngine(mlp, verify=verify)
         engine.add_direction("loss", lambda: squares(mlp(inputs)).mean())
         assert train(engine, mlp, inputs).verified is verify
+
+
+def test_what_does_not_add_up_is_refused_beside_an_engine_that_compresses_inputs(
+    mlp, inputs, engine
+):
+    beside = ProjectionEngine(mlp, dim=4, seed=0, loss_weights="sum")
+    penalty = mlp[0].weight.square().sum()  # from before the batch, which nothing else shows
+    refused = pytest.raises(UnbalancedError, match=r"0\.weight")
+    with engine, beside, refused, engine.batch(range(4)), beside.batch(range(4)):
+        (squares(mlp(inputs)).sum() + penalty).backward()

@@ -247,6 +247,44 @@ def test_a_layer_that_nobody_tracks_may_be_taken_out_while_attached(
     assert_held(batch.result, {name: expected[name] for name in engine.tracking.names})
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_nobody_tracks_may_be_frozen_and_added_while_attached(
+    hold: Hold, model: nn.Module, x: Tensor, frozen: bool
+) -> None:
+    engine = hold(model, exclude="first")
+    with engine.frozen() if frozen else engine:
+        model.first.requires_grad_(False)
+        model.other = nn.Linear(D, D).requires_grad_(False)
+        with engine.batch(range(N)) as batch:
+            loss(model(x)).backward()
+    assert batch.verified
+
+
+class Renamed(nn.Sequential):
+    """Calls its parameters by names of its own."""
+
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            yield f"own.{name}", parameter
+
+
+def test_hooks_are_refused_by_the_names_that_a_model_gives_its_parameters(
+    hold: Hold, x: Tensor
+) -> None:
+    model = Renamed(nn.Linear(D, D).double())
+    engine = hold(model)
+    assert engine.tracking.names == {"own.0.weight", "own.0.bias"}
+    with engine:
+        with engine.batch(range(N)):
+            loss(model(x)).backward()
+        model[0].weight.register_hook(lambda gradient: gradient)
+        with (
+            pytest.raises(CaptureError, match=r"own\.0\.weight has a hook"),
+            engine.batch(range(N)),
+        ):
+            pass
+
+
 def test_a_layer_that_patterns_choose_is_named_where_it_was_taken_out(
     hold: Hold, model: nn.Module
 ) -> None:

@@ -96,6 +96,10 @@ def added_by_name_alone(model: Model, x: Tensor, places: Tensor) -> Tensor:
     return torch.ops.ghost_shared_values.add(x, places)
 
 
+def called_by_keyword(model: Model, x: Tensor, places: Tensor) -> Tensor:
+    return model.norm(input=x) + places
+
+
 def called_twice(model: Model, x: Tensor, places: Tensor) -> Tensor:
     """Of one output only what another module makes of it meets the samples."""
     other = functional.layer_norm(model.positions(), (D,), model.norm.weight, model.norm.bias)
@@ -113,7 +117,8 @@ def scaled(model: Model, x: Tensor, places: Tensor) -> Tensor:
         (hooked, True), (read, False), (changed_in_place, True), (put_in_order, False),
         (put_in_order, True), (moved_then_hooked, False), (moved_then_written_to, False),
         (moved_then_written_to_before, False), (moved_by_name_alone, False),
-        (moved_by_name_alone, True), (added_by_name_alone, False), (added_by_name_alone, True),
+        (moved_by_name_alone, True), (called_by_keyword, False), (called_by_keyword, True),
+        (added_by_name_alone, False), (added_by_name_alone, True),
     ],
 )  # fmt: skip
 def test_exact(hold: Hold, assert_held: Callable[..., None], use: Use, frozen: bool) -> None:

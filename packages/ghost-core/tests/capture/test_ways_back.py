@@ -60,9 +60,15 @@ def test_what_may_do_more_is_left_to_the_graph(name: str) -> None:
     assert made(OTHERS[name])[2] is None
 
 
-def test_what_is_seen_as_another_dtype_is_left_to_the_graph() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_what_is_seen_as_another_dtype_is_left_to_the_graph(dtype: torch.dtype) -> None:
     given = torch.randn(4, dtype=torch.float64)
-    assert way_back(Tensor.view, (given, torch.float32), given, given.view(torch.float32)) is None
+    assert way_back(Tensor.view, (given, dtype), given, given.view(dtype)) is None
+
+
+def test_what_moves_entries_of_another_value_is_left_to_the_graph() -> None:
+    other, given, _ = made(MOVES["viewed"])
+    assert way_back(torch.permute, (other, (0, 1)), given, given.permute(0, 1)) is None
 
 
 @pytest.mark.parametrize("written", [0, 1, 2])

@@ -139,6 +139,22 @@ def test_closure_is_left_alone_by_other_engines(mlp, inputs, engine, assert_scor
     assert torch.equal(first.result.total, train(engine, mlp, inputs).total)
 
 
+def test_one_closure_of_several_runs_the_model_as_it_is_without_other_engines(
+    mlp, inputs, engine, draw_directions
+):
+    """Another direction is kept, and a batch of another engine is open."""
+    closure, lasting = Counted(mlp, inputs + 1), draw_directions(mlp, 1)
+    renewed = DotProductEngine(mlp)
+    renewed.add_direction("loss", closure, refresh=1)
+    for name, direction in lasting.items():
+        renewed.add_direction(name, direction)
+    with engine, renewed:
+        for step in range(2):
+            with engine.batch(range(4)), renewed.batch(range(4)):
+                squares(mlp(inputs)).sum().backward()
+            assert closure.calls == step + 1
+
+
 # Refusals
 
 

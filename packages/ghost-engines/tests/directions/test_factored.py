@@ -104,6 +104,28 @@ def others() -> Tensor:
     return torch.randint(0, 19, (2, 6), generator=torch.Generator().manual_seed(2))
 
 
+def test_several_directions_of_factors_on_either_side_of_one_that_is_built(
+    mlp: nn.Module,
+    inputs: Tensor,
+    assert_scores: CheckScores,
+    draw_directions: Callable[..., Mapping[str, Gradients]],
+) -> None:
+    directions, first, last = draw_directions(mlp, 1), inputs + 1, inputs[:3] - 1
+    engine = DotProductEngine(mlp, norms=True)
+    for name, given in (("first", first), ("random 0", None), ("last", last)):
+        if given is None:
+            engine.add_direction(name, directions[name])
+            continue
+        loss = partial(lambda given: squares(mlp(given)).sum(), given)
+        engine.add_direction(name, FactoredDirection(loss, len(given), keep="factors"))
+    own = [gradient(mlp, squares(mlp(given)).sum()) for given in (first, last)]
+    gradients = per_sample_gradients(mlp, squares(mlp(inputs)))
+    with engine, engine.batch(range(4)) as batch:
+        squares(mlp(inputs)).sum().backward()
+    expected = {"first": own[0], "random 0": directions["random 0"], "last": own[1]}
+    assert_scores(batch.result, gradients, expected)
+
+
 @pytest.mark.parametrize("mode", ["exact", "fused"])
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_tied_head_micro_batches_and_a_mean(

@@ -247,6 +247,15 @@ def test_a_split_that_is_wrong_is_refused_before_the_step(x: Tensor) -> None:
         score(engine, lambda: losses(model, x))
 
 
+def test_a_parameter_that_was_frozen_meanwhile_is_named(model: Model, x: Tensor) -> None:
+    engine = engine_of(model)
+    with engine:
+        score(engine, lambda: losses(model, x))
+        model.last.bias.requires_grad_(False)
+        with pytest.raises(CaptureError, match=r"last\.bias no longer requires gradients"):
+            score(engine, lambda: losses(model, x))
+
+
 def test_scoring_at_the_wrong_time_is_refused(model: Model, x: Tensor) -> None:
     engine, other = engine_of(model), NormEngine(model, loss_weights="sum")
     with pytest.raises(CaptureError, match=r"inside of with engine\.scoring"):
