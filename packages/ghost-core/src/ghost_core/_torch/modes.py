@@ -6,7 +6,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from types import FrameType
+from types import (
+    BuiltinFunctionType,
+    FrameType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodType,
+    MethodWrapperType,
+    WrapperDescriptorType,
+)
 from typing import Any, TypeVar, cast
 
 import torch
@@ -160,7 +168,22 @@ def function_modes() -> list[Any]:
 
 def is_registered(function: Any) -> bool:
     """Tell whether a function is one of `torch.ops`, which anyone may add to. Torch 2.11."""
+    if type(function) in _OF_PYTHON:  # as nearly all are; the others are looked up as abstract
+        return False
     return isinstance(function, torch._ops.OperatorBase | torch._ops.OpOverloadPacket)
+
+
+_OF_PYTHON = frozenset(
+    {
+        BuiltinFunctionType,
+        FunctionType,
+        MethodDescriptorType,
+        MethodType,
+        MethodWrapperType,
+        WrapperDescriptorType,
+    }
+)
+"""Types of functions that no class of torch's derives from."""
 
 
 def seen_by_none() -> AbstractContextManager[None]:

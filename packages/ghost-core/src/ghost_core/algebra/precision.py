@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from ghost_core.algebra.factors import Record
 from ghost_core.algebra.gradients import PerSampleGradient
@@ -54,7 +54,8 @@ TF32 = 2.0**-7
 def floating_dtypes(kept: Record | PerSampleGradient) -> Iterator[torch.dtype]:
     """Yield the floating dtypes of the tensors in a record or gradient."""
     for value in vars(kept).values():
-        if isinstance(value, Record | PerSampleGradient):
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                yield value.dtype
+        elif type(value) is not Size and isinstance(value, Record | PerSampleGradient):
             yield from floating_dtypes(value)
-        elif isinstance(value, Tensor) and value.is_floating_point():
-            yield value.dtype

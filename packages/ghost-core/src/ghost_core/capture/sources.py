@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from ghost_core.sampler import PastCall
 from ghost_core.split import Lift, RowAxes, describe
 from ghost_core.tracking import TrackedModule, TrackedParameter
 
+_IS_LIVE = attrgetter("live")  # no generator: it is asked at each operation
+
 
 class Source(ABC):
     """What a shared value is computed from.
@@ -43,7 +46,7 @@ class Source(ABC):
     @property
     def live(self) -> bool:
         """Whether gradients are taken back to it."""
-        return any(source.live for source in self.reached())
+        return any(map(_IS_LIVE, self.reached()))
 
     @abstractmethod
     def reached(self) -> Sequence[ParameterSource]:
@@ -207,8 +210,10 @@ class CallSource(Source):
     def costs(self) -> Sequence[tuple[ParameterSource, bool]]:
         """Return the module's own with whether it has a closed form, and those behind without."""
         own = () if self.form is None else self.form.sources.values()
-        behind = [reached for source in self.behind for reached in source.reached()]
-        return [*((source, True) for source in own), *((source, False) for source in behind)]
+        found = [(source, True) for source in own]
+        for source in self.behind:
+            found += [(reached, False) for reached in source.reached()]
+        return found
 
     def spread(self, pass_: Pass, gradient: PerSampleGradient, *, cut: bool = False) -> None:
         """Take gradients back to what is behind."""
@@ -241,7 +246,7 @@ class Shared:
     @property
     def live(self) -> bool:
         """Whether gradients are taken back to any of what it is computed from."""
-        return any(source.live for source in self.sources)
+        return any(map(_IS_LIVE, self.sources))
 
     def as_it_was(self) -> Tensor:
         """Return the value that it is a copy of, or that its entries come from in their order."""
