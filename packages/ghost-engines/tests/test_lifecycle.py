@@ -227,11 +227,13 @@ def test_scores_say_whether_the_split_was_verified(mlp, inputs):
         assert train(engine, mlp, inputs).verified is verify
 
 
+@pytest.mark.parametrize("compresses_first", [False, True])
 def test_what_does_not_add_up_is_refused_beside_an_engine_that_compresses_inputs(
-    mlp, inputs, engine
+    mlp, inputs, engine, compresses_first
 ):
-    beside = ProjectionEngine(mlp, dim=4, seed=0, loss_weights="sum")
+    beside = ProjectionEngine(mlp, dim=4, min_dim=1, seed=0, loss_weights="sum")
+    first, last = (beside, engine) if compresses_first else (engine, beside)
     penalty = mlp[0].weight.square().sum()  # from before the batch, which nothing else shows
     refused = pytest.raises(UnbalancedError, match=r"0\.weight")
-    with engine, beside, refused, engine.batch(range(4)), beside.batch(range(4)):
+    with first, last, refused, first.batch(range(4)), last.batch(range(4)):
         (squares(mlp(inputs)).sum() + penalty).backward()

@@ -276,5 +276,6 @@ def keep(
                     # Detached: the Tap is no user of the value, and shares its version counter.
                     saved.append(tensor.detach())
             bare.append((local, record.replace(**dict.fromkeys(places)), places))
-        kept.append(Kept(sharing, bare, whole))
+        # Those of the first are compared with autograd's, which takes what is not compressed.
+        kept.insert(0 if whole else len(kept), Kept(sharing, bare, whole))
     return kept, saved
