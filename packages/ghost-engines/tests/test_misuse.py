@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ghost_core import CaptureError
-from ghost_engines import DotProductEngine, InRunValues, ProjectionEngine, model_digest
+from ghost_engines import (
+    DotProductEngine,
+    InRunValues,
+    ProjectionEngine,
+    model_digest,
+    project_queries,
+)
 
 
 def refused(message, call, *args, **given):
@@ -106,3 +113,24 @@ def test_whole_numbers_of_numpy_are_numbers(mlp):
     assert ProjectionEngine(mlp, total_dim=np.int64(200)).k_total <= 200
     for wrong in ({"dim": 4.0}, {"total_dim": "20"}, {"min_dim": True}, {"seed": 1.0}):
         refused("a whole number", ProjectionEngine, mlp, **wrong)
+
+
+class Reentrant(nn.Linear):
+    """Runs again where its gradient is made."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x.requires_grad_(), use_reentrant=True)
+
+
+def test_reentrant_checkpoints_are_refused_where_a_direction_is_made():
+    model, x = Reentrant(3, 2), torch.randn(4, 3)
+    engine = DotProductEngine(model)
+    engine.add_direction("val", lambda: model(x).sum())
+    with pytest.raises(CaptureError, match="use_reentrant=False"), engine, engine.batch(range(4)):
+        pass
+
+
+def test_reentrant_checkpoints_are_refused_where_queries_are_projected():
+    engine = ProjectionEngine(Reentrant(3, 2), dim=2)
+    with pytest.raises(CaptureError, match="use_reentrant=False"):
+        project_queries(engine, lambda model, x: model(x).square().sum(1), torch.randn(4, 3))

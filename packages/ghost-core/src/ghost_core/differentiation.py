@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ghost_core._torch import DispatchMode
+from ghost_core._torch import DispatchMode, is_reentrant, reentrant_behind
+from ghost_core.errors import CaptureError
 
 _MASK = -1  # the last argument of the operation says which gradients it makes
 
@@ -28,6 +30,41 @@ class _WithInput(DispatchMode):
         return None, weight, bias
 
 
+def check_differentiable(value: Tensor) -> None:
+    """Refuse a graph of which torch sees a part only, where it differentiates for some tensors.
+
+    Parameters inside of a reentrant checkpoint would have no gradient, or torch's error speaks of
+    calls that users have not made.
+
+    Raises:
+        CaptureError: If the graph has one.
+    """
+    if reentrant_behind(value.grad_fn):
+        raise _reentrant()
+
+
+@contextmanager
+def reentrant_refused() -> Iterator[None]:
+    """Name reentrant checkpoints where a backward pass comes to one.
+
+    Raises:
+        CaptureError: In place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_reentrant(error):
+            raise
+        raise _reentrant() from error
+
+
+def _reentrant() -> CaptureError:
+    return CaptureError(
+        "reentrant activation checkpointing hides calls from the graph: use "
+        "torch.utils.checkpoint with use_reentrant=False"
+    )
+
+
 def differentiated(
     start: Tensor, tensors: Sequence[Tensor], near: Iterable[Tensor] | None = None
 ) -> tuple[Tensor | None, ...]:
@@ -40,7 +77,17 @@ def differentiated(
 
     Returns:
         A gradient for each tensor; None for those that the scalar does not depend on.
+
+    Raises:
+        CaptureError: If the graph has reentrant checkpoints.
     """
+    with reentrant_refused():
+        return _differentiated(start, tensors, near)
+
+
+def _differentiated(
+    start: Tensor, tensors: Sequence[Tensor], near: Iterable[Tensor] | None
+) -> tuple[Tensor | None, ...]:
     if near is not None and not any(map(_is_channels_last, near)):
         return torch.autograd.grad(start, tensors, retain_graph=True, allow_unused=True)
     with _WithInput():  # type: ignore[no-untyped-call]

@@ -70,6 +70,12 @@ def test_reentrant_checkpointing_is_refused_with_the_remedy(hold: Hold, verify: 
         squares(model(ids)).sum().backward()
 
 
+def test_verifying_reentrant_checkpoints_is_refused_with_the_remedy(hold: Hold) -> None:
+    model, ids = Checkpointed(True).double(), torch.randint(0, 11, (N, T))
+    with pytest.raises(CaptureError, match="use_reentrant=False"):
+        hold(model).verify(lambda: squares(model(ids)))
+
+
 def test_checkpointing_with_micro_batches_of_different_sizes(hold: Hold, assert_held) -> None:
     model, ids = Checkpointed(False).double().eval(), torch.randint(0, 11, (N, T))
     expected = per_sample_gradients(model, squares(model(ids)))

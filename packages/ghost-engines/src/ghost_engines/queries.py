@@ -12,6 +12,7 @@ from ghost_core import CaptureError, SampleIds
 from ghost_core.arguments import switch
 from ghost_core.batch import as_ids
 from ghost_core.compare import check_losses
+from ghost_core.differentiation import check_differentiable
 from ghost_core.restoring import graphs_kept
 from ghost_core.state import untouched
 from ghost_engines.digest import model_digest
@@ -68,6 +69,7 @@ def project_queries(
         found = torch.arange(len(losses)) if ids is None else as_ids(ids)
         if not len(losses) or len(found) != len(losses):
             raise CaptureError(f"there are {len(found)} ids for {len(losses)} losses of queries")
+        check_differentiable(losses)
         for loss in losses:
             given = torch.autograd.grad(
                 loss, [leaves[name] for name in names], retain_graph=True, materialize_grads=True

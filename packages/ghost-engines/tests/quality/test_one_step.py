@@ -13,12 +13,19 @@ import torch
 from quality_kit import asked, small_model, squared
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
+from ghost_core import CaptureError
 from ghost_engines.quality import QualityError, tail_patch
 
 
 def losses(model, batch):
     return cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def checkpointed(model, batch):
+    inputs = batch[0].requires_grad_()
+    return losses(lambda x: checkpoint(model, x, use_reentrant=True), (inputs, batch[1]))
 
 
 def batch(n):
@@ -79,6 +86,11 @@ def test_what_does_not_fit_is_refused(given, message):
     assert torch.equal(model.weight, weight)
 
 
+def test_reentrant_checkpoints_are_refused():
+    with pytest.raises(CaptureError, match="reentrant activation checkpointing"):
+        tail_patch(nn.Linear(5, 3), checkpointed, [batch(1)], [batch(2)], lr=0.1)
+
+
 def test_what_is_done_is_not_done_again(tmp_path):
     log, folder, given = tmp_path / "log", tmp_path / "kept", asked(4) | {"lr": 0.1}
     limit, loss = log.with_suffix(".limit"), partial(squared, log=log)
@@ -132,6 +144,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from quality_kit import asked, small_model, squared
+from ghost_core import CaptureError
 from ghost_engines.quality import tail_patch
 
 folder, log, processes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -245,6 +245,11 @@ def is_graph_gone(error: RuntimeError) -> bool:
     return "backward through the graph a second time" in str(error)
 
 
+def is_reentrant(error: RuntimeError) -> bool:
+    """Tell whether a checkpoint failed that knows nothing but whole backward passes. Torch 2.11."""
+    return "use_reentrant" in str(error)
+
+
 def is_composed(tensor: Tensor) -> bool:
     """Tell whether a tensor is made of others, as sharded and quantised ones are. Torch 2.11."""
     return is_traceable_wrapper_subclass(tensor)

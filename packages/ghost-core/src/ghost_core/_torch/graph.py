@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 
 def function_of(kind: type) -> type | None:
@@ -30,6 +31,19 @@ def is_custom(kind: type) -> bool:
     """Tell whether nodes of a kind are those of a user's function, not of one of ghost's."""
     function = function_of(kind)
     return function is not None and function not in _OWN
+
+
+def reentrant_behind(node: Any) -> bool:
+    """Tell whether a backward pass from a node comes to a reentrant checkpoint. Torch 2.11."""
+    waiting, known = [node] if node is not None else [], {node}
+    while waiting:
+        node = waiting.pop()
+        if function_of(type(node)) is CheckpointFunction:
+            return True
+        behind = {each for each, _ in node.next_functions if each is not None} - known
+        known |= behind
+        waiting += behind
+    return False
 
 
 class Made(NamedTuple):

@@ -22,7 +22,7 @@ from ghost_core._torch import (
     run_backward,
     start_of_backward,
 )
-from ghost_core.errors import CaptureError
+from ghost_core.differentiation import reentrant_refused
 from ghost_core.split.axes import RowAxes
 from ghost_core.split.owners import Fold, Hit
 from ghost_core.split.sites import Rows, Site
@@ -203,6 +203,7 @@ class Prober:
         self.running = probe
         try:
             with (
+                reentrant_refused(),
                 # What is recomputed under checkpointing may write buffers.
                 buffers_kept(self._modules, by_copies=True),
                 random_state_kept({leaf.device for leaf in gradients}),  # functions may draw
@@ -211,13 +212,6 @@ class Prober:
             ):
                 start = start_of_backward(gradients, gradients.values())
                 run_backward(start, self._seed)
-        except RuntimeError as error:
-            if "use_reentrant" in str(error):
-                raise CaptureError(
-                    "reentrant activation checkpointing hides calls from the graph: use "
-                    "torch.utils.checkpoint with use_reentrant=False"
-                ) from error
-            raise
         finally:
             self.running = None
         return probe

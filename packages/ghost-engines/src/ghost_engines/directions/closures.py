@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ghost_core import CaptureError, TrackedParameter
 from ghost_core._torch import accumulation_hooks, is_graph_gone, whole
+from ghost_core.differentiation import check_differentiable
 from ghost_core.ranks import ALONE, Ranks
 from ghost_core.restoring import graphs_kept
 from ghost_core.state import untouched
@@ -221,6 +222,7 @@ class ClosureSource:
 
     def _differentiated(self, loss: Tensor, *, create_graph: bool = False) -> dict[str, Tensor]:
         leaves = self.leaves()
+        check_differentiable(loss)
         try:
             gradients = torch.autograd.grad(
                 loss, list(leaves.values()), allow_unused=True, create_graph=create_graph

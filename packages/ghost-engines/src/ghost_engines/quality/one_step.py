@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_core.arguments import module, whole
+from ghost_core.differentiation import check_differentiable
 from ghost_core.errors import told
 from ghost_core.state import seed_generators, untouched, values_kept
 from ghost_engines.dataset import PerSampleLoss
@@ -160,6 +161,7 @@ class _Step:
             before = self._loss(patch.query)
             with torch.enable_grad():
                 loss = _mean(self.per_sample_loss(self.model, patch.batch))
+                check_differentiable(loss)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             with torch.no_grad():
                 for parameter, gradient in zip(parameters, gradients, strict=True):
