@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ghost_core import CaptureError, SamplerRegistry, UnbalancedError, WrongSplitError
+from ghost_core.algebra import Dense
+from ghost_core.split import Balance
 from ghost_core.testing import GradientHolder, PlainLinear, per_sample_gradients, plain_registry
 from ghost_core.tracking import Claim, dotted_name
 
@@ -257,3 +259,14 @@ def test_what_overflows_hides_no_fault_of_other_parameters(model, x) -> None:
 
     with engine, pytest.raises(UnbalancedError, match=r"gradient of a\.weight"):
         run(engine, loss)
+
+
+def test_a_leaf_that_is_forgotten_leaves_nothing_to_one_of_its_name() -> None:
+    first, second = (torch.ones(2, requires_grad=True) for _ in range(2))
+    balance = Balance({}, lambda: True)
+    balance.forget([balance.watch("weight", first)])
+    account = balance.watch("weight", second)
+    (3 * first + second).sum().backward()
+    balance.add(account, Dense(torch.ones(1, 1, 2)), None, True)
+    balance.check()
+    balance.close()
