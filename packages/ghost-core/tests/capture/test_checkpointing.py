@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ghost_core import (
     CaptureError,
@@ -106,3 +106,24 @@ def test_checkpointed_shared_positions(hold: Hold, assert_held) -> None:
             for part in ids.split(sizes):
                 squares(model(part)).sum().backward()
         assert_held(batch.result, expected)
+
+
+def test_what_a_checkpoint_does_otherwise_for_reasons_of_its_own_is_said_by_torch(
+    hold: Hold,
+) -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.runs = nn.Linear(D, D), 0
+
+        def inner(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.layer(x).tanh()[..., self.runs :].sin()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+            return out
+
+    engine = hold(model := Changing(), verify=False)
+    with engine, pytest.raises(CheckpointError, match="Recomputed"), engine.batch(range(N)):
+        model(torch.randn(N, T, D)).sum().backward()
