@@ -1,5 +1,6 @@
 """What users do with an attached model: they copy, pickle, hook and parametrise it."""
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -85,6 +86,41 @@ def test_other_values_for_parameters_are_refused(hold: Hold) -> None:
     engine = hold(model)
     with engine, pytest.raises(CaptureError, match="functional_call"), engine.batch(range(N)):
         torch.func.functional_call(model, twice, inputs()).sum().backward()
+
+
+def test_backward_hooks_see_no_probe_in_any_pass_of_a_batch(hold: Hold, x: Tensor) -> None:
+    """The second pass does something that no pass before it did, and the third one fails."""
+
+    class Varies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.double()
+
+        def forward(self, x: Tensor, way: int) -> Tensor:
+            y = self.first(x)
+            if way == 2:
+                raise KeyError
+            return self.layer(y.flip(1) if way else y)
+
+    model, seen = Varies(), []
+    model.first.register_full_backward_hook(lambda module, gi, go: seen.append(go[0].clone()))
+    model.first.register_full_backward_pre_hook(lambda module, go: seen.append(go[0].clone()))
+
+    def step() -> None:
+        for way in (0, 1, 2, 0, 1, 1):
+            with contextlib.suppress(KeyError):
+                model(x.clone().requires_grad_(), way).square().sum().backward()
+
+    step()
+    expected, hooks = list(seen), list(model.first._backward_hooks.values())
+    seen.clear()
+    engine = hold(model)
+    with engine, engine.batch(range(len(x))):
+        step()
+    assert len(seen) == len(expected)
+    assert all(map(torch.equal, seen, expected))
+    assert list(model.first._backward_hooks.values()) == hooks
 
 
 PARTS: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {

@@ -180,6 +180,7 @@ class Prober:
         """
         if not any_backward_hooks(self._modules):
             return
+        self.restore_hooks()  # if a pass failed before
         for module in self._modules:
             for hooks in backward_hooks(module):
                 if hooks:

@@ -99,9 +99,9 @@ class Verifier:
 
     def start(self, n: int, owned: Callable[[], frozenset[str]], frozen: bool) -> None:
         """Watch from now on to the end of the batch, if passes like it are not verified yet."""
+        self._prober.shield_hooks()  # in each pass of a batch: probes go through all of them
         if self._usage is not None:
             return
-        self._prober.shield_hooks()
         signature = self._signature(n)
         watched = signature in self._verified and signature not in self._unwatched
         if watched and not self._expands:  # what is expanded may be used otherwise than before
