@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ghost_core import (
@@ -127,3 +128,39 @@ def test_what_a_checkpoint_does_otherwise_for_reasons_of_its_own_is_said_by_torc
     engine = hold(model := Changing(), verify=False)
     with engine, pytest.raises(CheckpointError, match="Recomputed"), engine.batch(range(N)):
         model(torch.randn(N, T, D)).sum().backward()
+
+
+class Adapted(nn.Module):
+    """Adds a product of weights to a weight, and calls one of the layers as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down = nn.Linear(D, D), nn.Linear(D, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.base.weight + self.down.weight @ self.base.weight
+        return functional.linear(x, weight, self.base.bias) + self.down(x)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_a_checkpoint_runs_again_for_a_value_of_all_samples_is_exact(
+    hold: Hold, assert_held: Callable[..., None], verify: bool
+) -> None:
+    """It runs for all samples at once, which a module's hooks do not allow, and then for each."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block, self.last = nn.Linear(D, D), Adapted(), nn.Linear(D, 2)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.block, self.first(x), use_reentrant=False))
+
+    model, x = Model(), inputs()
+    expected = per_sample_gradients(model, squares(model(x)))
+    with hold(model, verify=verify) as engine:
+        for _ in range(2):
+            with engine.batch(range(N)) as batch:
+                squares(model(x)).sum().backward()
+            assert_held(batch.result, expected)

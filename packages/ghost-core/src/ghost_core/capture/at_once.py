@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ghost_core._torch import taken_back, vmap
+from ghost_core.errors import WrongSplitError
 
 _KNOWN = {
     *("torch::autograd::AccumulateGrad", "AddBackward0", "AddmmBackward0", "BmmBackward0"),
@@ -53,9 +54,9 @@ def all_at_once(
 
     try:
         made = iter(vmap(one, [gradients], "error"))
-    except RuntimeError:
-        # Nodes do not show the hooks on tensors, which may read what has no numbers here. One
-        # sample after the other, what is wrong with a hook of its own shows as it is.
+    except (RuntimeError, WrongSplitError):
+        # Nodes do not show the hooks on tensors, which may read what has no numbers here, nor what
+        # a checkpoint runs again. One sample after the other, what is wrong shows as it is.
         return None
     return [next(made) if hit else None for hit in reached]
 

@@ -89,12 +89,12 @@ class CallHooks:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._guard(module)
+        if in_transform() and torch.is_grad_enabled():
+            raise in_parts(f"{self.tracked.label} was called", self.tracked.name)
         running = Running(self.tracked)
         self.state.running.append(running)
         if not torch.is_grad_enabled():
             return
-        if in_transform():
-            raise in_parts(f"{self.tracked.label} was called", self.tracked.name)
         if not self.tracked.row_owner and self._let_share(args, kwargs):
             running.shared = True
             if self.state.flags:
