@@ -25,10 +25,13 @@ class Dense(PerSampleGradient):
     Attributes:
         terms: `[N, T, *shape]`, terms of each gradient that are summed over T on use. T is 1 where
             they cannot be told apart.
+        used: Whether the call used the parameter. If not, gradients are zero, and training makes
+            none: where an engine makes what it gets, its `.grad` stays None.
     """
 
     terms: Tensor
     shape: Size = field(init=False)
+    used: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", self.terms.shape[2:])

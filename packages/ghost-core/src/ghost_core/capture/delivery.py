@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ghost_core._torch import unseen
-from ghost_core.algebra import Owned, PerSampleGradient, Record, precisely, weighed
+from ghost_core.algebra import Dense, Owned, PerSampleGradient, Record, precisely, weighed
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.listener import Listener, Pass
 from ghost_core.capture.refusals import arrived_late
@@ -88,7 +88,7 @@ class Delivery:
 
     def _to_engines(
         self, saved: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor]:
+    ) -> Sequence[Tensor | None]:
         pass_, axes, verifier = self._checked_pass(), self.site.axes, self.state.verifier
         folded = axes.is_folded(pass_.n)
         verifier.check_reached(self.tracked, folded)
@@ -111,11 +111,12 @@ class Delivery:
         saved: Sequence[Tensor],
         by_row: Sequence[Tensor | None],
         owner: Tensor | None,
-    ) -> Mapping[str, Tensor]:
+    ) -> Mapping[str, Tensor | None]:
         """Make gradients and tell the engines; return those of parameters that these made."""
-        compared, made = self._compared(), dict[str, Tensor]()
+        compared, made, unused = self._compared(), dict[str, Tensor](), set[str]()
         for at, kept in enumerate(self.kept):
             gradients = self._gradients(kept.restore(saved), by_row)
+            unused.update(local for local in self.made if not _is_used(gradients[local]))
             if owner is not None:
                 gradients = {
                     local: Owned(each, owner, pass_.n) for local, each in gradients.items()
@@ -127,9 +128,9 @@ class Delivery:
                 self._tell(kept.listeners, pass_, gradients, made)
                 if weighs:
                     self._weigh(kept.whole, gradients, compared)
-        return made
+        return made | dict.fromkeys(unused)
 
-    def _made(self, local: str, made: Mapping[str, Tensor]) -> Tensor:
+    def _made(self, local: str, made: Mapping[str, Tensor | None]) -> Tensor | None:
         """Return the gradient of a parameter that an engine has to make."""
         if local not in made:
             raise CaptureError(f"no engine made the gradient of {self._name(local)}")
@@ -226,6 +227,10 @@ class Delivery:
 
     def _name(self, local: str) -> str:
         return self.tracked.parameters[local].name
+
+
+def _is_used(gradient: PerSampleGradient) -> bool:
+    return not isinstance(gradient, Dense) or gradient.used
 
 
 def _device(grads: Sequence[Tensor | None]) -> torch.device:

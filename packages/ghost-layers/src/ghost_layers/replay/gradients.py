@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Size, Tensor
 
-from ghost_core import PerSampleGradient
+from ghost_core import Dense, PerSampleGradient
 from ghost_core._torch import start_of_backward, vmap
 from ghost_core.differentiation import differentiated
 from ghost_layers.replay.linear_maps import differentiate
@@ -17,11 +17,14 @@ from ghost_layers.replay.plan import Plan, Replay, Way
 _AT_ONCE = 2**25
 """Elements of per-sample gradients that one vectorised backward pass makes at once."""
 
+Columns = dict[str, Tensor | None]
+"""Gradients of all samples, `[N, *shape]` by local name; None of what the call did not use."""
+
 
 def gradients(
     plan: Plan, replay: Replay, slopes: Mapping[int, Tensor], shapes: Mapping[str, Size]
-) -> dict[str, Tensor]:
-    """Return the per-sample gradients `[N, *shape]` by local name, in the parameters' dtype.
+) -> dict[str, Dense]:
+    """Return the per-sample gradients by local name, in the parameters' dtype.
 
     Args:
         plan: How to run the call.
@@ -36,10 +39,18 @@ def gradients(
     wanted = {local: replay.values[plan.wanted[local]] for local in shapes}
     count = next(len(grad) for grad in grads if grad is not None)
     if not count:
-        return {local: value.new_zeros(0, *shapes[local]) for local, value in wanted.items()}
+        return {
+            local: Dense(value.new_zeros(0, 1, *shapes[local])) for local, value in wanted.items()
+        }
     make = _by_copies if plan.way is Way.VMAP else _by_backward_passes
     with torch.enable_grad(), plan.conditions():
-        return make(plan, replay, grads, wanted)
+        made = make(plan, replay, grads, wanted)
+    return {
+        local: Dense(value.new_zeros(count, 1, *value.shape), used=False)
+        if (rows := made[local]) is None
+        else Dense(rows.unsqueeze(1))
+        for local, value in wanted.items()
+    }
 
 
 def written_gradients(
@@ -74,7 +85,7 @@ def written_gradients(
 
 def _by_copies(
     plan: Plan, replay: Replay, grads: list[Tensor | None], wanted: dict[str, Tensor]
-) -> dict[str, Tensor]:
+) -> Columns:
     """Give each sample a copy of the parameters, and take one backward pass for all of them.
 
     Two samples and a scale `[4]`, shared in memory, each with a gradient of its own:
@@ -109,18 +120,15 @@ def _by_copies(
             replay.check(plan, outputs, part if rows is None else rows[part])
         slopes = [None if grad is None else grad[part] for grad in grads]
         made.append(_differentiated(outputs, slopes, leaves, replay))
-    if len(made) == 1:
-        joined = dict(zip(wanted, made[0], strict=True))
-    else:
-        joined = {local: torch.cat([each[at] for each in made]) for at, local in enumerate(wanted)}
+    joined = _joined(torch.cat, made, wanted)
     if plan.random is None or replay.rows is None:
         return joined
-    return {local: value[replay.rows] for local, value in joined.items()}
+    return {local: None if value is None else value[replay.rows] for local, value in joined.items()}
 
 
 def _by_backward_passes(
     plan: Plan, replay: Replay, grads: list[Tensor | None], wanted: dict[str, Tensor]
-) -> dict[str, Tensor]:
+) -> Columns:
     leaves = _leaves(wanted)
     with replay.unproven():
         outputs = plan.run_whole(_with(plan, replay, leaves), replay.inputs)
@@ -134,7 +142,7 @@ def _by_backward_passes(
             for grad, value, output in zip(grads, outputs, plan.outputs, strict=True)
         ]
         made.append(_differentiated(outputs, slopes, leaves, replay))
-    return _stacked(made, leaves)
+    return _joined(torch.stack, made, leaves)
 
 
 def _in_row(grad: Tensor, output: Tensor, axis: int, row: int) -> Tensor:
@@ -159,7 +167,7 @@ def _differentiated(
     slopes: Sequence[Tensor | None],
     leaves: Mapping[str, Tensor],
     replay: Replay,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     pairs = [
         (output, slope)
         for output, slope in zip(outputs, slopes, strict=True)
@@ -170,11 +178,17 @@ def _differentiated(
         start = start_of_backward(*zip(*pairs, strict=True))
         near = (*replay.inputs, *replay.values.values(), *outputs)
         found = differentiated(start, list(leaves.values()), near)
-    return [
-        torch.zeros_like(leaf) if gradient is None else gradient.to_dense()  # of a sparse lookup
-        for gradient, leaf in zip(found, leaves.values(), strict=True)
-    ]
+    return [None if each is None else each.to_dense() for each in found]  # of a sparse lookup
 
 
-def _stacked(made: Sequence[Sequence[Tensor]], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {local: torch.stack([rows[at] for rows in made]) for at, local in enumerate(leaves)}
+def _joined(
+    join: Callable[[list[Tensor]], Tensor],
+    made: Sequence[Sequence[Tensor | None]],
+    wanted: Iterable[str],
+) -> Columns:
+    """Join what several backward passes made, which go through the same operations."""
+    columns: Columns = {}
+    for local, column in zip(wanted, zip(*made, strict=True), strict=True):
+        parts = [each for each in column if each is not None]
+        columns[local] = join(parts) if parts else None
+    return columns

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from ghost_core import (
     Call,
-    Dense,
     GradientSampler,
     PastCall,
     PerSampleGradient,
@@ -143,8 +142,7 @@ class ReplaySampler(GradientSampler):
         if plan.way is Way.REWRITTEN:
             return written_gradients(plan, replay, grads, call.shapes)
         slopes = {index: grad for index, grad in enumerate(grads) if grad is not None}
-        made = gradients(plan, replay, slopes, call.shapes)
-        return {local: Dense(gradient.unsqueeze(1)) for local, gradient in made.items()}
+        return gradients(plan, replay, slopes, call.shapes)
 
     def _taken_apart(self, call: Call, module: nn.Module) -> tuple[Question, Replay]:
         if reason := why_not_copied(module):
