@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from process_kit import group_of_one
+from tests.foreign.foreign import assert_same
 from tests.silent.compare import drawn, squares
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ghost_core.testing import GradientHolder, per_sample_gradients
 from ghost_engines import DotProductEngine, InRunValues
 
 N, STEPS = 4, 2
@@ -117,3 +119,27 @@ def test_zero_grad_inside_a_batch_still_discards() -> None:
                 squares(model(inputs()[at * N : at * N + N])).sum().backward()
         optimizer.step()
     assert sorted(in_run.to_dict()) == list(range(N, 2 * N))
+
+
+def test_gradients_of_one_sample_are_not_what_later_passes_add_to() -> None:
+    """Autograd keeps what arrives as `.grad`, and adds to it in place."""
+
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.token = nn.Linear(3, 3), nn.Parameter(torch.randn(1, 1, 3))
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            token = self.token.expand(len(x), 1, 3)
+            return self.layer(torch.cat([token, x], 1))
+
+    model, x = Token(), torch.randn(3, 2, 3, dtype=torch.float64)
+    expected = per_sample_gradients(model, model(x).sin().sum((1, 2)))
+    with GradientHolder(model) as engine:
+        for _ in range(2):
+            model.zero_grad()
+            with engine.batch(range(3)) as batch:
+                for part in x.split([1, 2]):
+                    model(part).sin().sum().backward()
+            assert_same(batch.result.materialize(), expected)

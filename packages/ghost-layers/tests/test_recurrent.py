@@ -293,3 +293,12 @@ def test_cell_without_an_axis_for_samples_is_refused() -> None:
         engine.batch(range(3)),
     ):
         model(doubles(3))
+
+
+def test_packed_sequences_that_nobody_asks_about_are_refused() -> None:
+    """With as many features as samples, rows would be looked for among the features."""
+    model = Packed().double()
+    engine = GradientHolder(model, registry=REGISTRY, verify=False)
+    reason = r"(?s)layer.*PackedSequence.*verify=False.*row_owner"
+    with engine, pytest.raises(WrongSplitError, match=reason), engine.batch(range(3)):
+        model(doubles(3, 3, 3))

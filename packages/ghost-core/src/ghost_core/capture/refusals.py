@@ -193,6 +193,21 @@ def in_parts(what: str, name: str) -> WrongSplitError:
     )
 
 
+def packed_unasked(label: str, name: str) -> WrongSplitError:
+    """Say that nobody asks whose the rows of a packed sequence are.
+
+    Args:
+        label: The module that got it.
+        name: Its name.
+    """
+    return WrongSplitError(
+        f"gradients cannot be split by sample: {label} got a PackedSequence",
+        reason="whose each of its rows is, each pass has to be asked, and verify=False asks none",
+        remedy="leave verify=False out; give it padded sequences; say which sample each row "
+        f"belongs to, with row_owner={{{name!r}: key}}; or leave it out with exclude={name!r}",
+    )
+
+
 def hooked(label: str) -> WrongSplitError:
     """Say that a module's backward hooks hide what it computes for all samples.
 

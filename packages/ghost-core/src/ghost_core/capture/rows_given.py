@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from ghost_core._torch import tensors_in
+from ghost_core.capture.refusals import packed_unasked
 from ghost_core.capture.state import CaptureState
 from ghost_core.tracking import TrackedModule
 
@@ -17,12 +18,19 @@ def is_joined(state: CaptureState, tracked: TrackedModule, args: Any, kwargs: An
     """Tell whether no rows stand for themselves, as a call needs to be taken apart by row.
 
     What joins samples in one tensor, as graphs and packed sequences are, has none.
+
+    Raises:
+        WrongSplitError: If it is packed, and nobody is going to ask whose rows are.
     """
     batch, pass_ = state.batch, state.pass_
     assert batch is not None
     assert pass_ is not None
     given, axis = (*args, *kwargs.values()), tracked.batch_dim
-    if any(isinstance(value, PackedSequence) for value in given):
+    packed = [value for value in given if isinstance(value, PackedSequence)]
+    if packed:
+        steps = max(len(value.batch_sizes) for value in packed)
+        if not (state.verifying or tracked.row_owner) and steps > 1 and pass_.n > 1:
+            raise packed_unasked(tracked.label, tracked.name)
         return True
     if not batch.joined:
         return False

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ghost_core import Batch, Engine, Pass, PerSampleGradient, TrackedParameter
+from ghost_core import Batch, Dense, Engine, Outer, Pass, PerSampleGradient, TrackedParameter
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class GradientHolder(Engine[Held]):
         self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
     ) -> Tensor | None:
         """Keep the gradients."""
-        self._uses[parameter.name].append(Use(pass_.samples, gradient))
+        self._uses[parameter.name].append(Use(pass_.samples, _apart(gradient)))
         return None
 
     def on_end(self, batch: Batch[Held]) -> Held:
@@ -79,3 +79,12 @@ class GradientHolder(Engine[Held]):
     def on_close(self) -> None:
         """Leave what was kept to the result."""
         self._uses = {}
+
+
+def _apart(gradient: PerSampleGradient) -> PerSampleGradient:
+    """Return a gradient in memory of its own: of one sample, it may be what `.grad` becomes."""
+    if type(gradient) is Dense:
+        return replace(gradient, terms=gradient.terms.clone())
+    if type(gradient) is Outer:
+        return replace(gradient, grad=gradient.grad.clone())
+    return gradient
