@@ -10,7 +10,7 @@ from tests.foreign.adapters import Base, DoRA, LoRA
 from tests.foreign.foreign import curved, next_token_loss, tokens
 from tests.foreign.images import ConvNeXt, NormFree, PoolFormer, ResNet, VisionTransformer
 from tests.foreign.language import Llama, NanoGPT, QueryKeyNorm, RelativeBias, XTransformer
-from tests.foreign.vision import Beit, MaxViT, MViT, OpenClip, Swin, SwinV2Bias, XCiT
+from tests.foreign.vision import Beit, MaxViT, MViT, OpenClip, Swin, SwinV2, XCiT
 from torch import Tensor, nn
 
 from bench.case import Case, Group, Setting, Way
@@ -105,7 +105,7 @@ CASES = [
     _case("dora", text, partial(_adapted, DoRA), "peft's DoRA"),
     _case("swin", lines, lambda d, t: Swin(True, d), "torchvision's Swin"),
     _case("swin_windows", lines, lambda d, t: Swin(False, d), "Swin with attention as modules"),
-    _case("swin_v2", patches, lambda d, t: SwinV2Bias(d), "Swin V2's attention"),
+    _case("swin_v2", patches, lambda d, t: SwinV2(d), "Swin V2's attention"),
     _case("beit", patches, lambda d, t: Beit(True, d, t), "BEiT"),
     _case("eva", patches, lambda d, t: Beit(False, d, t), "EVA"),
     _case("maxvit", lines, lambda d, t: MaxViT(d), "MaxViT"),
