@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ghost_core._torch import any_gradient_hooks, parameters_by_name
+from ghost_core._torch import any_gradient_hooks, is_of_torch, parameters_by_name
 
 
 def test_parameters_have_the_names_and_the_order_that_torch_gives_them():
@@ -27,3 +27,14 @@ def test_hooks_on_any_gradient_are_seen():
     assert any_gradient_hooks(parameters)
     handle.remove()
     assert not any_gradient_hooks(parameters)
+
+
+def test_modules_of_torch_are_told_from_those_with_code_of_others_inside():
+    class Own(nn.Linear):
+        pass
+
+    attention = nn.MultiheadAttention(4, 2)
+    assert is_of_torch(attention)
+    attention.out_proj = Own(4, 4)
+    assert not is_of_torch(attention)
+    assert not is_of_torch(nn.Sequential(nn.ReLU(), Own(2, 2)))

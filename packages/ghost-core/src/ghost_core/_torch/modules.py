@@ -104,6 +104,11 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def is_of_torch(module: nn.Module) -> bool:
+    """Tell whether a module and all inside run torch's own code alone. Torch 2.11."""
+    return all(type(each).__module__.startswith("torch.nn.modules.") for each in module.modules())
+
+
 def direct_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return a module's parameters without those inside; writing changes them. Torch 2.11."""
     return module._parameters

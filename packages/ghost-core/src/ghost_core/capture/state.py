@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghost_core._torch import in_backward
+from ghost_core._torch import in_backward, is_of_torch
 from ghost_core.capture.batch import BatchCapture
 from ghost_core.capture.freeze import Freeze
 from ghost_core.capture.listener import Listener, Pass
@@ -219,7 +219,8 @@ class CaptureState:
         runs in, too: a checkpoint there runs it again when the module is over, and has to find
         parameters as they were.
         """
-        return not self.verifier.watching and not tracked.sampler.replays
+        inside = tracked.sampler.replays and not is_of_torch(tracked.module)
+        return not self.verifier.watching and not inside
 
     def reweights(self) -> bool:
         """Tell whether an engine makes other gradients in the open batch than autograd does."""
