@@ -96,7 +96,12 @@ def _adapted(kind: type[nn.Module], width: int, length: int) -> nn.Module:
 
 CASES = [
     _case("nanogpt", text, lambda d, t: NanoGPT(True, d, _WORDS, t), "nanoGPT, tied"),
-    _case("llama_tied", text, lambda d, t: Llama("linear", d, _WORDS), "torchtune's, tied"),
+    _case(
+        "llama_tied",
+        text,
+        lambda d, t: Llama("linear", width=d, vocabulary=_WORDS),
+        "torchtune's, tied",
+    ),
     _case("x_transformers", text, _relative, "x-transformers with relative biases"),
     _case(
         "qk_norm", text, lambda d, t: QueryKeyNorm(d, _WORDS), "x-transformers with learned scales"
