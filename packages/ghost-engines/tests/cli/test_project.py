@@ -1,6 +1,7 @@
 """`ghost project`: from data to a store."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,26 @@ def test_a_file_that_changed_is_named(tmp_path, capsys):
     assert project(*given) == 0
     np.save(tmp_path / "ids.npy", np.arange(1, 13).reshape(3, 4))
     assert f"{tmp_path / 'ids.npy'} has other content than in the store" in refused(capsys, *given)
+
+
+def test_data_that_are_mended_are_projected_into_the_same_folder(checkpoint, tmp_path, capsys):
+    given = (checkpoint, "--data", "d.jsonl", "--store", "g", "--dim", 2, "--min-dim", 1)
+    (tmp_path / "d.jsonl").write_text('{"text": "the cat sat"}\n{"text": "a\n')
+    assert "text 2 of d.jsonl is no JSON object" in refused(capsys, *given)
+    (tmp_path / "d.jsonl").write_text('{"text": "the cat sat"}\n{"text": "a dog"}\n')
+    assert project(*given) == 0
+    assert len(GradientStore.open("g")) == 2
+
+
+def test_a_store_without_rows_of_other_options_may_be_removed(capsys):
+    given = (*MLP, "--store", "g", "--dim", 2, "--min-dim", 1)
+    assert project(*given) == 0
+    assert "no rows" not in refused(capsys, *given, "--seed", 1)
+    store = GradientStore.open("g")
+    shutil.rmtree("g")
+    Path("g").mkdir()
+    store.manifest.write(Path("g").absolute())
+    assert "remove the store, which has no rows" in refused(capsys, *given, "--seed", 1)
 
 
 def test_the_options_of_a_store_can_be_read(capsys):

@@ -246,6 +246,40 @@ def test_an_interrupted_pass_goes_on_bit_by_bit(at, classifier, samples, tmp_pat
     assert shards(tmp_path / "g") == shards(tmp_path / "whole")
 
 
+def of_nothing(model, batch):
+    return loss(model, batch) * torch.nan
+
+
+@pytest.mark.parametrize("failing", [stopping(0, ValueError("no batch")), of_nothing])
+def test_a_pass_that_fails_without_a_row_leaves_no_store(failing, classifier, samples, tmp_path):
+    """The second loss is refused by the thread that writes. Other options are taken after."""
+    with pytest.raises((ValueError, CaptureError)):
+        project_dataset(classifier, failing, samples, tmp_path / "g", **OPTIONS)
+    with pytest.raises(StoreError, match="there is no store"):
+        GradientStore.open(tmp_path / "g")
+    assert [each.name for each in (tmp_path / "g").iterdir()] == [".lock"]
+    done = project_dataset(classifier, loss, samples, tmp_path / "g", **OPTIONS | {"dim": 5})
+    assert len(done.store) == N
+
+
+def test_a_pass_that_fails_with_rows_or_in_a_store_of_another_keeps_it(
+    classifier, samples, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(windows, "_AT_ONCE", 3)
+    fails = stopping(2, ValueError("no batch"))
+    with pytest.raises(ValueError, match="no batch"):
+        project_dataset(
+            classifier, fails, samples, tmp_path / "rows", batch_size=2, unit=6, **OPTIONS
+        )
+    assert len(GradientStore.open(tmp_path / "rows")) == 3
+    root, at_once = tmp_path / "another", stopping(0, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        project_dataset(classifier, at_once, samples, root, **OPTIONS)
+    with pytest.raises(ValueError, match="no batch"):
+        project_dataset(classifier, stopping(0, ValueError("no batch")), samples, root, **OPTIONS)
+    assert len(GradientStore.open(root)) == 0
+
+
 def test_several_processes_share_units_out(classifier, samples, tmp_path):
     """One of them breaks off and goes on; whoever comes first, the files are the same."""
     given = {"batch_size": 2, "unit": 3, **OPTIONS}

@@ -13,6 +13,7 @@ from ghost_engines.store import (
     DamagedStoreError,
     DataFile,
     GradientStore,
+    Manifest,
     StoredRows,
     StoreError,
 )
@@ -228,3 +229,36 @@ def test_resume_names_a_file_whose_content_changed(tmp_path):
     assert (str(copy), copy.now) == (str(caught.value), caught.value.now)
     with pytest.raises(StoreError, match="data: 2 entries in the store, 1 now"):
         GradientStore.resume(tmp_path / "g", FakeEngine(), data=data[:1])
+
+
+# Stores that were made in vain
+
+
+def test_a_store_that_was_made_and_has_no_row_is_withdrawn(tmp_path):
+    store = GradientStore.create(tmp_path / "g", FakeEngine())
+    store.withdraw()
+    assert [each.name for each in (tmp_path / "g").iterdir()] == [".lock"]
+    make(tmp_path / "g", 3)
+    assert_holds(GradientStore.open(tmp_path / "g"), 3)
+
+
+def test_other_stores_are_closed_and_kept(tmp_path):
+    GradientStore.create(tmp_path / "empty", FakeEngine()).close()
+    GradientStore.resume(tmp_path / "empty", FakeEngine()).withdraw()
+    assert len(GradientStore.open(tmp_path / "empty")) == 0
+    GradientStore.join(tmp_path / "joined", FakeEngine(), part="a").withdraw()
+    assert len(GradientStore.open(tmp_path / "joined")) == 0
+    store = GradientStore.create(tmp_path / "g", FakeEngine())
+    store.append(batch(0, 2))
+    store.withdraw()
+    assert len(GradientStore.open(tmp_path / "g")) == 2
+
+
+def test_who_waited_for_a_store_that_was_withdrawn_is_told(tmp_path, monkeypatch):
+    """It read the manifest before, and had the lock after."""
+    store, read = GradientStore.create(tmp_path / "g", FakeEngine()), Manifest.read
+    monkeypatch.setattr(Manifest, "read", lambda root: (read(root), store.withdraw())[0])
+    with pytest.raises(StoreError, match="there is no store"):
+        GradientStore.resume(tmp_path / "g", FakeEngine())
+    monkeypatch.undo()
+    make(tmp_path / "g", 3)

@@ -156,12 +156,17 @@ def _other_rows(options: Project, error: OtherRowsError) -> CommandError:
         now = replace(now, info={**now.info, "model": models[0]})
     found += stored.differences(now)
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    empty = (
+        ""
+        if len(GradientStore.open(options.store))
+        else "remove the store, which has no rows, if nobody writes it; or "
+    )
     return CommandError(
         f"the rows would not be those of the store at {options.store}: "
         f"{'; '.join(found[:_SHOWN])}{more}",
         reason=error.reason,
-        remedy="give the options that the store was made with, which `ghost store info` prints, or "
-        "another folder as --store",
+        remedy=f"{empty}give the options that the store was made with, which `ghost store info` "
+        "prints, or another folder as --store",
     )
 
 

@@ -87,7 +87,8 @@ def project_dataset(
     other weights, another engine or other data is refused. An interrupted pass keeps what is
     computed, in whole windows of up to 512 samples; one that is killed keeps what was committed,
     about every minute, and every full unit. What it writes when it goes on is what it would have
-    written, bit by bit.
+    written, bit by bit. One that fails before it has a row leaves no store, where it has made it
+    alone, so that mended data or other options begin anew.
 
     Rows do not depend on the batches that samples are in, but for rounding. Where losses draw
     random numbers though the model is in evaluation mode, as `F.dropout` may, a warning says what

@@ -108,7 +108,8 @@ class Writer:
     """Appends windows to a store in a thread of its own, in the order in which they come.
 
     A context manager. Leaving it writes all that waits, and commits; that holds after an interrupt
-    too. An error of the thread is raised by the next call.
+    too. A store that was made for it, and has no row when an error ends it, is withdrawn. An error
+    of the thread is raised by the next call.
 
     Args:
         store: The store, open for writing; closed in the end.
@@ -138,8 +139,13 @@ class Writer:
             logger.warning("interrupted: the rows that are computed are being written")
         self._queue.put(None)
         self._thread.join()
+        # What was interrupted is to go on: only an error leaves no store without rows.
+        failed = isinstance(exception if self._error is None else self._error, Exception)
         try:
-            self.store.close()
+            if failed:
+                self.store.withdraw()
+            else:
+                self.store.close()
         except BaseException as error:
             first = exception if self._error is None else self._error
             if first is None:

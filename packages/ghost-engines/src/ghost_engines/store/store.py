@@ -110,7 +110,9 @@ class GradientStore(StoreWriter):
                 )
             _check_empty(root)
             manifest.write(root)
-            return cls(root, manifest, [(Part(root), [])], lock)
+            store = cls(root, manifest, [(Part(root), [])], lock)
+            store._made = True
+            return store
         except BaseException:
             lock.release()
             raise
@@ -228,6 +230,8 @@ class GradientStore(StoreWriter):
     def _writing(cls, root: Path, manifest: Manifest, part: Part, lock: WriterLock) -> Self:
         """Open a part whose lock is held."""
         try:
+            # Whoever had made the store may have withdrawn it before this writer had the lock.
+            _check_same(root, Manifest.read(root), manifest)
             clean(part.root)
             recorded, shards = _read(part, manifest)
             return cls(root, manifest, [(part, shards)], lock, recorded=recorded)

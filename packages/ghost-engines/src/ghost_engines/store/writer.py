@@ -11,13 +11,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ghost_engines.files import closed_after
+from ghost_engines.files import closed_after, remove
 from ghost_engines.store.beside import ColumnValues
 from ghost_engines.store.committed import write_committed
 from ghost_engines.store.errors import StoreError
 from ghost_engines.store.labels import Names
 from ghost_engines.store.lock import WriterLock
-from ghost_engines.store.manifest import Manifest
+from ghost_engines.store.manifest import MANIFEST, Manifest
 from ghost_engines.store.origin import check_origin, check_verified
 from ghost_engines.store.parts import Part
 from ghost_engines.store.reader import StoreReader
@@ -43,6 +43,7 @@ class StoreWriter(StoreReader):
     ) -> None:
         super().__init__(path, manifest, parts, check=check)
         self._lock = lock
+        self._made = False
         self._keeps_index = self._keeps_index and lock is None  # its rows change
         self._recorded = recorded
         self._origin: object = None
@@ -95,6 +96,21 @@ class StoreWriter(StoreReader):
             self._tail = self._tail.written_out()
             self._lock.release()
             self._lock = None
+
+    def withdraw(self) -> None:
+        """Close a store that was made in vain.
+
+        One that `create` has made, and that was never given a row since, is a store no more: what
+        comes next may make another one there, of other data or options. Its folder stays, with the
+        file that writers lock. Any other store is closed as by `close`.
+
+        Raises:
+            OSError: If writing fails, as of `close`, or removing does.
+        """
+        if self._made and not len(self) and self._lock is not None and self._lock.held:
+            self._lock.check_place()
+            remove(self.path / MANIFEST)
+        self.close()
 
     # Writing
 
