@@ -99,7 +99,11 @@ def make_root(path: Path) -> None:
         OSError: If a step fails, or the path or one of its parents is not a folder.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    os.makedirs(path, exist_ok=True)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        error.strerror = f"the folder {path} cannot be made: {error.strerror}"
+        raise
     for folder in {path, *missing}:
         _sync(folder.parent)
 

@@ -96,6 +96,11 @@ class ScoringEngine(Engine[ScoresT]):
         self._candidates: Candidates | None = None
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether the engine was given a `grad_scaler`, which may skip steps."""
+        return self._grad_scaler is not None
+
+    @property
     def directions(self) -> tuple[str, ...]:
         """Names of the directions, in the order of their columns."""
         return self._directions.names

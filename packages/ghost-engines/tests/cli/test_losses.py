@@ -121,3 +121,14 @@ def test_a_mask_that_the_default_loss_does_not_know(mask, transformer):
     batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": mask}
     with pytest.raises(GhostError, match="attention_mask is not one finite number for each"):
         next_token_losses(transformer, batch)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("mena", r"did you mean 'mean'\?$"), ("Sum", r"did you mean 'sum'\?$"), ("xyz", "function$")],
+)
+def test_a_loss_that_is_misspelt_names_those_that_there_are(given, told):
+    expected = f"--loss: '{given}' is not 'mean' or 'sum', and not of the form module:function"
+    with pytest.raises(GhostError, match=told) as caught:
+        load_loss(given)
+    assert str(caught.value).startswith(expected)

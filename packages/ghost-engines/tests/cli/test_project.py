@@ -125,6 +125,26 @@ def test_a_store_without_rows_of_other_options_may_be_removed(capsys):
     assert "remove the store, which has no rows" in refused(capsys, *given, "--seed", 1)
 
 
+def test_a_folder_of_something_else_is_refused(checkpoint, tmp_path, capsys):
+    before = sorted(checkpoint.iterdir())
+    said = refused(capsys, *MLP, "--store", checkpoint, "--dim", 2)
+    assert f"--store: {checkpoint} is not empty, and holds no store, but config.json" in said
+    assert f"--store {checkpoint / 'store'}" in said
+    assert sorted(checkpoint.iterdir()) == before
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g/.gitkeep").write_text("")
+    for _ in range(2):  # the second one goes on
+        assert project(*MLP, "--store", "g", "--dim", 2, "--min-dim", 1) == 0
+    (tmp_path / "g/manifest.json").unlink()
+    assert "manifest.json is missing, but there are shards" in refused(capsys, *MLP, "--store", "g")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    said = refused(capsys, *MLP, "--store", "file/g", "--dim", 2, "--min-dim", 1)
+    assert f"the folder {tmp_path / 'file/g'} cannot be made: Not a directory" in said
+
+
 def test_the_options_of_a_store_can_be_read(capsys):
     given = ("--dim", 6, "--dims", "2=whole", "0.*=3", "--unit-norm")
     assert project(*MLP, "--store", "g", *given) == 0

@@ -110,6 +110,20 @@ def test_values_and_parameters_with_accumulation_clipping_and_evaluation(tmp_pat
     assert len(trainer.model._forward_pre_hooks) == 1
 
 
+def test_a_second_run_in_a_folder_says_how_a_trainer_goes_on(tmp_path):
+    for again in (False, True):
+        trainer = ghost_trainer(tmp_path, ghost(tmp_path / "run"), max_steps=1, eval_strategy="no")
+        if not again:
+            trainer.train()
+            continue
+        with pytest.raises(CaptureError, match="there is a run in") as caught:
+            trainer.train()
+        assert "train(resume_from_checkpoint=True)" in caught.value.remedy
+        assert "choose another folder" in caught.value.remedy
+        assert "run.resume" not in str(caught.value)
+        assert not trainer.model._forward_hooks
+
+
 @pytest.mark.stress
 def test_a_run_is_resumed_from_a_checkpoint(tmp_path):
     """The run that is resumed was killed two steps after its last checkpoint."""

@@ -93,6 +93,25 @@ def test_an_empty_table_says_why_once(act, reason, run, caplog):
     assert record.getMessage().startswith(f"there are no values: {reason}")
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_scaler_that_skips_every_step_is_named(told, mlp, caplog):
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    engine = DotProductEngine(mlp, grad_scaler=scaler if told else None)
+    ones = {name: torch.ones_like(each) for name, each in mlp.named_parameters()}
+    engine.add_direction("ones", ones)
+    with engine, InRunValues(engine, optimizer):
+        for at in range(3):
+            optimizer.zero_grad()
+            with engine.batch([at]):
+                inputs = torch.full((1, 5), torch.inf, dtype=torch.float64)
+                scaler.scale(mlp(inputs).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert "there are no values: no step followed the 3 batches" in caplog.text
+    assert ("grad_scaler may have skipped its steps because" in caplog.text) == told
+
+
 def test_reading_an_empty_table_says_why_too(run, caplog):
     assert len(run.values.columns()["id"]) == 0
     assert "there are no values: no batch was opened" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,13 @@ def load_loss(text: str | None) -> tuple[Callable[[Any, Any], Any], str]:
     if text is None or text in _LOSSES:
         name, reduction = _LOSSES[text or "mean"]
         return reporting(partial(next_token_losses, reduction=reduction), "the model"), name
+    if ":" not in text:
+        close = get_close_matches(text, _LOSSES, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise CommandError(
+            f"--loss: {text!r} is not {' or '.join(map(repr, _LOSSES))}, and not of the form "
+            f"module:function{meant}"
+        )
     return find_function(text, "--loss"), text
 
 

@@ -17,6 +17,7 @@ from ghost_engines.cli.functions import in_one_line
 from ghost_engines.cli.given import changed
 from ghost_engines.cli.options import Project
 from ghost_engines.cli.ranks import Ranks
+from ghost_engines.cli.store_folder import check_folder
 from ghost_engines.cli.subject import Subject, refused
 from ghost_engines.cli.tables import print_table, while_read
 from ghost_engines.dataset import ProjectedData, project_dataset
@@ -32,6 +33,7 @@ _SHOWN = 6
 
 def run(options: Project) -> int:
     """Project, print what was done, and return the exit status."""
+    check_folder(options.store)
     projection, ranks = _projection(options), Ranks.now()
     subject = Subject.load(options, options.loss, ranks.device(options.device))
     how = CorpusOptions.of(options, options.data, options.model, "--data", options.text)

@@ -10,7 +10,7 @@ from typing import Any
 from ghost_core import CaptureError, MissingExtraError, UnknownNameError
 from ghost_engines.frameworks.holder import RunHolder
 from ghost_engines.ids import take_ids
-from ghost_engines.runs import GivenDirections, Run, RunConfig
+from ghost_engines.runs import GivenDirections, Run, RunConfig, RunExistsError
 
 try:
     from lightning.pytorch import Callback
@@ -84,7 +84,7 @@ class GhostLightning(RunHolder, Callback):  # type: ignore[misc] # has no types
         """Take the ids, and open a batch.
 
         Raises:
-            CaptureError: If the batch has none.
+            CaptureError: If the batch has none, or the run's folder has another run.
         """
         if not isinstance(batch, dict):
             raise CaptureError(
@@ -92,7 +92,11 @@ class GhostLightning(RunHolder, Callback):  # type: ignore[misc] # has no types
                 remedy="make samples dictionaries, and load with_ids(data) with IdCollator()",
             )
         assert self.run is not None
-        self._batch.enter_context(self.run.batch(take_ids(batch)))
+        try:
+            self._batch.enter_context(self.run.batch(take_ids(batch)))
+        except RunExistsError as error:
+            remedy = "call trainer.fit(..., ckpt_path=...) with a checkpoint of it to go on with it"
+            raise RunExistsError(error.path, remedy) from None
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Close the batch, before gradients are unscaled and clipped."""
@@ -109,7 +113,9 @@ class GhostLightning(RunHolder, Callback):  # type: ignore[misc] # has no types
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the batch and the run, which end as where an exception comes out of a `with`."""
-        if isinstance(exception, CaptureError) and self.run is not None and not self._measured:
+        unmeasured = self.run is not None and not self._measured
+        mistaken = isinstance(exception, CaptureError) and not isinstance(exception, RunExistsError)
+        if unmeasured and mistaken:
             exception.add_note(
                 f"GhostLightning measures calls of {self.module or 'the LightningModule itself'}. "
                 "Where training_step calls another module, such as self.net(...), name it: "

@@ -11,6 +11,7 @@ from torch import Tensor
 from ghost_core import CaptureError, MissingExtraError
 from ghost_engines.frameworks.callback import GhostCallback
 from ghost_engines.ids import ID_FIELD, take_ids
+from ghost_engines.runs import RunExistsError
 
 try:
     from transformers import Trainer
@@ -65,8 +66,12 @@ class GhostMixin:
         ids = take_ids(inputs)
         run = self.ghost.run
         assert run is not None
-        with run.batch(ids, owners=self.owners_of(inputs, ids)):
-            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        try:
+            with run.batch(ids, owners=self.owners_of(inputs, ids)):
+                loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        except RunExistsError as error:
+            remedy = "call trainer.train(resume_from_checkpoint=True) to go on with it"
+            raise RunExistsError(error.path, remedy) from None
         return loss
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

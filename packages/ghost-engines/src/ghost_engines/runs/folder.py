@@ -22,6 +22,26 @@ from ghost_engines.store import WriterLock
 DESCRIPTION = "run.json"
 
 
+class RunExistsError(CaptureError):
+    """A run that begins in the folder of another.
+
+    Args:
+        path: The folder.
+        remedy: How to go on with the run that is there.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path, remedy: str) -> None:
+        self.path = path
+        super().__init__(
+            f"there is a run in {path} already",
+            reason="its log would go on with steps of another",
+            remedy=f"{remedy}, or choose another folder",
+        )
+
+
 def place_of(folder: str | Path) -> Path:
     """Return where this process writes: the folder, or one in it where there are several."""
     root = Path(folder).absolute()
@@ -137,11 +157,8 @@ def _describe(path: Path, now: Description, *, begins: bool) -> None:
         write_json(description, now, path)
         return
     if begins:
-        raise CaptureError(
-            f"there is a run in {path} already",
-            reason="its log would go on with steps of another",
-            remedy="call run.resume(...) or run.load_state_dict(...) first to go on with "
-            "it, or choose another folder",
+        raise RunExistsError(
+            path, "call run.resume(...) or run.load_state_dict(...) first to go on with it"
         )
     try:
         found = json.loads(description.read_text(encoding="utf-8"))

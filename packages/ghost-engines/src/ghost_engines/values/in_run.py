@@ -360,7 +360,7 @@ class InRunValues(Table):
         """Say once why values are missing, if they are."""
         counts, waiting = self._follower.counts, len(self._follower.waiting)
         if not len(self):
-            what, reason = "there are no values", why_empty(counts)
+            what, reason = "there are no values", why_empty(counts, scaled=self._engine.is_scaled)
         else:
             what, reason = "values are missing", why_partly(counts, waiting) if closing else ""
         if reason and what not in self._said:
@@ -376,7 +376,7 @@ class InRunValues(Table):
     def _why_unknown(self, sample: object) -> str:
         follower = self._follower
         if not follower.counts.batches:
-            return why_empty(follower.counts)
+            return why_empty(follower.counts, scaled=self._engine.is_scaled)
         if any(sample in ids.tolist() for ids in follower.waiting):
             return "no step was made with its batch yet"
         if sample in follower.skipped_ids:

@@ -24,8 +24,13 @@ class Counts:
     foreign: int = 0
 
 
-def why_empty(counts: Counts) -> str:
-    """Return why nobody was credited."""
+def why_empty(counts: Counts, *, scaled: bool) -> str:
+    """Return why nobody was credited.
+
+    Args:
+        counts: What was seen.
+        scaled: Whether a scaler steps the optimizer, unless gradients are not finite.
+    """
     if not counts.batches:
         return (
             "no batch was opened: put the forward and backward pass into `with engine.batch(ids)`"
@@ -36,9 +41,13 @@ def why_empty(counts: Counts) -> str:
             f"given made {counts.steps} steps"
         )
     if not counts.steps:
+        why = (
+            "; the grad_scaler may have skipped its steps because gradients were not finite, "
+            "after which scaler.get_scale() is less than before"
+        )
         return (
             f"no step followed the {counts.batches} batches: the optimizer that InRunValues was "
-            "given did not step"
+            f"given did not step{why if scaled else ''}"
         )
     if not counts.skipped:
         return f"the {counts.batches} batches had no samples"
