@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.case import Case, Setting, Way
-from bench.steps import Loss, plain, scored
-from ghost_core import Batch, Engine, Pass, PerSampleGradient, TrackedParameter
+from bench.steps import plain, scored, unscored
 
 
 class Alone(nn.Module):
@@ -59,30 +57,6 @@ def steps(kind: type[nn.Module], setting: Setting) -> Mapping[str, Way]:
         "run again": unscored(setting, model, loss, n),
         "exact": scored(setting, model, loss, n),
     }
-
-
-class Unscored(Engine[None]):
-    """Asks for no number of any gradient."""
-
-    def on_gradient(
-        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
-    ) -> None:
-        """Let it be."""
-
-    def on_end(self, batch: Batch[None]) -> None:
-        """Have no result."""
-
-
-def unscored(setting: Setting, model: nn.Module, loss: Loss, n: int) -> Way:
-    """Return a step of N samples whose gradients are found, and compared, and no more."""
-    model = copy.deepcopy(model)
-    engine = setting.stack.enter_context(Unscored(model))
-
-    def run() -> None:
-        with engine.batch(range(n)):
-            loss(model).backward()
-
-    return Way(run, model.zero_grad)
 
 
 CASES = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.case import Setting, Way
+from ghost_core import Batch, Engine, Pass, PerSampleGradient, TrackedParameter
 from ghost_engines import DotProductEngine, ProjectionEngine
 
 Loss = Callable[[nn.Module], Tensor]
@@ -28,6 +29,30 @@ def scored(setting: Setting, model: nn.Module, loss: Loss, n: int, **options: An
     engine = DotProductEngine(model, **options)
     engine.add_direction("random", directions(model))
     setting.stack.enter_context(engine)
+
+    def run() -> None:
+        with engine.batch(range(n)):
+            loss(model).backward()
+
+    return Way(run, model.zero_grad)
+
+
+class Unscored(Engine[None]):
+    """Asks for no number of any gradient."""
+
+    def on_gradient(
+        self, pass_: Pass, parameter: TrackedParameter, gradient: PerSampleGradient
+    ) -> None:
+        """Let it be."""
+
+    def on_end(self, batch: Batch[None]) -> None:
+        """Have no result."""
+
+
+def unscored(setting: Setting, model: nn.Module, loss: Loss, n: int) -> Way:
+    """Return a step of N samples whose gradients are found, and compared, and no more."""
+    model = copy.deepcopy(model)
+    engine = setting.stack.enter_context(Unscored(model))
 
     def run() -> None:
         with engine.batch(range(n)):
